@@ -1,0 +1,551 @@
+"""CLIP, SIMCLR and SLIP over any image tower and any text tower, and the table of named variants.
+
+    create_model("SLIP_VITB16")                                  one of MODELS
+    create_model("SLIP_VITT16", image_size=64, text_layers=2)    with any field of ModelConfig overridden
+
+An image tower maps (B, 3, H, W) to features (B, d). A text tower is a small object that registers its parameters on
+the model itself, because the published SLIP checkpoints keep the text transformer at the top level.
+"""
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+import losses
+import utils
+from tokenizer import create_tokenizer
+from transforms import IMAGENET_MEAN, IMAGENET_STD, MEDCLIP_MEAN, MEDCLIP_STD, Preprocess
+
+LOGIT_SCALE_START = math.log(1 / 0.07)  # CLIP, section 2.5
+LOGIT_SCALE_MAX = 4.6052  # ln(100): "clipped to prevent scaling the logits by more than 100"; the published value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text tower of CLIP
+# ---------------------------------------------------------------------------------------------------------------------
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head self-attention in which a token sees itself and what came before it.
+
+    Parameter names are those of torch.nn.MultiheadAttention, which the published checkpoints were saved from.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, D = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3*D)
+        q, k, v = qkv.view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads) each
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, D/heads)
+        return self.out_proj(x.transpose(1, 2).reshape(B, L, D))
+
+
+class QuickGELU(nn.Module):
+    """The sigmoid approximation of GELU (Hendrycks and Gimpel 2016, section 2) that CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class TextBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attn = CausalSelfAttention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class TextTransformer(nn.Module):
+    def __init__(self, width: int, heads: int, layers: int):
+        super().__init__()
+        self.resblocks = nn.Sequential(*(TextBlock(width, heads) for _ in range(layers)))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
+        return self.resblocks(x)
+
+
+@dataclass(frozen=True)
+class CLIPText:
+    """CLIP's causal text transformer (Radford et al. 2021, section 2.4), read out at the first end-of-text token."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    modules = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+
+    def attach(self, model: nn.Module, embed_dim: int) -> None:
+        """Register the tower's parameters on `model`, in the initial distributions of CLIP's published code."""
+        model.positional_embedding = nn.Parameter(torch.empty(self.context_length, self.width))
+        model.text_projection = nn.Parameter(torch.empty(self.width, embed_dim))
+        model.transformer = TextTransformer(self.width, self.heads, self.layers)
+        model.token_embedding = nn.Embedding(self.vocab_size, self.width)
+        model.ln_final = nn.LayerNorm(self.width)
+        nn.init.normal_(model.token_embedding.weight, std=0.02)
+        nn.init.normal_(model.positional_embedding, std=0.01)
+        nn.init.normal_(model.text_projection, std=self.width ** -0.5)
+        for block in model.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=self.width ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=self.width ** -0.5 * (2 * self.layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=self.width ** -0.5 * (2 * self.layers) ** -0.5)
+
+    def encode(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, L), L at most the context, to embeddings (B, embed_dim). Causal, so it needs no mask."""
+        if tokens.shape[1] > self.context_length:
+            raise ValueError(f"captions of {tokens.shape[1]} tokens do not fit a context of {self.context_length}")
+        x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]  # (B, L, D)
+        x = model.ln_final(model.transformer(x))
+        # End-of-text has the highest id, and argmax returns its first place.
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]  # (B, D)
+        return x @ model.text_projection
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objectives and models
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Objective:
+    """What a training objective needs: the arguments of the model's forward, its loss, and what can validate it."""
+
+    inputs: tuple[str, ...]  # keys of a training batch, in the order of the model's forward
+    loss: Callable[..., nn.Module]  # (ssl_temp, ssl_scale, gather_with_grad) -> loss
+    metrics: tuple[str, ...]  # keys of the loss's dictionary, `loss` first
+    text: bool  # has a text side: retrieval and zero-shot classification apply
+
+
+OBJECTIVES = {
+    "clip": Objective(
+        inputs=("image", "text"), text=True, metrics=("loss", "clip_loss", "clip_acc"),
+        loss=lambda ssl_temp, ssl_scale, gather_with_grad: losses.CLIPLoss(gather_with_grad)),
+    "simclr": Objective(
+        inputs=("view1", "view2"), text=False, metrics=("loss", "ssl_loss", "ssl_acc"),
+        loss=lambda ssl_temp, ssl_scale, gather_with_grad: losses.SIMCLRLoss(ssl_temp)),
+    "slip": Objective(
+        inputs=("image", "text", "view1", "view2"), text=True,
+        metrics=("loss", "clip_loss", "ssl_loss", "clip_acc", "ssl_acc"),
+        loss=lambda ssl_temp, ssl_scale, gather_with_grad: losses.SLIPLoss(
+            losses.SIMCLRLoss(ssl_temp), ssl_scale, gather_with_grad)),
+}
+
+
+def build_ssl_head(feature_dim: int, mlp_dim: int, emb_dim: int) -> nn.Sequential:
+    """SimCLR's projection head d-mlp-mlp-emb with BatchNorm, as SLIP uses it (Mu et al. 2021, section 4.1)."""
+    return nn.Sequential(OrderedDict(
+        layer1=nn.Linear(feature_dim, mlp_dim), bn1=nn.BatchNorm1d(mlp_dim), relu1=nn.ReLU(inplace=True),
+        layer2=nn.Linear(mlp_dim, mlp_dim), bn2=nn.BatchNorm1d(mlp_dim), relu2=nn.ReLU(inplace=True),
+        layer3=nn.Linear(mlp_dim, emb_dim)))
+
+
+class _ImageModel(nn.Module):
+    """What the three models share: an image tower, and towers that can be held fixed."""
+
+    def __init__(self, visual: nn.Module, feature_dim: int):
+        super().__init__()
+        self.visual = visual
+        self.feature_dim = feature_dim
+        self.frozen: tuple[str, ...] = ()
+        # BatchNorm in a tower sees each view as a batch of its own; without it, one pass over all views is the same.
+        self.joint_views = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in visual.modules())
+
+    def _views(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """Features (B, d) of several views (B, 3, H, W) that share the image tower."""
+        if self.joint_views:
+            return self.visual(torch.cat(views)).chunk(len(views))
+        return tuple(self.visual(view) for view in views)
+
+    def freeze(self, tower: str) -> None:
+        """Hold the `image` or the `text` tower fixed and in eval mode; its projection keeps learning."""
+        parts = {"image": ("visual",), "text": getattr(self, "text", None) and self.text.modules}
+        if not parts.get(tower):
+            raise ValueError(f"cannot freeze {tower!r}: this model has {[k for k, v in parts.items() if v]}")
+        self.frozen += parts[tower]
+        for name in parts[tower]:
+            getattr(self, name).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        for name in self.frozen:
+            if isinstance(getattr(self, name), nn.Module):
+                getattr(self, name).eval()
+        return self
+
+
+class CLIP(_ImageModel):
+    """Image-text contrast (Radford et al. 2021).
+
+    Args:
+        visual: image tower, (B, 3, H, W) to (B, feature_dim).
+        text: text tower with `attach(model, embed_dim)`, `encode(model, tokens)` and `modules`.
+        feature_dim: width of the image tower's features.
+        embed_dim: width of the space both sides are projected to.
+    """
+
+    def __init__(self, visual: nn.Module, text: CLIPText, feature_dim: int, embed_dim: int = 512):
+        super().__init__(visual, feature_dim)
+        self.text = text
+        self.image_projection = nn.Parameter(torch.empty(feature_dim, embed_dim))
+        nn.init.normal_(self.image_projection, std=feature_dim ** -0.5)
+        text.attach(self, embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_START))
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) to embeddings (B, embed_dim), not normalised."""
+        return self.visual(image) @ self.image_projection
+
+    def encode_text(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Token ids (B, L), zeros after the last one, to embeddings (B, embed_dim), not normalised.
+
+        `attention_mask` (B, L) says which tokens are real where that is not every id up to the last non-zero one; only
+        a BERT tower reads it.
+        """
+        return self.text.encode(self, tokens, attention_mask)
+
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        return {
+            "image_embed": self.encode_image(image),
+            "text_embed": self.encode_text(text),
+            "logit_scale": self.logit_scale.exp(),
+        }
+
+
+class SIMCLR(_ImageModel):
+    """Contrast between two augmented views of a picture (Chen et al. 2020)."""
+
+    def __init__(self, visual: nn.Module, feature_dim: int, ssl_mlp_dim: int = 4096, ssl_emb_dim: int = 256):
+        super().__init__(visual, feature_dim)
+        self.image_mlp = build_ssl_head(feature_dim, ssl_mlp_dim, ssl_emb_dim)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) to the tower's features (B, feature_dim)."""
+        return self.visual(image)
+
+    def forward(self, aug1: Tensor, aug2: Tensor) -> dict[str, Tensor]:
+        features1, features2 = self._views(aug1, aug2)
+        return {"aug1_embed": self.image_mlp(features1), "aug2_embed": self.image_mlp(features2)}
+
+
+class SLIP(CLIP):
+    """CLIP and SimCLR with one image tower (Mu et al. 2021, algorithm 1): three views of a picture and its caption."""
+
+    def __init__(self, visual: nn.Module, text: CLIPText, feature_dim: int, embed_dim: int = 512,
+                 ssl_mlp_dim: int = 4096, ssl_emb_dim: int = 256):
+        super().__init__(visual, text, feature_dim, embed_dim)
+        self.image_mlp = build_ssl_head(feature_dim, ssl_mlp_dim, ssl_emb_dim)
+
+    def forward(self, image: Tensor, text: Tensor, aug1: Tensor, aug2: Tensor) -> dict[str, Tensor]:
+        features, features1, features2 = self._views(image, aug1, aug2)
+        return {
+            "image_embed": features @ self.image_projection,
+            "text_embed": self.encode_text(text),
+            "logit_scale": self.logit_scale.exp(),
+            "aug1_embed": self.image_mlp(features1),  # the head's BatchNorm sees each view as its own batch
+            "aug2_embed": self.image_mlp(features2),
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of variants
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that determines a model's parameters, as plain values: a checkpoint stores it."""
+
+    objective: str  # one of OBJECTIVES
+    vision_tower: str  # a timm name, or medclip-swin, medclip-resnet50
+    vision_kwargs: dict = field(default_factory=dict)  # passed on to the tower's constructor
+    image_size: int = 224  # pixels
+    embed_dim: int = 512  # the space of pictures and captions
+    text_tower: str = "clip"  # clip or bert
+    context_length: int = 77  # tokens
+    vocab_size: int = 49408
+    text_width: int = 512
+    text_heads: int = 8
+    text_layers: int = 12
+    text_pooling: str = "masked"  # bert only: masked leaves padding out of the mean, medclip averages over it
+    ssl_mlp_dim: int = 4096  # hidden width of the SimCLR head
+    ssl_emb_dim: int = 256  # output width of the SimCLR head
+
+
+_TINY_TEXT = dict(embed_dim=256, text_width=256, text_heads=4, text_layers=6)
+_BERT_BASE = dict(text_tower="bert", vocab_size=28996, text_width=768, text_heads=12, text_layers=12)
+TOWERS = {
+    "VITT16": dict(vision_tower="vit_tiny_patch16_224", **_TINY_TEXT),
+    "VITS16": dict(vision_tower="vit_small_patch16_224", vision_kwargs=dict(num_heads=12)),  # MoCo v3's ViT-S
+    "VITB16": dict(vision_tower="vit_base_patch16_224"),
+    "VITL16": dict(vision_tower="vit_large_patch16_224"),
+}
+MODELS: dict[str, ModelConfig] = {
+    **{f"{objective.upper()}_{tower}": ModelConfig(objective=objective, **settings)
+       for tower, settings in TOWERS.items() for objective in ("clip", "simclr", "slip")},
+    "MEDCLIP_VIT":    ModelConfig(objective="clip", vision_tower="medclip-swin", **_BERT_BASE),
+    "MEDCLIP_RESNET": ModelConfig(objective="clip", vision_tower="medclip-resnet50", **_BERT_BASE),
+    "MEDSLIP_VIT":    ModelConfig(objective="slip", vision_tower="medclip-swin", **_BERT_BASE),
+    "MEDSLIP_RESNET": ModelConfig(objective="slip", vision_tower="medclip-resnet50", **_BERT_BASE),
+}
+
+
+def _timm_tower(config: ModelConfig) -> nn.Module:
+    """Any timm image model without its classifier; a ViT's position embeddings follow the image size."""
+    name = config.vision_tower
+    if not timm.is_model(name):
+        near = timm.list_models(f"{name.split('_')[0]}*")[:20]
+        raise ValueError(f"unknown vision tower {name!r}: not a timm model (see timm.list_models()); near it: {near}")
+    fixed_size = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    size = dict(img_size=config.image_size) if fixed_size is not None and fixed_size.fixed_input_size else {}
+    try:
+        tower = timm.create_model(name, num_classes=0, **size, **config.vision_kwargs)
+    except TypeError as error:
+        raise ValueError(f"vision tower {name!r} does not take the settings {config.vision_kwargs}: {error}") from error
+    if getattr(tower, "cls_token", None) is not None:
+        # timm 0.5, which the published models were trained with; later releases start the class token at 1e-6.
+        nn.init.trunc_normal_(tower.cls_token, std=0.02)
+    return tower
+
+
+def _image_tower(config: ModelConfig) -> tuple[nn.Module, int]:
+    """The image tower and the width of its features."""
+    if config.vision_tower.startswith("medclip-"):
+        import medclip  # transformers takes seconds to import, and only these models need it
+
+        return medclip.build_image_tower(config.vision_tower, config.vision_kwargs)
+    tower = _timm_tower(config)
+    return tower, getattr(tower, "head_hidden_size", None) or tower.num_features
+
+
+def _text_tower(config: ModelConfig) -> CLIPText:
+    sizes = dict(context_length=config.context_length, vocab_size=config.vocab_size, width=config.text_width,
+                 heads=config.text_heads, layers=config.text_layers)
+    if config.text_tower == "clip":
+        return CLIPText(**sizes)
+    if config.text_tower == "bert":
+        import medclip
+
+        return medclip.BertText(**sizes, pooling=config.text_pooling)
+    raise ValueError(f"unknown text tower {config.text_tower!r}: choose clip or bert")
+
+
+def preprocess_of(config: ModelConfig) -> Preprocess:
+    """How pictures are prepared for this model: each family brings its own normalisation."""
+    if config.vision_tower.startswith("medclip-"):
+        return Preprocess(size=config.image_size, mean=MEDCLIP_MEAN, std=MEDCLIP_STD, prepare="medclip")
+    return Preprocess(size=config.image_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, prepare="slip")
+
+
+def resolve_config(name: str, **overrides) -> ModelConfig:
+    """The settings of a named model with some fields of ModelConfig overridden.
+
+    Raises:
+        ValueError: unknown model or field; the message lists the valid ones.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    valid = {f.name for f in fields(ModelConfig)} - {"objective"}
+    if unknown := sorted(set(overrides) - valid):
+        raise ValueError(f"{name} has no setting {', '.join(unknown)}: choose from {', '.join(sorted(valid))}")
+    if "vision_tower" in overrides and "vision_kwargs" not in overrides:
+        overrides["vision_kwargs"] = {}  # the named model's settings belong to its own tower
+    return replace(MODELS[name], **overrides)
+
+
+def create_model(name: str, **overrides) -> nn.Module:
+    """Build a model with fresh weights.
+
+    Args:
+        name: one of MODELS.
+        overrides: fields of ModelConfig. Those that the objective has no use for are accepted and change nothing, so
+            that one call serves all three (SLIP's constructors did the same).
+
+    Returns:
+        the model, with `config` (plain values), `objective` and `preprocess` (transforms.Preprocess).
+    """
+    config = resolve_config(name, **overrides)
+    visual, feature_dim = _image_tower(config)
+    head = dict(ssl_mlp_dim=config.ssl_mlp_dim, ssl_emb_dim=config.ssl_emb_dim)
+    if config.objective == "simclr":
+        model = SIMCLR(visual, feature_dim, **head)
+    elif config.objective == "clip":
+        model = CLIP(visual, _text_tower(config), feature_dim, config.embed_dim)
+    else:
+        model = SLIP(visual, _text_tower(config), feature_dim, config.embed_dim, **head)
+    model.name, model.config = name, asdict(config)
+    model.objective = OBJECTIVES[config.objective]
+    model.preprocess = preprocess_of(config)
+    return model
+
+
+# models.SLIP_VITB16(ssl_mlp_dim=..., ssl_emb_dim=...) and its sisters, as SLIP's users import them.
+globals().update({name: partial(create_model, name) for name in MODELS})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights from files
+# ---------------------------------------------------------------------------------------------------------------------
+
+def resize_position_embeddings(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`state_dict` with the ViT's position embeddings (1, 1 + h*w, d) resampled to the grid of `model`."""
+    key = "visual.pos_embed"
+    wanted = dict(model.named_parameters()).get(key)
+    if wanted is None or key not in state_dict or state_dict[key].shape == wanted.shape:
+        return state_dict
+    prefix = model.visual.num_prefix_tokens
+    resized = resample_abs_pos_embed(state_dict[key], list(model.visual.patch_embed.grid_size),
+                                     num_prefix_tokens=prefix)
+    return {**state_dict, key: resized}
+
+
+def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, other_head: bool = False) -> None:
+    """Load every parameter and buffer by name.
+
+    Args:
+        other_head: a SimCLR head that only one side has, or of another shape, is passed over: the model keeps its own.
+
+    Raises:
+        ValueError: naming what is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    if other_head:
+        head = {k: v for k, v in own.items() if k.startswith("image_mlp.")}
+        same = all(k in state_dict and state_dict[k].shape == v.shape for k, v in head.items())
+        state_dict = {k: v for k, v in state_dict.items() if not k.startswith("image_mlp.")} | (
+            {k: state_dict[k] for k in head} if same else head)
+    missing = [k for k in own if k not in state_dict]
+    unexpected = [k for k in state_dict if k not in own]
+    shapes = [f"{k} {tuple(state_dict[k].shape)} instead of {tuple(v.shape)}" for k, v in own.items()
+              if k in state_dict and state_dict[k].shape != v.shape]
+    if missing or unexpected or shapes:
+        raise ValueError(f"{source} does not fit {model.name}: missing {missing[:8] or 'none'} ({len(missing)}), "
+                         f"unexpected {unexpected[:8] or 'none'} ({len(unexpected)}), "
+                         f"other shape {shapes[:8] or 'none'} ({len(shapes)})")
+    model.load_state_dict(state_dict)
+
+
+@dataclass
+class Pretrained:
+    """A model in eval mode with all that evaluating it takes."""
+
+    model: nn.Module
+    preprocess: Preprocess
+    tokenizer: Callable | None  # None: no text side, or MedCLIP's weights without --bert-vocab
+    source: str  # what was loaded, for people
+
+
+def _is_medclip_state(state: dict) -> bool:
+    return "text_model.projection_head.weight" in state
+
+
+def read_pretrained(path: str | Path) -> dict:
+    """The contents of a checkpoint of ours, a published SLIP file, or MedCLIP's weights (folder, zip or .bin)."""
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".zip":
+        import medclip
+
+        return medclip.read_weights(path)
+    return utils.load_checkpoint(path)
+
+
+def load_pretrained(path: str | Path, *, model: str | None = None, bert_vocab: str | None = None,
+                    text_pooling: str | None = None) -> Pretrained:
+    """Load any weights this project reads, for evaluation.
+
+    Args:
+        path: a checkpoint of ours, a published SLIP file, or MedCLIP's folder, zip or `pytorch_model.bin`.
+        model: name from MODELS, for a published file that does not say which model it holds.
+        bert_vocab: `vocab.txt` of Bio_ClinicalBERT; only MedCLIP's own weights need it, and only to read text.
+        text_pooling: masked or medclip; by default what the checkpoint says, and medclip for MedCLIP's own weights.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; unreadable; not one of the three kinds; keys that do not fit.
+    """
+    state = read_pretrained(path)
+    pooling = {} if text_pooling is None else {"text_pooling": text_pooling}
+    if _is_medclip_state(state):
+        loaded, tokenizer, kind = _from_medclip(state, path, bert_vocab, pooling)
+    elif isinstance(state.get("model"), dict) and "config" in state["model"]:
+        loaded, tokenizer, kind = _from_ours(state, path, pooling)
+    elif "state_dict" in state:
+        loaded, tokenizer, kind = _from_published(state, path, model)
+    else:
+        raise ValueError(f"{path} is neither a checkpoint of ours, nor a published SLIP file (no state_dict), nor "
+                         f"MedCLIP weights; its keys begin {list(state)[:5]}")
+    return Pretrained(loaded.eval(), loaded.preprocess, tokenizer, f"{loaded.name} from {kind} {path}")
+
+
+def _from_ours(state: dict, path: str | Path, pooling: dict) -> tuple[nn.Module, Callable | None, str]:
+    config = {k: v for k, v in state["model"]["config"].items() if k != "objective"}
+    model = create_model(state["model"]["name"], **{**config, **pooling})
+    load_weights(model, state["state_dict"], str(path))
+    model.preprocess = Preprocess.from_dict(state["preprocess"])
+    spec = state.get("tokenizer")
+    return model, create_tokenizer(spec) if spec else None, "checkpoint"
+
+
+def _from_medclip(state: dict, path: str | Path, bert_vocab: str | None,
+                  pooling: dict) -> tuple[nn.Module, Callable | None, str]:
+    import medclip
+
+    name = {"medclip-swin": "MEDCLIP_VIT", "medclip-resnet50": "MEDCLIP_RESNET"}[medclip.tower_name(state)]
+    model = create_model(name, **{"text_pooling": "medclip", **pooling})
+    medclip.load_medclip(model, state, str(path))
+    tokenizer = create_tokenizer({"kind": "bert-wordpiece", "vocab": bert_vocab}) if bert_vocab else None
+    return model, tokenizer, "MedCLIP weights"
+
+
+def _from_published(state: dict, path: str | Path, name: str | None) -> tuple[nn.Module, Callable | None, str]:
+    args = state.get("args")
+    args = vars(args) if args is not None and not isinstance(args, dict) else args or {}
+    name = name or args.get("model")
+    if name not in MODELS:
+        raise ValueError(f"{path} holds model {name!r}: name one of {', '.join(MODELS)} that it was trained as")
+    weights = utils.strip_wrappers(state["state_dict"])
+    head = {}
+    if "image_mlp.layer1.weight" in weights:
+        head = dict(ssl_mlp_dim=len(weights["image_mlp.layer1.weight"]),
+                    ssl_emb_dim=len(weights["image_mlp.layer3.weight"]))
+    model = create_model(name, **head)
+    load_weights(model, weights, str(path))
+    tokenizer = create_tokenizer({"kind": "clip-bpe"}) if model.objective.text else None
+    return model, tokenizer, "published checkpoint"
+
+
+def initialise(model: nn.Module, path: str | Path) -> None:
+    """Start `model` from the weights at `path` alone: towers must match, a ViT's position embeddings are resized to the
+    model's picture size, and a SimCLR head that only one side has is passed over."""
+    state = read_pretrained(path)
+    if _is_medclip_state(state):
+        import medclip
+
+        medclip.load_medclip(model, state, str(path))
+        return
+    if "state_dict" not in state:
+        raise ValueError(f"{path} holds no state_dict; its keys begin {list(state)[:5]}")
+    weights = resize_position_embeddings(utils.strip_wrappers(state["state_dict"]), model)
+    load_weights(model, weights, str(path), other_head=True)

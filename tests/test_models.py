@@ -1,0 +1,238 @@
+"""Models against the published constructors and the reference implementation's outputs and gradients."""
+import gzip
+import json
+import math
+from argparse import Namespace
+from pathlib import Path, PosixPath
+
+import pytest
+import torch
+
+import losses
+import models
+import utils
+
+GOLDENS = Path(__file__).parent / "goldens"
+PUBLISHED = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes()))
+TINY = torch.load(GOLDENS / "models_tiny.pt", weights_only=True)
+
+
+def tiny_model(objective: str, **overrides):
+    """The goldens' small towers, in the notation of our overrides."""
+    c = TINY["config"]
+    return models.create_model(f"{objective}_VITT16", **{
+        "image_size": c["img"], "vision_kwargs": dict(patch_size=c["patch"], embed_dim=c["width"], depth=c["depth"],
+                                                      num_heads=c["heads"]),
+        "embed_dim": c["embed_dim"], "context_length": c["ctx"], "vocab_size": c["vocab"], "text_width": c["twidth"],
+        "text_heads": c["theads"], "text_layers": c["tlayers"], "ssl_mlp_dim": c["mlp"], "ssl_emb_dim": c["emb"],
+        **overrides})
+
+
+def golden_model(objective: str):
+    model = tiny_model(objective)
+    case = TINY["cases"][objective]
+    assert set(model.state_dict()) == set(case["keys"])
+    model.load_state_dict({k: TINY["state_dict"][k] for k in case["keys"]})
+    return model, case
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED["models"]))
+def test_names_shapes_and_decay_groups_equal_the_published_models(name):
+    with torch.device("meta"):
+        model = getattr(models, name)()
+    golden = PUBLISHED["models"][name]
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == dict(golden["keys"])
+    assert sum(p.numel() for p in model.parameters()) == golden["n_params"]
+    assert model.visual.blocks[0].attn.num_heads == golden["vision_heads"]
+    assert model.visual.norm.eps == golden["norm_eps"] and model.visual.global_pool == golden["global_pool"]
+    groups = {g["name"]: g for g in utils.parameter_groups(model, 0.1)}
+    ours = {title: sorted(group["names"]) for title, group in groups.items()}
+    theirs = PUBLISHED["groups"][name]
+    assert ours["decay"] == sorted(theirs["decay"]) and ours["no decay"] == sorted(theirs["no_decay"])
+    assert groups["decay"]["weight_decay"] == 0.1 and groups["no decay"]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("objective", ["CLIP", "SIMCLR", "SLIP"])
+def test_outputs_losses_and_gradients_equal_the_reference(objective):
+    model, case = golden_model(objective)
+    close = dict(rtol=1e-5, atol=2e-6)
+    images, extra = case["inputs"][0], case["inputs"][1:]
+    torch.testing.assert_close(model.eval().encode_image(images), case["encode_image"], **close)
+    outputs = model(*case["inputs"])
+    assert set(outputs) == set(case["eval_outputs"])
+    for key, value in case["eval_outputs"].items():
+        torch.testing.assert_close(outputs[key], value, **close)
+    if objective != "SIMCLR":
+        torch.testing.assert_close(model.encode_text(extra[0]), case["encode_text"], **close)
+
+    model.train()
+    outputs = model(*case["inputs"])
+    for key, value in case["train_outputs"].items():
+        torch.testing.assert_close(outputs[key], value, rtol=1e-5, atol=1e-5)
+    loss = model.objective.loss(ssl_temp=0.1, ssl_scale=1.0, gather_with_grad=True)
+    result = loss(outputs)
+    assert tuple(sorted(result)) == tuple(sorted(model.objective.metrics)) == tuple(sorted(case["losses"]))
+    for key, value in case["losses"].items():
+        torch.testing.assert_close(result[key].detach(), value, rtol=1e-5, atol=1e-5)
+    result["loss"].backward()
+    for name, parameter in model.named_parameters():  # every parameter has a gradient: none is dead
+        golden = case["grads"][name]
+        grad = parameter.grad.flatten()
+        scale = max(golden["norm"], 1e-3)
+        assert abs(grad.norm().item() - golden["norm"]) < 2e-4 * scale, name
+        assert abs(grad.sum().item() - golden["sum"]) < 2e-4 * scale * math.sqrt(len(grad)), name
+        torch.testing.assert_close(grad[:6], golden["first"], rtol=1e-3, atol=2e-4 * scale)
+    for name, value in case["buffers_after"].items():
+        torch.testing.assert_close(model.state_dict()[name], value, **close)
+
+
+def test_initial_distributions_are_the_published_ones():
+    torch.manual_seed(0)
+    model = models.create_model("SLIP_VITS16", ssl_mlp_dim=512)
+
+    def std(parameter):
+        return parameter.detach().float().std().item()
+
+    vit, text = model.visual, model.transformer.resblocks
+    assert std(vit.cls_token) == pytest.approx(0.02, rel=0.15)  # timm 0.5; today's timm starts it at 1e-6
+    assert std(vit.pos_embed) == pytest.approx(0.02, rel=0.05)
+    assert std(vit.blocks[3].attn.qkv.weight) == pytest.approx(0.02, rel=0.02)
+    assert std(vit.blocks[3].mlp.fc2.weight) == pytest.approx(0.02, rel=0.02)
+    fan_in = 3 * 16 * 16
+    assert std(vit.patch_embed.proj.weight) == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.02)  # Conv2d's own
+    assert std(model.image_projection) == pytest.approx(384 ** -0.5, rel=0.02)
+    assert std(model.text_projection) == pytest.approx(512 ** -0.5, rel=0.02)
+    assert std(model.token_embedding.weight) == pytest.approx(0.02, rel=0.02)
+    assert std(model.positional_embedding) == pytest.approx(0.01, rel=0.02)
+    assert std(text[5].attn.in_proj_weight) == pytest.approx(512 ** -0.5, rel=0.02)
+    assert std(text[5].attn.out_proj.weight) == pytest.approx((512 * 24) ** -0.5, rel=0.02)
+    assert std(text[5].mlp.c_fc.weight) == pytest.approx(1024 ** -0.5, rel=0.02)
+    assert std(text[5].mlp.c_proj.weight) == pytest.approx((512 * 24) ** -0.5, rel=0.02)
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    assert not text[5].attn.in_proj_bias.any() and not text[5].attn.out_proj.bias.any()
+    assert text[5].mlp.c_fc.bias.abs().max() <= 512 ** -0.5  # nn.Linear's own
+
+
+def test_any_timm_tower_and_image_size():
+    model = models.create_model("SLIP_VITT16", vision_tower="resnet10t", image_size=64, text_layers=1, embed_dim=32,
+                                ssl_mlp_dim=16, ssl_emb_dim=8)
+    outputs = model(*(torch.randn(2, 3, 64, 64), torch.randint(1, 99, (2, 9)), torch.randn(2, 3, 64, 64),
+                      torch.randn(2, 3, 64, 64)))
+    assert outputs["image_embed"].shape == (2, 32) and outputs["aug1_embed"].shape == (2, 8)
+    assert not model.joint_views  # its BatchNorm sees each view as a batch of its own
+    assert model.visual(torch.randn(2, 3, 64, 64)).shape == (2, model.feature_dim)
+    assert models.create_model("CLIP_VITT16", image_size=96).visual.pos_embed.shape == (1, 37, 192)
+
+
+def test_unknown_names_are_refused_with_the_choices():
+    with pytest.raises(ValueError, match="SLIP_VITB17.*SLIP_VITB16"):
+        models.create_model("SLIP_VITB17")
+    with pytest.raises(ValueError, match="ssl_mlp_dims.*ssl_mlp_dim"):
+        models.create_model("SLIP_VITB16", ssl_mlp_dims=3)
+    with pytest.raises(ValueError, match="vit_tinny"):
+        models.create_model("SLIP_VITT16", vision_tower="vit_tinny")
+    with pytest.raises(ValueError, match="depht"):
+        models.create_model("SLIP_VITT16", vision_kwargs={"depht": 3})
+
+
+def test_long_captions_differ_and_trimmed_padding_changes_nothing():
+    model = tiny_model("CLIP").eval()
+    tokens = torch.tensor([[126, 5, 6, 127, 0, 0], [126, 9, 127, 0, 0, 0]])
+    full, trimmed = model.encode_text(tokens), model.encode_text(tokens[:, :4])
+    torch.testing.assert_close(full, trimmed, rtol=1e-6, atol=1e-6)
+    assert (full[0] - full[1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="17 tokens.*16"):
+        model.encode_text(torch.ones(1, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize("tower, prefix", [("image", "visual."), ("text", "transformer.")])
+def test_a_frozen_tower_has_no_gradient_and_stays_in_eval_mode(tower, prefix):
+    model, case = golden_model("SLIP")
+    model.freeze(tower)
+    model.train()
+    loss = losses.SLIPLoss(losses.SIMCLRLoss())(model(*case["inputs"]))["loss"]
+    loss.backward()
+    frozen = [n for n, p in model.named_parameters() if p.grad is None]
+    assert any(n.startswith(prefix) for n in frozen)
+    assert "image_projection" not in frozen and "text_projection" not in frozen
+    part = model.visual if tower == "image" else model.transformer
+    assert not any(m.training for m in part.modules()) and model.image_mlp.training
+    with pytest.raises(ValueError, match="image"):
+        tiny_model("SIMCLR").freeze("text")
+
+
+def test_published_files_load_safely(tmp_path):
+    """The published layout: `module.` before every name, a Namespace that holds a PosixPath."""
+    model = tiny_model("SLIP")
+    args = Namespace(model="SLIP_VITT16", output_dir=PosixPath("/runs/slip"), lr=3e-3)
+    path = tmp_path / "slip.pt"
+    torch.save({"epoch": 25, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
+                "best_acc1": 42.8, "args": args}, path)
+    other = tiny_model("SLIP")
+    models.initialise(other, path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_published_full_size_file_is_recognised(tmp_path):
+    model = models.SIMCLR_VITS16(ssl_mlp_dim=64, ssl_emb_dim=16)
+    path = tmp_path / "simclr_small.pt"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
+                "args": Namespace(model="SIMCLR_VITS16")}, path)
+    loaded = models.load_pretrained(path)
+    assert loaded.model.name == "SIMCLR_VITS16" and loaded.tokenizer is None and not loaded.model.training
+    assert loaded.preprocess.size == 224
+    x = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(loaded.model.encode_image(x), model.eval().encode_image(x))
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.write_text, (Path(tmp_path / "ran"), "x"))
+
+    path = tmp_path / "bomb.pt"
+    torch.save({"state_dict": {}, "args": Bomb()}, path)
+    with pytest.raises(ValueError, match="bomb.pt"):
+        models.load_pretrained(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpoint_round_trip_restores_model_and_settings(tmp_path):
+    model = tiny_model("SLIP")
+    path = tmp_path / "ours.pt"
+    utils.save_checkpoint({"model": {"name": model.name, "config": model.config}, "state_dict": model.state_dict(),
+                           "preprocess": model.preprocess.to_dict(), "tokenizer": {"kind": "clip-bpe",
+                                                                                   "context_length": 16}}, path)
+    loaded = models.load_pretrained(path)
+    assert loaded.model.config == model.config and loaded.preprocess == model.preprocess
+    assert loaded.tokenizer(["a"]).shape == (1, 16)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.model.encode_image(images), model.eval().encode_image(images))
+
+
+def test_initialise_resizes_positions_and_passes_over_another_head(tmp_path):
+    small = tiny_model("CLIP")
+    path = tmp_path / "clip.pt"
+    utils.save_checkpoint({"state_dict": small.state_dict()}, path)
+    large = tiny_model("SLIP", image_size=48)
+    head = large.image_mlp.layer1.weight.clone()
+    models.initialise(large, path)
+    assert large.visual.pos_embed.shape == (1, 37, 64)
+    assert torch.equal(large.visual.pos_embed[:, 0], small.visual.pos_embed[:, 0])  # the class token's is kept
+    assert torch.equal(large.transformer.resblocks[1].mlp.c_fc.weight, small.transformer.resblocks[1].mlp.c_fc.weight)
+    assert torch.equal(large.image_mlp.layer1.weight, head)
+    with pytest.raises(ValueError, match="token_embedding"):
+        models.initialise(tiny_model("CLIP", vocab_size=64), path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_torn_and_foreign_files_are_named(tmp_path, content):
+    path = tmp_path / "torn.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="torn.pt"):
+        models.load_pretrained(path)
+    with pytest.raises(FileNotFoundError, match="absent.pt"):
+        models.load_pretrained(tmp_path / "absent.pt")
+    torch.save({"weights": 1}, path)
+    with pytest.raises(ValueError, match="neither.*weights"):
+        models.load_pretrained(path)

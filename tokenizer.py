@@ -1,0 +1,207 @@
+"""Captions to token ids, one tokenizer for each kind of text tower.
+
+Every tokenizer is called as `tok(texts, context_length=None)` and returns a LongTensor (n, L),
+two-dimensional also for a single text, padded with id 0 after the last real token. A text that is too long
+loses its tail, never its end token: the text towers read the position of that token, or everything up to
+it.
+"""
+from __future__ import annotations
+
+import gzip
+import html
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+
+CONTEXT_LENGTH = 77  # CLIP's, and MedCLIP's cut for captions
+BPE_PATH = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")  # CLIP's merges, from open_clip_torch
+
+
+def _pad(rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:
+    tokens = torch.zeros(len(rows), length, dtype=torch.long)  # (n, L)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return tokens
+
+
+def _check_length(length: int, longest: int | None = None) -> None:
+    if length < 2 or (longest is not None and length > longest):
+        limit = f"between 2 and {longest}" if longest else "at least 2"
+        raise ValueError(f"the context length must be {limit} (start and end token included), not {length}")
+
+
+# ------------------------------------------------------------------------------------------ CLIP's byte pairs
+# A word is a run of letters, one digit, or a run of other signs; English clitics are split off first.
+_WORD = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
+_N_MERGES = 49152 - 256 - 2  # the table on disk is longer; CLIP uses this many
+_CACHE_WORDS = 65536
+
+
+def _byte_letters() -> list[str]:
+    """A printable letter for each byte: itself where Latin-1 prints it, else from code point 256."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+
+
+def clean_text(text: str) -> str:
+    """CLIP's cleaning: mojibake, HTML entities (twice, for `&amp;lt;`), white space, lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return regex.sub(r"\s+", " ", text).strip().lower()
+
+
+class SimpleTokenizer:
+    """CLIP's byte-level BPE (Radford et al. 2021, section 2.4) with its 49,408 tokens.
+
+    `tok(texts)` gives (n, context_length) ids: start, the text's tokens, end, zeros.
+    """
+
+    kind = "clip-bpe"
+
+    def __init__(self, bpe_path: str | Path = BPE_PATH, context_length: int = CONTEXT_LENGTH):
+        _check_length(context_length)
+        self.context_length = context_length
+        with gzip.open(bpe_path, "rt", encoding="utf-8") as table:
+            next(table)  # a version line
+            merges = [tuple(line.split()) for line, _ in zip(table, range(_N_MERGES), strict=False)]
+        self._letters = _byte_letters()
+        self._byte_of = {letter: byte for byte, letter in enumerate(self._letters)}
+        # CLIP numbers the letters in the order of their code points among the printable, then the spare ones.
+        letters = sorted(self._letters, key=lambda letter: (ord(letter) > 255, ord(letter)))
+        tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+        tokens += ["<|startoftext|>", "<|endoftext|>"]
+        self.tokens = tokens
+        self.ids = {token: i for i, token in enumerate(tokens)}
+        self.rank = {pair: i for i, pair in enumerate(merges)}
+        self.start, self.end = self.ids["<|startoftext|>"], self.ids["<|endoftext|>"]
+        self._cache = {token: [self.ids[token]] for token in tokens[-2:]}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens)
+
+    def spec(self) -> dict:
+        return {"kind": self.kind, "context_length": self.context_length}
+
+    def _word_ids(self, word: str) -> list[int]:
+        """Merge the pair of lowest rank, everywhere in the word, until no pair is in the table."""
+        if word in self._cache:
+            return self._cache[word]
+        letters = [self._letters[byte] for byte in word.encode("utf-8")]
+        parts = [*letters[:-1], letters[-1] + "</w>"]
+        while len(parts) > 1:
+            best = min(pairwise(parts), key=lambda pair: self.rank.get(pair, _N_MERGES))
+            if best not in self.rank:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                step = 2 if tuple(parts[i : i + 2]) == best else 1
+                merged.append("".join(parts[i : i + step]))
+                i += step
+            parts = merged
+        if len(self._cache) >= _CACHE_WORDS:  # bounded: 15 million captions hold many words that never return
+            self._cache = {token: [self.ids[token]] for token in self.tokens[-2:]}
+        ids = self._cache[word] = [self.ids[part] for part in parts]
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no start, end or padding, any length."""
+        return [i for word in _WORD.findall(clean_text(text)) for i in self._word_ids(word)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, a space after each word."""
+        text = "".join(self.tokens[int(i)] for i in ids)
+        raw = bytearray(self._byte_of[letter] for letter in text)
+        return raw.decode("utf-8", errors="replace").replace("</w>", " ")
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
+        length = self.context_length if context_length is None else context_length
+        _check_length(length)
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = [[self.start, *self.encode(text)[: length - 2], self.end] for text in texts]
+        return _pad(rows, length)
+
+
+# --------------------------------------------------------------------------------------------- BERT WordPiece
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def read_vocab(path: str | Path) -> list[str]:
+    """The tokens of a BERT `vocab.txt`: one a line, the line number is the id."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no WordPiece vocabulary at {path} (a vocab.txt, one token a line)")
+    # Split at "\n" only: a cased vocabulary may hold other signs that Unicode takes for line ends.
+    lines = Path(path).read_bytes().decode("utf-8").split("\n")
+    tokens = [line.removesuffix("\r") for line in lines]
+    return tokens[:-1] if tokens[-1] == "" else tokens
+
+
+class WordPieceTokenizer:
+    """BERT's WordPiece (Devlin et al. 2019) over a given vocabulary; reads nothing but that vocabulary.
+
+    Text is lower-cased and stripped of accents although Bio_ClinicalBERT's vocabulary is cased: its own
+    tokenizer does so, and the weights have seen nothing else. `tok(texts)` gives (n, L) ids: [CLS], the
+    pieces, [SEP], zeros, with L the longest row, at most context_length, which is at most 512.
+    """
+
+    kind = "bert-wordpiece"
+    longest = 512  # BERT's position embeddings
+
+    def __init__(self, vocab: str | Path | list[str], context_length: int = CONTEXT_LENGTH):
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers  # comes with transformers
+
+        source = "the vocabulary" if isinstance(vocab, list) else str(vocab)
+        self.vocab = list(vocab) if isinstance(vocab, list) else read_vocab(vocab)
+        _check_length(context_length, self.longest)
+        self.context_length = context_length
+        ids = {token: i for i, token in enumerate(self.vocab)}
+        if len(ids) < len(self.vocab):
+            twice = next(token for i, token in enumerate(self.vocab) if ids[token] != i)
+            raise ValueError(f"{source} holds the token {twice!r} more than once")
+        missing = [token for token in _SPECIAL if token not in ids]
+        if missing:
+            raise ValueError(f"{source} is no BERT vocabulary: it lacks {', '.join(missing)}")
+        if ids["[PAD]"] != 0:
+            raise ValueError(f"{source} has [PAD] as id {ids['[PAD]']}, where the text towers expect 0")
+        self.start, self.end = ids["[CLS]"], ids["[SEP]"]
+        self._backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+        self._backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+        self._backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._backend.add_special_tokens(list(_SPECIAL))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocab)
+
+    def spec(self) -> dict:
+        return {"kind": self.kind, "context_length": self.context_length, "vocab": self.vocab}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no [CLS], [SEP] or padding, any length."""
+        # One text at a time: the library's batch call starts threads, which a forked worker does not have.
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
+        length = self.context_length if context_length is None else context_length
+        _check_length(length, self.longest)
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = [[self.start, *self.encode(text)[: length - 2], self.end] for text in texts]
+        return _pad(rows, max(map(len, rows), default=2))
+
+
+# --------------------------------------------------------------------------------------------------- registry
+TOKENIZERS = {cls.kind: cls for cls in (SimpleTokenizer, WordPieceTokenizer)}
+
+
+def create_tokenizer(spec: dict) -> SimpleTokenizer | WordPieceTokenizer:
+    """The tokenizer that `tok.spec()` described, from the plain values that a checkpoint stores."""
+    kind = spec.get("kind")
+    if kind not in TOKENIZERS:
+        raise ValueError(f"unknown tokenizer {kind!r}; choose from {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[kind](**{key: value for key, value in spec.items() if key != "kind"})

@@ -1,0 +1,447 @@
+"""Shared by the scripts: processes and devices, checkpoints, schedule and parameter groups, reproducibility, logging."""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import pickle
+import random
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and devices
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among its peers, and the device it computes on."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("processes and device")
+    group.add_argument("--world-size", default=1, type=int,
+                       help="number of processes; torchrun and submitit set it, so leave it alone")
+    group.add_argument("--rank", default=0, type=int, help="rank of this process; set by the launcher")
+    group.add_argument("--local_rank", "--local-rank", default=0, type=int,
+                       help="rank of this process on its node; set by the launcher")
+    group.add_argument("--dist-url", default="env://", type=str,
+                       help="rendezvous; env:// reads MASTER_ADDR and MASTER_PORT, which torchrun sets")
+    group.add_argument("--dist-backend", default="nccl", type=str, help="nccl on GPUs; on the CPU gloo is always used")
+    group.add_argument("--dist-timeout", default=600, type=float, metavar="SECONDS",
+                       help="a collective that hangs longer than this ends the run")
+    group.add_argument("--gpu", default=None, type=int,
+                       help="index of the GPU to use; by default the local rank's. -1 computes on the CPU")
+
+
+def init_distributed(args: argparse.Namespace) -> Distributed:
+    """Join the processes that a launcher started, or stay alone; the only place that decides on rank and device.
+
+    A launcher is recognised by RANK and WORLD_SIZE in the environment (torchrun sets them), so a plain command inside a
+    Slurm shell stays a single process.
+    """
+    rank = int(os.environ.get("RANK", args.rank))
+    world_size = int(os.environ.get("WORLD_SIZE", args.world_size))
+    local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    use_gpu = torch.cuda.is_available() and args.gpu != -1
+    if args.gpu is not None and args.gpu >= 0 and not use_gpu:
+        raise ValueError(f"--gpu {args.gpu}: no GPU is available on this machine; use --gpu -1 for the CPU")
+    device = torch.device("cuda", args.gpu if args.gpu is not None else local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"GPU {device.index} does not exist: this machine has {torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group(args.dist_backend if use_gpu else "gloo", init_method=args.dist_url, rank=rank,
+                                world_size=world_size, timeout=timedelta(seconds=args.dist_timeout))
+    return Distributed(rank, world_size, local_rank, device)
+
+
+def gather_objects(processes: Distributed, obj: object) -> list:
+    """What each rank passes in, in rank order, on every rank."""
+    if processes.world_size == 1:
+        return [obj]
+    out = [None] * processes.world_size
+    dist.all_gather_object(out, obj)
+    return out
+
+
+class CollectiveBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation over the batches of all processes, for devices that torch's SyncBatchNorm refuses (the CPU).
+
+    Statistics travel through differentiable collectives, so outputs, gradients and running statistics are those of one
+    process that holds all rows (Ioffe and Szegedy 2015, algorithm 1, over the global batch).
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"expected (B, C, ...), got {x.dim()} dimensions")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        axes = [0, *range(2, x.dim())]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        count = dist_nn.all_reduce(x.new_tensor(x.numel() / x.shape[1]))
+        mean = dist_nn.all_reduce(x.sum(axes)) / count  # (C,)
+        centred = x - mean.view(shape)
+        var = dist_nn.all_reduce(centred.square().sum(axes)) / count  # (C,), biased as in the normalisation
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+                self.running_mean += weight * (mean - self.running_mean)
+                self.running_var += weight * (var * count / (count - 1) - self.running_var)
+        x = centred * (var + self.eps).rsqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+
+
+def synchronise_batchnorm(model: nn.Module, processes: Distributed) -> nn.Module:
+    """Replace every BatchNorm by one whose statistics span all processes; parameters and names stay the same."""
+    if processes.world_size == 1:
+        return model
+    if processes.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                new = CollectiveBatchNorm(child.num_features, child.eps, child.momentum, child.affine,
+                                          child.track_running_stats)
+                new._parameters, new._buffers, new.training = child._parameters, child._buffers, child.training
+                setattr(module, name, new)
+    return model
+
+
+def autocast_of(device: torch.device, disabled: bool = False) -> tuple[object, torch.amp.GradScaler]:
+    """(context factory, gradient scaler) for mixed precision: bf16 where the GPU has it, else fp16, float32 on the CPU."""
+    if disabled or device.type != "cuda":
+        return nullcontext, torch.amp.GradScaler(device.type, enabled=False)
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return lambda: torch.autocast(device.type, dtype=dtype), scaler
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What the published SLIP checkpoints hold beside tensors and plain values.
+_PUBLISHED_TYPES = [argparse.Namespace, pathlib.PosixPath]
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def atomic_write(path: str | Path, write: object) -> None:
+    """Call `write(file)` on a temporary file beside `path`, then rename it: readers see the old file or the whole new one.
+
+    Raises:
+        OSError: naming `path` when the disk is full; the file that was there stays intact.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        raise OSError(f"could not write {path}: {error}; what was there before is intact") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself reaches the disk
+    finally:
+        os.close(directory)
+
+
+def save_checkpoint(state: dict, path: str | Path) -> None:
+    """Write tensors and plain values so that a kill at any moment leaves either the old file or the new one."""
+    atomic_write(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of ours or a published SLIP file onto the CPU without running any code it might carry.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        ValueError: torn, foreign, or holding types other than tensors and plain values (named in the message).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        with torch.serialization.safe_globals(_PUBLISHED_TYPES):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
+    return state
+
+
+def strip_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameter names without what DistributedDataParallel and torch.compile put before them."""
+    out = {}
+    for key, value in state_dict.items():
+        while key.startswith(_WRAPPERS):
+            key = key.split(".", 1)[1]
+        out[key] = value
+    return out
+
+
+def _numbered(output_dir: Path) -> list[Path]:
+    """Checkpoints of a run, newest first."""
+    return sorted((p for p in output_dir.glob("checkpoint_step*.pt") if re.fullmatch(r"checkpoint_step\d+\.pt", p.name)),
+                  reverse=True)
+
+
+def save_training_checkpoint(state: dict, output_dir: Path, step: int, is_best: bool, keep_last: int) -> None:
+    """Write the run's state after `step` updates and drop all but the newest `keep_last` such files.
+
+    `checkpoint.pt` is another name of the newest, `checkpoint_best.pt` of the best so far.
+    """
+    path = output_dir / f"checkpoint_step{step:08d}.pt"
+    save_checkpoint(state, path)
+    for name in ["checkpoint.pt"] + ["checkpoint_best.pt"] * is_best:
+        link = output_dir / f".{name}.{os.getpid()}.tmp"
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, output_dir / name)
+    for old in _numbered(output_dir)[keep_last:]:
+        old.unlink()
+
+
+def find_training_checkpoint(output_dir: Path, log=print) -> dict | None:
+    """The newest readable checkpoint of a run, or None where the run has none.
+
+    A torn file is reported by name and the one before it used.
+
+    Raises:
+        ValueError: there are checkpoints and none can be read: a fresh start would overwrite them.
+    """
+    candidates = _numbered(output_dir)
+    for path in candidates or [p for p in [output_dir / "checkpoint.pt"] if p.exists()]:
+        try:
+            state = load_checkpoint(path)
+        except ValueError as error:
+            log(f"warning: {error}")
+            continue
+        log(f"resuming from {path}")
+        return state
+    if candidates or (output_dir / "checkpoint.pt").exists():
+        raise ValueError(f"no checkpoint in {output_dir} can be read; move them away to start afresh")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule and parameter groups
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cosine_lr(step: int, total: int, base: float, final: float, warmup: int = 0, start: float = 0.0) -> float:
+    """Value at `step` of a linear warm-up from `start` to `base` over `warmup` steps, then half a cosine to `final`.
+
+    Defined for every step: 0 before the first, `final` kept after the last (Loshchilov and Hutter 2017, equation 5,
+    without restarts).
+    """
+    if step < warmup:
+        return start + (base - start) * max(step, 0) / max(warmup - 1, 1)
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+
+def cosine_scheduler(base_value: float, final_value: float, epochs: int, niter_per_ep: int, warmup_epochs: int = 0,
+                     start_warmup_value: float = 0) -> np.ndarray:
+    """The whole schedule as an array of epochs * niter_per_ep values, as SLIP's users import it."""
+    total, warmup = epochs * niter_per_ep, warmup_epochs * niter_per_ep
+    return np.array([cosine_lr(i, total, base_value, final_value, warmup, start_warmup_value) for i in range(total)])
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two optimizer groups: weights decay; vectors, scalars, biases and tables of biases do not.
+
+    The split is that of the published SLIP models. Each group carries its `name` and its parameters' `names`.
+    """
+    decay, plain = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_bias = name.rsplit(".", 1)[-1] in ("bias", "relative_position_bias_table")
+        (plain if parameter.ndim < 2 or is_bias else decay).append((name, parameter))
+    groups = []
+    for title, members, wd in (("decay", decay, weight_decay), ("no decay", plain, 0.0)):
+        groups.append({"name": title, "names": [n for n, _ in members], "params": [p for _, p in members],
+                       "weight_decay": wd})
+    return groups
+
+
+def describe_groups(groups: list[dict]) -> str:
+    return "; ".join(f"{g['name']} {g['weight_decay']:g}: {len(g['params'])} tensors, "
+                     f"{sum(p.numel() for p in g['params']):,} parameters" for g in groups)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reproducibility
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict:
+    """Every generator that this process draws from, as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    state = {"python": [version, list(words), gauss], "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict, device: torch.device) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on beside its settings."""
+    import timm
+    import torchvision
+
+    here = Path(__file__).parent
+    try:
+        sha = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+                             capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        sha = "unknown"
+    return {"commit": sha, "python": sys.version.split()[0], "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__), "timm": str(timm.__version__)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meters and logging
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class AverageMeter:
+    """Weighted mean of a number since the last reset."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.sum, self.count = 0.0, 0.0
+
+    def update(self, value: float, n: float = 1) -> None:
+        self.sum += float(value) * n
+        self.count += n
+
+    @property
+    def avg(self) -> float:
+        return self.sum / self.count if self.count else math.nan
+
+
+def accuracy(logits: Tensor, labels: Tensor, topk: Iterable[int] = (1,)) -> list[float]:
+    """Percent of rows of logits (N, C) whose label (N,) is among the k highest, for each k; k beyond C counts as C."""
+    order = logits.topk(min(max(topk), logits.shape[1]), dim=1).indices  # (N, k)
+    hit = order == labels[:, None]
+    return [100.0 * hit[:, :k].any(1).float().mean().item() for k in topk]
+
+
+class Logger:
+    """Everything a run says: lines to a person (screen and log.txt), rows to programs (log.jsonl, TensorBoard, wandb).
+
+    Ranks other than the main one hold a logger that does nothing, so callers never ask who they are.
+    """
+
+    def __init__(self, output_dir: Path, enabled: bool = True, wandb: bool = False, settings: dict | None = None):
+        self.enabled = enabled
+        self._sinks = []
+        if not enabled:
+            return
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self._text = open(output_dir / "log.txt", "a", buffering=1, encoding="utf8")
+        self._rows = open(output_dir / "log.jsonl", "a", buffering=1, encoding="utf8")
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(output_dir / "tensorboard"))
+        self._board = board
+        self._sinks.append(lambda row, step: [
+            board.add_scalar(k, v, step) for k, v in row.items() if isinstance(v, (int, float))])
+        if wandb:
+            try:
+                import wandb as wandb_module
+            except ImportError as error:
+                raise ValueError("--wandb needs the wandb package: pip install wandb") from error
+            run = wandb_module.init(project="medslip", config=settings, dir=str(output_dir), resume="allow",
+                                    id=re.sub(r"\W+", "-", output_dir.resolve().name))
+            self._sinks.append(lambda row, step: run.log(row, step=step))
+
+    def line(self, text: str) -> None:
+        """One readable line."""
+        if self.enabled:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stdout)  # does not tear a progress bar
+            sys.stdout.flush()
+            self._text.write(text + "\n")
+
+    def row(self, kind: str, step: int, values: dict) -> None:
+        """One record: `kind` is train or validation, `step` the number of updates so far."""
+        if self.enabled:
+            record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+            self._rows.write(json.dumps(record) + "\n")
+            for sink in self._sinks:
+                sink({f"{kind}/{k}": v for k, v in values.items()}, step)
+
+    def close(self) -> None:
+        if self.enabled:
+            self._board.close()
+            self._text.close()
+            self._rows.close()
+            self.enabled = False
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(int(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def write_json(path: str | Path, value: object) -> None:
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    atomic_write(path, lambda file: file.write(text.encode()))
