@@ -9,12 +9,13 @@ import pathlib
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,10 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and devices
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with each flag's default and the description's own line breaks."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,21 @@ def init_distributed(args: argparse.Namespace) -> Distributed:
         dist.init_process_group(args.dist_backend if use_gpu else "gloo", init_method=args.dist_url, rank=rank,
                                 world_size=world_size, timeout=timedelta(seconds=args.dist_timeout))
     return Distributed(rank, world_size, local_rank, device)
+
+
+def leave_distributed(processes: Distributed) -> None:
+    if processes.world_size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def main_process_first(processes: Distributed) -> Iterator[None]:
+    """The main process runs the block before the others, which then find what it has written."""
+    if processes.world_size > 1 and not processes.is_main:
+        dist.barrier()
+    yield
+    if processes.world_size > 1 and processes.is_main:
+        dist.barrier()
 
 
 def gather_objects(processes: Distributed, obj: object) -> list:
@@ -139,8 +159,9 @@ def synchronise_batchnorm(model: nn.Module, processes: Distributed) -> nn.Module
     return model
 
 
-def autocast_of(device: torch.device, disabled: bool = False) -> tuple[object, torch.amp.GradScaler]:
-    """(context factory, gradient scaler) for mixed precision: bf16 where the GPU has it, else fp16, float32 on the CPU."""
+def autocast_of(device: torch.device, disabled: bool = False
+                ) -> tuple[Callable[[], AbstractContextManager], torch.amp.GradScaler]:
+    """Context and gradient scaler for mixed precision: bf16 where the GPU has it, else fp16; float32 on the CPU."""
     if disabled or device.type != "cuda":
         return nullcontext, torch.amp.GradScaler(device.type, enabled=False)
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -157,8 +178,8 @@ _PUBLISHED_TYPES = [argparse.Namespace, pathlib.PosixPath]
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
-def atomic_write(path: str | Path, write: object) -> None:
-    """Call `write(file)` on a temporary file beside `path`, then rename it: readers see the old file or the whole new one.
+def atomic_write(path: str | Path, write: Callable) -> None:
+    """Call `write(file)` on a temporary file, then rename it to `path`: readers see the old file or the whole new one.
 
     Raises:
         OSError: naming `path` when the disk is full; the file that was there stays intact.
@@ -220,8 +241,8 @@ def strip_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _numbered(output_dir: Path) -> list[Path]:
     """Checkpoints of a run, newest first."""
-    return sorted((p for p in output_dir.glob("checkpoint_step*.pt") if re.fullmatch(r"checkpoint_step\d+\.pt", p.name)),
-                  reverse=True)
+    found = output_dir.glob("checkpoint_step*.pt")
+    return sorted((p for p in found if re.fullmatch(r"checkpoint_step\d+\.pt", p.name)), reverse=True)
 
 
 def save_training_checkpoint(state: dict, output_dir: Path, step: int, is_best: bool, keep_last: int) -> None:
@@ -234,7 +255,10 @@ def save_training_checkpoint(state: dict, output_dir: Path, step: int, is_best: 
     for name in ["checkpoint.pt"] + ["checkpoint_best.pt"] * is_best:
         link = output_dir / f".{name}.{os.getpid()}.tmp"
         link.unlink(missing_ok=True)
-        os.link(path, link)
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, link)
         os.replace(link, output_dir / name)
     for old in _numbered(output_dir)[keep_last:]:
         old.unlink()

@@ -16,7 +16,8 @@ def _entry(rank, function, world, port, args):
     try:
         function(rank, world, *args)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def free_port() -> int:

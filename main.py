@@ -1,0 +1,590 @@
+"""Pre-training and fine-tuning of CLIP, SimCLR and SLIP models on pictures with captions.
+
+    python main.py --dataset roco --root /path/to/roco --model MEDSLIP_VIT --medclip-weights medclip-vit.zip ...
+    torchrun --nproc_per_node=8 main.py --root /path/to/yfcc100m --model SLIP_VITB16 --lr 3e-3 --wd 0.1
+
+The same command runs on a CPU, a GPU, or under torchrun. An interrupted run continues by itself when it is started
+again with the same --output-dir. Validation each epoch measures retrieval on the whole validation split.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import math
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import datasets
+import eval_zeroshot
+import models
+import utils
+from tokenizer import create_tokenizer
+
+HERE = Path(__file__).parent
+# What must not differ between a run and its continuation: the model, the data, and the schedule.
+RESUME_SETTINGS = ("dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
+                   "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze", "disable_amp")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("main.py", description=__doc__, formatter_class=utils.HelpFormatter)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", default="yfcc15m", choices=list(datasets.READERS),
+                      help="which reader; the README shows the layout each expects")
+    data.add_argument("--root", default="", type=str,
+                      help="folder of the data set; for roco the one that holds train/, validation/ and test/")
+    data.add_argument("--metadata", default="yfcc15m.pkl", type=str,
+                      help="file of captions where the layout does not fix it; for csv the table of training pairs")
+    data.add_argument("--val-metadata", default="", type=str, help="csv only: the table of validation pairs")
+    data.add_argument("--caption-filter", default="all", type=str, metavar="FILTER",
+                      help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in datasets.py), or a "
+                           "regular expression, matched without regard to case; validation is filtered too")
+    data.add_argument("--cache-dir", default="", type=str,
+                      help="where the index of a large data set is kept; by default beside its metadata")
+    data.add_argument("--max-bad-share", default=0.01, type=float, metavar="SHARE",
+                      help="end the run when more than this share of the pictures drawn cannot be decoded; those that "
+                           "cannot are named in bad_samples.txt and replaced")
+    data.add_argument("-j", "--workers", default=10, type=int,
+                      help="loader processes for each training process; about one for each CPU core it may use")
+    data.add_argument("--output-dir", default="./", type=str,
+                      help="checkpoints, logs and settings go here; a run found here is continued")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="SLIP_VITB16", choices=list(models.MODELS), metavar="NAME",
+                       help="one of " + ", ".join(models.MODELS))
+    model.add_argument("--ssl-mlp-dim", default=4096, type=int, help="hidden width of the SimCLR projection head")
+    model.add_argument("--ssl-emb-dim", default=256, type=int, help="output width of the SimCLR projection head")
+    model.add_argument("--image-size", default=None, type=int, metavar="PIXELS",
+                       help="side of the training pictures (default: the model's, 224); position embeddings follow")
+    model.add_argument("--vision-tower", default=None, type=str, metavar="TIMM_NAME",
+                       help="replace the image tower by any timm image model, e.g. convnext_atto")
+    model.add_argument("--override", default=[], nargs="+", metavar="KEY=VALUE",
+                       help="other settings of the model (fields of models.ModelConfig), e.g. text_layers=4; "
+                            "vision.KEY=VALUE reaches the image tower's constructor, e.g. vision.depth=4")
+    model.add_argument("--context-length", default=None, type=int, metavar="TOKENS",
+                       help="longest caption (default 77; up to 512 with a BERT text tower); longer ones are cut")
+    model.add_argument("--bert-vocab", default="", type=str, metavar="VOCAB.TXT",
+                       help="vocabulary of Bio_ClinicalBERT, needed with MedCLIP's weights; without it a BERT tower "
+                            "starts afresh on CLIP's vocabulary")
+    model.add_argument("--text-pooling", default="masked", choices=("masked", "medclip"),
+                       help="BERT towers: average over a caption's own tokens, or also over padding as MedCLIP does")
+
+    start = parser.add_argument_group("where to start from")
+    start.add_argument("--resume", default="", type=str, metavar="CKPT",
+                       help="continue this run: weights, optimizer, schedule, position in the data")
+    start.add_argument("--init", default="", type=str, metavar="CKPT",
+                       help="start a new run from these weights alone; position embeddings are resized")
+    start.add_argument("--medclip-weights", default="", type=str, metavar="PATH",
+                       help="MedCLIP's folder, zip or pytorch_model.bin, for the MEDCLIP_* and MEDSLIP_* models")
+    start.add_argument("--freeze", default="", choices=("", "image", "text"),
+                       help="hold one tower fixed and in eval mode; its projection keeps learning")
+    start.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch of a new run")
+
+    train = parser.add_argument_group("training")
+    train.add_argument("--epochs", default=25, type=int)
+    train.add_argument("--warmup-epochs", default=1, type=int, help="epochs of linear warm-up from --lr-start")
+    train.add_argument("--batch-size", default=64, type=int, help="pairs for each process and micro-batch")
+    train.add_argument("--update-freq", default=1, type=int,
+                       help="micro-batches for each optimizer step; negatives come from the micro-batch only")
+    train.add_argument("--lr", default=3e-3, type=float,
+                       help="peak learning rate; 3e-3 is SLIP's for training from scratch at batch 4096 and would wreck "
+                            "pre-trained towers: fine-tune MedCLIP with about 5e-5")
+    train.add_argument("--lr-start", default=1e-6, type=float, help="learning rate at the first step")
+    train.add_argument("--lr-end", default=1e-5, type=float, help="learning rate at the last step")
+    train.add_argument("--wd", default=0.1, type=float, help="weight decay; SLIP used 0.1, CLIP 0.5")
+    train.add_argument("--betas", default=(0.9, 0.98), nargs=2, type=float, help="of AdamW")
+    train.add_argument("--eps", default=1e-8, type=float, help="of AdamW")
+    train.add_argument("--ssl-scale", default=1.0, type=float, help="weight of the SimCLR loss in SLIP")
+    train.add_argument("--ssl-temp", default=0.1, type=float, help="softmax temperature of the SimCLR loss")
+    train.add_argument("--gather-with-grad", default=True, action=argparse.BooleanOptionalAction,
+                       help="let the CLIP loss's gradient reach the other processes' features, so that N processes "
+                            "equal one at the same global batch; --no-gather-with-grad reproduces the published "
+                            "multi-GPU runs, where about half of that gradient is missing")
+    train.add_argument("--disable-amp", action="store_true",
+                       help="compute in float32 on GPUs as well (slower, more memory); CPUs always do")
+    train.add_argument("--seed", default=0, type=int)
+
+    run = parser.add_argument_group("validation, checkpoints, logging")
+    run.add_argument("--eval-freq", default=1, type=int, help="validate every so many epochs, and after the last")
+    run.add_argument("-e", "--evaluate", action="store_true", help="only validate the weights of --resume or --init")
+    run.add_argument("--zeroshot-set", default="imagenet", type=str, metavar="NAME",
+                     help="data set of dataset_catalog.json for zero-shot validation; skipped where its path is absent")
+    run.add_argument("--catalog", default=str(HERE / "dataset_catalog.json"), type=str)
+    run.add_argument("--print-freq", default=10, type=int, metavar="STEPS", help="steps between log lines")
+    run.add_argument("--keep-last", default=2, type=int, metavar="K", help="checkpoints to keep beside the best")
+    run.add_argument("--save-every-minutes", default=30.0, type=float, metavar="MINUTES",
+                     help="checkpoint within an epoch this often, beside the one after every epoch")
+    run.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+    utils.add_distributed_arguments(parser)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building the parts of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_overrides(pairs: list[str]) -> dict:
+    """["text_layers=4", "vision.depth=2"] to {"text_layers": 4, "vision_kwargs": {"depth": 2}}."""
+    out: dict = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--override takes KEY=VALUE, got {pair!r}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        if key.startswith("vision."):
+            out.setdefault("vision_kwargs", {})[key.removeprefix("vision.")] = value
+        else:
+            out[key] = value
+    return out
+
+
+def build_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
+    """The model with the weights it starts from, and its tokenizer (None for an objective without text)."""
+    overrides = dict(ssl_mlp_dim=args.ssl_mlp_dim, ssl_emb_dim=args.ssl_emb_dim, text_pooling=args.text_pooling)
+    for key in ("image_size", "vision_tower", "context_length"):
+        if getattr(args, key) is not None:
+            overrides[key] = getattr(args, key)
+    overrides |= parse_overrides(args.override)
+    config = models.resolve_config(args.model, **overrides)
+
+    spec = {"kind": "clip-bpe", "context_length": config.context_length}
+    if config.text_tower == "bert" and args.bert_vocab:
+        spec = {"kind": "bert-wordpiece", "context_length": config.context_length, "vocab": args.bert_vocab}
+    elif config.text_tower == "bert" and args.medclip_weights:
+        raise ValueError("--medclip-weights needs --bert-vocab: the vocab.txt of Bio_ClinicalBERT (28,996 lines)")
+    elif config.text_tower == "bert" and "vocab_size" not in overrides:
+        say(f"{args.model}: no --bert-vocab, so the text tower reads CLIP's vocabulary")
+    tokenizer = create_tokenizer(spec)
+    if config.text_tower == "bert":
+        overrides["vocab_size"] = tokenizer.vocab_size
+
+    model = models.create_model(args.model, **overrides)
+    if args.medclip_weights:
+        if not args.model.startswith("MED"):
+            raise ValueError(f"--medclip-weights fits the MEDCLIP_* and MEDSLIP_* models, not {args.model}")
+        models.initialise(model, args.medclip_weights)
+        say(f"{args.model}: towers loaded from {args.medclip_weights}")
+    elif args.init:
+        models.initialise(model, args.init)
+        say(f"{args.model}: weights loaded from {args.init}")
+    else:
+        say(f"{args.model}: no weights given, every parameter starts from its initial distribution")
+    if args.freeze:
+        model.freeze(args.freeze)
+    return model, tokenizer if model.objective.text else None
+
+
+def metadata_of(args: argparse.Namespace, split: str) -> str:
+    """--metadata, whose published default belongs to yfcc15m alone; csv names its validation table apart."""
+    if split == "validation" and args.dataset == "csv":
+        return args.val_metadata
+    return "" if args.dataset != "yfcc15m" and args.metadata == "yfcc15m.pkl" else args.metadata
+
+
+def build_reader(args: argparse.Namespace, split: str, caption_filter: str, say):
+    if not args.root:
+        raise ValueError(f"--root is missing: the folder of the {args.dataset} data set")
+    reader = datasets.create_reader(args.dataset, args.root, metadata_of(args, split), split, caption_filter,
+                                    **({"cache_dir": args.cache_dir} if args.cache_dir else {}))
+    for line in reader.log:
+        say(f"{args.dataset} {split}: {line}")
+    return reader
+
+
+def build_validation(args: argparse.Namespace, objective: models.Objective, say) -> dict[str, object]:
+    """Readers of the validation split by name: `val` as the caption filter leaves it, `val_full` the whole pool.
+
+    Empty, with a notice, where the objective has no text side or the data set no validation split.
+    """
+    if not objective.text:
+        say("validation: this objective has no text side, so there is no retrieval; the last epoch counts as the best")
+        return {}
+    if "validation" not in datasets.READERS[args.dataset].splits or (args.dataset == "csv" and not args.val_metadata):
+        say(f"validation: {args.dataset} has no validation pairs, so there is no retrieval")
+        return {}
+    try:
+        readers = {"val": build_reader(args, "validation", args.caption_filter, say)}
+    except FileNotFoundError as error:
+        say(f"validation: no retrieval ({error})")
+        return {}
+    if args.caption_filter != "all":
+        readers["val_full"] = build_reader(args, "validation", "all", lambda line: None)
+    return readers
+
+
+@dataclass
+class Run:
+    """The parts of a run that the epoch loop, validation and checkpoints share."""
+
+    args: argparse.Namespace
+    processes: utils.Distributed
+    model: nn.Module  # the bare model
+    trained: nn.Module  # what is called in training: the model or its DistributedDataParallel wrapper
+    tokenizer: object
+    loss: nn.Module
+    optimizer: torch.optim.Optimizer
+    autocast: object
+    scaler: torch.amp.GradScaler
+    loader: DataLoader
+    steps_per_epoch: int
+    logger: utils.Logger
+    settings: dict  # compared when a run is continued
+    epoch: int = 0
+    step_in_epoch: int = 0  # updates done in this epoch
+    best: float = -math.inf
+    epoch_sums: list[float] = field(default_factory=list)  # sums of the metrics over this epoch, then their count
+    last_save: float = field(default_factory=time.monotonic)
+
+    @property
+    def step(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.step_in_epoch
+
+
+def build_loader(args: argparse.Namespace, reader, model: nn.Module, tokenizer, processes: utils.Distributed):
+    dataset = datasets.ContrastiveDataset(reader, model.objective.inputs, model.preprocess, args.seed,
+                                          bad_samples=Path(args.output_dir) / "bad_samples.txt",
+                                          max_bad_share=args.max_bad_share)
+    sampler = datasets.GlobalBatchSampler(len(reader), args.batch_size, processes.rank, processes.world_size, args.seed)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=datasets.Collate(tokenizer),
+                      num_workers=args.workers, persistent_workers=args.workers > 0,
+                      pin_memory=processes.device.type == "cuda",
+                      generator=torch.Generator())  # its own, so that starting a loader leaves dropout's numbers alone
+
+
+def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
+    """Everything that determines this run, written before its first step, and the lines a person wants to see."""
+    world, say = run.processes.world_size, run.logger.line
+    effective = args.batch_size * args.update_freq * world
+    derived = {"world_size": world, "device": str(run.processes.device), "training_pairs": n_pairs,
+               "global_batch": args.batch_size * world, "effective_batch": effective,
+               "steps_per_epoch": run.steps_per_epoch, "total_steps": run.steps_per_epoch * args.epochs,
+               "learning_rate": args.lr, "model_config": run.model.config,
+               "parameters": sum(p.numel() for p in run.model.parameters())}
+    if run.processes.is_main:
+        utils.write_json(Path(args.output_dir) / "settings.json",
+                         {"args": vars(args), "derived": derived, "versions": utils.versions()})
+    say(json.dumps(vars(args), default=str))
+    say(", ".join(f"{k} {v}" for k, v in utils.versions().items()))
+    say(f"weight decay: {utils.describe_groups(run.optimizer.param_groups)}")
+    say(f"{n_pairs:,} pairs; {args.batch_size} x {args.update_freq} micro-batch(es) x {world} process(es) = effective "
+        f"batch {effective}; {run.steps_per_epoch} steps an epoch; learning rate {args.lr:g} (not scaled)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+def resume_settings(args: argparse.Namespace, model: nn.Module, processes: utils.Distributed, n_pairs: int) -> dict:
+    settings = {key: getattr(args, key) for key in RESUME_SETTINGS}
+    settings |= {"model": args.model, "global_batch": args.batch_size * processes.world_size, "pairs": n_pairs,
+                 **{f"model.{k}": v for k, v in model.config.items()}}
+    return json.loads(json.dumps(settings))  # tuples and lists compare equal after a round trip
+
+
+def save(run: Run, is_best: bool = False) -> None:
+    """Checkpoint the run as it stands; every rank calls this."""
+    random_states = utils.gather_objects(run.processes, utils.random_state(run.processes.device))
+    run.last_save = time.monotonic()
+    if not run.processes.is_main:
+        return
+    state = {
+        "epoch": run.epoch, "step_in_epoch": run.step_in_epoch, "step": run.step,
+        "state_dict": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(), "best_acc1": run.best, "epoch_sums": run.epoch_sums,
+        "random": random_states, "settings": run.settings, "args": json.loads(json.dumps(vars(run.args), default=str)),
+        "model": {"name": run.model.name, "config": run.model.config}, "preprocess": run.model.preprocess.to_dict(),
+        "tokenizer": run.tokenizer.spec() if run.tokenizer else None, "versions": utils.versions(),
+    }
+    output_dir = Path(run.args.output_dir)
+    utils.save_training_checkpoint(state, output_dir, run.step, is_best, run.args.keep_last)
+    if is_best and run.model.name.startswith("MED"):
+        import medclip
+
+        (output_dir / "medclip_export").mkdir(exist_ok=True)
+        utils.save_checkpoint(medclip.export_medclip(run.model), output_dir / "medclip_export" / medclip.WEIGHTS_NAME)
+
+
+def resume(run: Run) -> None:
+    """Continue from --resume, else from the newest checkpoint in the output directory, if there is one."""
+    output_dir = Path(run.args.output_dir)
+    if run.args.resume:
+        state, source = utils.load_checkpoint(run.args.resume), run.args.resume
+        run.logger.line(f"resuming from {source}")
+    else:
+        state, source = utils.find_training_checkpoint(output_dir, run.logger.line), f"the run in {output_dir}"
+    if state is None:
+        return
+    if "settings" not in state:
+        raise ValueError(f"{source} was not written by this code and cannot be continued; --init starts a new run "
+                         "from its weights")
+    theirs = state["settings"]
+    differ = [f"{k}: {theirs.get(k)!r} there, {run.settings.get(k)!r} now"
+              for k in sorted(set(theirs) | set(run.settings)) if theirs.get(k) != run.settings.get(k)]
+    if differ:
+        raise ValueError(f"cannot continue {source}, its settings differ (choose another --output-dir for a new run):\n"
+                         + "\n".join(f"  {d}" for d in differ))
+    models.load_weights(run.model, state["state_dict"], str(source))
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.epoch, run.step_in_epoch, run.best = state["epoch"], state["step_in_epoch"], state["best_acc1"]
+    run.epoch_sums = list(state["epoch_sums"])
+    if len(state["random"]) == run.processes.world_size:
+        utils.set_random_state(state["random"][run.processes.rank], run.processes.device)
+    run.logger.line(f"continuing at epoch {run.epoch}, step {run.step_in_epoch} of {run.steps_per_epoch}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+class StopRequest:
+    """Remembers SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, so that the loop can checkpoint and leave between two steps."""
+
+    def __init__(self):
+        self.name = ""
+        self.previous = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            try:
+                self.previous[number] = signal.signal(number, self._remember)
+            except ValueError:  # not in the main thread: signals belong to whoever runs us
+                break
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: object) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        self.name = signal.Signals(number).name
+
+
+def update(run: Run, batches: list[dict], totals: Tensor) -> None:
+    """One optimizer step over micro-batches, whose metrics are added to `totals` (metrics..., count, not finite).
+
+    Each micro-batch weighs the same however many there are, so a short group at the end of an epoch is no weaker step.
+    An update whose gradient is not finite is skipped, decided on the device and alike on all ranks.
+    """
+    lr = utils.cosine_lr(run.step, run.steps_per_epoch * run.args.epochs, run.args.lr, run.args.lr_end,
+                         run.args.warmup_epochs * run.steps_per_epoch, run.args.lr_start)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    for i, batch in enumerate(batches):
+        inputs = [batch[key].to(run.processes.device, non_blocking=True) for key in run.model.objective.inputs]
+        last = i == len(batches) - 1
+        with nullcontext() if last or run.trained is run.model else run.trained.no_sync():
+            with run.autocast():
+                outputs = run.trained(*inputs)
+            metrics = run.loss(outputs)
+            run.scaler.scale(metrics["loss"] / len(batches)).backward()
+        totals[:-2] += torch.stack([metrics[key].detach().float() for key in run.model.objective.metrics])
+        totals[-2] += 1
+    finite = torch.isfinite(torch.nn.utils.get_total_norm(
+        [p.grad for p in run.model.parameters() if p.grad is not None]))
+    totals[-1] += ~finite
+    if not run.scaler.is_enabled():
+        run.optimizer.found_inf = (~finite).float()  # the fused optimizer leaves everything as it is where this is 1
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.model.objective.text:
+        with torch.no_grad():
+            run.model.logit_scale.clamp_(0, models.LOGIT_SCALE_MAX)  # CLIP, section 2.5
+    run.step_in_epoch += 1
+
+
+def train_one_epoch(run: Run, stop: StopRequest) -> bool:
+    """The rest of the epoch that `run` stands in; False when a signal ended it early, after a checkpoint."""
+    args, keys = run.args, run.model.objective.metrics
+    run.trained.train()
+    run.loader.batch_sampler.set_epoch(run.epoch, start_step=run.step_in_epoch * args.update_freq)
+    batches = iter(run.loader)
+    totals = torch.zeros(len(keys) + 2, device=run.processes.device)
+    run.epoch_sums = run.epoch_sums or [0.0] * (len(keys) + 1)
+    bar = tqdm(total=run.steps_per_epoch, initial=run.step_in_epoch, desc=f"epoch {run.epoch}", leave=False,
+               disable=not (run.processes.is_main and sys.stderr.isatty()))
+    waiting, since, first = 0.0, time.monotonic(), run.step_in_epoch
+    while run.step_in_epoch < run.steps_per_epoch:
+        before = time.monotonic()
+        group = [batch for _, batch in zip(range(args.update_freq), batches, strict=False)]
+        waiting += time.monotonic() - before
+        update(run, group, totals)
+        bar.update()
+        if run.step_in_epoch % args.print_freq and run.step_in_epoch < run.steps_per_epoch:
+            continue
+
+        # The one point of the interval at which ranks meet and the host waits for the device.
+        save_due = time.monotonic() - run.last_save > 60 * args.save_every_minutes
+        shared = torch.cat([totals, totals.new_tensor([float(bool(stop.name)), float(save_due and run.processes.is_main)])])
+        if run.processes.world_size > 1:
+            dist.all_reduce(shared)
+        *sums, count, skipped, stopping, save_due = shared.tolist()
+        totals.zero_()
+        for i, value in enumerate([*sums, count]):
+            run.epoch_sums[i] += value
+        seconds = time.monotonic() - since
+        log_interval(run, dict(zip(keys, [s / count for s in sums], strict=True)), skipped / run.processes.world_size,
+                     run.step_in_epoch - first, seconds, waiting / seconds)
+        waiting, since, first = 0.0, time.monotonic(), run.step_in_epoch
+        if stopping:
+            save(run)
+            run.logger.line(f"stopped by {stop.name or 'a signal to another rank'}: checkpoint written at epoch "
+                            f"{run.epoch}, step {run.step_in_epoch}; the same command continues from it")
+            bar.close()
+            return False
+        if save_due and run.step_in_epoch < run.steps_per_epoch:
+            save(run)
+    bar.close()
+    return True
+
+
+def log_interval(run: Run, metrics: dict, skipped: float, steps: int, seconds: float, waiting: float) -> None:
+    """One line and one row about the `steps` updates since the last; raises where none of them was finite."""
+    args = run.args
+    samples = steps * args.update_freq * args.batch_size * run.processes.world_size / seconds
+    left = (run.steps_per_epoch * args.epochs - run.step) * seconds / steps
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if run.processes.device.type == "cuda" else 0.0
+    lr = run.optimizer.param_groups[0]["lr"]
+    scale = {"logit_scale": run.model.logit_scale.exp().item()} if run.model.objective.text else {}
+    parts = "  ".join(f"{k} {v:.4g}" for k, v in {**metrics, **scale}.items())
+    run.logger.line(f"epoch {run.epoch} [{run.step_in_epoch}/{run.steps_per_epoch}]  {parts}  lr {lr:.3g}  "
+                    f"{samples:.0f} samples/s  data {100 * waiting:.0f}%"
+                    + (f"  mem {memory:.1f} GiB" if memory else "") + f"  left {utils.format_seconds(left)}")
+    run.logger.row("train", run.step, {
+        "epoch": run.epoch, **metrics, **scale, "lr": lr, "samples_per_second": samples, "waiting_for_data": waiting,
+        "memory_gib": memory, "skipped_updates": skipped})
+    if skipped:
+        run.logger.line(f"warning: {skipped:.0f} of {steps} updates had a gradient that is not finite and were skipped")
+    if skipped >= steps and not run.scaler.is_enabled() or not math.isfinite(metrics["loss"]) and skipped >= steps:
+        raise FloatingPointError(f"loss or gradient not finite in all {steps} updates up to epoch {run.epoch}, step "
+                                 f"{run.step_in_epoch}: lower --lr, or look at the data; the last checkpoint is intact")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def zero_shot_set(args: argparse.Namespace, model: nn.Module, say):
+    """(data set, class names, templates, metric) of --zeroshot-set, or None with one notice where it is not there."""
+    if not model.objective.text:
+        return None
+    try:
+        return eval_zeroshot.load_zeroshot_set(args.zeroshot_set, model.preprocess, args.catalog)
+    except FileNotFoundError as error:
+        say(f"validation: no zero-shot classification ({error})")
+        return None
+
+
+def validate(run: Run, readers: dict, zero_shot) -> tuple[dict, float | None]:
+    """Figures of the whole validation split, each sample once on any number of processes.
+
+    Returns them and the score that chooses the best checkpoint: the mean of recall at 1, 5 and 10 both ways, else
+    zero-shot accuracy, else None.
+    """
+    args, row, score = run.args, {}, None
+    common = dict(batch_size=args.batch_size, workers=min(args.workers, 4), dist=run.processes)
+    for name, reader in readers.items():
+        images, texts, captions = eval_zeroshot.embed_pairs(run.model, reader, run.model.preprocess, run.tokenizer,
+                                                            run.processes.device, **common)
+        figures = eval_zeroshot.retrieval_metrics(images, texts, captions)
+        row |= {f"{name}_{k}": v for k, v in figures.items()}
+        recalls = [v for k, v in figures.items() if k[:5] in ("i2t_r", "t2i_r")]
+        if name == "val":
+            score = sum(recalls) / len(recalls)
+        run.logger.line(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+    if zero_shot is not None:
+        dataset, classes, templates, metric = zero_shot
+        figures = eval_zeroshot.evaluate_zeroshot(run.model, run.tokenizer, dataset, classes, templates,
+                                                  run.processes.device, metric=metric, **common)
+        row |= {f"{args.zeroshot_set}_{k}": v for k, v in figures.items()}
+        score = figures["score"] if score is None else score
+        run.logger.line(f"zero-shot {args.zeroshot_set}: {metric} {figures['score']:.2f}")
+    return row, score
+
+
+def finish_epoch(run: Run, readers: dict, zero_shot) -> dict:
+    """Validate where it is due, checkpoint, and keep the best; returns the epoch's figures."""
+    args, done = run.args, run.epoch + 1
+    *sums, count = run.epoch_sums
+    row = {"epoch": run.epoch, **{k: s / count for k, s in zip(run.model.objective.metrics, sums, strict=True)}}
+    score = None
+    if done % args.eval_freq == 0 or done == args.epochs:
+        figures, score = validate(run, readers, zero_shot)
+        row |= figures
+    is_best = score > run.best if score is not None else not readers and zero_shot is None
+    run.best = score if is_best and score is not None else run.best
+    run.epoch, run.step_in_epoch, run.epoch_sums = done, 0, []
+    run.logger.row("epoch", run.step, {**row, "best": run.best if math.isfinite(run.best) else None})
+    save(run, is_best)
+    return row
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train as the command line says; returns the last epoch's figures."""
+    args = get_args_parser().parse_args(argv)
+    processes = utils.init_distributed(args)
+    utils.seed_everything(args.seed + processes.rank)
+    output_dir = Path(args.output_dir)
+    logger = utils.Logger(output_dir, processes.is_main, args.wandb, vars(args))
+    say = logger.line
+    try:
+        utils.seed_everything(args.seed)  # all ranks start from the same weights
+        model, tokenizer = build_model(args, say)
+        with utils.main_process_first(processes):
+            reader = build_reader(args, "train", args.caption_filter, say)
+            readers = build_validation(args, model.objective, say)
+        zero_shot = zero_shot_set(args, model, say)
+        model = utils.synchronise_batchnorm(model, processes).to(processes.device)
+        utils.seed_everything(args.seed + processes.rank)  # dropout differs between ranks
+
+        loader = build_loader(args, reader, model, tokenizer, processes)
+        trained = model
+        if processes.world_size > 1:
+            trained = DistributedDataParallel(model, broadcast_buffers=False, device_ids=[processes.device.index]
+                                              if processes.device.type == "cuda" else None)
+        optimizer = torch.optim.AdamW(utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas),
+                                      eps=args.eps, fused=True)
+        autocast, scaler = utils.autocast_of(processes.device, args.disable_amp)
+        run = Run(args, processes, model, trained, tokenizer,
+                  model.objective.loss(args.ssl_temp, args.ssl_scale, args.gather_with_grad), optimizer, autocast,
+                  scaler, loader, math.ceil(len(loader.batch_sampler) / args.update_freq), logger,
+                  resume_settings(args, model, processes, len(reader)), epoch=args.start_epoch)
+        record_settings(args, run, len(reader))
+        if args.evaluate:
+            if args.resume:
+                models.initialise(model, args.resume)
+            figures, _ = validate(run, readers, zero_shot)
+            return figures
+        resume(run)
+
+        figures = {}
+        with StopRequest() as stop:
+            while run.epoch < args.epochs and train_one_epoch(run, stop):
+                figures = finish_epoch(run, readers, zero_shot)
+        return figures
+    finally:
+        logger.close()
+        utils.leave_distributed(processes)
+
+
+if __name__ == "__main__":
+    main()
