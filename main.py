@@ -47,8 +47,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add_argument("--root", default="", type=str,
                       help="folder of the data set; for roco the one that holds train/, validation/ and test/")
     data.add_argument("--metadata", default="yfcc15m.pkl", type=str,
-                      help="file of captions where the layout does not fix it; for csv the table of training pairs")
-    data.add_argument("--val-metadata", default="", type=str, help="csv only: the table of validation pairs")
+                      help="file of captions where the layout does not fix it; for csv the table of pairs, with a "
+                           "column `split` or {split} in its name where there is a validation split")
     data.add_argument("--caption-filter", default="all", type=str, metavar="FILTER",
                       help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in datasets.py), or a "
                            "regular expression, matched without regard to case; validation is filtered too")
@@ -100,8 +100,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     train.add_argument("--update-freq", default=1, type=int,
                        help="micro-batches for each optimizer step; negatives come from the micro-batch only")
     train.add_argument("--lr", default=3e-3, type=float,
-                       help="peak learning rate; 3e-3 is SLIP's for training from scratch at batch 4096 and would wreck "
-                            "pre-trained towers: fine-tune MedCLIP with about 5e-5")
+                       help="peak learning rate; 3e-3 is SLIP's for training from scratch at batch 4096 and would "
+                            "wreck pre-trained towers: fine-tune MedCLIP with about 5e-5")
     train.add_argument("--lr-start", default=1e-6, type=float, help="learning rate at the first step")
     train.add_argument("--lr-end", default=1e-5, type=float, help="learning rate at the last step")
     train.add_argument("--wd", default=0.1, type=float, help="weight decay; SLIP used 0.1, CLIP 0.5")
@@ -190,17 +190,12 @@ def build_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
     return model, tokenizer if model.objective.text else None
 
 
-def metadata_of(args: argparse.Namespace, split: str) -> str:
-    """--metadata, whose published default belongs to yfcc15m alone; csv names its validation table apart."""
-    if split == "validation" and args.dataset == "csv":
-        return args.val_metadata
-    return "" if args.dataset != "yfcc15m" and args.metadata == "yfcc15m.pkl" else args.metadata
-
-
 def build_reader(args: argparse.Namespace, split: str, caption_filter: str, say):
     if not args.root:
         raise ValueError(f"--root is missing: the folder of the {args.dataset} data set")
-    reader = datasets.create_reader(args.dataset, args.root, metadata_of(args, split), split, caption_filter,
+    # The published default belongs to yfcc15m alone.
+    metadata = "" if args.dataset != "yfcc15m" and args.metadata == "yfcc15m.pkl" else args.metadata
+    reader = datasets.create_reader(args.dataset, args.root, metadata, split, caption_filter,
                                     **({"cache_dir": args.cache_dir} if args.cache_dir else {}))
     for line in reader.log:
         say(f"{args.dataset} {split}: {line}")
@@ -215,7 +210,7 @@ def build_validation(args: argparse.Namespace, objective: models.Objective, say)
     if not objective.text:
         say("validation: this objective has no text side, so there is no retrieval; the last epoch counts as the best")
         return {}
-    if "validation" not in datasets.READERS[args.dataset].splits or (args.dataset == "csv" and not args.val_metadata):
+    if "validation" not in datasets.READERS[args.dataset].splits:
         say(f"validation: {args.dataset} has no validation pairs, so there is no retrieval")
         return {}
     try:
@@ -250,6 +245,8 @@ class Run:
     best: float = -math.inf
     epoch_sums: list[float] = field(default_factory=list)  # sums of the metrics over this epoch, then their count
     last_save: float = field(default_factory=time.monotonic)
+    broken: int = 0  # pictures that could not be decoded, of those this process has drawn
+    drawn: int = 0
 
     @property
     def step(self) -> int:
@@ -258,8 +255,7 @@ class Run:
 
 def build_loader(args: argparse.Namespace, reader, model: nn.Module, tokenizer, processes: utils.Distributed):
     dataset = datasets.ContrastiveDataset(reader, model.objective.inputs, model.preprocess, args.seed,
-                                          bad_samples=Path(args.output_dir) / "bad_samples.txt",
-                                          max_bad_share=args.max_bad_share)
+                                          replace_broken=True)
     sampler = datasets.GlobalBatchSampler(len(reader), args.batch_size, processes.rank, processes.world_size, args.seed)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=datasets.Collate(tokenizer),
                       num_workers=args.workers, persistent_workers=args.workers > 0,
@@ -427,23 +423,27 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
         before = time.monotonic()
         group = [batch for _, batch in zip(range(args.update_freq), batches, strict=False)]
         waiting += time.monotonic() - before
+        note_broken(run, group)
         update(run, group, totals)
         bar.update()
         if run.step_in_epoch % args.print_freq and run.step_in_epoch < run.steps_per_epoch:
             continue
 
         # The one point of the interval at which ranks meet and the host waits for the device.
-        save_due = time.monotonic() - run.last_save > 60 * args.save_every_minutes
-        shared = torch.cat([totals, totals.new_tensor([float(bool(stop.name)), float(save_due and run.processes.is_main)])])
+        save_due = run.processes.is_main and time.monotonic() - run.last_save > 60 * args.save_every_minutes
+        shared = torch.cat([totals, totals.new_tensor([bool(stop.name), save_due, run.broken, run.drawn])])
         if run.processes.world_size > 1:
             dist.all_reduce(shared)
-        *sums, count, skipped, stopping, save_due = shared.tolist()
+        *sums, count, skipped, stopping, save_due, broken, drawn = shared.tolist()
         totals.zero_()
         for i, value in enumerate([*sums, count]):
             run.epoch_sums[i] += value
         seconds = time.monotonic() - since
         log_interval(run, dict(zip(keys, [s / count for s in sums], strict=True)), skipped / run.processes.world_size,
                      run.step_in_epoch - first, seconds, waiting / seconds)
+        if broken > args.max_bad_share * drawn:
+            raise ValueError(f"{broken:.0f} of {drawn:.0f} pictures drawn cannot be decoded, more than --max-bad-share "
+                             f"{args.max_bad_share:g}; they are named in {Path(args.output_dir) / 'bad_samples.txt'}")
         waiting, since, first = 0.0, time.monotonic(), run.step_in_epoch
         if stopping:
             save(run)
@@ -455,6 +455,16 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
             save(run)
     bar.close()
     return True
+
+
+def note_broken(run: Run, batches: list[dict]) -> None:
+    """Count the pictures that could not be decoded, and append their names to bad_samples.txt."""
+    messages = [message for batch in batches for message in batch["broken"]]
+    run.broken += len(messages)
+    run.drawn += sum(len(batch["index"]) for batch in batches)
+    if messages:
+        with open(Path(run.args.output_dir) / "bad_samples.txt", "a", encoding="utf8") as file:
+            file.writelines(f"{message}\n" for message in messages)
 
 
 def log_interval(run: Run, metrics: dict, skipped: float, steps: int, seconds: float, waiting: float) -> None:

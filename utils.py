@@ -1,4 +1,4 @@
-"""Shared by the scripts: processes and devices, checkpoints, schedule and parameter groups, reproducibility, logging."""
+"""Shared by the scripts: processes and devices, checkpoints, schedule, reproducibility, logging."""
 from __future__ import annotations
 
 import argparse
@@ -6,14 +6,12 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import random
 import re
 import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -221,8 +219,7 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         with torch.serialization.safe_globals(_PUBLISHED_TYPES):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:
+    except Exception as error:  # the restricted unpickler raises any kind on bytes that are no checkpoint
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")

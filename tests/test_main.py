@@ -1,0 +1,267 @@
+"""main.py end to end on small data: training, validation, resuming, two processes, errors."""
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_helpers import run_ranks
+from roco_tree import make_roco
+
+import main
+import models
+import utils
+
+TINY = ["--image-size", "32", "--ssl-mlp-dim", "32", "--ssl-emb-dim", "16", "--context-length", "24",
+        "--override", "vision.patch_size=8", "vision.embed_dim=32", "vision.depth=2", "vision.num_heads=2",
+        "text_width=32", "text_layers=1", "text_heads=2", "embed_dim=16"]
+DROPOUT = ["vision.proj_drop_rate=0.1", "vision.drop_path_rate=0.1"]  # makes every step draw random numbers
+
+
+@pytest.fixture(scope="module")
+def roco(tmp_path_factory):
+    return make_roco(tmp_path_factory.mktemp("roco"))
+
+
+def command(roco, output_dir, *extra, model="SLIP_VITT16"):
+    return ["--dataset", "roco", "--root", str(roco), "--model", model, "--output-dir", str(output_dir), "-j", "0",
+            "--batch-size", "8", "--epochs", "2", "--lr", "1e-3", "--print-freq", "1", *TINY, *extra]
+
+
+def weights(output_dir):
+    return utils.load_checkpoint(Path(output_dir) / "checkpoint.pt")["state_dict"]
+
+
+def assert_same_run(a, b):
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert [k for k in first if not torch.equal(first[k], second[k])] == []
+
+
+@pytest.fixture(scope="module")
+def unbroken(roco, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    main.main(command(roco, out, *DROPOUT))
+    return out
+
+
+def test_what_a_run_leaves_behind(unbroken):
+    names = {p.name for p in unbroken.iterdir()}
+    assert {"checkpoint.pt", "checkpoint_best.pt", "settings.json", "log.txt", "log.jsonl", "tensorboard"} <= names
+    rows = [json.loads(line) for line in (unbroken / "log.jsonl").read_text().splitlines()]
+    steps = [r for r in rows if r["kind"] == "train"]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(abs(r["loss"] - r["clip_loss"] - r["ssl_loss"]) < 1e-4 for r in steps)
+    epochs = [r for r in rows if r["kind"] == "epoch"]
+    assert len(epochs) == 2 and epochs[-1]["val_pool"] == 8
+    mean = sum(r["loss"] for r in steps if r["epoch"] == 1) / 3
+    assert epochs[1]["loss"] == pytest.approx(mean, rel=1e-6)
+    recalls = [v for k, v in epochs[-1].items() if k.startswith("val_") and "_r" in k and "rank" not in k]
+    assert len(recalls) == 6
+    settings = json.loads((unbroken / "settings.json").read_text())
+    assert settings["derived"]["effective_batch"] == 8 and settings["derived"]["total_steps"] == 6
+    assert "weight decay" in (unbroken / "log.txt").read_text()
+    loaded = models.load_pretrained(unbroken / "checkpoint_best.pt")
+    assert loaded.model.name == "SLIP_VITT16" and loaded.preprocess.size == 32
+    assert loaded.tokenizer(["a mass"]).shape == (1, 24)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resuming_after_an_epoch_is_the_unbroken_run(roco, unbroken, tmp_path, workers, monkeypatch):
+    with monkeypatch.context() as m:  # the first process ends after its first epoch
+        m.setattr(main, "finish_epoch", stop_after(main.finish_epoch))
+        with pytest.raises(KeyboardInterrupt):
+            main.main(command(roco, tmp_path, *DROPOUT, "-j", workers))
+    main.main(command(roco, tmp_path, *DROPOUT, "-j", workers))
+    assert_same_run(unbroken, tmp_path)
+
+
+def stop_after(function):
+    def wrapped(*args):
+        function(*args)
+        raise KeyboardInterrupt
+
+    return wrapped
+
+
+@pytest.mark.parametrize("extra", [[], ["--update-freq", "2", "--batch-size", "4"]])
+def test_a_signal_in_an_epoch_checkpoints_and_the_rest_is_the_unbroken_run(roco, tmp_path, monkeypatch, extra):
+    assert threading.current_thread() is threading.main_thread()
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    main.main(command(roco, whole, *DROPOUT, *extra))
+    original, count = main.update, []
+
+    def interrupted(run, *args):
+        original(run, *args)
+        count.append(1)
+        if len(count) == 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    with monkeypatch.context() as m:
+        m.setattr(main, "update", interrupted)
+        main.main(command(roco, broken, *DROPOUT, *extra))
+    state = utils.load_checkpoint(broken / "checkpoint.pt")
+    assert (state["epoch"], state["step_in_epoch"]) == (0, 2)
+    assert "stopped by SIGUSR2" in (broken / "log.txt").read_text()
+    main.main(command(roco, broken, *DROPOUT, *extra))
+    assert_same_run(whole, broken)
+
+
+def test_other_settings_refuse_to_resume_and_are_named(roco, unbroken):
+    with pytest.raises(ValueError, match=r"(?s)settings differ.*lr: 0.001 there, 0.01 now"):
+        main.main(command(roco, unbroken, *DROPOUT, "--lr", "1e-2"))
+    with pytest.raises(ValueError, match=r"(?s)model.embed_dim: 16 there, 8 now"):
+        main.main(command(roco, unbroken, *DROPOUT, "embed_dim=8"))
+
+
+def test_accumulation_has_a_correct_tail(roco, tmp_path):
+    """24 pairs in batches of 4 are 6 micro-batches, that is two steps: groups of 4 and of 2."""
+    main.main(command(roco, tmp_path, "--batch-size", "4", "--update-freq", "4", "--epochs", "1"))
+    state = utils.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["step"] == 2
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len([r for r in rows if r["kind"] == "train"]) == 2
+
+
+def test_the_tail_weighs_its_micro_batches_by_their_number(roco, tmp_path):
+    """The gradient of a group is the mean over its micro-batches, whatever --update-freq says."""
+    runs = {}
+    for freq in (1, 4):  # one micro-batch each time: a group of 1 is the tail of update-freq 4
+        out = tmp_path / str(freq)
+        main.main(command(roco, out, "--batch-size", "24", "--update-freq", str(freq), "--epochs", "1"))
+        runs[freq] = weights(out)
+    assert all(torch.equal(runs[1][k], runs[4][k]) for k in runs[1])
+
+
+@pytest.mark.parametrize("model", ["CLIP_VITT16", "SIMCLR_VITT16"])
+def test_the_other_objectives_train(roco, tmp_path, model):
+    row = main.main(command(roco, tmp_path, "--epochs", "1", model=model))
+    assert row["loss"] > 0 and ("val_i2t_r1" in row) == (model == "CLIP_VITT16")
+    assert (tmp_path / "checkpoint_best.pt").exists()
+
+
+def test_medslip_fine_tunes_and_exports_what_medclip_loads(roco, tmp_path):
+    import medclip
+
+    tiny_bert = ["vision.embed_dim=12", "vision.depths=[1,1]", "vision.num_heads=[2,2]", "text_width=32",
+                 "text_heads=2", "text_layers=3"]
+    vocab = tmp_path / "vocab.txt"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "mammogram", "chest", "ct", "mri", "mass", "case", "of"]
+    vocab.write_text("\n".join(words) + "\n")
+    argv = ["--dataset", "roco", "--root", str(roco), "--model", "MEDSLIP_VIT", "--output-dir", str(tmp_path / "run"),
+            "-j", "0", "--batch-size", "8", "--epochs", "1", "--lr", "5e-5", "--image-size", "64",
+            "--ssl-mlp-dim", "32", "--ssl-emb-dim", "16", "--bert-vocab", str(vocab), "--override", *tiny_bert]
+    main.main(argv)
+    exported = medclip.read_weights(tmp_path / "run" / "medclip_export")
+    best = models.load_pretrained(tmp_path / "run" / "checkpoint_best.pt")
+    assert best.tokenizer.vocab == words and best.model.config["vocab_size"] == len(words)
+    assert torch.equal(exported["text_model.projection_head.weight"], best.model.text_projection.T)
+    assert torch.equal(exported["vision_model.model.encoder.layers.0.blocks.0.attention.self.query.weight"],
+                       best.model.visual.encoder.layers[0].blocks[0].attention.q_proj.weight)
+    other = models.create_model("MEDCLIP_VIT", **{k: v for k, v in best.model.config.items() if k != "objective"})
+    models.initialise(other, tmp_path / "run" / "medclip_export")
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(other.eval().encode_image(image), best.model.encode_image(image))
+
+
+def test_init_starts_anew_from_weights_alone(roco, unbroken, tmp_path):
+    row = main.main(command(roco, tmp_path, "--init", str(unbroken / "checkpoint.pt"), "--epochs", "1", "--lr", "0",
+                            "--lr-start", "0", "--lr-end", "0", "--wd", "0", "--image-size", "48"))
+    assert row["epoch"] == 0
+    then, now = weights(unbroken), weights(tmp_path)
+    assert torch.equal(then["token_embedding.weight"], now["token_embedding.weight"])
+    assert now["visual.pos_embed"].shape[1] == 37
+
+
+def test_evaluate_only_validates(roco, unbroken, tmp_path):
+    figures = main.main(command(roco, tmp_path, "--evaluate", "--resume", str(unbroken / "checkpoint.pt")))
+    rows = [json.loads(line) for line in (unbroken / "log.jsonl").read_text().splitlines()]
+    last = [r for r in rows if r["kind"] == "epoch"][-1]
+    assert figures["val_i2t_r5"] == last["val_i2t_r5"] and not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_caption_filter_applies_to_validation_and_reports_the_full_pool(roco, tmp_path):
+    row = main.main(command(roco, tmp_path, "--caption-filter", "mammo", "--batch-size", "4", "--epochs", "1"))
+    assert row["val_pool"] == 2 and row["val_full_pool"] == 8
+
+
+def _train_rank(rank, world, argv):
+    main.main(argv)
+
+
+@pytest.mark.parametrize("model", ["SLIP_VITT16", "SIMCLR_VITT16", "CLIP_VITT16"])
+def test_two_processes_equal_one(roco, tmp_path, model):
+    one, two = tmp_path / "one", tmp_path / "two"
+    sgd_like = ["--eps", "1e-2", "--epochs", "2"]  # AdamW divides rounding noise by itself where gradients vanish
+    main.main(command(roco, one, "--batch-size", "8", *sgd_like, model=model))
+    run_ranks(_train_rank, 2, command(roco, two, "--batch-size", "4", *sgd_like, model=model))
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()  # no wrapper prefix
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+    best = [utils.load_checkpoint(p / "checkpoint.pt")["best_acc1"] for p in (one, two)]
+    assert best[0] == best[1]  # validation counts every sample once
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+def test_errors_name_the_thing(roco, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no-such-folder"):
+        main.main(command(tmp_path / "no-such-folder", tmp_path / "a"))
+    with pytest.raises(FileNotFoundError, match="absent.pt"):
+        main.main(command(roco, tmp_path / "b", "--resume", str(tmp_path / "absent.pt")))
+    with pytest.raises(ValueError, match=r"24.*64|64.*24"):
+        main.main(command(roco, tmp_path / "c", "--batch-size", "64"))
+    with pytest.raises(SystemExit):
+        main.main(command(roco, tmp_path / "d", model="SLIP_VITB17"))
+    with pytest.raises(ValueError, match="--bert-vocab"):
+        main.main(command(roco, tmp_path / "e", "--medclip-weights", "x.zip", model="MEDSLIP_VIT"))
+    with pytest.raises(ValueError, match="MEDSLIP_.*SLIP_VITT16"):
+        main.main(command(roco, tmp_path / "f", "--medclip-weights", "x.zip"))
+    with pytest.raises(ValueError, match="KEY=VALUE"):
+        main.main(command(roco, tmp_path / "g", "text_layers"))
+
+
+def test_torn_checkpoint_is_never_a_silent_fresh_start(roco, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        main.main(command(roco, tmp_path))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"torn"
+
+
+def test_a_loss_that_stays_not_finite_ends_the_run(roco, tmp_path, monkeypatch):
+    original = main.build_model
+
+    def poisoned(*args):
+        model, tokenizer = original(*args)
+        with torch.no_grad():
+            model.image_projection.fill_(torch.nan)
+        return model, tokenizer
+
+    monkeypatch.setattr(main, "build_model", poisoned)
+    with pytest.raises(FloatingPointError, match="not finite in all 1 updates"):
+        main.main(command(roco, tmp_path))
+
+
+def test_published_defaults():
+    """The defaults of the published script, as users' command lines rely on them."""
+    args = vars(main.get_args_parser().parse_args([]))
+    published = dict(dataset="yfcc15m", root="", metadata="yfcc15m.pkl", output_dir="./", model="SLIP_VITB16",
+                     ssl_mlp_dim=4096, ssl_emb_dim=256, ssl_scale=1.0, ssl_temp=0.1, resume="", epochs=25,
+                     warmup_epochs=1, start_epoch=0, batch_size=64, lr=3e-3, lr_start=1e-6, lr_end=1e-5, update_freq=1,
+                     wd=0.1, betas=(0.9, 0.98), eps=1e-8, eval_freq=1, disable_amp=False, print_freq=10, workers=10,
+                     evaluate=False, world_size=1, rank=0, local_rank=0, dist_url="env://", dist_backend="nccl", seed=0,
+                     gpu=None, wandb=False)
+    assert {k: args[k] for k in published} == published
+
+
+def test_broken_pictures_are_named_replaced_and_limited(tmp_path):
+    root = make_roco(tmp_path / "roco")
+    bad = root / "train" / "radiology" / "images" / "ROCO_00003.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    main.main(command(root, tmp_path / "run", "--epochs", "1", "--max-bad-share", "0.2"))
+    assert "ROCO_00003.jpg" in (tmp_path / "run" / "bad_samples.txt").read_text()
+    with pytest.raises(ValueError, match="1 of .*--max-bad-share.*bad_samples.txt"):
+        main.main(command(root, tmp_path / "strict", "--epochs", "1"))
