@@ -55,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add_argument("--cache-dir", default="", type=str,
                       help="where the index of a large data set is kept; by default beside its metadata")
     data.add_argument("--max-bad-share", default=0.01, type=float, metavar="SHARE",
-                      help="end the run when more than this share of the pictures drawn cannot be decoded; those that "
+                      help="end the run when more than this share of the pictures cannot be decoded; those that "
                            "cannot are named in bad_samples.txt and replaced")
     data.add_argument("-j", "--workers", default=10, type=int,
                       help="loader processes for each training process; about one for each CPU core it may use")
@@ -245,8 +245,6 @@ class Run:
     best: float = -math.inf
     epoch_sums: list[float] = field(default_factory=list)  # sums of the metrics over this epoch, then their count
     last_save: float = field(default_factory=time.monotonic)
-    broken: int = 0  # pictures that could not be decoded, of those this process has drawn
-    drawn: int = 0
 
     @property
     def step(self) -> int:
@@ -255,7 +253,8 @@ class Run:
 
 def build_loader(args: argparse.Namespace, reader, model: nn.Module, tokenizer, processes: utils.Distributed):
     dataset = datasets.ContrastiveDataset(reader, model.objective.inputs, model.preprocess, args.seed,
-                                          replace_broken=True)
+                                          bad_samples=Path(args.output_dir) / "bad_samples.txt",
+                                          max_bad_share=args.max_bad_share)
     sampler = datasets.GlobalBatchSampler(len(reader), args.batch_size, processes.rank, processes.world_size, args.seed)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=datasets.Collate(tokenizer),
                       num_workers=args.workers, persistent_workers=args.workers > 0,
@@ -423,7 +422,6 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
         before = time.monotonic()
         group = [batch for _, batch in zip(range(args.update_freq), batches, strict=False)]
         waiting += time.monotonic() - before
-        note_broken(run, group)
         update(run, group, totals)
         bar.update()
         if run.step_in_epoch % args.print_freq and run.step_in_epoch < run.steps_per_epoch:
@@ -431,19 +429,16 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
 
         # The one point of the interval at which ranks meet and the host waits for the device.
         save_due = run.processes.is_main and time.monotonic() - run.last_save > 60 * args.save_every_minutes
-        shared = torch.cat([totals, totals.new_tensor([bool(stop.name), save_due, run.broken, run.drawn])])
+        shared = torch.cat([totals, totals.new_tensor([bool(stop.name), save_due])])
         if run.processes.world_size > 1:
             dist.all_reduce(shared)
-        *sums, count, skipped, stopping, save_due, broken, drawn = shared.tolist()
+        *sums, count, skipped, stopping, save_due = shared.tolist()
         totals.zero_()
         for i, value in enumerate([*sums, count]):
             run.epoch_sums[i] += value
         seconds = time.monotonic() - since
         log_interval(run, dict(zip(keys, [s / count for s in sums], strict=True)), skipped / run.processes.world_size,
                      run.step_in_epoch - first, seconds, waiting / seconds)
-        if broken > args.max_bad_share * drawn:
-            raise ValueError(f"{broken:.0f} of {drawn:.0f} pictures drawn cannot be decoded, more than --max-bad-share "
-                             f"{args.max_bad_share:g}; they are named in {Path(args.output_dir) / 'bad_samples.txt'}")
         waiting, since, first = 0.0, time.monotonic(), run.step_in_epoch
         if stopping:
             save(run)
@@ -455,16 +450,6 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
             save(run)
     bar.close()
     return True
-
-
-def note_broken(run: Run, batches: list[dict]) -> None:
-    """Count the pictures that could not be decoded, and append their names to bad_samples.txt."""
-    messages = [message for batch in batches for message in batch["broken"]]
-    run.broken += len(messages)
-    run.drawn += sum(len(batch["index"]) for batch in batches)
-    if messages:
-        with open(Path(run.args.output_dir) / "bad_samples.txt", "a", encoding="utf8") as file:
-            file.writelines(f"{message}\n" for message in messages)
 
 
 def log_interval(run: Run, metrics: dict, skipped: float, steps: int, seconds: float, waiting: float) -> None:

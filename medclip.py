@@ -67,7 +67,7 @@ class BertText:
         if self.pooling not in POOLINGS:
             raise ValueError(f"unknown text pooling {self.pooling!r}: choose one of {', '.join(POOLINGS)}")
         if self.layers < 2:
-            raise ValueError(f"MedCLIP's text embedding reads layers 1, 2 and the last: {self.layers} layer(s) is too few")
+            raise ValueError(f"MedCLIP's text embedding reads layers 1, 2 and the last, so {self.layers} is too few")
 
     def attach(self, model: nn.Module, embed_dim: int) -> None:
         """Register BERT and its projection on `model`. The pooler, which MedCLIP never reads, is left out."""
@@ -222,7 +222,7 @@ def export_medclip(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _relative_position_index(window: int) -> Tensor:
-    """Row of the bias table for each pair of tokens in a window (Liu et al. 2021, section 3.2): (window^2, window^2)."""
+    """Row of the bias table for each pair of a window's tokens (Liu et al. 2021, section 3.2): (window^2, window^2)."""
     y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
     y, x = y.flatten(), x.flatten()
     return (y[:, None] - y[None] + window - 1) * (2 * window - 1) + (x[:, None] - x[None] + window - 1)

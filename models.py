@@ -180,6 +180,18 @@ class _ImageModel(nn.Module):
             return self.visual(torch.cat(views)).chunk(len(views))
         return tuple(self.visual(view) for view in views)
 
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """The objective's inputs, in its order, to the dictionary of embeddings that its loss reads."""
+        return self.heads(*self.towers(*inputs))
+
+    def towers(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What does not mix the rows of a batch: picture features (B, d) and text embeddings (B, embed_dim)."""
+        raise NotImplementedError
+
+    def heads(self, *features: Tensor) -> dict[str, Tensor]:
+        """What does mix them, through BatchNorm: the embeddings of a batch from what `towers` returned."""
+        raise NotImplementedError
+
     def freeze(self, tower: str) -> None:
         """Hold the `image` or the `text` tower fixed and in eval mode; its projection keeps learning."""
         parts = {"image": ("visual",), "text": getattr(self, "text", None) and self.text.modules}
@@ -228,10 +240,13 @@ class CLIP(_ImageModel):
         """
         return self.text.encode(self, tokens, attention_mask)
 
-    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def towers(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        return self.visual(image), self.encode_text(text)
+
+    def heads(self, features: Tensor, text_embed: Tensor) -> dict[str, Tensor]:
         return {
-            "image_embed": self.encode_image(image),
-            "text_embed": self.encode_text(text),
+            "image_embed": features @ self.image_projection,
+            "text_embed": text_embed,
             "logit_scale": self.logit_scale.exp(),
         }
 
@@ -247,8 +262,11 @@ class SIMCLR(_ImageModel):
         """Pictures (B, 3, H, W) to the tower's features (B, feature_dim)."""
         return self.visual(image)
 
-    def forward(self, aug1: Tensor, aug2: Tensor) -> dict[str, Tensor]:
-        features1, features2 = self._views(aug1, aug2)
+    def towers(self, aug1: Tensor, aug2: Tensor) -> tuple[Tensor, ...]:
+        return self._views(aug1, aug2)
+
+    def heads(self, features1: Tensor, features2: Tensor) -> dict[str, Tensor]:
+        # the head's BatchNorm sees each view as a batch of its own
         return {"aug1_embed": self.image_mlp(features1), "aug2_embed": self.image_mlp(features2)}
 
 
@@ -260,15 +278,14 @@ class SLIP(CLIP):
         super().__init__(visual, text, feature_dim, embed_dim)
         self.image_mlp = build_ssl_head(feature_dim, ssl_mlp_dim, ssl_emb_dim)
 
-    def forward(self, image: Tensor, text: Tensor, aug1: Tensor, aug2: Tensor) -> dict[str, Tensor]:
+    def towers(self, image: Tensor, text: Tensor, aug1: Tensor, aug2: Tensor) -> tuple[Tensor, ...]:
         features, features1, features2 = self._views(image, aug1, aug2)
-        return {
-            "image_embed": features @ self.image_projection,
-            "text_embed": self.encode_text(text),
-            "logit_scale": self.logit_scale.exp(),
-            "aug1_embed": self.image_mlp(features1),  # the head's BatchNorm sees each view as its own batch
-            "aug2_embed": self.image_mlp(features2),
-        }
+        return features, self.encode_text(text), features1, features2
+
+    def heads(self, features: Tensor, text_embed: Tensor, features1: Tensor, features2: Tensor) -> dict[str, Tensor]:
+        # the SSL head's BatchNorm sees each view as a batch of its own
+        return super().heads(features, text_embed) | {
+            "aug1_embed": self.image_mlp(features1), "aug2_embed": self.image_mlp(features2)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
