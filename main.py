@@ -15,6 +15,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from tokenizer import create_tokenizer
 HERE = Path(__file__).parent
 # What must not differ between a run and its continuation: the model, the data, and the schedule.
 RESUME_SETTINGS = ("dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
-                   "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze", "disable_amp")
+                   "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze", "disable_amp")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -98,7 +99,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     train.add_argument("--warmup-epochs", default=1, type=int, help="epochs of linear warm-up from --lr-start")
     train.add_argument("--batch-size", default=64, type=int, help="pairs for each process and micro-batch")
     train.add_argument("--update-freq", default=1, type=int,
-                       help="micro-batches for each optimizer step; negatives come from the micro-batch only")
+                       help="micro-batches for each optimizer step (gradient accumulation)")
+    train.add_argument("--accum-negatives", default="micro", choices=("micro", "full"),
+                       help="with --update-freq: contrast within each micro-batch, as published, or over the whole "
+                            "step, which gives the gradient of the one big batch for a second pass through the towers "
+                            "(exact but for BatchNorm inside an image tower, a ResNet's, which sees micro-batches)")
+    train.add_argument("--grad-checkpointing", action="store_true",
+                       help="keep only the blocks' inputs of both towers for the backward pass and compute the rest "
+                            "again: less memory, about a third more time; not for ResNet-50")
     train.add_argument("--lr", default=3e-3, type=float,
                        help="peak learning rate; 3e-3 is SLIP's for training from scratch at batch 4096 and would "
                             "wreck pre-trained towers: fine-tune MedCLIP with about 5e-5")
@@ -187,6 +195,8 @@ def build_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
         say(f"{args.model}: no weights given, every parameter starts from its initial distribution")
     if args.freeze:
         model.freeze(args.freeze)
+    if args.grad_checkpointing:
+        model.checkpoint_gradients()
     return model, tokenizer if model.objective.text else None
 
 
@@ -373,24 +383,65 @@ class StopRequest:
         self.name = signal.Signals(number).name
 
 
+def accumulate_micro(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dict]:
+    """Gradients of the mean loss of the micro-batches, each contrasted within itself; yields each one's metrics.
+
+    Each weighs the same however many there are, so a short group at the end of an epoch is no weaker step.
+    """
+    for i, inputs in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        with nullcontext() if last or run.trained is run.model else run.trained.no_sync():
+            with run.autocast():
+                outputs = run.trained(*inputs)
+            metrics = run.loss(outputs)
+            run.scaler.scale(metrics["loss"] / len(micro_batches)).backward()
+        yield metrics
+
+
+def accumulate_full(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dict]:
+    """Gradients of the loss over all micro-batches as one batch, in the memory of one; yields the step's metrics.
+
+    The towers' outputs are computed without graph, the heads and the loss see them all, and each micro-batch goes
+    through the towers again, with the same dropout, to carry its part of the gradient back (Gao et al. 2021, section
+    3.2, "gradient cache").
+    """
+    states, features = [], []
+    with torch.no_grad(), utils.batchnorm_statistics_kept(run.model.visual):
+        for inputs in micro_batches:
+            states.append(utils.random_state(run.processes.device))
+            with run.autocast():
+                features.append(run.model.towers(*inputs))
+    leaves = [torch.cat(parts).requires_grad_() for parts in zip(*features, strict=True)]  # (k*B, ...) each
+    with run.autocast():
+        outputs = run.model.heads(*leaves)
+    metrics = run.loss(outputs)
+    run.scaler.scale(metrics["loss"]).backward()
+    after = utils.random_state(run.processes.device)
+    parts = [leaf.grad.split([len(inputs[0]) for inputs in micro_batches]) for leaf in leaves]
+    for inputs, state, grads in zip(micro_batches, states, zip(*parts, strict=True), strict=True):
+        utils.set_random_state(state, run.processes.device)
+        with run.autocast():
+            outputs = run.model.towers(*inputs)
+        learning = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
+        torch.autograd.backward(*zip(*learning, strict=True))
+    utils.set_random_state(after, run.processes.device)
+    utils.average_gradients(run.model, run.processes)  # the towers ran beside DistributedDataParallel
+    yield metrics
+
+
 def update(run: Run, batches: list[dict], totals: Tensor) -> None:
     """One optimizer step over micro-batches, whose metrics are added to `totals` (metrics..., count, not finite).
 
-    Each micro-batch weighs the same however many there are, so a short group at the end of an epoch is no weaker step.
     An update whose gradient is not finite is skipped, decided on the device and alike on all ranks.
     """
     lr = utils.cosine_lr(run.step, run.steps_per_epoch * run.args.epochs, run.args.lr, run.args.lr_end,
                          run.args.warmup_epochs * run.steps_per_epoch, run.args.lr_start)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    for i, batch in enumerate(batches):
-        inputs = [batch[key].to(run.processes.device, non_blocking=True) for key in run.model.objective.inputs]
-        last = i == len(batches) - 1
-        with nullcontext() if last or run.trained is run.model else run.trained.no_sync():
-            with run.autocast():
-                outputs = run.trained(*inputs)
-            metrics = run.loss(outputs)
-            run.scaler.scale(metrics["loss"] / len(batches)).backward()
+    micro_batches = [[batch[key].to(run.processes.device, non_blocking=True) for key in run.model.objective.inputs]
+                     for batch in batches]
+    accumulate = accumulate_full if run.args.accum_negatives == "full" else accumulate_micro
+    for metrics in accumulate(run, micro_batches):
         totals[:-2] += torch.stack([metrics[key].detach().float() for key in run.model.objective.metrics])
         totals[-2] += 1
     finite = torch.isfinite(torch.nn.utils.get_total_norm(
@@ -442,8 +493,9 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
         waiting, since, first = 0.0, time.monotonic(), run.step_in_epoch
         if stopping:
             save(run)
-            run.logger.line(f"stopped by {stop.name or 'a signal to another rank'}: checkpoint written at epoch "
-                            f"{run.epoch}, step {run.step_in_epoch}; the same command continues from it")
+            stop.name = next(filter(None, utils.gather_objects(run.processes, stop.name)))  # the same on all ranks
+            run.logger.line(f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, step "
+                            f"{run.step_in_epoch}; the same command continues from it")
             bar.close()
             return False
         if save_due and run.step_in_epoch < run.steps_per_epoch:
@@ -534,7 +586,7 @@ def finish_epoch(run: Run, readers: dict, zero_shot) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Train as the command line says; returns the last epoch's figures."""
+    """Train as the command line says; returns the last epoch's figures, and `stopped_by` where a signal came first."""
     args = get_args_parser().parse_args(argv)
     processes = utils.init_distributed(args)
     utils.seed_everything(args.seed + processes.rank)
@@ -553,7 +605,7 @@ def main(argv: list[str] | None = None) -> dict:
 
         loader = build_loader(args, reader, model, tokenizer, processes)
         trained = model
-        if processes.world_size > 1:
+        if processes.world_size > 1 and args.accum_negatives == "micro":
             trained = DistributedDataParallel(model, broadcast_buffers=False, device_ids=[processes.device.index]
                                               if processes.device.type == "cuda" else None)
         optimizer = torch.optim.AdamW(utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas),
@@ -573,7 +625,9 @@ def main(argv: list[str] | None = None) -> dict:
 
         figures = {}
         with StopRequest() as stop:
-            while run.epoch < args.epochs and train_one_epoch(run, stop):
+            while run.epoch < args.epochs:
+                if not train_one_epoch(run, stop):
+                    return {**figures, "stopped_by": stop.name}
                 figures = finish_epoch(run, readers, zero_shot)
         return figures
     finally:

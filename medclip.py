@@ -74,10 +74,13 @@ class BertText:
         config = BertConfig(
             vocab_size=self.vocab_size, hidden_size=self.width, num_hidden_layers=self.layers,
             num_attention_heads=self.heads, intermediate_size=4 * self.width,
-            max_position_embeddings=max(512, self.context_length))
+            max_position_embeddings=max(512, self.context_length), use_cache=False)
         model.bert = BertModel(config, add_pooling_layer=False)
         model.text_projection = nn.Parameter(torch.empty(self.width, embed_dim))
         nn.init.normal_(model.text_projection, std=self.width ** -0.5)
+
+    def checkpoint_gradients(self, model: nn.Module) -> None:
+        model.bert.gradient_checkpointing_enable()
 
     def encode(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids (B, L) to embeddings (B, embed_dim); real tokens are those up to the last id that is not 0."""

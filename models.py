@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import losses
 import utils
@@ -84,8 +85,12 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.resblocks = nn.Sequential(*(TextBlock(width, heads) for _ in range(layers)))
 
+        self.checkpointed = False
+
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
-        return self.resblocks(x)
+        for block in self.resblocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed and self.training else block(x)
+        return x
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,9 @@ class CLIPText:
             nn.init.normal_(block.attn.out_proj.weight, std=self.width ** -0.5 * (2 * self.layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=self.width ** -0.5 * (2 * self.layers) ** -0.5)
+
+    def checkpoint_gradients(self, model: nn.Module) -> None:
+        model.transformer.checkpointed = True
 
     def encode(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Tokens (B, L), L at most the context, to embeddings (B, embed_dim). Causal, so it needs no mask."""
@@ -201,6 +209,17 @@ class _ImageModel(nn.Module):
         for name in parts[tower]:
             getattr(self, name).requires_grad_(False)
         self.train(self.training)
+
+    def checkpoint_gradients(self) -> None:
+        """Keep only the blocks' inputs of both towers for the backward pass (Chen et al. 2016, section 3)."""
+        if self.joint_views:
+            enable = getattr(self.visual, "set_grad_checkpointing", None) or self.visual.gradient_checkpointing_enable
+            enable()
+        else:
+            raise ValueError("gradient checkpointing computes the image tower twice, and its BatchNorm would count each "
+                             "batch twice: choose a tower without BatchNorm")
+        if self.objective.text:
+            self.text.checkpoint_gradients(self)
 
     def train(self, mode: bool = True) -> nn.Module:
         super().train(mode)

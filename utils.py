@@ -157,6 +157,29 @@ def synchronise_batchnorm(model: nn.Module, processes: Distributed) -> nn.Module
     return model
 
 
+@contextmanager
+def batchnorm_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Training-mode forward passes inside the block leave BatchNorm's running statistics as they are."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    yield
+    for norm, (momentum, count) in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        norm.num_batches_tracked.copy_(count)
+
+
+def average_gradients(model: nn.Module, processes: Distributed) -> None:
+    """The mean of every gradient over the processes, as DistributedDataParallel forms it."""
+    if processes.world_size > 1:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad) / processes.world_size)
+
+
 def autocast_of(device: torch.device, disabled: bool = False
                 ) -> tuple[Callable[[], AbstractContextManager], torch.amp.GradScaler]:
     """Context and gradient scaler for mixed precision: bf16 where the GPU has it, else fp16; float32 on the CPU."""
