@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,8 +35,10 @@ from tokenizer import create_tokenizer
 
 HERE = Path(__file__).parent
 # What must not differ between a run and its continuation: the model, the data, and the schedule.
-RESUME_SETTINGS = ("dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
-                   "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze", "disable_amp")
+RESUME_SETTINGS = (
+    "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
+    "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze", "disable_amp",
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -575,6 +577,7 @@ def finish_epoch(run: Run, readers: dict, zero_shot) -> dict:
     row = {"epoch": run.epoch, **{k: s / count for k, s in zip(run.model.objective.metrics, sums, strict=True)}}
     score = None
     if done % args.eval_freq == 0 or done == args.epochs:
+        save(run)  # validation does not answer signals; a kill in it must not cost the end of the epoch
         figures, score = validate(run, readers, zero_shot)
         row |= figures
     is_best = score > run.best if score is not None else not readers and zero_shot is None
@@ -593,7 +596,7 @@ def main(argv: list[str] | None = None) -> dict:
     output_dir = Path(args.output_dir)
     logger = utils.Logger(output_dir, processes.is_main, args.wandb, vars(args))
     say = logger.line
-    try:
+    with closing(logger), utils.ending_together(processes, say):
         utils.seed_everything(args.seed)  # all ranks start from the same weights
         model, tokenizer = build_model(args, say)
         with utils.main_process_first(processes):
@@ -630,9 +633,6 @@ def main(argv: list[str] | None = None) -> dict:
                     return {**figures, "stopped_by": stop.name}
                 figures = finish_epoch(run, readers, zero_shot)
         return figures
-    finally:
-        logger.close()
-        utils.leave_distributed(processes)
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ class _ImageModel(nn.Module):
             enable = getattr(self.visual, "set_grad_checkpointing", None) or self.visual.gradient_checkpointing_enable
             enable()
         else:
-            raise ValueError("gradient checkpointing computes the image tower twice, and its BatchNorm would count each "
+            raise ValueError("gradient checkpointing runs the image tower twice, and its BatchNorm would count each "
                              "batch twice: choose a tower without BatchNorm")
         if self.objective.text:
             self.text.checkpoint_gradients(self)

@@ -5,6 +5,7 @@ two-dimensional also for a single text, padded with id 0 after the last real tok
 loses its tail, never its end token: the text towers read the position of that token, or everything up to
 it.
 """
+
 from __future__ import annotations
 
 import gzip

@@ -5,6 +5,7 @@ pictures: the same distribution, and the same values once the random numbers are
 comes from the generator that the caller passes, so that a sample depends on nothing but its seed, epoch and
 index.
 """
+
 from __future__ import annotations
 
 import io
@@ -116,6 +117,7 @@ def _decode_dicom(data: bytes, name: str) -> Image.Image:
     """The first frame, through the first VOI window that the file states, else between percentiles."""
     try:
         import pydicom
+        from pydicom.errors import InvalidDicomError
         from pydicom.pixels import apply_rescale, pixel_array
     except ImportError as error:
         raise ImportError(f"{name} is a DICOM file; to read it, install pydicom") from error
@@ -130,7 +132,7 @@ def _decode_dicom(data: bytes, name: str) -> Image.Image:
         inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
         function = dataset.get("VOILUTFunction") or "LINEAR"
         grey = window_to_8bit(apply_rescale(frame, dataset), center, width, inverted, function)
-    except _DECODE_ERRORS as error:
+    except (*_DECODE_ERRORS, InvalidDicomError) as error:
         raise BrokenPicture(f"cannot decode the picture {name}: {error}") from error
     return Image.fromarray(grey).convert("RGB")
 

@@ -92,6 +92,42 @@ def leave_distributed(processes: Distributed) -> None:
 
 
 @contextmanager
+def ending_together(processes: Distributed, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Leave the process group after the block; where a rank fails in it, all end, and each names the first failure.
+
+    The rank that failed raises its own error. The others find their connections broken (or are ended by the launcher)
+    and exit with one line instead of a traceback about sockets. `say` is told that line.
+    """
+    try:
+        yield
+    except Exception as error:
+        if processes.world_size == 1 or not dist.is_initialized():
+            raise
+        # The group is not destroyed: that can wait for the peers, whereas the end of the process frees them.
+        lost = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE)
+        mine = f"rank {processes.rank} failed: {type(error).__name__}: {error}"
+        if lost:
+            mine = (f"rank {processes.rank} has lost another rank, which was killed or hangs (--dist-timeout is how "
+                    f"long it may): {error}")
+        first = _first_failure(mine)
+        say(f"all ranks end: {first}")
+        if lost or first != mine:
+            raise SystemExit(f"rank {processes.rank} ends: {first}") from None
+        raise
+    leave_distributed(processes)
+
+
+def _first_failure(mine: str) -> str:
+    """The message of the rank that came here first, which may be this one with `mine`."""
+    try:
+        # Sets the key where it is absent, and returns what it then holds.
+        return dist.distributed_c10d._get_default_store().compare_set("first failure", "", mine).decode()
+    except RuntimeError:  # the store is gone with the process that kept it
+        return "the process that kept the rendezvous, usually rank 0, has ended; see its log"
+
+
+
+@contextmanager
 def main_process_first(processes: Distributed) -> Iterator[None]:
     """The main process runs the block before the others, which then find what it has written."""
     if processes.world_size > 1 and not processes.is_main:
@@ -271,6 +307,8 @@ def save_training_checkpoint(state: dict, output_dir: Path, step: int, is_best: 
     `checkpoint.pt` is another name of the newest, `checkpoint_best.pt` of the best so far.
     """
     path = output_dir / f"checkpoint_step{step:08d}.pt"
+    for torn in output_dir.glob(".checkpoint*.tmp"):  # left by a kill in the middle of a write
+        torn.unlink()
     save_checkpoint(state, path)
     for name in ["checkpoint.pt"] + ["checkpoint_best.pt"] * is_best:
         link = output_dir / f".{name}.{os.getpid()}.tmp"

@@ -1,0 +1,963 @@
+"""Picture-text sources, what the training loop draws from them, and the CBIS-DDSM lesions.
+
+A reader is one source of pictures with captions: `len(r)`, `r.captions(i) -> list[str]`, `r.picture(i)` in
+RGB, `r.name(i) -> str` for messages, `r.dropped` absent pictures, `r.log` lines worth printing. Each
+publisher's layout has a small class in READERS that yields its rows. The rest is shared: rows that leave
+the root are refused, rows without a picture are dropped and counted, captions are filtered, texts lie in
+shared arrays.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import zipfile
+import zlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+from metadata import iter_json, read_pickle
+from transforms import (
+    BrokenPicture,
+    Preprocess,
+    decode_picture,
+    eval_view,
+    read_picture,
+    ssl_view,
+    train_view,
+)
+
+SPLITS = ("train", "validation", "test")
+
+
+# -------------------------------------------------------------------------------- text without Python objects
+class TextColumn:
+    """Many texts as one UTF-8 buffer (uint8) and n + 1 offsets (int64).
+
+    A worker that reads a list of strings counts references, which copies the pages they lie on: these stay
+    shared.
+    """
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray):
+        self.data, self.offsets = data, offsets
+
+    @classmethod
+    def from_strings(cls, texts: Iterable[str]) -> TextColumn:
+        builder = TextBuilder()
+        for text in texts:
+            builder.append(text)
+        return builder.column()
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> str:
+        if not 0 <= i < len(self):
+            raise IndexError(f"text {i} of {len(self)}")
+        return self.data[self.offsets[i] : self.offsets[i + 1]].tobytes().decode("utf-8")
+
+
+class TextBuilder:
+    """A TextColumn in the making."""
+
+    def __init__(self):
+        self.data, self.offsets = bytearray(), array("q", [0])
+
+    def append(self, text: str) -> None:
+        self.data += text.encode("utf-8", errors="replace")  # JSON can hold a lone surrogate: it becomes "?"
+        self.offsets.append(len(self.data))
+
+    def column(self) -> TextColumn:
+        data = np.frombuffer(self.data, dtype=np.uint8)
+        return TextColumn(data, np.frombuffer(self.offsets, dtype=np.int64))
+
+
+# -------------------------------------------------------------------------------------------- caption filters
+# Stems of words that name the kind of picture. "Mammary", mammoplasty and the Mammotome make no mammogram;
+# panoramic and lateral views may be CT; angiography and fluoroscopy use x-rays but look like no radiograph.
+MAMMO_WORDS = (
+    r"mammogra",  # mammogram, -graphy, -graphic, French mammographie
+    r"galactogra",  # a mammogram with contrast in the ducts
+    r"breast tomosynthesis",
+)
+XRAY_WORDS = (
+    r"\bx[\s\-\u2010-\u2015]{0,2}ray",  # X-ray, x ray, Xray, with any dash
+    r"(?<!auto)(?<!micro)radio-?gra(?:ph|m|f)",  # radiograph, -graphy, -graphic, radiogram, radiografia
+    r"r(?:oe|ö)ntgen",
+    r"skiagra(?:m|ph)",
+    r"\bcxr\b",
+    r"\b(?:plain|chest)\b[\w\s]{0,12}\bfilms?\b",
+    r"orthopanto",  # orthopantomogram, -graph, -graphy
+    r"\bopg\b",
+    r"\bcephalogra",
+)
+CAPTION_FILTERS = {"all": (), "mammo-xray": MAMMO_WORDS + XRAY_WORDS, "mammo": MAMMO_WORDS}
+
+
+def caption_pattern(caption_filter: str) -> re.Pattern | None:
+    """The pattern, blind to case, of a name in CAPTION_FILTERS or of a regular expression; None for all."""
+    expression = "|".join(CAPTION_FILTERS.get(caption_filter, (caption_filter,)))
+    try:
+        return re.compile(expression, re.IGNORECASE) if expression else None
+    except re.error as error:
+        names = ", ".join(CAPTION_FILTERS)
+        raise ValueError(
+            f"the caption filter {caption_filter!r} is none of {names}, and no regular expression: {error}"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------- what readers share
+@dataclass
+class Row:
+    """One picture as its metadata states it."""
+
+    where: str  # file and line, for messages
+    picture: str | int  # path relative to the root, or a number where a rule gives the path
+    captions: list[str]
+
+
+@dataclass
+class Columns:
+    """The n rows that stay."""
+
+    pictures: TextColumn | np.ndarray  # (n,)
+    texts: TextColumn  # all captions, row after row
+    first: np.ndarray  # (n + 1,) int64: row i has texts first[i]:first[i + 1]; (2,) if all have as many
+    dropped: int  # rows whose picture is absent
+    log: list[str]
+
+
+class Listing:
+    """Which relative paths exist under a root. A folder is listed once; no file is asked for by itself."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.folders: dict[str, set[str]] = {}
+
+    def __contains__(self, path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        if folder not in self.folders:
+            try:
+                with os.scandir(self.root / folder) as entries:
+                    self.folders[folder] = {entry.name for entry in entries}
+            except (FileNotFoundError, NotADirectoryError):
+                self.folders[folder] = set()
+        return name in self.folders[folder]
+
+
+def inside(path: str, where: str) -> str:
+    """`path` if it cannot leave the folder that it is relative to; else ValueError naming the row."""
+    if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/"):
+        raise ValueError(f"{where}: the path {path!r} may leave the data root (absolute, or with '..')")
+    return path
+
+
+def find_file(choices: list[Path], what: str) -> Path:
+    """The first of the choices that is a file; else FileNotFoundError naming them all."""
+    for path in choices:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no {what} at {' or '.join(map(str, choices))}")
+
+
+class Reader:
+    """A source of pictures with captions. A subclass finds its files in `locate` and yields them from `rows`.
+
+    Args:
+        root: the folder that the publisher's download makes.
+        metadata: file of captions, relative to the working folder or the root; "" for the publisher's place.
+        split: one of `splits`.
+        caption_filter: a name in CAPTION_FILTERS or a regular expression; a row stays if one of its captions
+            matches.
+        cache_dir: where an `indexed` reader keeps its index; "" for beside the metadata.
+    """
+
+    splits: tuple[str, ...] = SPLITS
+    indexed = False  # whether reading the rows takes so long that the result is kept in a file
+    numbered = False  # whether rows give a picture by number
+    files: list[Path]  # of captions, set by `locate`
+
+    def __init__(
+        self,
+        root: str | Path,
+        metadata: str = "",
+        split: str = "train",
+        caption_filter: str = "all",
+        cache_dir: str | Path = "",
+    ):
+        if split not in self.splits:
+            raise ValueError(f"this data set has no split {split!r}; choose from {', '.join(self.splits)}")
+        self.root = Path(os.path.abspath(root))
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"the data root {self.root} is not a folder")
+        self.split = split
+        pattern = caption_pattern(caption_filter)
+        self.locate(metadata)
+        columns = indexed_columns(self, cache_dir) if self.indexed else self.columns()
+        self.pictures, self.texts, self.first = columns.pictures, columns.texts, columns.first
+        self.dropped, self.log = columns.dropped, list(columns.log)
+        self.kept: np.ndarray | None = None  # the rows that the caption filter leaves, None for all
+        if pattern is not None:
+            self._keep(pattern, caption_filter)
+
+    def locate(self, metadata: str) -> None:
+        """Set `files`, and `root` where it lies deeper; FileNotFoundError says what was expected."""
+        raise NotImplementedError
+
+    def rows(self) -> Iterator[Row]:
+        raise NotImplementedError
+
+    def finder(self) -> Callable[[Row], bool]:
+        """Whether a row's picture exists, for many rows."""
+        listing = Listing(self.root)
+        return lambda row: inside(row.picture, row.where) in listing
+
+    def columns(self) -> Columns:
+        """Read `rows` once: those with picture and caption stay; the others are counted, the first named."""
+        exists = self.finder()
+        pictures, texts = array("i") if self.numbered else TextBuilder(), TextBuilder()
+        first = array("q", [0])
+        absent = silent = 0  # rows without a picture, rows without a caption
+        first_absent = first_silent = ""
+        for row in tqdm(self.rows(), "indexing", unit=" rows", disable=None if self.indexed else True):
+            captions = [text.strip() for text in row.captions]
+            if not exists(row):
+                absent += 1
+                first_absent = first_absent or f"{row.picture} ({row.where})"
+            elif not any(captions):
+                silent += 1
+                first_silent = first_silent or row.where
+            else:
+                pictures.append(row.picture)
+                for text in captions:
+                    texts.append(text)
+                first.append(first[-1] + len(captions))
+        source, n = " and ".join(map(str, self.files)), len(first) - 1
+        log = [f"{source}: {n} pictures with captions"]
+        if absent:
+            log.append(f"{absent} rows dropped because their picture is absent; first: {first_absent}")
+        if silent:
+            log.append(f"{silent} rows dropped because they have no caption; first: {first_silent}")
+        if n == 0:
+            raise (FileNotFoundError if absent else ValueError)("; ".join(log))
+        spans = np.frombuffer(first, dtype=np.int64)
+        counts = np.diff(spans)
+        if counts.min() == counts.max():
+            spans = spans[:2].copy()
+        kept = np.frombuffer(pictures, dtype=np.int32) if self.numbered else pictures.column()
+        return Columns(kept, texts.column(), spans, absent, log)
+
+    def _keep(self, pattern: re.Pattern, caption_filter: str) -> None:
+        total = len(self)
+        matches = (any(map(pattern.search, self.captions(i))) for i in range(total))
+        self.kept = np.flatnonzero(np.fromiter(matches, dtype=bool, count=total))
+        message = f"the caption filter {caption_filter!r} keeps {len(self.kept)} of {total} pictures"
+        if not len(self.kept):
+            raise ValueError(f"{message}; filters with a name: {', '.join(CAPTION_FILTERS)}")
+        self.log.append(message)
+
+    def _row(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"picture {i} of {len(self)}")
+        return i if self.kept is None else int(self.kept[i])
+
+    def __len__(self) -> int:
+        return len(self.pictures) if self.kept is None else len(self.kept)
+
+    def captions(self, i: int) -> list[str]:
+        """One or more, none of them empty."""
+        row = self._row(i)
+        if len(self.first) == 2:
+            start, stop = row * self.first[1], (row + 1) * self.first[1]
+        else:
+            start, stop = self.first[row], self.first[row + 1]
+        return [text for j in range(start, stop) if (text := self.texts[j])]
+
+    def name(self, i: int) -> str:
+        return str(self.root / self.pictures[self._row(i)])
+
+    def picture(self, i: int) -> Image.Image:
+        """RGB, 8 bits. Raises BrokenPicture or FileNotFoundError, naming the file."""
+        return read_picture(self.name(i))
+
+
+# ------------------------------------------------------------------------------------------------------- ROCO
+class Roco(Reader):
+    """ROCO v1 (Pelka et al. 2018): `{train,validation,test}/{radiology,non-radiology}/images/<id>.jpg` beside
+    `captions.txt`, or the first MedSLIP's `selected_pairs.txt`: lines of an id, white space and the caption.
+
+    The root is the folder of the three splits, or its parent where it is called `data`, or one split, or a
+    folder of captions itself; from the last two the other splits are found beside it. A folder of captions
+    that belongs to no split is `train`. `metadata` names another file of captions in the same folders.
+    """
+
+    kinds: tuple[str, ...] = ("radiology",)
+
+    def locate(self, metadata: str) -> None:
+        names = (metadata,) if metadata else ("captions.txt", "selected_pairs.txt")
+
+        def captions_in(folder: Path) -> Path | None:
+            return next((folder / name for name in names if (folder / name).is_file()), None)
+
+        given, own_split = self.root, "train"
+        roots = [given, given / "data"]
+        split_folder = given.parent if given.name in ("radiology", "non-radiology") else given
+        if split_folder.name in SPLITS:
+            own_split = split_folder.name
+            roots.append(split_folder.parent)
+        for root in roots:
+            found = [captions_in(root / self.split / kind) for kind in self.kinds]
+            if all(found):
+                self.root, self.files = root, found
+                return
+        alone = captions_in(given)
+        if alone is None or self.split != own_split:
+            wanted = " and ".join(f"{self.split}/{kind}/{' or '.join(names)}" for kind in self.kinds)
+            raise FileNotFoundError(f"no ROCO split {self.split!r} under {given}: expected {wanted}")
+        self.files = [alone]
+
+    def rows(self) -> Iterator[Row]:
+        for path in self.files:
+            images = (path.parent.relative_to(self.root) / "images").as_posix()
+            with open(path, "rb") as lines:  # text mode would split a caption at a carriage return inside
+                for number, line in enumerate(lines, 1):
+                    where = f"{path} line {number}"
+                    try:
+                        fields = line.decode("utf-8-sig").split(None, 1)
+                    except UnicodeDecodeError as error:
+                        raise ValueError(f"{where} is not UTF-8: {error}") from error
+                    if fields:
+                        yield Row(where, f"{images}/{inside(fields[0], where)}.jpg", fields[1:])
+
+
+class RocoNonRadiology(Roco):
+    """ROCO's other part: charts, photographs and drawings out of the same papers."""
+
+    kinds = ("non-radiology",)
+
+
+class RocoAll(Roco):
+    """Both parts of ROCO."""
+
+    kinds = ("radiology", "non-radiology")
+
+
+class RocoV2(Reader):
+    """ROCO v2 (Rückert et al. 2024): `<split>_captions.csv` with ID and Caption, and the pictures in
+    `<split>_images/<split>/`, `<split>_images/` or `<split>/`; validation is called `valid`."""
+
+    def locate(self, metadata: str) -> None:
+        short = "valid" if self.split == "validation" else self.split
+        name = metadata or f"{short}_captions.csv"
+        self.files = [find_file([self.root / name, Path(name)], "captions")]
+        folders = (f"{short}_images/{short}", f"{short}_images", short)
+        self.images = next((folder for folder in folders if (self.root / folder).is_dir()), "")
+        if not self.images:
+            raise FileNotFoundError(f"no pictures at {self.root}/{{{','.join(folders)}}}")
+
+    def rows(self) -> Iterator[Row]:
+        table = Table(self.files[0])
+        picture, caption = table.column("id"), table.column("caption")
+        for where, fields in table:
+            yield Row(where, f"{self.images}/{inside(fields[picture], where)}.jpg", [fields[caption]])
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+class Table:
+    """A CSV or TSV file in UTF-8 whose first line names the columns; iterating yields (where, fields)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+            line = file.readline()
+        self.delimiter = max("\t", ",", ";", key=line.count)
+        fields = next(csv.reader([line], delimiter=self.delimiter), [])
+        self.header = [name.strip().lower() for name in fields]
+
+    def column(self, *names: str) -> int:
+        """Position of the first of `names` that the header holds, in any case."""
+        for name in names:
+            if name in self.header:
+                return self.header.index(name)
+        header = ", ".join(self.header)
+        raise ValueError(f"{self.path} has no column {' or '.join(names)}; its columns: {header}")
+
+    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
+        with open(self.path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter=self.delimiter)
+            try:
+                next(rows, None)
+                for fields in rows:
+                    where = f"{self.path} line {rows.line_num}"
+                    if fields and len(fields) < len(self.header):
+                        raise ValueError(f"{where} has {len(fields)} fields, the header {len(self.header)}")
+                    if fields:
+                        yield where, fields
+            except csv.Error as error:
+                raise ValueError(f"{self.path} line {rows.line_num}: {error}") from error
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{self.path} after line {rows.line_num} is not UTF-8: {error}") from error
+
+
+class Csv(Reader):
+    """Any table of captions and of picture paths relative to the root; comma, semicolon or tab separated.
+
+    The columns are the first that the header holds of PICTURE and of CAPTION. The table is `metadata`, or
+    `<root>/<split>.csv` or `.tsv`. A column `split` selects the rows of the split; without one all are taken.
+    """
+
+    PICTURE = ("image", "image_path", "filepath", "file_path", "filename", "file_name", "path", "picture")
+    CAPTION = ("caption", "title", "text", "report", "description", "sentence")
+    SPLIT_NAMES = {
+        "train": ("train", "training"),
+        "validation": ("validation", "valid", "val", "dev"),
+        "test": ("test",),
+    }
+
+    def locate(self, metadata: str) -> None:
+        own = [self.root / f"{self.split}.csv", self.root / f"{self.split}.tsv"]
+        choices = [Path(metadata), self.root / metadata] if metadata else own
+        self.files = [find_file(choices, f"table of the split {self.split!r}")]
+
+    def rows(self) -> Iterator[Row]:
+        table = Table(self.files[0])
+        picture, caption = table.column(*self.PICTURE), table.column(*self.CAPTION)
+        split = table.column("split") if "split" in table.header else None
+        for where, fields in table:
+            if split is None or fields[split].strip().lower() in self.SPLIT_NAMES[self.split]:
+                yield Row(where, fields[picture].strip(), [fields[caption]])
+
+
+# ---------------------------------------------------------------------------------------------- large sources
+class ZipPool:
+    """Open archives, the last `size` that were used; every process opens its own."""
+
+    def __init__(self, size: int = 64):
+        self.size, self.process = size, os.getpid()
+        self.archives: OrderedDict[Path, zipfile.ZipFile] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {"size": self.size, "process": -1, "archives": OrderedDict()}
+
+    def read(self, path: Path, member: str) -> bytes:
+        """A member's bytes; FileNotFoundError for an absent archive, BrokenPicture for a damaged one."""
+        if self.process != os.getpid():  # a forked handle shares its position in the file with its parent
+            self.archives, self.process = OrderedDict(), os.getpid()
+        try:
+            if path not in self.archives:
+                self.archives[path] = zipfile.ZipFile(path)
+                if len(self.archives) > self.size:
+                    self.archives.popitem(last=False)[1].close()
+            self.archives.move_to_end(path)
+            return self.archives[path].read(member)
+        except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as error:
+            raise BrokenPicture(f"cannot read the picture {path}/{member}: {error}") from error
+
+
+class Yfcc15m(Reader):
+    """YFCC15M (Thomee et al. 2016): picture 12345678 is `678.jpg` in `images/12/345.zip`; `metadata` is
+    `yfcc15m.pkl`, a list of (number, title, description). Title and description are two captions."""
+
+    splits = ("train",)
+    indexed = numbered = True
+
+    def locate(self, metadata: str) -> None:
+        name = metadata or "yfcc15m.pkl"
+        self.files = [find_file([Path(name), self.root / name], "list of YFCC15M's pictures")]
+        self.archives = ZipPool()
+
+    def rows(self) -> Iterator[Row]:
+        for number, row in enumerate(read_list(self.files[0])):
+            where = f"{self.files[0]} row {number}"
+            if not (isinstance(row, tuple | list) and list(map(type, row)) == [int, str, str]):
+                raise ValueError(f"{where} is not (number, title, description): {str(row)[:80]}")
+            if not 0 <= row[0] < 10**8:
+                raise ValueError(f"{where}: the picture number {row[0]} does not have at most 8 digits")
+            yield Row(where, row[0], list(row[1:]))
+
+    def finder(self) -> Callable[[Row], bool]:
+        present, listed = np.zeros(10**8, dtype=bool), np.zeros(10**5, dtype=bool)  # by picture, by archive
+
+        def exists(row: Row) -> bool:
+            archive = row.picture // 1000
+            if not listed[archive]:
+                listed[archive] = True
+                path = self._archive(archive)
+                if path.is_file():
+                    try:
+                        with zipfile.ZipFile(path) as file:
+                            names = file.namelist()
+                    except zipfile.BadZipFile as error:
+                        raise ValueError(f"{path} is damaged: fetch it again or delete it") from error
+                    numbers = [int(name[:3]) for name in names if re.fullmatch(r"[0-9]{3}\.jpg", name)]
+                    present[1000 * archive + np.array(numbers, dtype=int)] = True
+            return bool(present[row.picture])
+
+        return exists
+
+    def _archive(self, number: int) -> Path:
+        return self.root / "images" / f"{number // 1000:02d}" / f"{number % 1000:03d}.zip"
+
+    def _place(self, i: int) -> tuple[Path, str]:
+        archive, member = divmod(int(self.pictures[self._row(i)]), 1000)
+        return self._archive(archive), f"{member:03d}.jpg"
+
+    def name(self, i: int) -> str:
+        return "/".join(map(str, self._place(i)))
+
+    def picture(self, i: int) -> Image.Image:
+        return decode_picture(self.archives.read(*self._place(i)), self.name(i))
+
+
+class Coco(Reader):
+    """COCO Captions 2017 (Chen et al. 2015): `{train,val}2017/` and `annotations/captions_*.json`."""
+
+    splits = ("train", "validation")
+    indexed = True
+
+    def locate(self, metadata: str) -> None:
+        self.folder = "train2017" if self.split == "train" else "val2017"
+        name = f"captions_{self.folder}.json"
+        choices = [self.root / "annotations" / name]
+        if metadata:  # the flag names the training file: validation lies beside it
+            given = Path(metadata) if self.split == "train" else Path(metadata).with_name(name)
+            choices = [given, self.root / given]
+        self.files = [find_file(choices, "COCO captions")]
+
+    def rows(self) -> Iterator[Row]:
+        captions: dict[int, list[str]] = {}
+        for number, item in enumerate(iter_json(self.files[0], "annotations")):
+            where = f"{self.files[0]} annotation {number}"
+            image, caption = fields_of(item, where, image_id=int, caption=str)
+            captions.setdefault(image, []).append(caption)
+        for image, texts in captions.items():
+            yield Row(f"{self.files[0]} image {image}", f"{self.folder}/{image:012d}.jpg", texts)
+
+
+class Cc3m(Reader):
+    """CC3M (Sharma et al. 2018) as `cc3m.npy`: an array of {image_id: path, captions: [text]}."""
+
+    splits = ("train",)
+    indexed = True
+    key = "image_id"
+
+    def locate(self, metadata: str) -> None:
+        name = metadata or f"{type(self).__name__.lower()}.npy"
+        self.files = [find_file([Path(name), self.root / name], "array of captions")]
+
+    def rows(self) -> Iterator[Row]:
+        for number, item in enumerate(read_list(self.files[0])):
+            where = f"{self.files[0]} row {number}"
+            path, texts = fields_of(item, where, **{self.key: (str, int), "captions": list})
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{where}: the captions are not all text: {str(texts)[:80]}")
+            yield Row(where, str(path), texts)
+
+
+class Cc12m(Cc3m):
+    """CC12M (Changpinyo et al. 2021) as `cc12m.npy`: an array of {image_name: path, captions: [text]}."""
+
+    key = "image_name"
+
+
+class RedCaps(Reader):
+    """RedCaps (Desai et al. 2021): the merged list of annotations, and `images/<subreddit>/<id>.jpg` as the
+    downloader writes them or `<subreddit>/<id>.jpg` as SLIP reads them."""
+
+    splits = ("train",)
+    indexed = True
+
+    def locate(self, metadata: str) -> None:
+        name = metadata or "redcaps_v1.json"
+        self.files = [find_file([Path(name), self.root / name], "RedCaps annotations")]
+        self.images = "images/" if (self.root / "images").is_dir() else ""
+
+    def rows(self) -> Iterator[Row]:
+        for number, item in enumerate(iter_json(self.files[0], "annotations")):
+            where = f"{self.files[0]} annotation {number}"
+            image, folder, caption = fields_of(item, where, image_id=str, subreddit=str, caption=str)
+            yield Row(where, f"{self.images}{folder}/{image}.jpg", [caption])
+
+
+def read_list(path: Path) -> list:
+    """The list in a `.pkl` or `.npy`; only plain values are read."""
+    rows = read_pickle(path)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds {type(rows).__name__}, not a list of rows")
+    return rows
+
+
+def fields_of(item: object, where: str, **types: type | tuple[type, ...]) -> list:
+    """The named fields of a dict; ValueError names the row and a field absent or of another type."""
+    for name, kind in types.items():
+        if not isinstance(item, dict) or not isinstance(item.get(name), kind):
+            raise ValueError(f"{where} has no proper field {name!r}: {str(item)[:80]}")
+    return [item[name] for name in types]
+
+
+# ------------------------------------------------------------------------------------------------------ index
+# One file of .npy arrays, mapped into memory, after a first one that holds JSON. It stays valid as long as
+# the metadata keeps size and time; pictures that come or go later are not noticed: delete the file to index
+# anew.
+INDEX_VERSION = 1
+
+
+def indexed_columns(reader: Reader, cache_dir: str | Path) -> Columns:
+    """The reader's columns from its index, which the first process to come here writes; the others wait."""
+    metadata = Path(os.path.abspath(reader.files[0]))
+    stat = metadata.stat()
+    source = [INDEX_VERSION, type(reader).__name__, reader.split, str(metadata), str(reader.root)]
+    key = [*source, stat.st_size, stat.st_mtime_ns]
+    folder = Path(cache_dir) if cache_dir else metadata.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    tag = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
+    path = folder / f"{metadata.name}.{tag}.index"
+    columns = load_index(path, key)
+    if columns is None and not os.access(folder, os.W_OK):
+        columns = reader.columns()
+        columns.log.append(f"no index kept, {folder} is read-only; a cache folder makes the next start quick")
+    elif columns is None:
+        with one_process(path.with_suffix(".lock")):
+            columns = load_index(path, key)
+            if columns is None:
+                save_index(path, key, reader.columns())
+                columns = load_index(path, key)
+    return columns
+
+
+@contextmanager
+def one_process(lock: Path) -> Iterator[None]:
+    """Let the processes of a machine through one by one; the lock of one that dies is free."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: each process writes its own index and the last one stays
+        yield
+        return
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def save_index(path: Path, key: list, columns: Columns) -> None:
+    arrays = {"texts": columns.texts.data, "text_offsets": columns.texts.offsets, "first": columns.first}
+    if isinstance(columns.pictures, TextColumn):
+        arrays |= {"pictures": columns.pictures.data, "picture_offsets": columns.pictures.offsets}
+    else:
+        arrays["pictures"] = columns.pictures
+    head = {"key": key, "arrays": list(arrays), "dropped": columns.dropped, "log": columns.log}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for values in (np.frombuffer(json.dumps(head).encode(), dtype=np.uint8), *arrays.values()):
+                np.save(file, values, allow_pickle=False)
+                file.write(b"\0" * (-file.tell() % 64))  # the next array starts aligned
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_index(path: Path, key: list) -> Columns | None:
+    """The columns, mapped into memory; None where no index belongs to this state of the metadata."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        try:
+            head = json.loads(np.lib.format.read_array(file, allow_pickle=False).tobytes())
+            if head["key"] != key:
+                return None
+            arrays = {}
+            for name in head["arrays"]:
+                file.seek(-file.tell() % 64, os.SEEK_CUR)
+                np.lib.format.read_magic(file)
+                shape, _fortran, dtype = np.lib.format.read_array_header_1_0(file)
+                values = np.memmap(path, dtype, "r", file.tell(), shape).view(np.ndarray)
+                arrays[name] = values
+                file.seek(values.nbytes, os.SEEK_CUR)
+        except (ValueError, KeyError, TypeError):  # written by something else: index anew
+            return None
+    pictures = arrays["pictures"]
+    if "picture_offsets" in arrays:
+        pictures = TextColumn(pictures, arrays["picture_offsets"])
+    texts = TextColumn(arrays["texts"], arrays["text_offsets"])
+    return Columns(pictures, texts, arrays["first"], head["dropped"], head["log"])
+
+
+# --------------------------------------------------------------------------------------------------- registry
+READERS: dict[str, type[Reader]] = {
+    "roco": Roco,
+    "roco_nonradiology": RocoNonRadiology,
+    "roco_all": RocoAll,
+    "rocov2": RocoV2,
+    "csv": Csv,
+    "yfcc15m": Yfcc15m,
+    "coco": Coco,
+    "cc3m": Cc3m,
+    "cc12m": Cc12m,
+    "redcaps": RedCaps,
+}
+
+
+def create_reader(
+    name: str,
+    root: str | Path,
+    metadata: str = "",
+    split: str = "train",
+    caption_filter: str = "all",
+    cache_dir: str | Path = "",
+) -> Reader:
+    """The reader `name` of READERS; `Reader` explains the arguments.
+
+    Raises ValueError for an unknown name, split or filter, FileNotFoundError where the split's files are
+    absent.
+    """
+    if name not in READERS:
+        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(READERS)}")
+    return READERS[name](root, metadata, split, caption_filter, cache_dir)
+
+
+# --------------------------------------------------------------------------------------------------- training
+class BrokenPictures:
+    """The broken pictures of a run, one line each in a file that all workers and ranks append to.
+
+    Raises BrokenPicture as soon as there are more than `limit`.
+    """
+
+    def __init__(self, path: Path, limit: float):
+        self.path, self.limit = path, limit
+        self.names: set[str] = set()
+        self.position = 0  # how far the file was read
+
+    def add(self, name: str, reason: str) -> None:
+        if name in self.names:
+            return
+        self._read()
+        if name not in self.names:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{name}\t{' '.join(reason.split())}\n")
+            self._read()
+        if len(self.names) > self.limit:
+            raise BrokenPicture(
+                f"{len(self.names)} pictures cannot be read, more than the {self.limit:g} that may be; "
+                f"{self.path} names them"
+            )
+
+    def _read(self) -> None:
+        """What others have added since."""
+        if self.path.is_file():
+            with open(self.path, "rb") as file:
+                file.seek(self.position)
+                new = file.read()
+            new = new[: new.rfind(b"\n") + 1]
+            self.position += len(new)
+            self.names.update(line.partition("\t")[0] for line in new.decode("utf-8").splitlines())
+
+
+class ContrastiveDataset(Dataset):
+    """Samples for the contrastive objectives: `ds[epoch, index]` is a dict of `inputs` and "index".
+
+    "image": (3, S, S), one training view; "view1", "view2": (3, S, S), two SSL views; "text": a caption,
+    drawn if there are several. Every choice comes from (seed, epoch, index), so the number of workers or
+    ranks changes no sample.
+
+    A broken picture is an error. With `bad_samples`, a file, it is named there and another picture, chosen
+    from the same numbers, takes its place; more than `max_bad_share` of the reader's pictures end the run.
+    """
+
+    INPUTS = ("text", "image", "view1", "view2")  # in the order of their random numbers
+    ATTEMPTS = 10
+
+    def __init__(
+        self,
+        reader: Reader,
+        inputs: tuple[str, ...],
+        pre: Preprocess,
+        seed: int,
+        bad_samples: Path | None = None,
+        max_bad_share: float = 0.01,
+    ):
+        unknown = sorted(set(inputs) - set(self.INPUTS))
+        if unknown:
+            raise ValueError(f"unknown inputs {', '.join(unknown)}; choose from {', '.join(self.INPUTS)}")
+        self.reader, self.inputs, self.pre, self.seed = reader, inputs, pre, seed
+        self.views = {"image": train_view(pre), "view1": ssl_view(pre), "view2": ssl_view(pre)}
+        self.broken = BrokenPictures(bad_samples, max_bad_share * len(reader)) if bad_samples else None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        index, picture = self._picture(epoch, index)
+        picture = self.pre.open(picture)  # once for all views
+        sample = {"index": index}
+        if "text" in self.inputs:
+            captions = self.reader.captions(index)
+            sample["text"] = captions[rng.integers(len(captions))]
+        for name, view in self.views.items():
+            if name in self.inputs:
+                sample[name] = view(picture, rng)
+        return sample
+
+    def _picture(self, epoch: int, index: int) -> tuple[int, Image.Image]:
+        """The picture at `index`, or the first of its stand-ins that can be read, with its own index."""
+        for attempt in range(1, self.ATTEMPTS + 1):
+            try:
+                return index, self.reader.picture(index)
+            except (BrokenPicture, FileNotFoundError) as error:
+                if self.broken is None:
+                    raise
+                self.broken.add(self.reader.name(index), str(error))
+                stand_in = np.random.default_rng((self.seed, epoch, index, attempt))
+                index = int(stand_in.integers(len(self.reader)))
+        raise BrokenPicture(f"{self.ATTEMPTS} pictures in a row cannot be read: see {self.broken.path}")
+
+
+class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
+    """This rank's part of each global batch, as lists of (epoch, index) for ContrastiveDataset.
+
+    The permutation of an epoch depends on (seed, epoch) alone. A global batch is a slice of it, batch_size
+    * world_size long, of which rank r takes the r-th part: N ranks see what one process with N times the
+    batch sees. The last, incomplete one is dropped. `len()` is the number of steps in an epoch.
+    """
+
+    def __init__(self, n: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0):
+        self.global_batch = batch_size * world_size
+        if n < self.global_batch:
+            raise ValueError(
+                f"{n} pairs do not fill one global batch of {self.global_batch} ({batch_size} for each of "
+                f"{world_size} processes); choose a smaller batch"
+            )
+        self.n, self.batch_size, self.rank, self.seed = n, batch_size, rank, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch of the next iteration, and how many of its steps are done already."""
+        self.epoch, self.start_step = epoch, start_step
+
+    def __len__(self) -> int:
+        return self.n // self.global_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+        for step in range(self.start_step, len(self)):
+            start = step * self.global_batch + self.rank * self.batch_size
+            yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
+
+
+class Collate:
+    """Samples to a batch: pictures stacked to (B, 3, S, S), "text" tokenised to (B, L), "index" (B,)."""
+
+    def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor] | None = None):
+        self.tokenizer = tokenizer  # None where no text is read
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = {}
+        for name in samples[0]:
+            values = [sample[name] for sample in samples]
+            if name == "text":
+                batch[name] = self.tokenizer(values)
+            else:
+                batch[name] = torch.tensor(values) if name == "index" else torch.stack(values)
+        return batch
+
+
+class EvalPairs(Dataset):
+    """The evaluation view of each picture of a reader: `ds[i]` is ((3, S, S), i). A broken one raises."""
+
+    def __init__(self, reader: Reader, pre: Preprocess):
+        self.reader, self.view = reader, eval_view(pre)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return self.view(self.reader.picture(i)), i
+
+
+# -------------------------------------------------------------------------------------------------- CBIS-DDSM
+CBIS_CLASSES = ("BENIGN", "BENIGN_WITHOUT_CALLBACK", "MALIGNANT")
+CBIS_KINDS = ("calc", "mass", "both")
+CBIS_SPLITS = ("train", "val", "test")
+CBIS_PICTURES = ("crop", "full", "mask")
+# Columns of the tables that make_dataset.py writes; the last three hold paths relative to the root, or
+# nothing.
+CBIS_COLUMNS = (
+    "lesion", "type", "split", "patient", "side", "view", "abnormality", "pathology", *CBIS_PICTURES,
+)  # fmt: skip
+
+
+class CbisLesions(Dataset):
+    """One split of the lesion table <root>/<kind>.csv: `ds[i] -> (tensor (3, size, size), label, row)`.
+
+    The label indexes CBIS_CLASSES; `row` is the lesion's row of the table. `picture` says which of the
+    lesion's pictures is read. With `skip_missing` lesions without it are left out and counted in `dropped`,
+    else they are an error: a figure on fewer lesions is another figure.
+
+    Raises ValueError for an unknown kind, split or picture, for missing pictures and for a table that is not
+    ours or names a file outside the root; FileNotFoundError where there is no table.
+    """
+
+    classes = CBIS_CLASSES
+
+    def __init__(
+        self,
+        root: str | Path,
+        kind: str,
+        split: str,
+        picture: str = "crop",
+        pre: Preprocess | None = None,
+        skip_missing: bool = False,
+    ):
+        options = {"kind": (kind, CBIS_KINDS), "split": (split, CBIS_SPLITS), "picture": (picture, CBIS_PICTURES)}
+        for name, (value, choices) in options.items():
+            if value not in choices:
+                raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+        table = Path(root) / f"{kind}.csv"
+        rows = [row for row in read_lesions(table) if row["split"] == split]
+        self.rows = [row for row in rows if row[picture]]
+        self.dropped = len(rows) - len(self.rows)
+        if self.dropped and not skip_missing:
+            named = ", ".join(row["lesion"] for row in rows if not row[picture])
+            raise ValueError(f"{table}: {self.dropped} of {len(rows)} {split} lesions have no {picture}: {named}")
+        self.paths = [Path(root) / row[picture] for row in self.rows]
+        self.labels = [CBIS_CLASSES.index(row["pathology"]) for row in self.rows]
+        self.patients = [row["patient"] for row in self.rows]
+        self.view = eval_view(pre or Preprocess())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, dict[str, str]]:
+        return self.view(read_picture(self.paths[i]), None), self.labels[i], self.rows[i]
+
+
+def read_lesions(table: Path) -> list[dict[str, str]]:
+    """All rows of a table that `make_dataset.py cbis` wrote; raises as CbisLesions does."""
+    if not table.is_file():
+        raise FileNotFoundError(f"{table} does not exist: write it with make_dataset.py cbis --root {table.parent}")
+    with open(table, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != CBIS_COLUMNS:
+            raise ValueError(f"{table} has columns {reader.fieldnames}, not {', '.join(CBIS_COLUMNS)}")
+        rows = list(reader)
+    for number, row in enumerate(rows, 1):
+        if row["pathology"] not in CBIS_CLASSES or row["split"] not in CBIS_SPLITS:
+            raise ValueError(f"{table}, row {number}: pathology {row['pathology']!r}, split {row['split']!r}")
+        for picture in CBIS_PICTURES:
+            inside(row[picture], f"{table}, row {number}")
+    return rows

@@ -1,0 +1,87 @@
+"""labels.json, templates.json and dataset_catalog.json against the published evaluation."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+import downstream
+import eval_zeroshot
+from datasets import CBIS_CLASSES
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = json.loads((Path(__file__).parent / "goldens" / "catalog_check.json").read_text())
+PUBLISHED = [name for name in GOLDEN if name != "_"]
+OURS = ["digits", "cbis_calc", "cbis_mass"]
+LABELS = eval_zeroshot.read_prompts("labels.json")
+TEMPLATES = eval_zeroshot.read_prompts("templates.json")
+
+
+def digest(value):
+    """First 8 hex digits of sha256, keeping nested lists of synonyms."""
+    return (
+        [digest(v) for v in value]
+        if isinstance(value, list)
+        else hashlib.sha256(value.encode()).hexdigest()[:8]
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_label_and_prompt_is_the_published_one(name):
+    assert digest(LABELS[name]) == GOLDEN[name]["each_label"]
+    assert digest(TEMPLATES[name]) == GOLDEN[name]["each_template"]
+    assert (len(LABELS[name]), len(TEMPLATES[name])) == (GOLDEN[name]["labels"], GOLDEN[name]["templates"])
+
+
+def test_there_are_28_published_sets_and_three_of_ours():
+    assert len(PUBLISHED) == 28
+    assert set(LABELS) == set(TEMPLATES) == {*PUBLISHED, *OURS}
+
+
+def test_every_template_has_one_place_for_the_name():
+    assert not [t for templates in TEMPLATES.values() for t in templates if t.count("{}") != 1]
+
+
+def test_our_lesion_prompts_stand_in_the_order_of_the_classes():
+    for kind in ("calc", "mass"):
+        named = [label.upper().replace(" ", "_") for label in LABELS[f"cbis_{kind}"]]
+        noun = {"calc": "CALCIFICATION", "mass": "MASS"}[kind]
+        assert [name.replace(f"_{noun}", "") for name in named] == list(CBIS_CLASSES)
+
+
+def test_catalog_holds_the_26_sets_and_ours():
+    catalog = downstream.read_catalog()
+    names = {*PUBLISHED, *OURS, "roco"} - {"birdsnap", "voc2007"}  # those two have labels but no entry
+    assert set(catalog) == names and len(names) == 30
+    kinds = {kind: {n for n, e in catalog.items() if e["type"] == kind} for kind in downstream.TYPES}
+    assert kinds["filelist"] == {"sun397", "clevr_counts"}
+    assert kinds["special"] == {"cifar10", "cifar100", "stl10", "mnist", *OURS, "roco"}
+
+
+def test_every_metric_belongs_to_a_set():
+    assert set(eval_zeroshot.METRIC_OF) <= set(LABELS)
+    assert set(eval_zeroshot.METRIC_OF.values()) < set(eval_zeroshot.METRICS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"pets": {"path": "p", "type": "imagefolder", "train": "train"}}', "pets lacks test"),
+        (
+            '{"pets": {"path": "p", "type": "folder", "train": "a", "test": "b"}}',
+            "imagefolder, filelist, special",
+        ),
+        ('{"pets": {"path": "p", "type": "special", "train": "a", "test": "b"}}', "no special set"),
+        ('{"pets": ', "not valid JSON"),
+    ],
+)
+def test_a_bad_catalog_names_its_fault(tmp_path, text, message):
+    (tmp_path / "catalog.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        downstream.read_catalog(tmp_path / "catalog.json")
+
+
+def test_an_absent_catalog_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        downstream.read_catalog(tmp_path / "none.json")

@@ -1,0 +1,284 @@
+"""The labelled sets in every layout of the catalog: 26 small trees, and files that must be refused."""
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from downstream_tree import LABELS, folder_names, pixels, write_file_list, write_folders, write_world
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import datasets
+import downstream
+import transforms
+
+ALL_26 = [
+    n for n, e in downstream.read_catalog().items() if n in LABELS and not n.startswith(("digits", "cbis"))
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        yield write_world(tmp_path_factory.mktemp("world"), patch)
+
+
+def stated_class(picture: Image.Image, grey: bool) -> int:
+    red, green, _ = picture.getpixel((0, 0))
+    return red if grey else red + 256 * green
+
+
+def entry_at(path, kind="imagefolder", **more) -> dict:
+    return {"thing": {"path": str(path), "type": kind, "train": "train", "test": "test", **more}}
+
+
+def test_there_are_26(world):
+    assert len(ALL_26) == 26 and set(world) == set(ALL_26)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", ALL_26)
+def test_each_layout_is_numbered_in_the_published_order(world, name, train):
+    dataset = downstream.create_downstream(name, train, None, world)
+    assert len(dataset.classes) == len(LABELS[name])
+    samples = [dataset[i] for i in range(len(dataset))]
+    assert {picture.mode for picture, _ in samples} == {"RGB"}
+    assert sorted(label for _, label in samples) == list(range(len(LABELS[name])))
+    assert [stated_class(picture, name == "mnist") for picture, _ in samples] == [
+        label for _, label in samples
+    ]
+
+
+def test_folders_that_are_numbers_are_sorted_as_numbers(tmp_path):
+    write_folders(tmp_path / "train", folder_names("flowers"))
+    dataset = downstream.picture_folders(tmp_path / "train", None)
+    assert dataset.classes == [str(i) for i in range(1, 103)]
+    assert sorted(dataset.classes) != dataset.classes  # what a plain sort would do
+
+
+def test_the_transform_is_applied_and_workers_receive_the_set(world):
+    view = transforms.eval_view(transforms.Preprocess(size=8))
+    dataset = downstream.create_downstream("dtd", False, view, world)
+    loader = DataLoader(dataset, batch_size=10, num_workers=1, multiprocessing_context="spawn")
+    pictures, labels = next(iter(loader))
+    assert pictures.shape == (10, 3, 8, 8) and labels.tolist() == list(range(10))
+    torch.testing.assert_close(pictures[3], view(Image.fromarray(pixels(3))))
+
+
+def test_nested_folders_other_files_and_hidden_folders(tmp_path):
+    write_folders(tmp_path / "test", ["b", "a"])
+    shutil.move(tmp_path / "test" / "a" / "0001.png", tmp_path / "test" / "a" / "z.PNG")
+    write_folders(tmp_path / "test" / "a", ["inner"])
+    (tmp_path / "test" / "a" / "notes.txt").write_text("not a picture")
+    (tmp_path / "test" / ".cache").mkdir()
+    dataset = downstream.create_downstream("thing", False, None, entry_at(tmp_path))
+    assert dataset.classes == ["a", "b"]
+    assert [dataset.paths[i] for i in range(3)] == ["a/z.PNG", "a/inner/0001.png", "b/0001.png"]
+    assert dataset.labels.tolist() == [0, 0, 1]
+
+
+def test_a_broken_picture_is_named(tmp_path):
+    write_folders(tmp_path / "test", ["a"])
+    (tmp_path / "test" / "a" / "0001.png").write_bytes(b"\x89PNG torn")
+    dataset = downstream.create_downstream("thing", False, None, entry_at(tmp_path))
+    with pytest.raises(transforms.BrokenPicture, match=r"a/0001\.png"):
+        dataset[0]
+
+
+def test_an_empty_class_folder_is_an_error(tmp_path):
+    write_folders(tmp_path / "test", ["a", "c"])
+    (tmp_path / "test" / "b").mkdir()
+    with pytest.raises(ValueError, match=r"class folder .*b holds no pictures"):
+        downstream.create_downstream("thing", False, None, entry_at(tmp_path))
+
+
+def test_a_split_without_class_folders_is_an_error(tmp_path):
+    (tmp_path / "test").mkdir()
+    with pytest.raises(ValueError, match="no class folders"):
+        downstream.create_downstream("thing", False, None, entry_at(tmp_path))
+
+
+def test_unknown_and_absent_sets(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown data set 'petz'; choose from food101, .*roco"):
+        downstream.create_downstream("petz", False, None)
+    with pytest.raises(FileNotFoundError, match=r"thing: .*nowhere does not exist"):
+        downstream.create_downstream("thing", False, None, entry_at(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"thing: .*test does not exist"):
+        downstream.create_downstream("thing", False, None, entry_at(tmp_path))
+    with pytest.raises(ValueError, match="captions, not classes"):
+        downstream.create_downstream("roco", False, None)
+
+
+# -------------------------------------------------------------------------------- file lists
+
+
+def test_a_class_that_one_split_lacks_does_not_shift_the_others(tmp_path):
+    write_file_list(tmp_path, "train", np.array(["count_10", "count_3", "count_4"]), [0, 1, 2])
+    write_file_list(tmp_path, "test", np.array(["count_4", "count_3"]), [2, 1])
+    dataset = downstream.create_downstream("thing", False, None, entry_at(tmp_path, "filelist"))
+    assert dataset.classes == ["count_10", "count_3", "count_4"] and dataset.labels.tolist() == [2, 1]
+    shutil.rmtree(tmp_path / "images")
+    write_file_list(tmp_path, "train", np.array([0, 1, 2]), [0, 1, 2])
+    write_file_list(tmp_path, "test", np.array([1, 0]), [1, 0])
+    dataset = downstream.create_downstream("thing", False, None, entry_at(tmp_path, "filelist"))
+    assert dataset.classes == ["0", "1", "2"] and dataset.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("listed", ["/etc/passwd", "../secret.png", "images/../../secret.png"])
+def test_a_listed_path_that_leaves_its_folders_is_refused_with_its_row(tmp_path, listed):
+    write_file_list(tmp_path, "test", np.array([0, 1]), [0, 1])
+    good = str(tmp_path / "images" / "test" / "000000.png")
+    np.save(tmp_path / "test_images.npy", np.array([good, listed]))
+    with pytest.raises(ValueError, match=r"test_images\.npy, row 1: .* is outside of"):
+        downstream.create_downstream("thing", False, None, entry_at(tmp_path, "filelist"))
+
+
+def test_absolute_paths_elsewhere_work_where_the_catalog_names_their_folder(tmp_path):
+    lists, pictures = tmp_path / "lists", tmp_path / "pictures"
+    write_file_list(pictures, "test", np.array([0, 1]), [0, 1])
+    lists.mkdir()
+    for file in pictures.glob("*.npy"):
+        shutil.move(file, lists / file.name)
+    with pytest.raises(ValueError, match='name its folder as "images"'):
+        downstream.create_downstream("thing", False, None, entry_at(lists, "filelist"))
+    dataset = downstream.create_downstream(
+        "thing", False, None, entry_at(lists, "filelist", images=str(pictures))
+    )
+    assert [stated_class(*dataset[i][:1], False) for i in range(2)] == [0, 1]
+
+
+def test_relative_paths_start_at_the_set(tmp_path):
+    write_file_list(tmp_path, "test", np.array([1]), [1])
+    np.save(tmp_path / "test_images.npy", np.array(["images/test/000000.png"]))
+    dataset = downstream.create_downstream("thing", False, None, entry_at(tmp_path, "filelist"))
+    assert stated_class(dataset[0][0], False) == 1
+
+
+class Hostile:
+    def __init__(self, witness):
+        self.witness = str(witness)
+
+    def __reduce__(self):
+        return open, (self.witness, "w")
+
+
+def test_a_label_file_that_would_run_code_is_refused(tmp_path):
+    write_file_list(tmp_path, "test", np.array([0]), [0])
+    np.save(
+        tmp_path / "test_labels.npy",
+        np.array([Hostile(tmp_path / "witness")], dtype=object),
+        allow_pickle=True,
+    )
+    with pytest.raises(ValueError, match=r"test_labels\.npy"):
+        downstream.create_downstream("thing", False, None, entry_at(tmp_path, "filelist"))
+    assert not (tmp_path / "witness").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array([0, 1, 2]), "2 rows in test_images.npy, 3 in test_labels.npy"),
+        (np.array([0, -1]), "class -1 in row 1"),
+        (np.array([0.5, 1.0]), "not one row of text or whole numbers"),
+        (np.array([[0, 1]]), "not one row of text or whole numbers"),
+        (np.array([], dtype=np.int64), "not one row of text or whole numbers"),
+    ],
+)
+def test_bad_label_files_are_refused(tmp_path, labels, message):
+    write_file_list(tmp_path, "test", np.array([0, 1]), [0, 1])
+    np.save(tmp_path / "test_labels.npy", labels)
+    with pytest.raises(ValueError, match=message):
+        downstream.create_downstream("thing", False, None, entry_at(tmp_path, "filelist"))
+
+
+def test_labels_saved_as_python_objects_are_read(tmp_path):
+    write_file_list(tmp_path, "test", np.array([1, 0], dtype=object), [1, 0])
+    dataset = downstream.create_downstream("thing", False, None, entry_at(tmp_path, "filelist"))
+    assert dataset.labels.tolist() == [1, 0]
+
+
+# -------------------------------------------------------------------------------- special sets
+
+
+def test_digits_are_all_there_once_and_the_split_is_fixed():
+    train, test = (downstream.create_downstream("digits", train, None) for train in (True, False))
+    assert (len(train), len(test)) == (1437, 360)
+    assert np.bincount(test.labels).min() >= 35  # every class is held out in proportion
+    again = downstream.create_downstream("digits", False, None)
+    np.testing.assert_array_equal(again.pixels, test.pixels)
+    from sklearn.datasets import load_digits
+
+    def rows(pixels):
+        return sorted(map(bytes, pixels.reshape(len(pixels), -1)))
+
+    whole = (load_digits().images / 16 * 255).round().astype(np.uint8)
+    assert rows(np.concatenate([train.pixels, test.pixels])) == rows(whole)
+    picture, label = test[0]
+    assert picture.size == (32, 32) and picture.mode == "RGB" and label == test.labels[0]
+
+
+def test_a_cifar_file_with_another_checksum_is_not_opened(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for part in (
+        "data_batch_1",
+        "data_batch_2",
+        "data_batch_3",
+        "data_batch_4",
+        "data_batch_5",
+        "test_batch",
+    ):
+        (folder / part).write_bytes(pickle.dumps(Hostile(tmp_path / "witness")))
+    catalog = {"cifar10": {"path": str(tmp_path), "type": "special", "train": "train", "test": "test"}}
+    with pytest.raises(ValueError, match="cifar10: torchvision finds no intact copy"):
+        downstream.create_downstream("cifar10", False, None, catalog)
+    assert not (tmp_path / "witness").exists()
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_the_placeholder_path_is_never_downloaded_to(download):
+    with pytest.raises(FileNotFoundError, match="/path/to/mnist does not exist"):
+        downstream.create_downstream("mnist", False, None, download=download)
+
+
+def test_download_is_left_to_torchvision(tmp_path, monkeypatch):
+    asked = {}
+
+    def fetch(root, train, download):
+        asked.update(root=root, train=train, download=download)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", fetch)
+    catalog = {"mnist": {"path": str(tmp_path / "new"), "type": "special", "train": "train", "test": "test"}}
+    with pytest.raises(ValueError, match="no network"):
+        downstream.create_downstream("mnist", False, None, catalog, download=True)
+    assert asked == {"root": str(tmp_path / "new"), "train": False, "download": True}
+
+
+def test_cbis_crops_through_the_catalog(tmp_path):
+    rows = []
+    for i, (pathology, split) in enumerate(
+        zip(datasets.CBIS_CLASSES * 2, ["train"] * 3 + ["test"] * 3, strict=True)
+    ):
+        Image.fromarray(pixels(i % 3)).save(tmp_path / f"{i}.png")
+        cells = dict.fromkeys(datasets.CBIS_COLUMNS, "")
+        cells |= {
+            "lesion": f"calc_{i}",
+            "type": "calc",
+            "split": split,
+            "pathology": pathology,
+            "crop": f"{i}.png",
+        }
+        rows.append(",".join(cells.values()))
+    (tmp_path / "calc.csv").write_text("\n".join([",".join(datasets.CBIS_COLUMNS), *rows]) + "\n")
+    catalog = {"cbis_calc": {"path": str(tmp_path), "type": "special", "train": "train", "test": "test"}}
+    for train in (True, False):
+        dataset = downstream.create_downstream("cbis_calc", train, None, catalog)
+        assert dataset.classes == list(datasets.CBIS_CLASSES)
+        assert [stated_class(picture, False) for picture, _ in (dataset[i] for i in range(3))] == [0, 1, 2]
+        assert dataset.labels.tolist() == [0, 1, 2]
+    with pytest.raises(FileNotFoundError, match=r"mass\.csv"):
+        downstream.create_downstream("cbis_mass", False, None, {"cbis_mass": catalog["cbis_calc"]})
