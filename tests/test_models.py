@@ -78,7 +78,7 @@ def test_outputs_losses_and_gradients_equal_the_reference(objective):
     for name, parameter in model.named_parameters():  # every parameter has a gradient: none is dead
         golden = case["grads"][name]
         grad = parameter.grad.flatten()
-        scale = max(golden["norm"], 1e-3)
+        scale = max(golden["norm"], 1e-2)  # a bias before BatchNorm has gradient 0, and rounding is all there is of it
         assert abs(grad.norm().item() - golden["norm"]) < 2e-4 * scale, name
         assert abs(grad.sum().item() - golden["sum"]) < 2e-4 * scale * math.sqrt(len(grad)), name
         torch.testing.assert_close(grad[:6], golden["first"], rtol=1e-3, atol=2e-4 * scale)
