@@ -65,12 +65,14 @@ def _slices(start: int, stop: int) -> list[slice]:
 
 
 class _PairContrast(torch.autograd.Function):
-    """Both halves of one process's batch against each other: the symmetric case.
+    """Both sides of one process's batch against each other: the symmetric case.
 
-    z (2*B, D) holds two sets of B unit vectors, and row i belongs to row i + B. The similarity matrix is symmetric, so
-    each tile above the diagonal is computed once and serves its rows and its columns.
+    The rows of a and b, brought to length 1, stand below each other in z (2*B, D), where row i belongs to row i + B.
+    The similarity matrix is symmetric, so each tile above the diagonal is computed once and serves its rows and its
+    columns. z is computed again in the backward pass: nothing of the embeddings' size is kept.
 
     Args:
+        a, b (B, D): embeddings of any length.
         scale: inverse temperature, a tensor ().
         across: contrast each row with the other half only (CLIP), else with every row but itself (SimCLR).
         limit: largest possible |logit| where it is known beforehand, for one exponential a logit instead of two.
@@ -80,8 +82,9 @@ class _PairContrast(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z: Tensor, scale: Tensor, across: bool, limit: float) -> tuple[Tensor, Tensor]:
-        half = len(z) // 2
+    def forward(ctx, a: Tensor, b: Tensor, scale: Tensor, across: bool, limit: float) -> tuple[Tensor, Tensor]:
+        z, _ = _PairContrast._stack(a, b)
+        half = len(a)
         lse = z.new_full((len(z),), -torch.inf)
         best, match = z.new_full((half,), -torch.inf), torch.zeros(half, dtype=torch.long, device=z.device)
         for rows, columns in _PairContrast._tiles(half, across):
@@ -103,7 +106,7 @@ class _PairContrast(torch.autograd.Function):
                 if rows != columns:
                     lse[columns] = torch.logaddexp(lse[columns], tile.logsumexp(0))
         positive = scale * (z[:half] * z[half:]).sum(1)  # (B,)
-        ctx.save_for_backward(z, scale, lse)
+        ctx.save_for_backward(a, b, scale, lse)
         ctx.across, ctx.limit = across, limit
         ctx.mark_non_differentiable(match)
         return (lse.sum() - 2 * positive.sum()) / len(z), match
@@ -111,8 +114,9 @@ class _PairContrast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple:
-        z, scale, lse = ctx.saved_tensors
-        half = len(z) // 2
+        a, b, scale, lse = ctx.saved_tensors
+        z, norm = _PairContrast._stack(a, b)
+        half = len(a)
         dz = torch.zeros_like(z)  # in units of scale * grad / (2*B)
         share = torch.exp(ctx.limit - lse) if ctx.limit < SAFE_EXPONENT else None
         for rows, columns in _PairContrast._tiles(half, ctx.across):
@@ -132,9 +136,17 @@ class _PairContrast(torch.autograd.Function):
         dz[:half] -= 2 * z[half:]
         dz[half:] -= 2 * z[:half]
         dz *= grad / len(z)
-        # z enters twice, as rows and as columns.
-        dscale = (z * dz).sum() / 2 if ctx.needs_input_grad[1] else None
-        return dz.mul_(scale), dscale, None, None
+        radial = torch.linalg.vecdot(z, dz)[:, None]  # (2*B, 1)
+        dscale = radial.sum() / 2 if ctx.needs_input_grad[2] else None  # z enters twice, as rows and as columns
+        dz.addcmul_(z, radial, value=-1).mul_(scale / norm)  # to length 1 and back: what is radial has no effect
+        return dz[:half], dz[half:], dscale, None, None
+
+    @staticmethod
+    def _stack(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit rows (2*B, D) in at least float32, and their lengths before (2*B, 1)."""
+        z = torch.cat([x if x.dtype == torch.float64 else x.float() for x in (a, b)])
+        norm = torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_(min=1e-12)
+        return z.div_(norm), norm
 
     @staticmethod
     def _tiles(half: int, across: bool) -> Iterator[tuple[slice, slice]]:
@@ -222,13 +234,13 @@ class CLIPLoss(nn.Module):
 
     def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.autocast(outputs["image_embed"].device.type, enabled=False):
-            image, text = _unit(outputs["image_embed"]), _unit(outputs["text_embed"])  # (B, D) each
-            scale = outputs["logit_scale"].to(image.dtype)
+            image, text = outputs["image_embed"], outputs["text_embed"]  # (B, D) each
+            scale = outputs["logit_scale"]
             if _world_size() == 1:
-                loss, match = _PairContrast.apply(torch.cat([image, text]), scale, True, torch.inf)
+                loss, match = _PairContrast.apply(image, text, scale, True, torch.inf)
                 correct = match == torch.arange(len(image), 2 * len(image), device=match.device)
             else:
-                first = len(image) * _rank()
+                image, text, first = _unit(image), _unit(text), len(image) * _rank()
                 all_image, all_text = (gather_batch(x, self.gather_with_grad) for x in (image, text))  # (N*B, D)
                 image_loss, match = _RowContrast.apply(image, all_text, scale, first, -1)
                 text_loss, _ = _RowContrast.apply(text, all_image, scale, first, -1)
@@ -253,13 +265,13 @@ class SIMCLRLoss(nn.Module):
 
     def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.autocast(outputs["aug1_embed"].device.type, enabled=False):
-            a, b = _unit(outputs["aug1_embed"]), _unit(outputs["aug2_embed"])  # (B, D) each
-            scale = a.new_tensor(1 / self.temperature)
+            a, b = outputs["aug1_embed"], outputs["aug2_embed"]  # (B, D) each
+            scale = a.new_tensor(1 / self.temperature, dtype=torch.promote_types(a.dtype, torch.float32))
             if _world_size() == 1:
-                loss, match = _PairContrast.apply(torch.cat([a, b]), scale, False, 1 / self.temperature)
+                loss, match = _PairContrast.apply(a, b, scale, False, 1 / self.temperature)
                 correct = match == torch.arange(len(a), 2 * len(a), device=match.device)
             else:
-                first, total = len(a) * _rank(), len(a) * _world_size()
+                a, b, first, total = _unit(a), _unit(b), len(a) * _rank(), len(a) * _world_size()
                 all_a, all_b = gather_batch(a), gather_batch(b)  # (N*B, D) each
                 loss_a, match = _RowContrast.apply(a, torch.cat([all_b, all_a]), scale, first, total + first)
                 loss_b, _ = _RowContrast.apply(b, torch.cat([all_a, all_b]), scale, first, total + first)

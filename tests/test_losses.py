@@ -182,7 +182,7 @@ def test_tiles_equal_the_full_matrices(tile, temperature, monkeypatch):
 
 def test_float32_tiles_at_the_largest_scale_and_a_large_batch():
     inputs = random_inputs(3000, 64, torch.float32) | {"logit_scale": torch.tensor(100.0)}
-    inputs["text_embed"] = inputs["image_embed"] + 0.05 * inputs["text_embed"]  # nearly solved: tiny losses, big logits
+    inputs["text_embed"] = inputs["image_embed"] + 1.5 * inputs["text_embed"]  # half solved: logits up to 80
     values, grads = full_matrices({k: v.double() for k, v in inputs.items()}, 0.1, 1.0)
     x = {k: v.clone().requires_grad_() for k, v in inputs.items()}
     result = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 1.0)(x)
