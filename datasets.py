@@ -14,6 +14,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import tarfile
 import zipfile
 import zlib
 from array import array
@@ -21,7 +23,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -161,16 +165,8 @@ class Listing:
 def inside(path: str, where: str) -> str:
     """`path` if it cannot leave the folder that it is relative to; else ValueError naming the row."""
     if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/"):
-        raise ValueError(f"{where}: the path {path!r} may leave the data root (absolute, or with '..')")
+        raise ValueError(f"{where}: the path {path!r} may leave the data root ('/' first, '..', '\\')")
     return path
-
-
-def find_file(choices: list[Path], what: str) -> Path:
-    """The first of the choices that is a file; else FileNotFoundError naming them all."""
-    for path in choices:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"no {what} at {' or '.join(map(str, choices))}")
 
 
 class Reader:
@@ -217,7 +213,19 @@ class Reader:
         """Set `files`, and `root` where it lies deeper; FileNotFoundError says what was expected."""
         raise NotImplementedError
 
+    def find(self, metadata: str, *places: str) -> None:
+        """Set `files` to the given metadata, or if there is none to the first of the places in the root."""
+        choices = [Path(metadata), self.root / metadata]
+        if not metadata:
+            choices = [self.root / place for place in places]
+        path = next((path for path in choices if path.is_file()), None)
+        if path is None:
+            tried = " or ".join(map(str, choices))
+            raise FileNotFoundError(f"no captions of the split {self.split!r} at {tried}")
+        self.files = [path]
+
     def rows(self) -> Iterator[Row]:
+        """The rows of `files` as they stand there."""
         raise NotImplementedError
 
     def finder(self) -> Callable[[Row], bool]:
@@ -236,7 +244,7 @@ class Reader:
             captions = [text.strip() for text in row.captions]
             if not exists(row):
                 absent += 1
-                first_absent = first_absent or f"{row.picture} ({row.where})"
+                first_absent = first_absent or f"{row.picture} ({row.where})".strip()
             elif not any(captions):
                 silent += 1
                 first_silent = first_silent or row.where
@@ -289,6 +297,10 @@ class Reader:
     def name(self, i: int) -> str:
         return str(self.root / self.pictures[self._row(i)])
 
+    def data(self, i: int) -> bytes:
+        """The picture's file, byte for byte. Raises as `picture` does where it cannot be had."""
+        return Path(self.name(i)).read_bytes()
+
     def picture(self, i: int) -> Image.Image:
         """RGB, 8 bits. Raises BrokenPicture or FileNotFoundError, naming the file."""
         return read_picture(self.name(i))
@@ -301,12 +313,14 @@ class Roco(Reader):
 
     The root is the folder of the three splits, or its parent where it is called `data`, or one split, or a
     folder of captions itself; from the last two the other splits are found beside it. A folder of captions
-    that belongs to no split is `train`. `metadata` names another file of captions in the same folders.
+    that belongs to no split is `train`. `metadata` is the name of another file of captions beside `images`.
     """
 
     kinds: tuple[str, ...] = ("radiology",)
 
     def locate(self, metadata: str) -> None:
+        if Path(metadata).name != metadata:
+            raise ValueError(f"ROCO's metadata is the name of a file beside images/, no path: {metadata!r}")
         names = (metadata,) if metadata else ("captions.txt", "selected_pairs.txt")
 
         def captions_in(folder: Path) -> Path | None:
@@ -361,8 +375,7 @@ class RocoV2(Reader):
 
     def locate(self, metadata: str) -> None:
         short = "valid" if self.split == "validation" else self.split
-        name = metadata or f"{short}_captions.csv"
-        self.files = [find_file([self.root / name, Path(name)], "captions")]
+        self.find(metadata, f"{short}_captions.csv")
         folders = (f"{short}_images/{short}", f"{short}_images", short)
         self.images = next((folder for folder in folders if (self.root / folder).is_dir()), "")
         if not self.images:
@@ -428,9 +441,7 @@ class Csv(Reader):
     }
 
     def locate(self, metadata: str) -> None:
-        own = [self.root / f"{self.split}.csv", self.root / f"{self.split}.tsv"]
-        choices = [Path(metadata), self.root / metadata] if metadata else own
-        self.files = [find_file(choices, f"table of the split {self.split!r}")]
+        self.find(metadata, f"{self.split}.csv", f"{self.split}.tsv")
 
     def rows(self) -> Iterator[Row]:
         table = Table(self.files[0])
@@ -442,29 +453,55 @@ class Csv(Reader):
 
 
 # ---------------------------------------------------------------------------------------------- large sources
-class ZipPool:
+class ArchivePool:
     """Open archives, the last `size` that were used; every process opens its own."""
+
+    opener: Callable[[Path], zipfile.ZipFile | BinaryIO]
 
     def __init__(self, size: int = 64):
         self.size, self.process = size, os.getpid()
-        self.archives: OrderedDict[Path, zipfile.ZipFile] = OrderedDict()
+        self.archives: OrderedDict[Path, zipfile.ZipFile | BinaryIO] = OrderedDict()
 
     def __getstate__(self) -> dict:
         return {"size": self.size, "process": -1, "archives": OrderedDict()}
 
-    def read(self, path: Path, member: str) -> bytes:
-        """A member's bytes; FileNotFoundError for an absent archive, BrokenPicture for a damaged one."""
+    def archive(self, path: Path) -> zipfile.ZipFile | BinaryIO:
         if self.process != os.getpid():  # a forked handle shares its position in the file with its parent
             self.archives, self.process = OrderedDict(), os.getpid()
+        if path not in self.archives:
+            self.archives[path] = self.opener(path)
+            if len(self.archives) > self.size:
+                self.archives.popitem(last=False)[1].close()
+        self.archives.move_to_end(path)
+        return self.archives[path]
+
+
+class ZipPool(ArchivePool):
+    """Members of zip archives by name."""
+
+    opener = staticmethod(zipfile.ZipFile)
+
+    def read(self, path: Path, member: str) -> bytes:
+        """A member's bytes; FileNotFoundError for an absent archive, BrokenPicture for a damaged one."""
         try:
-            if path not in self.archives:
-                self.archives[path] = zipfile.ZipFile(path)
-                if len(self.archives) > self.size:
-                    self.archives.popitem(last=False)[1].close()
-            self.archives.move_to_end(path)
-            return self.archives[path].read(member)
+            return self.archive(path).read(member)
         except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as error:
             raise BrokenPicture(f"cannot read the picture {path}/{member}: {error}") from error
+
+
+class TarPool(ArchivePool):
+    """Members of tar archives by their place in the file."""
+
+    opener = staticmethod(partial(open, mode="rb"))
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """A member's bytes; FileNotFoundError for an absent archive, BrokenPicture where it is shorter."""
+        file = self.archive(path)
+        file.seek(offset)
+        data = file.read(size)
+        if len(data) < size:
+            raise BrokenPicture(f"{path} ends before byte {offset + size}")
+        return data
 
 
 class Yfcc15m(Reader):
@@ -475,18 +512,26 @@ class Yfcc15m(Reader):
     indexed = numbered = True
 
     def locate(self, metadata: str) -> None:
-        name = metadata or "yfcc15m.pkl"
-        self.files = [find_file([Path(name), self.root / name], "list of YFCC15M's pictures")]
+        self.find(metadata, "yfcc15m.pkl")
         self.archives = ZipPool()
 
     def rows(self) -> Iterator[Row]:
-        for number, row in enumerate(read_list(self.files[0])):
+        for number, row in enumerate(self._list()):
             where = f"{self.files[0]} row {number}"
             if not (isinstance(row, tuple | list) and list(map(type, row)) == [int, str, str]):
                 raise ValueError(f"{where} is not (number, title, description): {str(row)[:80]}")
             if not 0 <= row[0] < 10**8:
                 raise ValueError(f"{where}: the picture number {row[0]} does not have at most 8 digits")
             yield Row(where, row[0], list(row[1:]))
+
+    def _list(self) -> Iterable:
+        """What the pickle holds, where it can be from the arrays that make_dataset.py writes beside it."""
+        columns = load_index(*rows_index(self.files[0]))
+        if columns is None:
+            return read_list(self.files[0])
+        texts = columns.texts
+        numbers = map(int, columns.pictures)
+        return ((number, texts[2 * i], texts[2 * i + 1]) for i, number in enumerate(numbers))
 
     def finder(self) -> Callable[[Row], bool]:
         present, listed = np.zeros(10**8, dtype=bool), np.zeros(10**5, dtype=bool)  # by picture, by archive
@@ -518,8 +563,11 @@ class Yfcc15m(Reader):
     def name(self, i: int) -> str:
         return "/".join(map(str, self._place(i)))
 
+    def data(self, i: int) -> bytes:
+        return self.archives.read(*self._place(i))
+
     def picture(self, i: int) -> Image.Image:
-        return decode_picture(self.archives.read(*self._place(i)), self.name(i))
+        return decode_picture(self.data(i), self.name(i))
 
 
 class Coco(Reader):
@@ -531,11 +579,9 @@ class Coco(Reader):
     def locate(self, metadata: str) -> None:
         self.folder = "train2017" if self.split == "train" else "val2017"
         name = f"captions_{self.folder}.json"
-        choices = [self.root / "annotations" / name]
-        if metadata:  # the flag names the training file: validation lies beside it
-            given = Path(metadata) if self.split == "train" else Path(metadata).with_name(name)
-            choices = [given, self.root / given]
-        self.files = [find_file(choices, "COCO captions")]
+        if metadata and self.split == "validation":  # the training file is given, the other lies beside it
+            metadata = str(Path(metadata).with_name(name))
+        self.find(metadata, f"annotations/{name}")
 
     def rows(self) -> Iterator[Row]:
         captions: dict[int, list[str]] = {}
@@ -555,8 +601,7 @@ class Cc3m(Reader):
     key = "image_id"
 
     def locate(self, metadata: str) -> None:
-        name = metadata or f"{type(self).__name__.lower()}.npy"
-        self.files = [find_file([Path(name), self.root / name], "array of captions")]
+        self.find(metadata, f"{type(self).__name__.lower()}.npy")
 
     def rows(self) -> Iterator[Row]:
         for number, item in enumerate(read_list(self.files[0])):
@@ -581,8 +626,7 @@ class RedCaps(Reader):
     indexed = True
 
     def locate(self, metadata: str) -> None:
-        name = metadata or "redcaps_v1.json"
-        self.files = [find_file([Path(name), self.root / name], "RedCaps annotations")]
+        self.find(metadata, "redcaps_v1.json")
         self.images = "images/" if (self.root / "images").is_dir() else ""
 
     def rows(self) -> Iterator[Row]:
@@ -590,6 +634,136 @@ class RedCaps(Reader):
             where = f"{self.files[0]} annotation {number}"
             image, folder, caption = fields_of(item, where, image_id=str, subreddit=str, caption=str)
             yield Row(where, f"{self.images}{folder}/{image}.jpg", [caption])
+
+
+# -------------------------------------------------------------------------------------------------- tar shards
+SHARD_PICTURES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp")  # extensions of a sample's picture
+
+
+class WebDataset(Reader):
+    """Tar shards as img2dataset and `make_dataset.py shards` write them: `key.jpg`, `key.txt`, `key.json`.
+
+    The root is a folder of `*.tar` (of another split than train: in its folder `validation` or `test`), or
+    the shards themselves: a brace pattern such as `shards/{00000..00331}.tar`, or several joined by `::`.
+    With a folder as root, `metadata` may hold a pattern relative to it, or name a `.txt` of one shard a line.
+    Captions are the list `captions` of the JSON, else the text, else `caption` of the JSON.
+
+    The members' places are indexed once and a sample is read at its place, not in the stream's order: so
+    shards are sources like all others, whose global batches do not depend on the number of processes and
+    workers, whose epochs hold each sample once and whose runs continue at any step. A stream split over nodes
+    and workers holds none of that. The price is a seek for each picture: keep shards on a disk that seeks.
+    """
+
+    indexed = True
+
+    def __init__(self, root: str | Path, metadata: str = "", *arguments: str | Path, **keywords: str | Path):
+        if not metadata and root and not Path(root).is_dir():
+            root, metadata = ".", str(root)
+        super().__init__(root, metadata, *arguments, **keywords)
+
+    def locate(self, metadata: str) -> None:
+        self.archives = TarPool()
+        if not metadata:
+            folders = [self.root / self.split] + [self.root] * (self.split == "train")
+            self.files = next(filter(None, (sorted(folder.glob("*.tar")) for folder in folders)), [])
+            if not self.files:
+                raise FileNotFoundError(f"no shards (*.tar) in {' or '.join(map(str, folders))}")
+            return
+        if self.split != "train":
+            raise FileNotFoundError(f"the shards {metadata} are of the split 'train', not {self.split!r}")
+        names = [metadata]
+        if metadata.endswith(".txt"):
+            self.find(metadata)
+            names = self.files[0].read_text(encoding="utf-8").split("\n")
+        names = [name for line in names if line.strip() for name in expand_shards(line.strip())]
+        self.files = [self.root / name for name in names]
+        absent = [str(path) for path in self.files if not path.is_file()]
+        if absent or not names:
+            raise FileNotFoundError(f"{len(absent)} of {len(names)} shards are absent: {', '.join(absent[:3])}")
+        self.root = Path(os.path.commonpath([path.parent for path in self.files]))
+
+    def rows(self) -> Iterator[Row]:
+        for number, path in enumerate(self.files):
+            with open(path, "rb") as file:
+                for key, members in shard_samples(path, file).items():
+                    where = f"{path} sample {key!r}"
+                    kind = next((kind for kind in SHARD_PICTURES if kind in members), "")
+                    place = f"{number} {' '.join(map(str, members[kind]))} {key}.{kind}" if kind else ""
+                    yield Row(where, place, shard_captions(file, members, where))
+
+    def finder(self) -> Callable[[Row], bool]:
+        return lambda row: bool(row.picture)
+
+    def _place(self, i: int) -> tuple[Path, int, int, str]:
+        shard, offset, size, member = self.pictures[self._row(i)].split(" ", 3)
+        return self.files[int(shard)], int(offset), int(size), member
+
+    def name(self, i: int) -> str:
+        path, _offset, _size, member = self._place(i)
+        return f"{path}/{member}"
+
+    def data(self, i: int) -> bytes:
+        return self.archives.read(*self._place(i)[:3])
+
+    def picture(self, i: int) -> Image.Image:
+        return decode_picture(self.data(i), self.name(i))
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """The paths that a brace pattern, or several joined by `::`, stands for."""
+    if "{" not in pattern and "::" not in pattern:
+        return [pattern]
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError as error:
+        raise ImportError(f"the pattern of shards {pattern} needs webdataset: pip install webdataset") from error
+    return expand_urls(pattern)
+
+
+def shard_samples(path: Path, file: BinaryIO) -> dict[str, dict[str, tuple[int, int]]]:
+    """The samples of a shard: key -> extension in lower case -> (offset, size) in the file.
+
+    Raises ValueError, naming the member, for one that a shard has no use for (a link, a device, a path that
+    leaves the folder, a second file of the same name), and for a compressed or damaged archive.
+    """
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                where = f"{path} member {member.name!r}"
+                name = inside(member.name, where).removeprefix("./")
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse() or member.size < 0:
+                    raise ValueError(f"{where} is no plain file (type {member.type!r}): refused")
+                folder, slash, last = name.rpartition("/")
+                stem, _, kind = last.partition(".")
+                kinds = samples.setdefault(folder + slash + stem, {})
+                if kinds.setdefault(kind.lower(), place := (member.offset_data, member.size)) != place:
+                    raise ValueError(f"{where} is there twice")
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{path} is no complete, uncompressed tar archive: {error}") from error
+    return samples
+
+
+def shard_captions(file: BinaryIO, members: dict[str, tuple[int, int]], where: str) -> list[str]:
+    """The captions of a sample, none where nothing states one."""
+
+    def text(kind: str) -> str:
+        offset, size = members[kind]
+        file.seek(offset)
+        return file.read(size).decode("utf-8")
+
+    try:
+        values = json.loads(text("json")) if "json" in members else None
+        values = values if isinstance(values, dict) else {}
+        several = values.get("captions")
+        if isinstance(several, list) and all(isinstance(caption, str) for caption in several):
+            return several
+        caption = text("txt") if "txt" in members else values.get("caption")
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{where}: {error}") from error
+    return [caption] if isinstance(caption, str) else []
 
 
 def read_list(path: Path) -> list:
@@ -615,12 +789,27 @@ def fields_of(item: object, where: str, **types: type | tuple[type, ...]) -> lis
 INDEX_VERSION = 1
 
 
+@dataclass
+class RawFile:
+    """An array that is too long for memory: its values one after the other in a file."""
+
+    path: Path
+    dtype: str
+
+
+def rows_index(metadata: Path) -> tuple[Path, list]:
+    """Where make_dataset.py puts all rows of the metadata, whether their pictures exist or not, and the key."""
+    stat = metadata.stat()
+    key = [INDEX_VERSION, "rows", stat.st_size, stat.st_mtime_ns]
+    return metadata.with_name(f"{metadata.name}.rows"), key
+
+
 def indexed_columns(reader: Reader, cache_dir: str | Path) -> Columns:
     """The reader's columns from its index, which the first process to come here writes; the others wait."""
-    metadata = Path(os.path.abspath(reader.files[0]))
-    stat = metadata.stat()
-    source = [INDEX_VERSION, type(reader).__name__, reader.split, str(metadata), str(reader.root)]
-    key = [*source, stat.st_size, stat.st_mtime_ns]
+    files = [os.path.abspath(path) for path in reader.files]
+    source = [INDEX_VERSION, type(reader).__name__, reader.split, str(reader.root), *files]
+    key = [*source, *([stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, files))]
+    metadata = Path(files[0])
     folder = Path(cache_dir) if cache_dir else metadata.parent
     folder.mkdir(parents=True, exist_ok=True)
     tag = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
@@ -657,12 +846,24 @@ def save_index(path: Path, key: list, columns: Columns) -> None:
         arrays |= {"pictures": columns.pictures.data, "picture_offsets": columns.pictures.offsets}
     else:
         arrays["pictures"] = columns.pictures
-    head = {"key": key, "arrays": list(arrays), "dropped": columns.dropped, "log": columns.log}
+    write_index(path, {"key": key, "dropped": columns.dropped, "log": columns.log}, arrays)
+
+
+def write_index(path: Path, head: dict, arrays: dict[str, np.ndarray | RawFile]) -> None:
+    """The file that `load_index` maps: all of it or, where that fails, none."""
+    head = np.frombuffer(json.dumps({**head, "arrays": list(arrays)}).encode(), dtype=np.uint8)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            for values in (np.frombuffer(json.dumps(head).encode(), dtype=np.uint8), *arrays.values()):
-                np.save(file, values, allow_pickle=False)
+            for values in (head, *arrays.values()):
+                if isinstance(values, RawFile):
+                    length = values.path.stat().st_size // np.dtype(values.dtype).itemsize
+                    header = {"descr": values.dtype, "fortran_order": False, "shape": (length,)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    with open(values.path, "rb") as raw:
+                        shutil.copyfileobj(raw, file, 1 << 20)
+                else:
+                    np.save(file, values, allow_pickle=False)
                 file.write(b"\0" * (-file.tell() % 64))  # the next array starts aligned
         os.replace(temporary, path)
     finally:
@@ -707,6 +908,7 @@ READERS: dict[str, type[Reader]] = {
     "cc3m": Cc3m,
     "cc12m": Cc12m,
     "redcaps": RedCaps,
+    "webdataset": WebDataset,
 }
 
 
@@ -741,6 +943,7 @@ class BrokenPictures:
         self.position = 0  # how far the file was read
 
     def add(self, name: str, reason: str) -> None:
+        name = name.replace("\n", " ").replace("\t", " ")
         if name in self.names:
             return
         self._read()
@@ -762,7 +965,7 @@ class BrokenPictures:
                 new = file.read()
             new = new[: new.rfind(b"\n") + 1]
             self.position += len(new)
-            self.names.update(line.partition("\t")[0] for line in new.decode("utf-8").splitlines())
+            self.names.update(line.partition("\t")[0] for line in new.decode("utf-8").split("\n")[:-1])
 
 
 class ContrastiveDataset(Dataset):

@@ -37,7 +37,8 @@ HERE = Path(__file__).parent
 # What must not differ between a run and its continuation: the model, the data, and the schedule.
 RESUME_SETTINGS = (
     "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
-    "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze", "disable_amp",
+    "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze",
+    "disable_amp", "shard",
 )
 
 
@@ -123,6 +124,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="let the CLIP loss's gradient reach the other processes' features, so that N processes "
                             "equal one at the same global batch; --no-gather-with-grad reproduces the published "
                             "multi-GPU runs, where about half of that gradient is missing")
+    train.add_argument("--shard", action="store_true",
+                       help="split parameters, gradients and optimizer state over the processes (PyTorch's FSDP2), for "
+                            "models that do not fit one GPU; same losses and weights, more communication")
     train.add_argument("--disable-amp", action="store_true",
                        help="compute in float32 on GPUs as well (slower, more memory); CPUs always do")
     train.add_argument("--seed", default=0, type=int)
@@ -190,9 +194,9 @@ def build_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
             raise ValueError(f"--medclip-weights fits the MEDCLIP_* and MEDSLIP_* models, not {args.model}")
         models.initialise(model, args.medclip_weights)
         say(f"{args.model}: towers loaded from {args.medclip_weights}")
-    elif args.init:
-        models.initialise(model, args.init)
-        say(f"{args.model}: weights loaded from {args.init}")
+    elif args.init or (args.evaluate and args.resume):
+        models.initialise(model, args.init or args.resume)
+        say(f"{args.model}: weights loaded from {args.init or args.resume}")
     else:
         say(f"{args.model}: no weights given, every parameter starts from its initial distribution")
     if args.freeze:
@@ -307,12 +311,13 @@ def resume_settings(args: argparse.Namespace, model: nn.Module, processes: utils
 def save(run: Run, is_best: bool = False) -> None:
     """Checkpoint the run as it stands; every rank calls this."""
     random_states = utils.gather_objects(run.processes, utils.random_state(run.processes.device))
+    weights, optimizer = utils.training_state(run.model, run.optimizer)
     run.last_save = time.monotonic()
     if not run.processes.is_main:
         return
     state = {
         "epoch": run.epoch, "step_in_epoch": run.step_in_epoch, "step": run.step,
-        "state_dict": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "state_dict": weights, "optimizer": optimizer,
         "scaler": run.scaler.state_dict(), "best_acc1": run.best, "epoch_sums": run.epoch_sums,
         "random": random_states, "settings": run.settings, "args": json.loads(json.dumps(vars(run.args), default=str)),
         "model": {"name": run.model.name, "config": run.model.config}, "preprocess": run.model.preprocess.to_dict(),
@@ -324,7 +329,8 @@ def save(run: Run, is_best: bool = False) -> None:
         import medclip
 
         (output_dir / "medclip_export").mkdir(exist_ok=True)
-        utils.save_checkpoint(medclip.export_medclip(run.model), output_dir / "medclip_export" / medclip.WEIGHTS_NAME)
+        exported = medclip.export_medclip(run.model, weights)
+        utils.save_checkpoint(exported, output_dir / "medclip_export" / medclip.WEIGHTS_NAME)
 
 
 def resume(run: Run) -> None:
@@ -346,8 +352,7 @@ def resume(run: Run) -> None:
     if differ:
         raise ValueError(f"cannot continue {source}, its settings differ (choose another --output-dir for a new run):\n"
                          + "\n".join(f"  {d}" for d in differ))
-    models.load_weights(run.model, state["state_dict"], str(source))
-    run.optimizer.load_state_dict(state["optimizer"])
+    utils.load_training_state(run.model, run.optimizer, state["state_dict"], state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.epoch, run.step_in_epoch, run.best = state["epoch"], state["step_in_epoch"], state["best_acc1"]
     run.epoch_sums = list(state["epoch_sums"])
@@ -392,12 +397,16 @@ def accumulate_micro(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[di
     """
     for i, inputs in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
-        with nullcontext() if last or run.trained is run.model else run.trained.no_sync():
+        if utils.is_sharded(run.model):
+            run.model.set_requires_gradient_sync(last)
+        with run.trained.no_sync() if isinstance(run.trained, DistributedDataParallel) and not last else nullcontext():
             with run.autocast():
                 outputs = run.trained(*inputs)
             metrics = run.loss(outputs)
             run.scaler.scale(metrics["loss"] / len(micro_batches)).backward()
         yield metrics
+    if utils.is_sharded(run.model):
+        utils.average_gradients((p for p in run.model.parameters() if p.ndim == 0), run.processes)
 
 
 def accumulate_full(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dict]:
@@ -427,7 +436,7 @@ def accumulate_full(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dic
         learning = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
         torch.autograd.backward(*zip(*learning, strict=True))
     utils.set_random_state(after, run.processes.device)
-    utils.average_gradients(run.model, run.processes)  # the towers ran beside DistributedDataParallel
+    utils.average_gradients(run.model.parameters(), run.processes)  # the towers ran beside DistributedDataParallel
     yield metrics
 
 
@@ -446,8 +455,7 @@ def update(run: Run, batches: list[dict], totals: Tensor) -> None:
     for metrics in accumulate(run, micro_batches):
         totals[:-2] += torch.stack([metrics[key].detach().float() for key in run.model.objective.metrics])
         totals[-2] += 1
-    finite = torch.isfinite(torch.nn.utils.get_total_norm(
-        [p.grad for p in run.model.parameters() if p.grad is not None]))
+    finite = utils.gradients_finite(run.model)
     totals[-1] += ~finite
     if not run.scaler.is_enabled():
         run.optimizer.found_inf = (~finite).float()  # the fused optimizer leaves everything as it is where this is 1
@@ -552,8 +560,9 @@ def validate(run: Run, readers: dict, zero_shot) -> tuple[dict, float | None]:
     args, row, score = run.args, {}, None
     common = dict(batch_size=args.batch_size, workers=min(args.workers, 4), dist=run.processes)
     for name, reader in readers.items():
-        images, texts, captions = eval_zeroshot.embed_pairs(run.model, reader, run.model.preprocess, run.tokenizer,
-                                                            run.processes.device, **common)
+        with utils.unsharded(run.model):
+            images, texts, captions = eval_zeroshot.embed_pairs(run.model, reader, run.model.preprocess, run.tokenizer,
+                                                                run.processes.device, **common)
         figures = eval_zeroshot.retrieval_metrics(images, texts, captions)
         row |= {f"{name}_{k}": v for k, v in figures.items()}
         recalls = [v for k, v in figures.items() if k[:5] in ("i2t_r", "t2i_r")]
@@ -562,8 +571,9 @@ def validate(run: Run, readers: dict, zero_shot) -> tuple[dict, float | None]:
         run.logger.line(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
     if zero_shot is not None:
         dataset, classes, templates, metric = zero_shot
-        figures = eval_zeroshot.evaluate_zeroshot(run.model, run.tokenizer, dataset, classes, templates,
-                                                  run.processes.device, metric=metric, **common)
+        with utils.unsharded(run.model):
+            figures = eval_zeroshot.evaluate_zeroshot(run.model, run.tokenizer, dataset, classes, templates,
+                                                      run.processes.device, metric=metric, **common)
         row |= {f"{args.zeroshot_set}_{k}": v for k, v in figures.items()}
         score = figures["score"] if score is None else score
         run.logger.line(f"zero-shot {args.zeroshot_set}: {metric} {figures['score']:.2f}")
@@ -591,8 +601,11 @@ def finish_epoch(run: Run, readers: dict, zero_shot) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; returns the last epoch's figures, and `stopped_by` where a signal came first."""
     args = get_args_parser().parse_args(argv)
+    if args.shard and args.accum_negatives == "full":
+        raise ValueError("--shard keeps no whole tower to run twice: use it with --accum-negatives micro")
     processes = utils.init_distributed(args)
-    utils.seed_everything(args.seed + processes.rank)
+    if args.shard and processes.world_size == 1:
+        raise ValueError("--shard splits the model over several processes: start it with torchrun or submitit")
     output_dir = Path(args.output_dir)
     logger = utils.Logger(output_dir, processes.is_main, args.wandb, vars(args))
     say = logger.line
@@ -608,7 +621,9 @@ def main(argv: list[str] | None = None) -> dict:
 
         loader = build_loader(args, reader, model, tokenizer, processes)
         trained = model
-        if processes.world_size > 1 and args.accum_negatives == "micro":
+        if args.shard:
+            utils.shard(model, processes)
+        elif processes.world_size > 1 and args.accum_negatives == "micro":
             trained = DistributedDataParallel(model, broadcast_buffers=False, device_ids=[processes.device.index]
                                               if processes.device.type == "cuda" else None)
         optimizer = torch.optim.AdamW(utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas),
@@ -620,8 +635,6 @@ def main(argv: list[str] | None = None) -> dict:
                   resume_settings(args, model, processes, len(reader)), epoch=args.start_epoch)
         record_settings(args, run, len(reader))
         if args.evaluate:
-            if args.resume:
-                models.initialise(model, args.resume)
             figures, _ = validate(run, readers, zero_shot)
             return figures
         resume(run)

@@ -202,12 +202,13 @@ def _shorten(names: list[str], most: int = 40) -> str:
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "") or "none"
 
 
-def export_medclip(model: nn.Module) -> dict[str, Tensor]:
+def export_medclip(model: nn.Module, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Both towers as the state dictionary that MedCLIP itself loads strictly under transformers 4.24.
 
+    `weights` is the model's state dictionary where the model itself holds only a part of each tensor.
     BERT's pooler, which MedCLIP stores and never reads, is written as zeros.
     """
-    own = model.state_dict()
+    own = model.state_dict() if weights is None else weights
     out = {}
     for ours, theirs in _name_map(model).items():
         value = own[ours].T if ours.endswith("_projection") else own[ours]

@@ -23,6 +23,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and devices
@@ -126,7 +136,6 @@ def _first_failure(mine: str) -> str:
         return "the process that kept the rendezvous, usually rank 0, has ended; see its log"
 
 
-
 @contextmanager
 def main_process_first(processes: Distributed) -> Iterator[None]:
     """The main process runs the block before the others, which then find what it has written."""
@@ -206,14 +215,88 @@ def batchnorm_statistics_kept(module: nn.Module) -> Iterator[None]:
         norm.num_batches_tracked.copy_(count)
 
 
-def average_gradients(model: nn.Module, processes: Distributed) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter], processes: Distributed) -> None:
     """The mean of every gradient over the processes, as DistributedDataParallel forms it."""
-    if processes.world_size > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if processes.world_size > 1 and grads:
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.view_as(grad) / processes.world_size)
+
+
+def gradients_finite(model: nn.Module) -> Tensor:
+    """Whether every gradient is finite, as a tensor () on the device: nothing waits for it here."""
+    norms = []
+    for kind in (True, False):  # sharded gradients and whole ones have no norm together
+        grads = [p.grad for p in model.parameters() if p.grad is not None and isinstance(p.grad, DTensor) == kind]
+        if grads:
+            norm = torch.nn.utils.get_total_norm(grads)
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return torch.isfinite(torch.stack(norms)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models larger than one GPU: PyTorch's fully sharded data parallelism (FSDP2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Gathered and freed one at a time: the transformer blocks of timm, of CLIP's text tower, of BERT and of Swin.
+_SHARDED_BLOCKS = ("Block", "TextBlock", "BertLayer", "SwinLayer", "ConvNeXtBlock", "Bottleneck")
+
+
+def shard(model: nn.Module, processes: Distributed) -> nn.Module:
+    """Split parameters, gradients and optimizer state over the processes.
+
+    `logit_scale`, a scalar that cannot be split, stays whole on every rank; its gradient is averaged by hand.
+    """
+    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
+    for module in list(model.modules()):
+        if type(module).__name__ in _SHARDED_BLOCKS:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.ndim == 0})
+    for name in ("encode_image", "encode_text"):
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+    return model
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Whole parameters on every rank inside the block, so that ranks may do different numbers of forward passes."""
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """State of model and optimizer as whole tensors; of a sharded model on the main process only, and all call this."""
+    if is_sharded(model):
+        return (get_model_state_dict(model, options=_WHOLE), get_optimizer_state_dict(model, optimizer, options=_WHOLE))
+    return model.state_dict(), optimizer.state_dict()
+
+
+def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, state: dict) -> None:
+    """The reverse of `training_state`, on every rank."""
+    if is_sharded(model):
+        set_model_state_dict(model, weights, options=_WHOLE)
+        set_optimizer_state_dict(model, optimizer, state, options=_WHOLE)
+    else:
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
 
 
 def autocast_of(device: torch.device, disabled: bool = False
@@ -373,17 +456,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     The split is that of the published SLIP models. Each group carries its `name` and its parameters' `names`.
     """
-    decay, plain = [], []
+    members: dict[str, list] = {"decay": [], "no decay": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_bias = name.rsplit(".", 1)[-1] in ("bias", "relative_position_bias_table")
-        (plain if parameter.ndim < 2 or is_bias else decay).append((name, parameter))
-    groups = []
-    for title, members, wd in (("decay", decay, weight_decay), ("no decay", plain, 0.0)):
-        groups.append({"name": title, "names": [n for n, _ in members], "params": [p for _, p in members],
-                       "weight_decay": wd})
-    return groups
+        title = "no decay" if parameter.ndim < 2 or is_bias else "decay"
+        if is_sharded(model) and not isinstance(parameter, DTensor):
+            title += ", whole"  # an optimizer cannot update sharded and whole parameters together
+        members.setdefault(title, []).append((name, parameter))
+    return [{"name": title, "names": [n for n, _ in group], "params": [p for _, p in group],
+             "weight_decay": weight_decay if title.startswith("decay") else 0.0} for title, group in members.items()]
 
 
 def describe_groups(groups: list[dict]) -> str:

@@ -1,6 +1,6 @@
 """Time and memory of the SLIP loss, tile by tile, beside the full logit matrices, on one process.
 
-    python benchmarks/bench_loss.py                         batches 256 to 16,384 on the CPU, or on the GPU if there is one
+    python benchmarks/bench_loss.py                batches 256 to 16,384, on the GPU if there is one
     python benchmarks/bench_loss.py --batches 65536 --skip-full
 
 The baseline writes the losses as their papers do: every logit matrix at once, through torch's cross entropy. Values

@@ -55,6 +55,7 @@ def test_a_text_column_is_a_list_of_texts():
     column = TextColumn.from_strings(iter(texts))
     assert len(column) == len(texts)
     assert [column[i] for i in range(len(texts))] == texts
+    assert len(TextColumn.from_strings([])) == 0
     assert TextColumn.from_strings(["a\ud83db"])[0] == "a?b"  # half a surrogate pair cannot be UTF-8
     for i in (-1, len(texts)):
         with pytest.raises(IndexError):
@@ -232,6 +233,8 @@ def test_metadata_names_another_file_of_captions(tmp_path):
     assert all_captions(create_reader("roco", tmp_path, "selected_pairs.txt")) == ["only this"]
     with pytest.raises(FileNotFoundError, match="mine.txt"):
         create_reader("roco", tmp_path, "mine.txt")
+    with pytest.raises(ValueError, match="name of a file beside images/, no path.*radiology/captions.txt"):
+        create_reader("roco", tmp_path, str(folder / "captions.txt"))  # it would serve for every split
 
 
 def test_absent_pictures_and_rows_without_caption_are_counted_and_named(tmp_path):
@@ -482,7 +485,7 @@ def test_large_sources_in_their_published_layout(tmp_path, name):
 
 
 def test_every_reader_is_tested_here():
-    assert set(READERS) == {*LARGE, "roco", "roco_nonradiology", "roco_all", "rocov2", "csv"}
+    assert set(READERS) == {*LARGE, "roco", "roco_nonradiology", "roco_all", "rocov2", "csv", "webdataset"}
 
 
 def test_yfcc_numbers_become_folder_archive_and_member(tmp_path):
