@@ -1,0 +1,613 @@
+"""Evaluation of a frozen image tower: linear classification, and the CBIS-DDSM probe.
+
+    python main_linear.py --dataset cbis_calc --root /path/to/cbis-ddsm --pretrained checkpoint_best.pt
+    torchrun --nproc_per_node=8 main_linear.py -a vit_base_patch16_224 --dataset imagenet --pretrained checkpoint.pt
+
+CBIS-DDSM: features are extracted once and kept in --output-dir, one linear layer is fitted on them. Whatever is
+chosen is chosen on the validation split of the training table; the test table is read once, at the end. Written
+are results.json and predictions.csv, which --baseline takes for the paired comparison of two runs.
+
+Any other set of dataset_catalog.json: SGD over random crops and flips as SLIP did it (after MoCo v3), or, on
+features extracted once, logistic regression (--cache-features), label fractions (--fraction) and k-NN (--knn).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import sklearn
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as VF
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+import downstream
+import eval_zeroshot
+import metrics
+import models
+import utils
+from datasets import CBIS_CLASSES, CBIS_KINDS, CBIS_PICTURES, CbisLesions, GlobalBatchSampler
+from probes import (
+    MEDSLIP_SIZE,
+    Backbone,
+    Head,
+    Loading,
+    Samples,
+    extract,
+    extract_or_reuse,
+    fit_logistic,
+    fit_medslip,
+    knn_probabilities,
+    load_backbone,
+    stratified_part,
+)
+from transforms import Preprocess, eval_view, random_resized_crop
+
+CBIS_SETS = {f"cbis_{kind}": kind for kind in CBIS_KINDS}
+PROTOCOLS = {"logistic": fit_logistic, "medslip": fit_medslip}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("main_linear.py", description=__doc__, formatter_class=utils.HelpFormatter)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", default="imagenet", type=str, metavar="NAME",
+                      help=f"{', '.join(CBIS_SETS)}, or any other set of the catalog")
+    data.add_argument("--root", default="", type=str,
+                      help="folder of the data set; by default its path in the catalog")
+    data.add_argument("--catalog", default=str(downstream.CATALOG), type=str, help="where the data sets are")
+    data.add_argument("--picture", default="crop", choices=CBIS_PICTURES,
+                      help="CBIS: which picture of a lesion the tower sees; the results name it")
+    data.add_argument("--skip-broken", action="store_true",
+                      help="leave out test pictures, and features of training pictures, that are missing or cannot "
+                           "be decoded, and report on fewer; by default an error")
+    data.add_argument("-j", "--workers", default=64, type=int,
+                      help="loader processes of this node; no more than it has cores are started")
+    data.add_argument("--output-dir", default="./", type=str, help="results, features and checkpoints go here")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--pretrained", default="", type=str, metavar="PATH",
+                       help="a checkpoint of ours, a published SLIP file, or MedCLIP's folder, zip or "
+                            "pytorch_model.bin; without it the tower is untrained")
+    model.add_argument("-a", "--arch", default="vit_base_patch16_224", type=str, metavar="TIMM_NAME",
+                       help="the untrained tower; with --pretrained the file's own tower is used")
+    model.add_argument("--model", default=None, choices=list(models.MODELS), metavar="NAME",
+                       help="what a published file that does not say was trained as, or an untrained model in "
+                            "place of --arch: one of " + ", ".join(models.MODELS))
+    model.add_argument("--untrained", action="store_true",
+                       help="the model of --pretrained with fresh weights from --seed: what has training added?")
+    model.add_argument("--features", default=None, choices=("backbone", "projection"),
+                       help="the tower's own features, or those in the space shared with captions (default: "
+                            "backbone; with --protocol medslip projection)")
+
+    cbis = parser.add_argument_group("CBIS-DDSM probe")
+    cbis.add_argument("--protocol", default="logistic", choices=list(PROTOCOLS),
+                      help="logistic: L2-regularised logistic regression on standardised features. medslip: the "
+                           f"first MedSLIP's protocol without its faults, projected features at {MEDSLIP_SIZE} "
+                           "pixels and 50 epochs of AdamW in batches of 16, to compare with its tables")
+    cbis.add_argument("--resamples", default=2000, type=int,
+                      help="bootstrap resamples of the patients for the 95%% intervals")
+    cbis.add_argument("--baseline", default="", type=str, metavar="PREDICTIONS.CSV",
+                      help="another run's predictions for the same lesions: adds the paired difference to them")
+
+    other = parser.add_argument_group("other sets, on features extracted once")
+    other.add_argument("--cache-features", action="store_true",
+                       help="logistic regression in place of SGD, its penalty chosen on a tenth of the training set; "
+                            "for sets of up to some 100,000 pictures")
+    other.add_argument("--fraction", default=[], nargs="+", type=float, metavar="SHARE",
+                       help="logistic regression on these shares of each class, e.g. 0.01 0.1 (at least two each)")
+    other.add_argument("--fraction-seeds", default=3, type=int, help="random draws of each share")
+    other.add_argument("--knn", default=0, type=int, metavar="K", help="k-nearest-neighbour accuracy; 20 is usual")
+
+    recipe = parser.add_argument_group("other sets, by SGD")
+    recipe.add_argument("--epochs", default=90, type=int, help="passes over the training set")
+    recipe.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch of a new run")
+    recipe.add_argument("-b", "--batch-size", default=128, type=int,
+                        help="pictures for each process, also where features are extracted")
+    recipe.add_argument("--lr", "--learning-rate", default=0.1, type=float,
+                        help="base learning rate; --lr-scaling says for what batch")
+    recipe.add_argument("--lr-scaling", default="linear", choices=("linear", "slip"),
+                        help="linear: --lr is for 256 pictures and scales with the batch of all processes. slip: what "
+                             "the published script used, which divides the batch of one process by their number")
+    recipe.add_argument("--momentum", default=0.9, type=float, help="of SGD")
+    recipe.add_argument("--wd", "--weight-decay", default=0.0, type=float, help="of the linear layer")
+    recipe.add_argument("-p", "--print-freq", default=10, type=int, metavar="STEPS", help="steps between log lines")
+    recipe.add_argument("--eval-freq", default=10, type=int, metavar="EPOCHS", help="epochs between evaluations")
+    recipe.add_argument("--resume", default="", type=str, metavar="CKPT",
+                        help="continue from this file; linear_checkpoint.pt in --output-dir is found by itself")
+    recipe.add_argument("-e", "--evaluate", action="store_true", help="only evaluate the linear layer of --resume")
+    recipe.add_argument("--seed", default=None, type=int,
+                        help="of batches, crops, an untrained tower, AdamW and the bootstrap (0 where it is not given)")
+    utils.add_distributed_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the evaluation that the flags ask for; returns what results.json holds."""
+    args = get_args_parser().parse_args(argv)
+    args.seed = args.seed or 0
+    processes = utils.init_distributed(args)
+    on_cbis = args.dataset in CBIS_SETS
+    if not on_cbis:
+        find_set(args)  # an unknown name ends the run before a model is loaded
+    medslip = on_cbis and args.protocol == "medslip"
+    features = args.features or ("projection" if medslip else "backbone")
+    backbone = load_backbone(args, processes.device, features, MEDSLIP_SIZE if medslip else None)
+    record_settings(args, backbone, processes)
+    if on_cbis:
+        results = probe_cbis(args, backbone, processes)
+    elif args.cache_features or args.fraction or args.knn:
+        results = probe_features(args, backbone, processes)
+    else:
+        results = train_sgd(args, backbone, processes)
+    if processes.is_main:
+        utils.write_json(Path(args.output_dir) / "results.json", results)
+    return results
+
+
+def record_settings(args: argparse.Namespace, backbone: Backbone, processes: utils.Distributed) -> None:
+    """Everything that determines the run, written before its first step."""
+    if not processes.is_main:
+        return
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    derived = {
+        "model": backbone.name,
+        "features": backbone.features,
+        "preprocess": backbone.preprocess.to_dict(),
+        "weights_sha256": backbone.fingerprint(),
+        "world_size": processes.world_size,
+        "global_batch": args.batch_size * processes.world_size,
+        "learning_rate": learning_rate(args, processes.world_size),
+        "device": str(processes.device),
+    }
+    versions = {**utils.versions(), "scikit-learn": sklearn.__version__}
+    settings = {"args": vars(args), "derived": derived, "versions": versions}
+    utils.write_json(Path(args.output_dir) / "settings.json", settings)
+    print(f"{args.dataset}: {backbone.name}, {backbone.features} features")
+
+
+def loading_of(args: argparse.Namespace) -> Loading:
+    return Loading(Path(args.output_dir), args.batch_size, args.workers, args.skip_broken)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The CBIS-DDSM probe
+
+LESION_COLUMNS = ("lesion", "patient", "side", "view", "abnormality", "pathology")
+PREDICTION_COLUMNS = (*LESION_COLUMNS, "predicted", *(f"prob_{name}" for name in CBIS_CLASSES))
+
+
+def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: utils.Distributed) -> dict:
+    """Fit one linear layer and evaluate it on the test table; prints, writes predictions, returns the results."""
+    root = args.root or downstream.read_catalog(args.catalog)[args.dataset]["path"]
+    baseline = read_predictions(args.baseline) if args.baseline else None
+    left_out = {}
+
+    def samples(split: str) -> Samples:
+        lesions = CbisLesions(
+            root, CBIS_SETS[args.dataset], split, args.picture, backbone.preprocess, args.skip_broken
+        )
+        title = f"{args.dataset}_{args.picture}_{split}"
+        features, kept = extract_or_reuse(backbone, lesions, title, loading_of(args), processes)
+        left_out[split] = lesions.dropped + len(lesions) - len(kept)
+        return Samples(features, np.array(lesions.labels)[kept], [lesions.rows[i] for i in kept])
+
+    train, val = samples("train"), samples("val")
+    head = PROTOCOLS[args.protocol](train, val, len(CBIS_CLASSES), macro_auroc, args.seed)
+    test = samples("test")  # read once, after everything is chosen
+    prob = head.probabilities(test.features)
+    patients = [row["patient"] for row in test.rows]
+    intervals = metrics.patient_bootstrap(
+        test.labels, prob, patients, CBIS_CLASSES, resamples=args.resamples, seed=args.seed
+    )
+    results = {
+        "model": backbone.name,
+        "dataset": args.dataset,
+        "picture": args.picture,
+        "features": backbone.features,
+        "feature_dim": test.features.shape[1],
+        "protocol": args.protocol,
+        "chosen": head.chosen,
+        "validation": head.validation,
+        "validation_score": "auroc",
+        "lesions": {"train": len(train.rows), "val": len(val.rows), "test": len(test.rows)},
+        "lesions_left_out": left_out,
+        "test_patients": len(set(patients)),
+        "unit": "fraction",
+        "interval": {"level": 0.95, "resamples": args.resamples, "over": "patients"},
+        "metrics": {name: asdict(interval) for name, interval in intervals.items()},
+        "classes": list(CBIS_CLASSES),
+        "confusion": confusion_matrix(test.labels, prob.argmax(1), labels=range(len(CBIS_CLASSES))).tolist(),
+    }
+    report = [describe(results, intervals)]
+    if baseline is not None:
+        differences = compare(baseline, test, prob, args)
+        results["baseline"] = args.baseline
+        results["difference"] = {name: asdict(difference) for name, difference in differences.items()}
+        report.append(describe_differences(args.baseline, differences))
+    if processes.is_main:
+        write_predictions(Path(args.output_dir) / "predictions.csv", test.rows, prob)
+        print("\n\n".join(report))
+    return results
+
+
+def macro_auroc(labels: np.ndarray, prob: np.ndarray) -> float:
+    return metrics.classification_metrics(labels, prob, CBIS_CLASSES)["auroc"]
+
+
+def describe(results: dict, intervals: dict[str, metrics.Interval]) -> str:
+    """The row of the published tables in percent, as Markdown, and the confusion matrix."""
+    left_out = results["lesions_left_out"]["test"]
+    lines = [
+        f"{results['dataset']}: {results['lesions']['test']} test lesions of {results['test_patients']} "
+        + ("patients" if not left_out else f"patients ({left_out} MORE LEFT OUT, picture missing or broken)")
+        + f", {results['picture']} pictures, {results['features']} features, {results['protocol']} protocol",
+        f"Percent, with 95% intervals from {results['interval']['resamples']} resamples of the patients.",
+        "",
+        f"| Model | {' | '.join(metrics.METRICS.values())} |",
+        "| --- |" + " --- |" * len(metrics.METRICS),
+        f"| {results['model']} | {' | '.join(interval.percent() for interval in intervals.values())} |",
+        "",
+        "Confusion matrix, a row for each true class:",
+    ]
+    width = max(map(len, results["classes"]))
+    lines.append(" " * width + "  " + "  ".join(results["classes"]))
+    for name, counts in zip(results["classes"], results["confusion"], strict=True):
+        cells = (str(n).rjust(len(title)) for n, title in zip(counts, results["classes"], strict=True))
+        lines.append(f"{name.rjust(width)}  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def describe_differences(baseline: str, differences: dict[str, metrics.Difference]) -> str:
+    lines = [f"Difference to {baseline}, percentage points, paired over patients:"]
+    for name, difference in differences.items():
+        lines.append(f"  {metrics.METRICS[name]:<22} {difference.percent()}, p = {difference.p_value:.4f}")
+    return "\n".join(lines)
+
+
+def write_predictions(path: Path, rows: list[dict[str, str]], prob: np.ndarray) -> None:
+    """One line a test lesion: who it is, its pathology, the predicted one and the three probabilities."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(PREDICTION_COLUMNS)
+    for row, p in zip(rows, prob.tolist(), strict=True):
+        writer.writerow([*(row[name] for name in LESION_COLUMNS), CBIS_CLASSES[int(np.argmax(p))], *p])
+    utils.atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def read_predictions(path: str | Path) -> dict[str, np.ndarray]:
+    """Lesion -> probabilities (3,) of a predictions.csv; another table is a ValueError that names the file."""
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != PREDICTION_COLUMNS:
+            raise ValueError(f"{path} is no predictions.csv of this script; its columns: {reader.fieldnames}")
+        return {row["lesion"]: np.array([float(row[f"prob_{c}"]) for c in CBIS_CLASSES]) for row in reader}
+
+
+def compare(
+    baseline: dict[str, np.ndarray], test: Samples, prob: np.ndarray, args: argparse.Namespace
+) -> dict[str, metrics.Difference]:
+    lesions = [row["lesion"] for row in test.rows]
+    if set(lesions) != set(baseline):
+        raise ValueError(
+            f"{args.baseline} holds {len(baseline)} lesions that are not the {len(lesions)} of this test table: "
+            "a paired comparison needs the same ones"
+        )
+    theirs = np.stack([baseline[lesion] for lesion in lesions])
+    patients = [row["patient"] for row in test.rows]
+    return metrics.paired_patient_bootstrap(
+        test.labels, prob, theirs, patients, CBIS_CLASSES, resamples=args.resamples, seed=args.seed
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Other sets of the catalog
+
+
+def find_set(args: argparse.Namespace) -> dict[str, dict]:
+    """The catalog with --root in it; an unknown set is a ValueError with the choices."""
+    catalog = downstream.read_catalog(args.catalog)
+    if args.dataset not in catalog:
+        raise ValueError(f"unknown data set {args.dataset!r}; choose from {', '.join([*CBIS_SETS, *catalog])}")
+    if args.root:
+        catalog[args.dataset] = {**catalog[args.dataset], "path": args.root}
+    return catalog
+
+
+def linear_train_view(pre: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tensor:
+    """SLIP's view for linear classification: a crop of 0.08 to 1 of the area, flipped half of the time."""
+    img = random_resized_crop(pre.open(img), pre.size, (0.08, 1.0), rng)
+    return pre.tensor(VF.hflip(img) if rng.random() < 0.5 else img)
+
+
+def linear_eval_view(pre: Preprocess, img: Image.Image) -> Tensor:
+    """SLIP's view for linear evaluation: the short side 8/7 of the size (256 for 224), then the centre."""
+    if pre.prepare != "slip":  # a whole square already
+        return eval_view(pre)(img, None)
+    img = VF.resize(pre.open(img), round(pre.size * 8 / 7))
+    return pre.tensor(VF.center_crop(img, [pre.size, pre.size]))
+
+
+def scores(name: str, labels: np.ndarray, outputs: np.ndarray) -> dict[str, float | str]:
+    """All figures of a data set in percent, from logits or probabilities (n, k); "score" is the one it is judged by."""
+    target, values = torch.as_tensor(labels), torch.as_tensor(outputs)
+    margin = values[:, min(1, values.shape[1] - 1)] - values[:, 0]
+    ranks = eval_zeroshot.target_ranks(values, target)
+    metric = eval_zeroshot.METRIC_OF.get(name, "top1")
+    return eval_zeroshot.classification_scores(target, ranks, margin, values.shape[1], metric)
+
+
+def probe_features(args: argparse.Namespace, backbone: Backbone, processes: utils.Distributed) -> dict:
+    """Logistic regression, label fractions and k-NN on features extracted once; prints and returns the results."""
+    catalog, view = find_set(args), partial(linear_eval_view, backbone.preprocess)
+    left_out = {}
+
+    def samples(train: bool) -> tuple[Samples, int]:
+        dataset = downstream.create_downstream(args.dataset, train, view, catalog)
+        split = "train" if train else "test"
+        features, kept = extract_or_reuse(
+            backbone, dataset, f"{args.dataset}_{split}", loading_of(args), processes
+        )
+        left_out[split] = len(dataset) - len(kept)
+        return Samples(features, dataset.labels[kept]), len(dataset.classes)
+
+    (train, num_classes), (test, _) = samples(True), samples(False)
+    evaluate = partial(scores, args.dataset, test.labels)
+    results = {
+        "model": backbone.name,
+        "dataset": args.dataset,
+        "features": backbone.features,
+        "samples": {"train": len(train.labels), "test": len(test.labels)},
+        "samples_left_out": left_out,
+    }
+    if args.cache_features:
+        head = fit_on(args.dataset, train, num_classes, args.seed)
+        figures = evaluate(head.probabilities(test.features))
+        results["logistic"] = {**figures, "chosen": head.chosen, "validation": head.validation}
+    if args.fraction:
+        draw = partial(label_fraction, args, train, num_classes, test=test, evaluate=evaluate)
+        results["fractions"] = [draw(share) for share in args.fraction]
+    if args.knn:
+        prob = knn_probabilities(train, test.features, args.knn, num_classes, processes.device)
+        results["knn"] = {**evaluate(prob), "k": args.knn}
+    if processes.is_main:
+        print(describe_probes(results))
+    return results
+
+
+def fit_on(name: str, train: Samples, num_classes: int, seed: int) -> Head:
+    """Logistic regression on all of `train`, its penalty chosen on a tenth of each class."""
+    held_out = stratified_part(train.labels, 0.1, 1, np.random.default_rng(seed))
+    fitted = np.setdiff1d(np.arange(len(train.labels)), held_out)
+    missing = np.setdiff1d(train.labels, train.labels[fitted])
+    if len(missing):
+        raise ValueError(f"{name}: class {missing[0]} has one training picture; two are needed to choose a penalty")
+    return fit_logistic(
+        train[fitted], train[held_out], num_classes, lambda labels, prob: scores(name, labels, prob)["score"]
+    )
+
+
+def label_fraction(
+    args: argparse.Namespace,
+    train: Samples,
+    num_classes: int,
+    share: float,
+    test: Samples,
+    evaluate: Callable[[np.ndarray], dict],
+) -> dict:
+    """Score of logistic regression on a share of each class: mean and deviation over random draws."""
+    if not 0 < share <= 1:
+        raise ValueError(f"--fraction {share}: a share of the training set is above 0 and at most 1")
+    found, sizes = [], []
+    for draw in range(args.fraction_seeds):
+        part = stratified_part(train.labels, share, 2, np.random.default_rng((args.seed, draw)))
+        head = fit_on(args.dataset, train[part], num_classes, args.seed)
+        found.append(evaluate(head.probabilities(test.features))["score"])
+        sizes.append(len(part))
+    return {
+        "share": share,
+        "samples": sizes[0],
+        "scores": found,
+        "mean": float(np.mean(found)),
+        "deviation": float(np.std(found, ddof=1)) if len(found) > 1 else None,
+    }
+
+
+def describe_probes(results: dict) -> str:
+    lines = []
+    for name in ("logistic", "knn"):
+        if name in results:
+            title = name if name == "logistic" else f"{results[name]['k']}-NN"
+            lines.append(f"{results['dataset']}, {title}: {results[name]['metric']} {results[name]['score']:.2f}")
+    for part in results.get("fractions", ()):
+        spread = "" if part["deviation"] is None else f" +- {part['deviation']:.2f}"
+        draws = len(part["scores"])
+        lines.append(
+            f"{results['dataset']}, {part['share']:.2%} of the labels ({part['samples']} pictures): "
+            f"{part['mean']:.2f}{spread} over {draws} draws"
+        )
+    if any(results["samples_left_out"].values()):
+        lines.append(f"BROKEN PICTURES LEFT OUT: {results['samples_left_out']}")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# SGD over random crops, as SLIP did it
+
+
+class TrainViews(Dataset):
+    """`ds[epoch, index] -> (view (3, S, S), label)`; every random number comes from (seed, epoch, index)."""
+
+    def __init__(self, dataset: downstream.Downstream, pre: Preprocess, seed: int):
+        self.dataset, self.pre, self.seed = dataset, pre, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        picture, label = self.dataset[index]
+        return linear_train_view(self.pre, picture, np.random.default_rng((self.seed, epoch, index))), label
+
+
+def learning_rate(args: argparse.Namespace, world_size: int) -> float:
+    """The actual learning rate at the start."""
+    batch = args.batch_size * world_size if args.lr_scaling == "linear" else args.batch_size // world_size
+    return args.lr * batch / 256
+
+
+def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: utils.Distributed) -> dict:
+    """Train one linear layer for --epochs and evaluate it; returns the figures of the last epoch and of the best.
+
+    The best is the best on the test split, as published, hence too good; the last epoch's figure is the result.
+    """
+    catalog, device = find_set(args), processes.device
+    train = downstream.create_downstream(args.dataset, True, None, catalog)
+    test = downstream.create_downstream(args.dataset, False, partial(linear_eval_view, backbone.preprocess), catalog)
+    sampler = GlobalBatchSampler(len(train), args.batch_size, processes.rank, processes.world_size, args.seed)
+    workers = loading_of(args).workers_of(processes)
+    loader = DataLoader(TrainViews(train, backbone.preprocess, args.seed), batch_sampler=sampler,
+                        num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+
+    head = nn.Linear(backbone.width(), len(train.classes)).to(device)
+    with torch.no_grad():
+        head.weight.copy_(0.01 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(args.seed)))
+        head.bias.zero_()
+    base = learning_rate(args, processes.world_size)
+    optimizer = torch.optim.SGD(head.parameters(), base, momentum=args.momentum, weight_decay=args.wd)
+    fingerprint = backbone.fingerprint()
+    settings = {"dataset": args.dataset, "epochs": args.epochs, "learning_rate": base, "momentum": args.momentum,
+                "wd": args.wd, "global_batch": sampler.global_batch, "seed": args.seed,
+                "features": backbone.features, "weights_sha256": fingerprint}
+    start, best = resume_sgd(args, head, optimizer, settings)
+    logger = utils.Logger(Path(args.output_dir), enabled=processes.is_main)
+    evaluate = partial(evaluate_linear, args, backbone, head, test, processes)
+    if args.evaluate:
+        start = args.epochs
+    logger.line(f"{len(train):,} training pictures, {len(train.classes)} classes; {args.batch_size} x "
+                f"{processes.world_size} process(es) = batch {sampler.global_batch}; learning rate {base:g}")
+    trained = head if processes.world_size == 1 else DistributedDataParallel(head)
+    figures = None
+    for epoch in range(start, args.epochs):
+        optimizer.param_groups[0]["lr"] = base * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
+        sampler.set_epoch(epoch)
+        train_epoch(args, backbone, trained, loader, optimizer, epoch, logger, processes)
+        is_last = epoch + 1 == args.epochs
+        is_best = False
+        if is_last or (epoch + 1) % args.eval_freq == 0:
+            figures = evaluate()
+            is_best, best = figures["score"] > best, max(best, figures["score"])
+            logger.row("test", (epoch + 1) * len(loader), {k: v for k, v in figures.items() if k != "metric"})
+            logger.line(f"epoch {epoch + 1}: test {figures['metric']} {figures['score']:.2f} (best {best:.2f})")
+        if processes.is_main:
+            save_sgd(args, head, optimizer, settings, epoch + 1, best, is_best)
+    figures = figures or evaluate()
+    if backbone.fingerprint() != fingerprint:
+        raise RuntimeError("the frozen tower has changed; its features and this result are not those of --pretrained")
+    logger.line(f"{args.dataset}: {figures['metric']} {figures['score']:.2f} after {args.epochs} epochs")
+    logger.close()
+    return {"model": backbone.name, "dataset": args.dataset, "features": backbone.features, "protocol": "sgd",
+            "settings": settings, **figures, "best_score_on_test": best}
+
+
+def train_epoch(
+    args: argparse.Namespace,
+    backbone: Backbone,
+    head: nn.Module,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    logger: utils.Logger,
+    processes: utils.Distributed,
+) -> None:
+    backbone.model.eval()
+    loss_sum, correct, seen = 0.0, 0.0, 0
+    for step, (pictures, labels) in enumerate(loader):
+        labels = labels.to(processes.device, non_blocking=True)
+        with torch.no_grad():
+            features = backbone.encode(pictures.to(processes.device, non_blocking=True)).float()  # (B, d)
+        logits = head(features)  # (B, C)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.detach() * len(labels)
+        correct += (logits.argmax(1) == labels).sum()
+        seen += len(labels)
+        if (step + 1) % args.print_freq == 0 or step + 1 == len(loader):
+            parts = utils.gather_objects(processes, (float(loss_sum), float(correct), seen))
+            mean_loss, top1 = (sum(part[i] for part in parts) / sum(part[2] for part in parts) for i in (0, 1))
+            if not math.isfinite(mean_loss):  # the same on every process
+                raise ValueError(f"the loss is {mean_loss} in epoch {epoch}: lower --lr {args.lr:g}")
+            rate = optimizer.param_groups[0]["lr"]
+            logger.line(f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{len(loader)}: loss {mean_loss:.4f}, "
+                        f"top-1 {100 * top1:.2f}, learning rate {rate:.4g}")
+            logger.row("train", epoch * len(loader) + step + 1, {"loss": mean_loss, "top1": 100 * top1, "lr": rate})
+
+
+def evaluate_linear(
+    args: argparse.Namespace,
+    backbone: Backbone,
+    head: nn.Linear,
+    test: downstream.Downstream,
+    processes: utils.Distributed,
+) -> dict[str, float | str]:
+    """Figures of the linear layer on the test split, each picture once on any number of processes."""
+    whole = replace(backbone, encode=lambda pictures: head(backbone.encode(pictures).float()))
+    logits, kept = extract(whole, test, f"{args.dataset} test", loading_of(args), processes)
+    left_out = {"samples_left_out": len(test) - len(kept)} if len(kept) < len(test) else {}
+    return {**scores(args.dataset, test.labels[kept], logits), **left_out}
+
+
+def resume_sgd(
+    args: argparse.Namespace, head: nn.Linear, optimizer: torch.optim.Optimizer, settings: dict
+) -> tuple[int, float]:
+    """Load --resume or this directory's checkpoint, if there is one; returns the next epoch and the best score."""
+    path = Path(args.resume or Path(args.output_dir) / "linear_checkpoint.pt")
+    if not args.resume and not path.is_file():
+        if args.evaluate:
+            raise ValueError("--evaluate needs --resume, the linear layer to evaluate")
+        return args.start_epoch, -math.inf
+    state = utils.load_checkpoint(path)
+    if "settings" not in state:
+        raise ValueError(f"{path} is no checkpoint of main_linear.py: it has no settings")
+    compared = ("dataset", "features", "weights_sha256") if args.evaluate else settings
+    differ = [f"{k} {state['settings'].get(k)} there, {settings[k]} now"
+              for k in compared if state["settings"].get(k) != settings[k]]
+    if differ:
+        raise ValueError(f"{path} is of another run ({'; '.join(differ)}): choose another --output-dir")
+    head.load_state_dict(state["state_dict"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["epoch"], state["best_acc1"]
+
+
+def save_sgd(
+    args: argparse.Namespace,
+    head: nn.Linear,
+    optimizer: torch.optim.Optimizer,
+    settings: dict,
+    epoch: int,
+    best: float,
+    is_best: bool,
+) -> None:
+    state = {"epoch": epoch, "state_dict": head.state_dict(), "optimizer": optimizer.state_dict(),
+             "best_acc1": best, "settings": settings, "args": json.loads(json.dumps(vars(args)))}
+    for name in ["linear_checkpoint.pt"] + ["linear_best.pt"] * is_best:
+        utils.save_checkpoint(state, Path(args.output_dir) / name)
+
+
+if __name__ == "__main__":
+    main()

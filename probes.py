@@ -1,0 +1,360 @@
+"""Frozen image towers: their features, extracted once, and the heads that are fitted on them.
+
+The tower stays in eval mode throughout, so nothing in it can move. A head is one linear layer on standardised
+features (logistic regression, or the first MedSLIP's AdamW), or no layer at all (k nearest neighbours).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import models
+import utils
+from transforms import BrokenPicture, Preprocess
+
+# ----------------------------------------------------------------------------------------------------------
+# The tower
+
+
+@dataclass
+class Backbone:
+    """A frozen image tower: pictures (B, 3, S, S) prepared by `preprocess` to features (B, d)."""
+
+    encode: Callable[[Tensor], Tensor]
+    model: nn.Module  # what holds the weights
+    preprocess: Preprocess
+    features: str  # backbone or projection
+    name: str  # for people
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and bytes of all weights and buffers on the image side."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            if name.startswith(("visual.", "image_projection")):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def width(self) -> int:
+        """The number of features, d."""
+        device = next(self.model.parameters()).device
+        size = self.preprocess.size
+        return self.encode(torch.zeros(1, 3, size, size, device=device)).shape[1]
+
+
+def load_backbone(
+    args: argparse.Namespace, device: torch.device, features: str = "backbone", size: int | None = None
+) -> Backbone:
+    """The tower that --pretrained, --model or --arch names, in eval mode.
+
+    `features` projection gives the tower's features in the space shared with captions; `size` is the side of
+    the pictures where it is not the model's own.
+    """
+    untrained = f"untrained (seed {args.seed})"
+    if args.pretrained:
+        loaded = models.load_pretrained(args.pretrained, model=args.model)
+        model, name = loaded.model, loaded.source
+        if args.untrained:
+            model, name = rebuilt(model, args.seed), f"{model.name}, {untrained}"
+    else:
+        utils.seed_everything(args.seed)
+        # --arch names a timm tower only; a CLIP model around it has the projection as well.
+        of_arch = {} if args.model else {"vision_tower": args.arch}
+        model = models.create_model(args.model or "CLIP_VITB16", **of_arch)
+        name = f"{args.model or args.arch}, {untrained}"
+    if features == "projection" and not model.objective.text:
+        raise ValueError(f"{name} has no projection: use --features backbone")
+    if size is not None and size != model.preprocess.size:
+        model = at_size(model, size)
+    model = model.eval().requires_grad_(False).to(device)
+    encode = model.encode_image if features == "projection" else model.visual
+    return Backbone(encode, model, model.preprocess, features, name)
+
+
+def rebuilt(model: nn.Module, seed: int, **changes) -> nn.Module:
+    """A model of the same settings, but for `changes`, with fresh weights."""
+    utils.seed_everything(seed)
+    config = {key: value for key, value in model.config.items() if key != "objective"}
+    fresh = models.create_model(model.name, **{**config, **changes})
+    fresh.preprocess = model.preprocess
+    return fresh
+
+
+def at_size(model: nn.Module, size: int) -> nn.Module:
+    """The same weights for pictures of `size` pixels; a ViT's position embeddings are resampled."""
+    resized = rebuilt(model, seed=0, image_size=size)
+    weights = models.resize_position_embeddings(model.state_dict(), resized)
+    models.load_weights(resized, weights, f"{model.name} at {size} pixels")
+    resized.preprocess = replace(model.preprocess, size=size)
+    return resized
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Features
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Features (n, d) with labels (n,) and, where a table describes them, its rows (n)."""
+
+    features: np.ndarray
+    labels: np.ndarray
+    rows: list[dict[str, str]] = field(default_factory=list)
+
+    def __add__(self, other: Samples) -> Samples:
+        features = np.concatenate([self.features, other.features])
+        return Samples(features, np.concatenate([self.labels, other.labels]), self.rows + other.rows)
+
+    def __getitem__(self, index: np.ndarray) -> Samples:
+        rows = [self.rows[i] for i in index] if self.rows else []
+        return Samples(self.features[index], self.labels[index], rows)
+
+
+class Pictures(Dataset):
+    """The pictures of a data set by number: (i, tensor), or (i, None) for a broken one that may be skipped."""
+
+    def __init__(self, dataset: Dataset, numbers: range, skip_broken: bool):
+        self.dataset, self.numbers, self.skip_broken = dataset, numbers, skip_broken
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | None]:
+        number = self.numbers[i]
+        try:
+            return number, self.dataset[number][0]
+        except BrokenPicture:
+            if not self.skip_broken:
+                raise
+            return number, None
+
+
+def collate(samples: list[tuple[int, Tensor | None]]) -> tuple[list[int], Tensor | None]:
+    kept = [(number, picture) for number, picture in samples if picture is not None]
+    return [number for number, _ in kept], torch.stack([picture for _, picture in kept]) if kept else None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How features are extracted and where they are kept."""
+
+    output_dir: Path
+    batch_size: int  # pictures in one pass, a process
+    workers: int  # loader processes of the node
+    skip_broken: bool = False  # leave out pictures that cannot be decoded, instead of an error
+
+    def workers_of(self, processes: utils.Distributed) -> int:
+        """Loader processes for this one among the node's processes; no more than there are cores."""
+        return min(self.workers, len(os.sched_getaffinity(0))) // processes.world_size
+
+
+@torch.inference_mode()
+def extract(
+    backbone: Backbone, dataset: Dataset, title: str, loading: Loading, processes: utils.Distributed
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features (n, d) in float32 and the numbers (n,) of the samples they are of, in order, on every process.
+
+    Each process encodes every world_size-th picture. Numbers are missing only where broken pictures are
+    skipped; otherwise a broken picture is a BrokenPicture that names it.
+    """
+    mine = Pictures(dataset, range(processes.rank, len(dataset), processes.world_size), loading.skip_broken)
+    workers = loading.workers_of(processes)
+    loader = DataLoader(mine, loading.batch_size, num_workers=workers, collate_fn=collate)
+    numbers, features = [], []
+    backbone.model.eval()
+    for batch, pictures in tqdm(loader, desc=title, disable=not processes.is_main, leave=False):
+        if pictures is not None:
+            numbers += batch
+            features.append(backbone.encode(pictures.to(processes.device)).float().cpu().numpy())
+    parts = utils.gather_objects(processes, (numbers, features))
+    numbers = np.array([number for part, _ in parts for number in part], dtype=np.int64)
+    if len(numbers) == 0:
+        raise ValueError(f"{title}: none of the {len(dataset)} pictures can be decoded")
+    order = np.argsort(numbers)
+    return np.concatenate([batch for _, part in parts for batch in part])[order], numbers[order]
+
+
+def extract_or_reuse(
+    backbone: Backbone, dataset: Dataset, title: str, loading: Loading, processes: utils.Distributed
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `extract`, or from the output directory where the same weights have seen the same pictures before.
+
+    The file's name carries a hash of the weights, the preparation, the kind of features and the pictures
+    (path, size and time of each, or the bytes of those in memory): another run's features are never taken.
+    """
+    key = hashlib.sha256()
+    settings = (backbone.fingerprint(), backbone.features, backbone.preprocess.to_dict(), loading.skip_broken)
+    key.update(json.dumps(settings).encode())
+    for part in identify(dataset):
+        key.update(part)
+    file = loading.output_dir / "features" / f"{title}_{key.hexdigest()[:32]}.npz"
+    if all(utils.gather_objects(processes, file.is_file())):
+        with np.load(file, allow_pickle=False) as stored:
+            return stored["features"], stored["numbers"]
+    features, numbers = extract(backbone, dataset, title, loading, processes)
+    if processes.is_main:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        utils.atomic_write(file, lambda out: np.savez(out, features=features, numbers=numbers))
+    return features, numbers
+
+
+def identify(dataset: Dataset) -> Iterator[bytes]:
+    """What tells this data set's pictures, in their order, from any others."""
+    if hasattr(dataset, "pixels"):  # downstream.PictureArray
+        yield f"{dataset.pixels.shape} {dataset.upsample}".encode()
+        yield np.ascontiguousarray(dataset.pixels).tobytes()
+        return
+    for i in range(len(dataset)):  # CbisLesions has whole paths, downstream.PictureFiles relative ones
+        path = Path(getattr(dataset, "root", ""), dataset.paths[i]).absolute()
+        status = path.stat()
+        yield f"{path} {status.st_size} {status.st_mtime_ns}\n".encode()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Heads
+
+Score = Callable[[np.ndarray, np.ndarray], float]  # labels (n,), probabilities (n, k) -> higher is better
+
+# Penalties of the sweep, strongest first: lambda in mean cross-entropy + lambda / 2 * |weights|^2.
+LAMBDAS = tuple(10.0**exponent for exponent in np.arange(1, -4.5, -0.5))
+
+
+@dataclass(frozen=True)
+class Head:
+    """A fitted head: `probabilities(features (n, d)) -> (n, k)`, and how its setting was chosen."""
+
+    probabilities: Callable[[np.ndarray], np.ndarray]
+    chosen: dict[str, float]
+    validation: list[dict[str, float]]  # score and loss of each setting on the validation samples
+
+
+def judge(labels: np.ndarray, prob: np.ndarray, score: Score) -> dict[str, float]:
+    own = prob[np.arange(len(labels)), labels]
+    return {"score": score(labels, prob), "loss": float(-np.log(own.clip(min=1e-12)).mean())}
+
+
+def best_of(sweep: list[dict[str, float]]) -> dict[str, float]:
+    """The setting with the highest score; of those with the same score, the one with the lowest cross-entropy."""
+    return max(sweep, key=lambda entry: (entry["score"], -entry["loss"]))
+
+
+def fit_logistic(train: Samples, val: Samples, num_classes: int, score: Score, seed: int = 0) -> Head:
+    """L2-regularised multinomial logistic regression; the penalty that is best on `val` is kept.
+
+    The last fit is on train and val together with the same penalty for each sample, so no labelled sample is
+    wasted. The optimum is unique: `seed` has no influence.
+    """
+    sweep, start = [], LogisticRegression(warm_start=True, max_iter=2000)
+    scaler = StandardScaler().fit(train.features)
+    x, x_val = scaler.transform(train.features), scaler.transform(val.features)
+    for penalty in LAMBDAS:  # each solution starts from the one before
+        start.set_params(C=1 / (penalty * len(x))).fit(x, train.labels)
+        prob = _all_classes(start, x_val, num_classes)
+        sweep.append({"lambda": penalty, **judge(val.labels, prob, score)})
+    best = best_of(sweep)["lambda"]
+    both = train + val
+    scaler = StandardScaler().fit(both.features)
+    model = LogisticRegression(C=1 / (best * len(both.labels)), max_iter=2000)
+    model.fit(scaler.transform(both.features), both.labels)
+    return Head(lambda x: _all_classes(model, scaler.transform(x), num_classes), {"lambda": best}, sweep)
+
+
+def _all_classes(model: LogisticRegression, features: np.ndarray, num_classes: int) -> np.ndarray:
+    """Probabilities (n, k) with zeros for classes that the training samples lack."""
+    prob = np.zeros((len(features), num_classes))
+    prob[:, model.classes_] = model.predict_proba(features)
+    return prob
+
+
+# The first MedSLIP's published protocol. It has no usable learning rate (restarted every 5 batches), so the
+# rate is chosen on the validation samples.
+MEDSLIP_SIZE = 384  # pixels
+MEDSLIP_EPOCHS = 50
+MEDSLIP_BATCH = 16
+MEDSLIP_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+def fit_medslip(train: Samples, val: Samples, num_classes: int, score: Score, seed: int = 0) -> Head:
+    """A linear layer by AdamW as the first MedSLIP trained one; the learning rate that is best on `val` is kept.
+
+    The last fit is on train and val together.
+    """
+    sweep = []
+    for rate in MEDSLIP_RATES:
+        predict = train_medslip(train, num_classes, rate, seed)
+        sweep.append({"lr": rate, **judge(val.labels, predict(val.features), score)})
+    best = best_of(sweep)["lr"]
+    return Head(train_medslip(train + val, num_classes, best, seed), {"lr": best}, sweep)
+
+
+def train_medslip(
+    samples: Samples, num_classes: int, rate: float, seed: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """50 epochs over shuffled batches of 16, one cosine over the whole run; returns features -> probabilities."""
+    torch.manual_seed(seed)
+    scaler = StandardScaler().fit(samples.features)
+    x = torch.as_tensor(scaler.transform(samples.features), dtype=torch.float32)  # (n, d)
+    y = torch.as_tensor(samples.labels)
+    layer = nn.Linear(x.shape[1], num_classes)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=rate)
+    starts = range(0, len(x), MEDSLIP_BATCH)
+    total = MEDSLIP_EPOCHS * len(starts)
+    for epoch in range(MEDSLIP_EPOCHS):
+        order = torch.randperm(len(x))
+        for step, start in enumerate(starts, epoch * len(starts)):
+            batch = order[start : start + MEDSLIP_BATCH]
+            for group in optimizer.param_groups:
+                group["lr"] = utils.cosine_lr(step, total, rate, 0.0)
+            optimizer.zero_grad()
+            F.cross_entropy(layer(x[batch]), y[batch]).backward()
+            optimizer.step()
+
+    @torch.inference_mode()
+    def predict(features: np.ndarray) -> np.ndarray:
+        return layer(torch.as_tensor(scaler.transform(features), dtype=torch.float32)).softmax(1).numpy()
+
+    return predict
+
+
+@torch.inference_mode()
+def knn_probabilities(
+    train: Samples, features: np.ndarray, k: int, num_classes: int, device: torch.device, chunk: int = 256
+) -> np.ndarray:
+    """Votes (n, classes) of the k training samples with the highest cosine, each weighing exp(cosine / 0.07).
+
+    Temperature and weights as in Wu et al. 2018, section 3.4. Fewer than k training samples all vote.
+    """
+    bank = F.normalize(torch.as_tensor(train.features, device=device), dim=1)  # (N, d)
+    labels = torch.as_tensor(train.labels, device=device)
+    votes = []
+    for part in torch.as_tensor(features, device=device).split(chunk):
+        cosine, nearest = (F.normalize(part, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)  # (B, k)
+        weight = ((cosine - cosine[:, :1]) / 0.07).exp()  # relative to the nearest, so that none overflows
+        vote = weight.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], weight)
+        votes.append((vote / vote.sum(1, keepdim=True)).cpu().numpy())
+    return np.concatenate(votes)
+
+
+def stratified_part(labels: np.ndarray, share: float, least: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers, in order, of about `share` of each class: at least `least` of it, or all where it has fewer."""
+    parts = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        parts.append(rng.permutation(members)[: max(least, round(share * len(members)))])
+    return np.sort(np.concatenate(parts))

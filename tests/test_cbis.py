@@ -1,0 +1,306 @@
+"""make_dataset.py cbis and the reader of its tables, on trees in CBIS-DDSM's published layouts."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import cbis_tree
+import numpy as np
+import pytest
+from PIL import Image
+
+import make_dataset
+import phantoms
+from datasets import CBIS_CLASSES, CbisLesions
+from transforms import Preprocess
+
+# Counted in the published tables: rows, pathologies in the order of CBIS_CLASSES, patients, full pictures.
+PUBLISHED = {
+    ("calc", "train"): (1546, (528, 474, 544), 602, 1227),
+    ("calc", "test"): (326, (130, 67, 129), 151, 284),
+    ("mass", "train"): (1318, (577, 104, 637), 691, 1231),
+    ("mass", "test"): (378, (194, 37, 147), 201, 361),
+}
+
+
+def read_table(root: Path, kind: str) -> list[dict[str, str]]:
+    with open(root / f"{kind}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def wrong_pictures(root: Path, truth: dict[Path, str]) -> list[str]:
+    """Lesions whose row names a picture of another kind, or one of another lesion's series."""
+    wrong = []
+    for kind in ("calc", "mass"):
+        published = [
+            row
+            for split in ("train", "test")
+            for row in cbis_tree.read_case_table(root / "csv" / cbis_tree.TABLES[kind, split])
+        ]
+        for row, case in zip(read_table(root, kind), published, strict=True):
+            series = {
+                "crop": case["cropped image file path"],
+                "full": case["image file path"],
+                "mask": case["ROI mask file path"],
+            }
+            for picture, path in series.items():
+                right_series = Path(row[picture]).parts[-2][-9:] == path.split("/")[2][-9:]
+                if truth[Path(row[picture])] != cbis_tree.DESCRIPTIONS[picture] or not right_series:
+                    wrong.append(f"{row['lesion']} {picture}")
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, dict[Path, str]]:
+    root = tmp_path_factory.mktemp("cbis")
+    truth = cbis_tree.make_small_cbis(root)
+    make_dataset.main(["cbis", "--root", str(root)])
+    return root, truth
+
+
+def test_jpeg_edition(small):
+    root, truth = small
+    assert wrong_pictures(root, truth) == []
+    rows = read_table(root, "calc")
+    assert {row["type"] for row in rows} == {"calc"}
+    assert {
+        (row["patient"], row["side"], row["view"], row["abnormality"])
+        for row in rows
+        if row["split"] == "test"
+    } == {
+        (patient, side, view, str(abnormality))
+        for patient, side, view, abnormality, _ in cbis_tree.make_lesions(20, 1001)
+    }
+
+
+def test_no_descriptions_at_all(tmp_path):
+    """Then the pixels decide, whatever the file order."""
+    truth = cbis_tree.make_small_cbis(tmp_path)
+    (tmp_path / "csv" / "dicom_info.csv").unlink()
+    make_dataset.main(["cbis", "--root", str(tmp_path)])
+    assert wrong_pictures(tmp_path, truth) == []
+
+
+@pytest.mark.parametrize("by_uid", [True, False])
+def test_dicom_edition(tmp_path, by_uid):
+    pytest.importorskip("pydicom")
+    for i, kind in enumerate(("calc", "mass")):
+        cbis_tree.write_case_table(tmp_path, kind, "train", cbis_tree.make_lesions(30, 1 + 2000 * i), apart=3)
+        cbis_tree.write_case_table(tmp_path, kind, "test", cbis_tree.make_lesions(6, 1001 + 2000 * i))
+    truth = cbis_tree.make_dicom_edition(tmp_path, by_uid)
+    make_dataset.main(["cbis", "--root", str(tmp_path)])
+    assert wrong_pictures(tmp_path, truth) == []
+    pixels, label, row = CbisLesions(tmp_path, "mass", "test", "crop", Preprocess(size=16))[0]
+    assert pixels.shape == (3, 16, 16) and CBIS_CLASSES[label] == row["pathology"]
+
+
+@pytest.mark.skipif(
+    "CBIS_TABLES" not in os.environ, reason="CBIS_TABLES names the folder of the published tables"
+)
+def test_published_tables(tmp_path, capsys):
+    cbis_tree.copy_published_tables(tmp_path, Path(os.environ["CBIS_TABLES"]))
+    truth = cbis_tree.make_jpeg_edition(tmp_path)
+    assert len(truth) == 10239  # "Number of Images" of the collection
+    make_dataset.main(["cbis", "--root", str(tmp_path)])
+    assert capsys.readouterr().out.count("\n0 pictures could not be resolved") == 2
+    assert wrong_pictures(tmp_path, truth) == []
+    for (kind, split), expected in PUBLISHED.items():
+        rows = [row for row in read_table(tmp_path, kind) if (row["split"] == "test") == (split == "test")]
+        pathology = Counter(row["pathology"] for row in rows)
+        patients, full = (len({row[column] for row in rows}) for column in ("patient", "full"))
+        assert (len(rows), tuple(pathology[name] for name in CBIS_CLASSES), patients, full) == expected
+    with pytest.raises(ValueError, match="31 patients .*P_00016.*P_01883"):
+        make_dataset.main(["cbis", "--root", str(tmp_path), "--merge-types"])
+
+
+def test_validation_split_keeps_patients_whole_and_pathologies_in_proportion(small):
+    root, _ = small
+    for kind in ("calc", "mass"):
+        rows = read_table(root, kind)
+        patients = {
+            split: {row["patient"] for row in rows if row["split"] == split}
+            for split in ("train", "val", "test")
+        }
+        assert not patients["train"] & patients["val"]
+        assert not (patients["train"] | patients["val"]) & patients["test"]
+        for name in CBIS_CLASSES:
+            counts = Counter(row["split"] for row in rows if row["pathology"] == name)
+            assert 0.1 < counts["val"] / (counts["train"] + counts["val"]) < 0.3
+
+
+def test_validation_split_follows_the_seed(small):
+    root, _ = small
+
+    def val_patients(seed: int) -> set[str]:
+        make_dataset.make_cbis(root, seed=seed)
+        return {row["patient"] for row in read_table(root, "calc") if row["split"] == "val"}
+
+    one, two = val_patients(1), val_patients(2)
+    assert one == val_patients(1) and one != two
+    make_dataset.make_cbis(root)
+
+
+def test_counts_are_printed(small, capsys):
+    root, _ = small
+    make_dataset.main(["cbis", "--root", str(root)])
+    lines = capsys.readouterr().out.splitlines()
+    rows = read_table(root, "calc")
+    test = next(line.split() for line in lines if line.split()[:1] == ["test"])
+    pathology = Counter(row["pathology"] for row in rows if row["split"] == "test")
+    assert test[1:6] == [
+        str(sum(pathology.values())), *(str(pathology[name]) for name in CBIS_CLASSES), "20",
+    ]  # fmt: skip
+
+
+def test_missing_pictures_are_named_and_left_empty(tmp_path, capsys):
+    truth = cbis_tree.make_small_cbis(tmp_path)
+    make_dataset.make_cbis(tmp_path)
+    lost = next(row for row in read_table(tmp_path, "mass") if row["split"] == "test")
+    (tmp_path / lost["crop"]).unlink()
+    capsys.readouterr()
+    report = make_dataset.make_cbis(tmp_path)
+    assert [line for lines in report.values() for line in lines] == report[tmp_path / "mass.csv"]
+    (line,) = report[tmp_path / "mass.csv"]
+    assert lost["lesion"] in line and "no crop" in line and "row 1," in line
+    assert line in capsys.readouterr().out
+    again = next(row for row in read_table(tmp_path, "mass") if row["lesion"] == lost["lesion"])
+    assert again == lost | {"crop": ""}
+    assert truth[Path(again["mask"])] == "ROI mask images"
+
+    with pytest.raises(ValueError, match=f"1 of .* test lesions have no crop: {lost['lesion']}"):
+        CbisLesions(tmp_path, "mass", "test", "crop", Preprocess(size=16))
+    fewer = CbisLesions(tmp_path, "mass", "test", "crop", Preprocess(size=16), skip_missing=True)
+    whole = CbisLesions(tmp_path, "mass", "test", "mask", Preprocess(size=16))
+    assert fewer.dropped == 1 and whole.dropped == 0 and len(fewer) == len(whole) - 1
+
+
+def test_two_pictures_that_nothing_tells_apart_stay_unresolved(tmp_path):
+    cbis_tree.make_small_cbis(tmp_path)
+    (tmp_path / "csv" / "dicom_info.csv").unlink()
+    make_dataset.make_cbis(tmp_path)
+    row = read_table(tmp_path, "calc")[0]
+    Image.open(tmp_path / row["crop"]).save(tmp_path / row["mask"])
+    lines = make_dataset.make_cbis(tmp_path)[tmp_path / "calc.csv"]
+    assert [line.split(": ")[1].split(" among")[0] for line in lines] == ["no crop", "no mask"]
+
+
+def test_types_merge_only_where_no_patient_leaks(tmp_path):
+    cbis_tree.make_small_cbis(tmp_path)
+    make_dataset.make_cbis(tmp_path, merge_types=True)
+    rows = read_table(tmp_path, "both")
+    assert {row["type"] for row in rows} == {"calc", "mass"}
+    val = {row["patient"] for row in rows if row["split"] == "val"}
+    assert not val & {row["patient"] for row in rows if row["split"] == "train"}
+
+    (tmp_path / "both.csv").unlink()
+    cbis_tree.write_case_table(tmp_path, "mass", "test", cbis_tree.make_lesions(20, first=39))
+    make_dataset.make_cbis(tmp_path)  # apart they are fine; the pictures of the new rows are missing
+    with pytest.raises(ValueError, match="2 patients in both training and test.*P_00039, P_00040"):
+        make_dataset.main(["cbis", "--root", str(tmp_path), "--merge-types"])
+    assert not (tmp_path / "both.csv").exists()
+
+
+def test_a_patient_in_training_and_test_of_one_type_is_refused(tmp_path):
+    cbis_tree.make_small_cbis(tmp_path)
+    cbis_tree.write_case_table(tmp_path, "calc", "test", cbis_tree.make_lesions(20, first=40))
+    with pytest.raises(ValueError, match="1 patients .*P_00040"):
+        make_dataset.make_cbis(tmp_path)
+    assert not (tmp_path / "calc.csv").exists() and not (tmp_path / "mass.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("BENIGN_WITHOUT_CALLBACK", "BENIGNISH"), "row 5: pathology 'BENIGNISH'"),
+        (lambda text: text.replace("pathology", "outcome", 1), "no column pathology"),
+        (lambda text: text.replace("/000001.dcm", "", 1), "row 1: cropped_image_file_path"),
+        (lambda text: text.replace(",MLO,1,", ",CC,1,", 1), "row 3 is the same lesion as .*row 1"),
+    ],
+)
+def test_a_table_that_is_not_the_published_one(tmp_path, change, message):
+    cbis_tree.make_small_cbis(tmp_path)
+    path = tmp_path / "csv" / cbis_tree.TABLES["calc", "train"]
+    path.write_bytes(change(path.read_bytes().decode()).encode())
+    with pytest.raises(ValueError, match=message):
+        make_dataset.make_cbis(tmp_path)
+    assert not list(tmp_path.glob("*.csv*"))
+
+
+def test_nothing_to_join(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither jpeg/"):
+        make_dataset.make_cbis(tmp_path)
+    (tmp_path / "jpeg").mkdir()
+    with pytest.raises(FileNotFoundError, match="calc_case_description_train_set.csv"):
+        make_dataset.make_cbis(tmp_path)
+
+
+def test_metadata_that_leaves_the_root(tmp_path):
+    cbis_tree.make_small_cbis(tmp_path)
+    (tmp_path / "CBIS-DDSM").mkdir()
+    (tmp_path / "metadata.csv").write_text(
+        "Series UID,File Location\n1.2.3,./CBIS-DDSM/a\n1.2.4,../../elsewhere\n"
+    )
+    with pytest.raises(ValueError, match="row 2: .*elsewhere is outside"):
+        make_dataset.make_cbis(tmp_path)
+
+
+def test_too_few_patients_for_a_validation_split(tmp_path):
+    for kind in ("calc", "mass"):
+        cbis_tree.write_case_table(tmp_path, kind, "train", cbis_tree.make_lesions(3))
+        cbis_tree.write_case_table(tmp_path, kind, "test", cbis_tree.make_lesions(3, 11))
+    cbis_tree.make_jpeg_edition(tmp_path)
+    with pytest.raises(ValueError, match="--val-folds 5: choose 2 to 3"):
+        make_dataset.make_cbis(tmp_path)
+    with pytest.raises(ValueError, match="--val-folds 2: splitting 3 patients leaves training or"):
+        make_dataset.make_cbis(tmp_path, val_folds=2)
+
+
+def test_reader_gives_picture_label_and_row(small):
+    root, _ = small
+    pre = Preprocess(size=16)
+    for picture in ("crop", "full", "mask"):
+        lesions = CbisLesions(root, "calc", "val", picture, pre)
+        pixels, label, row = lesions[3]
+        grey = np.asarray(
+            Image.open(root / row[picture]).convert("L").resize((16, 16), Image.Resampling.BILINEAR)
+        )
+        expected = (grey / 255 - 0.485) / 0.229
+        assert np.abs(pixels[0].numpy() - expected).max() < 0.02
+        assert label == CBIS_CLASSES.index(row["pathology"]) == lesions.labels[3]
+        assert lesions.patients[3] == row["patient"]
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "masses"}, {"split": "validation"}, {"picture": "lesion"}])
+def test_reader_lists_the_choices(small, wrong):
+    with pytest.raises(ValueError, match=f"unknown {next(iter(wrong))} .* choose from"):
+        CbisLesions(**{"root": small[0], "kind": "calc", "split": "test", **wrong})
+
+
+def test_reader_refuses_foreign_tables(tmp_path, small):
+    with pytest.raises(FileNotFoundError, match="make_dataset.py cbis"):
+        CbisLesions(tmp_path, "calc", "test")
+    text = (small[0] / "calc.csv").read_text()
+    (tmp_path / "calc.csv").write_text(text.replace("patient", "person", 1))
+    with pytest.raises(ValueError, match="columns"):
+        CbisLesions(tmp_path, "calc", "test")
+    (tmp_path / "calc.csv").write_text(text.replace("jpeg/", "../jpeg/", 1))
+    with pytest.raises(ValueError, match=r"row 1.*\.\./jpeg"):
+        CbisLesions(tmp_path, "calc", "test")
+    (tmp_path / "calc.csv").write_text(text.replace("MALIGNANT", "MALIGNANTISH", 1))
+    with pytest.raises(ValueError, match="MALIGNANTISH"):
+        CbisLesions(tmp_path, "calc", "test")
+
+
+def test_demo_is_drawn_and_joined(tmp_path, capsys, monkeypatch):
+    few = {"calc": {"train": 150, "test": 20}, "mass": {"train": 150, "test": 20}}
+    monkeypatch.setattr(phantoms, "make_demo", partial(phantoms.make_demo, lesions=few))
+    make_dataset.main(
+        ["demo", "--root", str(tmp_path / "demo"), "--pairs", "4", "--size", "16", "--workers", "1"]
+    )
+    assert "SYNTHETIC" in capsys.readouterr().out
+    lesions = CbisLesions(tmp_path / "demo" / "cbis", "mass", "test", "crop", Preprocess(size=16))
+    assert len(lesions) >= 20 and lesions[0][0].shape == (3, 16, 16)

@@ -1,0 +1,145 @@
+"""Heads on frozen features against second implementations, and what the first MedSLIP's protocol got wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
+
+import models
+import probes
+
+
+def accuracy(labels: np.ndarray, prob: np.ndarray) -> float:
+    return float((prob.argmax(1) == labels).mean())
+
+
+def macro_auroc(labels: np.ndarray, prob: np.ndarray) -> float:
+    return roc_auc_score(labels, prob, multi_class="ovr")
+
+
+def clusters(n: int, d: int = 10, k: int = 3, seed: int = 0, gap: float = 2) -> probes.Samples:
+    """Classes that overlap, far from the origin and of large scale, so that standardisation matters."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, k, n)
+    features = 5 + 3 * rng.normal(size=(n, d)) + gap * np.eye(k, d)[labels]
+    return probes.Samples(features.astype(np.float32), labels)
+
+
+def test_logistic_head_is_the_optimum_of_its_stated_objective():
+    """Mean cross-entropy + lambda / 2 * |W|^2 on standardised features of train and val, by torch's L-BFGS."""
+    train, val = clusters(120, seed=1), clusters(60, seed=2)
+    head = probes.fit_logistic(train, val, 3, accuracy)
+    both = np.concatenate([train.features, val.features]).astype(np.float64)
+    x = torch.from_numpy((both - both.mean(0)) / both.std(0))
+    y = torch.from_numpy(np.concatenate([train.labels, val.labels]))
+    weight = torch.zeros(3, 10, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def loss():
+        solver.zero_grad()
+        value = torch.nn.functional.cross_entropy(x @ weight.T + bias, y)
+        value = value + head.chosen["lambda"] / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    expected = (x @ weight.T + bias).softmax(1).detach().numpy()
+    assert np.abs(head.probabilities(both) - expected).max() < 2e-3
+
+
+def test_settings_are_scored_on_the_validation_samples():
+    """With validation labels that contradict training every setting scores below chance."""
+    train, val = clusters(200, seed=1, gap=8), clusters(100, seed=2, gap=8)
+    head = probes.fit_logistic(train, probes.Samples(val.features, (val.labels + 1) % 3), 3, macro_auroc)
+    assert max(entry["score"] for entry in head.validation) < 0.5
+
+
+def test_the_best_score_wins_and_the_lowest_loss_among_equals():
+    train, val = clusters(60), clusters(30, seed=1)
+    head = probes.fit_logistic(train, val, 3, lambda labels, prob: 0.5)
+    losses = [entry["loss"] for entry in head.validation]
+    assert losses.index(min(losses)) not in (0, len(losses) - 1)
+    assert head.chosen["lambda"] == probes.LAMBDAS[losses.index(min(losses))]
+    head = probes.fit_logistic(train, val, 3, lambda labels, prob: -prob.max())  # the least certain one
+    assert head.chosen["lambda"] == max(probes.LAMBDAS)
+
+
+def test_classes_without_training_samples_get_probability_zero():
+    train, val = clusters(60, gap=8), clusters(30, gap=8, seed=1)
+    train, val = (probes.Samples(s.features, s.labels * 2) for s in (train, val))  # classes 0, 2, 4 of 6
+    prob = probes.fit_logistic(train, val, 6, accuracy).probabilities(val.features)
+    assert prob.shape == (30, 6) and (prob[:, [1, 3, 5]] == 0).all() and np.allclose(prob.sum(1), 1)
+    assert accuracy(val.labels, prob) > 0.8
+
+
+def test_medslip_settings_are_the_published_ones():
+    assert (probes.MEDSLIP_SIZE, probes.MEDSLIP_EPOCHS, probes.MEDSLIP_BATCH) == (384, 50, 16)
+
+
+def test_adamw_sees_every_row_once_an_epoch_in_a_new_order(monkeypatch):
+    """The first MedSLIP did not shuffle, and restarted its learning rate every 5 batches."""
+    batches, rates = [], []
+    cross_entropy, adamw = torch.nn.functional.cross_entropy, torch.optim.AdamW
+
+    class Recorded(adamw):
+        def step(self, *args, **kwargs):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*args, **kwargs)
+
+    def recorded_loss(logits, labels):
+        batches.append(labels.tolist())
+        return cross_entropy(logits, labels)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", recorded_loss)
+    monkeypatch.setattr(probes, "MEDSLIP_EPOCHS", 3)
+    samples = probes.Samples(np.random.default_rng(0).normal(size=(40, 4)), np.arange(40))
+    probes.train_medslip(samples, 40, 1e-2, seed=0)
+    assert [len(batch) for batch in batches] == [16, 16, 8] * 3
+    epochs = [sum(batches[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert rates[0] == 1e-2 and rates == sorted(rates, reverse=True) and rates[-1] < 1e-3
+
+
+def test_adamw_head_separates_what_logistic_regression_separates():
+    train, val, test = (clusters(n, seed=i) for i, n in enumerate((200, 100, 200)))
+    heads = [fit(train, val, 3, accuracy) for fit in (probes.fit_logistic, probes.fit_medslip)]
+    found = [accuracy(test.labels, head.probabilities(test.features)) for head in heads]
+    assert abs(found[0] - found[1]) < 0.05
+
+
+@pytest.mark.parametrize("k", [1, 20, 500])
+def test_nearest_neighbours_equal_scikit_learns(k):
+    train, test = clusters(300, d=8, k=4), clusters(50, d=8, k=4, seed=1)
+    train = probes.Samples(train.features - 5, train.labels)
+    queries = test.features - 5
+    ours = probes.knn_probabilities(train, queries, k, 4, torch.device("cpu"), chunk=16)
+    theirs = KNeighborsClassifier(min(k, 300), metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    assert np.allclose(ours, theirs.fit(train.features, train.labels).predict_proba(queries), atol=1e-4)
+
+
+def test_stratified_part_takes_its_share_of_each_class():
+    labels = np.repeat([0, 1, 2, 3], [100, 50, 5, 1])
+    part = probes.stratified_part(labels, 0.1, 2, np.random.default_rng(0))
+    assert np.bincount(labels[part]).tolist() == [10, 5, 2, 1]
+    assert (np.diff(part) > 0).all()
+    other = probes.stratified_part(labels, 0.1, 2, np.random.default_rng(1))
+    assert part.tolist() != other.tolist()
+
+
+@pytest.mark.parametrize("name", ["CLIP_VITT16", "MEDCLIP_RESNET"])
+def test_larger_pictures_keep_the_weights(name):
+    """A ViT's position embeddings are resampled; everything else, and a ResNet as a whole, stays."""
+    small = dict(text_layers=2, text_width=64, vocab_size=64, text_heads=4)
+    tower = dict(vision_tower="test_vit", image_size=32) if name == "CLIP_VITT16" else {}
+    model = models.create_model(name, **small, **tower).eval()
+    bigger = probes.at_size(model, 96).eval()
+    assert bigger.preprocess.size == 96 and bigger.preprocess.prepare == model.preprocess.prepare
+    assert bigger.visual(torch.rand(1, 3, 96, 96)).shape == (1, model.feature_dim)
+    for (key, a), b in zip(model.state_dict().items(), bigger.state_dict().values(), strict=True):
+        assert key == "visual.pos_embed" or torch.equal(a, b), key
