@@ -49,7 +49,7 @@ SPLITS = ("train", "validation", "test")
 
 # -------------------------------------------------------------------------------- text without Python objects
 class TextColumn:
-    """Many texts as one UTF-8 buffer (uint8) and n + 1 offsets (int64).
+    """Many texts as one UTF-8 buffer (uint8) and n + 1 offsets (uint32, or int64 beyond 4 GiB).
 
     A worker that reads a list of strings counts references, which copies the pages they lie on: these stay
     shared.
@@ -85,8 +85,8 @@ class TextBuilder:
         self.offsets.append(len(self.data))
 
     def column(self) -> TextColumn:
-        data = np.frombuffer(self.data, dtype=np.uint8)
-        return TextColumn(data, np.frombuffer(self.offsets, dtype=np.int64))
+        data, offsets = np.frombuffer(self.data, dtype=np.uint8), np.frombuffer(self.offsets, dtype=np.int64)
+        return TextColumn(data, offsets.astype(np.uint32) if len(data) < 2**32 else offsets)
 
 
 # -------------------------------------------------------------------------------------------- caption filters
@@ -741,6 +741,9 @@ def shard_samples(path: Path, file: BinaryIO) -> dict[str, dict[str, tuple[int, 
                 kinds = samples.setdefault(folder + slash + stem, {})
                 if kinds.setdefault(kind.lower(), place := (member.offset_data, member.size)) != place:
                     raise ValueError(f"{where} is there twice")
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # a damaged header ends the loop in silence
+                raise tarfile.ReadError(f"it breaks off at byte {archive.offset}")
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is no complete, uncompressed tar archive: {error}") from error
     return samples

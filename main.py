@@ -274,6 +274,8 @@ def build_loader(args: argparse.Namespace, reader, model: nn.Module, tokenizer, 
     sampler = datasets.GlobalBatchSampler(len(reader), args.batch_size, processes.rank, processes.world_size, args.seed)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=datasets.Collate(tokenizer),
                       num_workers=args.workers, persistent_workers=args.workers > 0,
+                      # Forked workers share the reader's texts; from Python 3.14 on that has to be asked for.
+                      multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None,
                       pin_memory=processes.device.type == "cuda",
                       generator=torch.Generator())  # its own, so that starting a loader leaves dropout's numbers alone
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+
+# Renamed in torch 2.15; their successors are not in 2.11, which is supported too.
+warnings.filterwarnings("ignore", r".*(broadcast_buffers|torch\.distributed\.nn\.functional)", FutureWarning)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and devices
@@ -113,13 +117,12 @@ def ending_together(processes: Distributed, say: Callable[[str], None] = print) 
     except Exception as error:
         if processes.world_size == 1 or not dist.is_initialized():
             raise
-        # The group is not destroyed: that can wait for the peers, whereas the end of the process frees them.
         lost = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE)
         mine = f"rank {processes.rank} failed: {type(error).__name__}: {error}"
         if lost:
             mine = (f"rank {processes.rank} has lost another rank, which was killed or hangs (--dist-timeout is how "
-                    f"long it may): {error}")
-        first = _first_failure(mine)
+                    f"long it may): {str(error).partition('. ')[0]}")
+        first = _first_failure(processes, mine)
         say(f"all ranks end: {first}")
         if lost or first != mine:
             raise SystemExit(f"rank {processes.rank} ends: {first}") from None
@@ -127,12 +130,22 @@ def ending_together(processes: Distributed, say: Callable[[str], None] = print) 
     leave_distributed(processes)
 
 
-def _first_failure(mine: str) -> str:
+def _first_failure(processes: Distributed, mine: str) -> str:
     """The message of the rank that came here first, which may be this one with `mine`."""
+    store = dist.distributed_c10d._get_default_store()
     try:
         # Sets the key where it is absent, and returns what it then holds.
-        return dist.distributed_c10d._get_default_store().compare_set("first failure", "", mine).decode()
-    except RuntimeError:  # the store is gone with the process that kept it
+        first = store.compare_set("first failure", "", mine).decode()
+        informed = store.add("informed of it", 1)
+        if dist.get_backend() == "gloo":  # NCCL's group may wait for a lost peer here; there the launcher ends the rest
+            dist.destroy_process_group()  # breaks the connections, so that the others come here too
+            end = time.monotonic() + 5
+            # The main process keeps the store: a moment for the others to read it.
+            while processes.is_main and informed < processes.world_size and time.monotonic() < end:
+                time.sleep(0.05)
+                informed = store.add("informed of it", 0)
+        return first
+    except RuntimeError:
         return "the process that kept the rendezvous, usually rank 0, has ended; see its log"
 
 
