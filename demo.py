@@ -16,14 +16,12 @@ from pathlib import Path
 
 NOTICE = "SYNTHETIC data: these figures say nothing about patients."
 OBJECTIVES = ("slip", "clip", "simclr")
-# A ConvNeXt of 0.2 million parameters beside a text tower of the same order. Phantoms are 64 pixels wide and their
-# calcifications a few of them, hence patches of 2 pixels; without layer scale, which starts at 1e-6, a run of minutes
-# is long enough to learn.
-TOWER = ("--vision-tower", "convnext_atto", "--image-size", "64", "--override", "vision.depths=(1,1,1,1)",
-         "vision.dims=(16,32,64,128)", "vision.patch_size=2", "vision.ls_init_value=None", "text_width=128",
-         "text_heads=2", "text_layers=2", "embed_dim=128")
-RECIPE = ("--caption-filter", "mammo", "--context-length", "48", "--ssl-mlp-dim", "512", "--ssl-emb-dim", "128",
-          "--batch-size", "128", "--lr", "3e-3", "--wd", "0.1")
+# A ResNet with one block a stage, 0.3 million parameters, beside a text tower of two narrow layers. At this budget
+# its batch normalisation learns faster than a ConvNeXt or a ViT of that size, and batches of 64 faster than of 128.
+TOWERS = ("--vision-tower", "resnet18", "--image-size", "64", "--context-length", "40", "--ssl-mlp-dim", "512",
+          "--ssl-emb-dim", "128", "--override", "vision.layers=(1,1,1,1)", "vision.channels=(16,32,64,128)",
+          "embed_dim=128", "text_width=64", "text_heads=2", "text_layers=2")
+RECIPE = ("--caption-filter", "mammo", "--batch-size", "64", "--lr", "2e-3", "--wd", "0.1")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -38,7 +36,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="clip and simclr train on one half of SLIP's loss, to compare (default: slip)")
     parser.add_argument("--pairs", default=6000, type=int,
                         help="training pairs to draw; fewer for a quicker look (default: 6000)")
-    parser.add_argument("--epochs", default=16, type=int, help="of fine-tuning, about 10 s each (default: 16)")
+    parser.add_argument("--epochs", default=12, type=int, help="of fine-tuning, about 13 s each (default: 12)")
     return parser
 
 
@@ -59,7 +57,7 @@ def fine_tune(args: argparse.Namespace, world: Path, output_dir: Path) -> Path:
     import main
 
     main.main(["--dataset", "roco", "--root", str(world / "roco"), "--model", f"{args.objective.upper()}_VITT16",
-               *TOWER, *RECIPE, "--epochs", str(args.epochs), "--eval-freq", str(args.epochs), "--workers", "2",
+               *TOWERS, *RECIPE, "--epochs", str(args.epochs), "--eval-freq", str(args.epochs), "--workers", "2",
                "--keep-last", "1", "--seed", str(args.seed), "--output-dir", str(output_dir)])
     return output_dir / "checkpoint_best.pt"  # validated once, after the last epoch: the last weights
 

@@ -1,0 +1,130 @@
+"""make_dataset.py yfcc15m on small files in the published form, against a straightforward second implementation."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+import numpy as np
+import pytest
+
+import make_dataset
+from metadata import read_pickle
+
+TITLES = [
+    "Sunset+over+the+bay",
+    "",
+    quote('<a href="http://x.org/p?q=1">my site</a> and <b>bold</b>, <i>it</i>'),
+    quote("see www.example.com/a+b or http://t.co/x now"),
+    quote("1+1 = 2"),  # an encoded plus becomes a space too
+    quote("Überraschung – 日本語 😀"),
+    "%FF%FEbroken",
+    quote("two\nlines\tand a tab"),
+]
+
+
+def write_sources(folder: Path, rows: int = 2500) -> list[tuple[int, str, str]]:
+    """The three files; returns (number, title, description) of all rows of the table, still encoded."""
+    rng = np.random.default_rng(0)
+    numbers = np.unique(rng.integers(0, 10**8, rows))
+    np.save(folder / "flickr_unique_ids.npy", rng.permutation(numbers[rng.random(len(numbers)) < 0.9]))
+    with open(folder / "yfcc100m_subset_data.tsv", "w") as file:
+        for number in numbers[rng.random(len(numbers)) < 0.5]:
+            file.write(f"{number}\t{number + 7}\t{'0123456789abcdef' * 2}\n")
+    table = []
+    with open(folder / "yfcc100m_dataset.txt", "w") as file:
+        for number in numbers:
+            title, description = (TITLES[i] for i in rng.integers(0, len(TITLES), 2))
+            table.append((int(number), title, description))
+            cells = [number, "id", "hash", "user@N00", "nick", "date", "1", "camera", title, description]
+            file.write("\t".join(map(str, [*cells, *(["x"] * 15)])) + "\n")
+    return table
+
+
+def reference(folder: Path, table: list[tuple[int, str, str]]) -> tuple[list, list]:
+    """The two lists, with sets and everything in memory."""
+
+    def clean(text: str) -> str:
+        text = unquote(text).replace("+", " ")
+        for pattern in ("<a.*?>", "</a>", "<b>", "</b>", "<i>", "</i>"):
+            text = re.sub(pattern, "", text)
+        return re.sub(r"(http|www)\S+", "", text)
+
+    ids = set(np.load(folder / "flickr_unique_ids.npy").tolist())
+    lines = (folder / "yfcc100m_subset_data.tsv").read_text().splitlines()
+    subset = {int(line.split("\t")[0]) for line in lines}
+    listed = [number for number, _, _ in table if number in ids]
+    captioned = [(n, clean(t), clean(d)) for n, t, d in table if n in ids and n in subset]
+    return captioned, listed
+
+
+def test_without_arguments_in_the_folder_of_the_sources(tmp_path, monkeypatch, capsys):
+    captioned, listed = reference(tmp_path, write_sources(tmp_path))
+    assert len(captioned) > 1000  # more than a batch of opcodes
+    monkeypatch.chdir(tmp_path)
+    make_dataset.main([])
+    for name, expected in (("yfcc15m.pkl", captioned), ("yfcc100m.pkl", listed)):
+        with open(name, "rb") as file:
+            assert pickle.load(file) == expected
+        assert [tuple(row) if isinstance(row, list) else row for row in read_pickle(name)] == expected
+    assert f"{len(captioned):,} captioned" in capsys.readouterr().out
+
+
+def test_known_captions():
+    cases = {
+        "a+b%2Bc": "a b c",
+        quote('<a href="x">link</a> <b>x</b> http://y.z/1 end'): "link x  end",
+        quote("<i>www.foo.com</i>"): "",  # what follows an address without a space goes with it
+        "100%25": "100%",
+    }
+    for field, text in cases.items():
+        assert make_dataset.clean_caption(field.encode()) == text
+
+
+@pytest.mark.parametrize("items", [0, 1, 999, 1000, 1001, 2000])
+def test_streamed_pickle_of_any_length(tmp_path, items):
+    with open(tmp_path / "list.pkl", "wb") as file, make_dataset.PickledList(file) as target:
+        for i in range(items):
+            target.append(make_dataset.pickled_int(i))
+    assert pickle.loads((tmp_path / "list.pkl").read_bytes()) == list(range(items)) and target.count == items
+
+
+def test_index_is_built_where_the_archives_are(tmp_path, capsys):
+    captioned, _ = reference(tmp_path, write_sources(tmp_path, 200))
+    for number, _, _ in captioned[:5]:
+        folder, archive, member = f"{number:08d}"[:2], f"{number:08d}"[2:5], f"{number:08d}"[5:]
+        (tmp_path / "images" / folder).mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(tmp_path / "images" / folder / f"{archive}.zip", "a") as file:
+            file.writestr(f"{member}.jpg", b"")
+    names = ("flickr_unique_ids.npy", "yfcc100m_subset_data.tsv", "yfcc100m_dataset.txt")
+    flags = [f"--{flag}={tmp_path / name}" for flag, name in zip(("ids", "subset", "dataset"), names, strict=True)]
+    make_dataset.main(["yfcc15m", *flags, "--output-dir", str(tmp_path / "out"), "--root", str(tmp_path)])
+    assert list((tmp_path / "out").glob("*.index"))
+    assert "5 pictures with captions" in capsys.readouterr().out
+
+
+def test_errors_name_the_file_and_the_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="flickr_unique_ids.npy is missing"):
+        make_dataset.main([])
+    write_sources(tmp_path, 20)
+    table = tmp_path / "yfcc100m_dataset.txt"
+    lines = table.read_text().splitlines(keepends=True)
+    for bad, message in (("x\ty\n", "line 3: b'x' is not a picture number"), ("123456789\t\n", "line 3: b'123456789'")):
+        table.write_text("".join([*lines[:2], bad, *lines[2:]]))
+        with pytest.raises(ValueError, match=message):
+            make_dataset.main([])
+    number = np.load("flickr_unique_ids.npy")[0]
+    table.write_text(f"{number}\tonly\tthree\n")
+    with pytest.raises(ValueError, match="line 1: 3 columns"):
+        make_dataset.main([])
+    np.save("flickr_unique_ids.npy", np.array([1, -5]))
+    with pytest.raises(ValueError, match="found -5..1"):
+        make_dataset.main([])
+    np.save("flickr_unique_ids.npy", np.array([1, None]), allow_pickle=True)
+    with pytest.raises(ValueError, match="flickr_unique_ids.npy is no array of picture numbers"):
+        make_dataset.main([])
+    assert not list(tmp_path.glob("*.pkl*"))
