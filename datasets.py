@@ -169,6 +169,10 @@ def inside(path: str, where: str) -> str:
     return path
 
 
+class NothingKept(ValueError):
+    """A caption filter that no caption of a split matches."""
+
+
 class Reader:
     """A source of pictures with captions. A subclass finds its files in `locate` and yields them from `rows`.
 
@@ -274,7 +278,7 @@ class Reader:
         self.kept = np.flatnonzero(np.fromiter(matches, dtype=bool, count=total))
         message = f"the caption filter {caption_filter!r} keeps {len(self.kept)} of {total} pictures"
         if not len(self.kept):
-            raise ValueError(f"{message}; filters with a name: {', '.join(CAPTION_FILTERS)}")
+            raise NothingKept(f"{message}; filters with a name: {', '.join(CAPTION_FILTERS)}")
         self.log.append(message)
 
     def _row(self, i: int) -> int:
@@ -417,6 +421,9 @@ class Table:
                     where = f"{self.path} line {rows.line_num}"
                     if fields and len(fields) < len(self.header):
                         raise ValueError(f"{where} has {len(fields)} fields, the header {len(self.header)}")
+                    if self.delimiter == "\t" and any("\n" in field for field in fields):
+                        raise ValueError(f"{where} ends a quoted field of several lines: a tab-separated table with a "
+                                         "stray quotation mark; write the table as CSV, or remove the mark")
                     if fields:
                         yield where, fields
             except csv.Error as error:

@@ -101,11 +101,7 @@ class PictureArray(Downstream):
 
 
 def create_downstream(
-    name: str,
-    train: bool,
-    transform: Transform | None,
-    catalog: dict[str, dict] | None = None,
-    download: bool = False,
+    name: str, train: bool, transform: Transform | None, catalog: dict[str, dict] | None = None, download: bool = False
 ) -> Downstream:
     """A set of the catalog: its train or its test split.
 
@@ -183,9 +179,7 @@ def file_list(
     files = _read_npy(_existing(name, path / f"{split}_images.npy"), "U")
     labels = _read_npy(_existing(name, path / f"{split}_labels.npy"), "Ui")
     if len(files) != len(labels):
-        raise ValueError(
-            f"{path}: {len(files)} rows in {split}_images.npy, {len(labels)} in {split}_labels.npy"
-        )
+        raise ValueError(f"{path}: {len(files)} rows in {split}_images.npy, {len(labels)} in {split}_labels.npy")
     other = path / f"{other_split}_labels.npy"
     every = np.concatenate([labels, _read_npy(other, labels.dtype.kind)]) if other.exists() else labels
     if labels.dtype.kind == "U":
@@ -206,9 +200,7 @@ def _read_npy(path: Path, kinds: str) -> np.ndarray:
     """A one-dimensional .npy of text ("U") or whole numbers ("i"), read without running a pickle's code."""
     array = np.asarray(metadata.read_pickle(path))
     if array.ndim != 1 or array.dtype.kind not in kinds:
-        raise ValueError(
-            f"{path} holds {array.dtype} of shape {array.shape}, not one row of text or whole numbers"
-        )
+        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}, not one row of text or whole numbers")
     return array
 
 

@@ -159,9 +159,7 @@ def zeroshot_classifier(
     row = {prompt: i for i, prompt in enumerate(dict.fromkeys(p for of_class in prompts for p in of_class))}
     with evaluating(model):
         tokens = tokenizer(list(row))  # (P, L)
-        features = torch.cat(
-            [model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)]
-        )
+        features = torch.cat([model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)])
     features = F.normalize(features, dim=-1)  # (P, d)
     means = [features[[row[p] for p in of_class]].mean(dim=0) for of_class in prompts]
     return F.normalize(torch.stack(means), dim=-1).T
@@ -193,15 +191,11 @@ def evaluate_zeroshot(
         for index, pictures, target in _batches(dataset, batch_size, workers, device, dist, skip_broken):
             strangers = target[(target < 0) | (target >= len(classnames))].tolist()
             if strangers:
-                raise ValueError(
-                    f"class number {strangers[0]} in the data, but {len(classnames)} class names"
-                )
+                raise ValueError(f"class number {strangers[0]} in the data, but {len(classnames)} class names")
             features = model.encode_image(pictures.to(device, non_blocking=True))  # (B, d)
             logits = (F.normalize(features.float(), dim=-1) @ classifier).cpu()  # (B, C)
             margin = logits[:, min(1, len(classnames) - 1)] - logits[:, 0]  # (B,)
-            for column, values in zip(
-                columns, (index, target, target_ranks(logits, target), margin), strict=True
-            ):
+            for column, values in zip(columns, (index, target, target_ranks(logits, target), margin), strict=True):
                 column.append(values)
     _, targets, ranks, margins = _gather_rows(columns, dist)
     return classification_scores(targets, ranks, margins, len(classnames), metric)
@@ -478,12 +472,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help=f"what lies at --root: {', '.join(READERS)}",
     )
     pairs.add_argument("--root", default="", type=str, help="folder of the picture-text pairs")
-    pairs.add_argument(
-        "--metadata", default="", type=str, help="caption file (default: the publisher's place)"
-    )
-    pairs.add_argument(
-        "--split", default="test", type=str, help="split of the pairs: train, validation or test"
-    )
+    pairs.add_argument("--metadata", default="", type=str, help="caption file (default: the publisher's place)")
+    pairs.add_argument("--split", default="test", type=str, help="split of the pairs: train, validation or test")
     pairs.add_argument(
         "--caption-filter",
         default="all",
@@ -499,9 +489,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=int,
         help="pictures, or prompts, for each process at a time; memory and speed only",
     )
-    run.add_argument(
-        "-j", "--workers", default=10, type=int, help="loader processes for each process; 0 for none"
-    )
+    run.add_argument("-j", "--workers", default=10, type=int, help="loader processes for each process; 0 for none")
     utils.add_distributed_arguments(parser)
     return parser
 
@@ -511,15 +499,11 @@ def load_model(args: argparse.Namespace) -> models.Pretrained:
     if args.open_clip:
         return load_open_clip(args.open_clip, args.open_clip_weights)
     path = args.resume or os.path.join(args.output_dir, "checkpoint_best.pt")
-    loaded = models.load_pretrained(
-        path, model=args.model, bert_vocab=args.bert_vocab, text_pooling=args.text_pooling
-    )
+    loaded = models.load_pretrained(path, model=args.model, bert_vocab=args.bert_vocab, text_pooling=args.text_pooling)
     if not hasattr(loaded.model, "encode_text"):
         raise ValueError(f"{loaded.source}: a model without a text side; main_linear.py evaluates it")
     if loaded.tokenizer is None:
-        raise ValueError(
-            f"{loaded.source}: pass --bert-vocab with Bio_ClinicalBERT's vocab.txt to read prompts"
-        )
+        raise ValueError(f"{loaded.source}: pass --bert-vocab with Bio_ClinicalBERT's vocab.txt to read prompts")
     return loaded
 
 
@@ -530,14 +514,10 @@ def load_open_clip(name: str, weights: str) -> models.Pretrained:
     except ImportError as error:
         raise ImportError("--open-clip needs the package open_clip_torch") from error
     if name not in open_clip.list_models():
-        raise ValueError(
-            f"unknown open_clip model {name!r}; choose from {', '.join(open_clip.list_models())}"
-        )
+        raise ValueError(f"unknown open_clip model {name!r}; choose from {', '.join(open_clip.list_models())}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights not in tags and not os.path.isfile(weights):
-        raise ValueError(
-            f"--open-clip-weights {weights!r} is no file and no weights of {name}: {', '.join(tags)}"
-        )
+        raise ValueError(f"--open-clip-weights {weights!r} is no file and no weights of {name}: {', '.join(tags)}")
     model, _, view = open_clip.create_model_and_transforms(name, pretrained=weights)
     source = f"open_clip {name} {weights}"
     return models.Pretrained(model.eval(), view, open_clip.get_tokenizer(name), source)
@@ -586,37 +566,29 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Evaluate, print a table and write zeroshot.json to --output-dir; returns what was written."""
     args = get_args_parser().parse_args(argv)
     processes = utils.init_distributed(args)
+    with utils.ending_together(processes):
+        return evaluate(args, processes)
+
+
+def evaluate(args: argparse.Namespace, processes: utils.Distributed) -> dict:
+    """The command once its processes have met."""
     say = print if processes.is_main else lambda *_: None
     loaded = load_model(args)
     say(f"evaluating {loaded.source} on {processes.device}")
     model = loaded.model.to(processes.device)
     opened, absent = open_sets(args, loaded.preprocess, say)
-    common = dict(
-        batch_size=args.batch_size, workers=args.workers, dist=processes, skip_broken=args.skip_broken
-    )
+    common = dict(batch_size=args.batch_size, workers=args.workers, dist=processes, skip_broken=args.skip_broken)
     report = {"model": loaded.source, "zero_shot": {}, "retrieval": {}, "skipped": absent}
     for name, source in opened.items():
         if isinstance(source, Reader):
-            pairs = embed_pairs(
-                model, source, loaded.preprocess, loaded.tokenizer, processes.device, **common
-            )
-            figures = retrieval_metrics(*pairs) | {
-                "split": source.split,
-                "broken": len(source) - len(pairs[2]),
-            }
+            pairs = embed_pairs(model, source, loaded.preprocess, loaded.tokenizer, processes.device, **common)
+            figures = retrieval_metrics(*pairs) | {"split": source.split, "broken": len(source) - len(pairs[2])}
             report["retrieval"][name] = figures
             say(retrieval_line(name, figures))
         else:
             dataset, classnames, templates, metric = source
             figures = evaluate_zeroshot(
-                model,
-                loaded.tokenizer,
-                dataset,
-                classnames,
-                templates,
-                processes.device,
-                metric=metric,
-                **common,
+                model, loaded.tokenizer, dataset, classnames, templates, processes.device, metric=metric, **common
             )
             figures["broken"] = len(dataset) - figures["samples"]
             report["zero_shot"][name] = figures

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import json
 import math
 import signal
@@ -44,7 +45,15 @@ RESUME_SETTINGS = (
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("main.py", description=__doc__, formatter_class=utils.HelpFormatter)
+    add_data_arguments(parser)
+    add_model_arguments(parser)
+    add_training_arguments(parser)
+    add_run_arguments(parser)
+    utils.add_distributed_arguments(parser)
+    return parser
 
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", default="yfcc15m", choices=list(datasets.READERS),
                       help="which reader; the README shows the layout each expects")
@@ -66,6 +75,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add_argument("--output-dir", default="./", type=str,
                       help="checkpoints, logs and settings go here; a run found here is continued")
 
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="SLIP_VITB16", choices=list(models.MODELS), metavar="NAME",
                        help="one of " + ", ".join(models.MODELS))
@@ -83,8 +94,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     model.add_argument("--bert-vocab", default="", type=str, metavar="VOCAB.TXT",
                        help="vocabulary of Bio_ClinicalBERT, needed with MedCLIP's weights; without it a BERT tower "
                             "starts afresh on CLIP's vocabulary")
-    model.add_argument("--text-pooling", default="masked", choices=("masked", "medclip"),
-                       help="BERT towers: average over a caption's own tokens, or also over padding as MedCLIP does")
+    model.add_argument("--text-pooling", default=None, choices=("masked", "medclip"),
+                       help="BERT towers: average over a caption's own tokens (masked, the default), or also over "
+                            "padding as MedCLIP does, so that an embedding depends on the captions beside it; "
+                            "--evaluate takes what the checkpoint was trained with")
 
     start = parser.add_argument_group("where to start from")
     start.add_argument("--resume", default="", type=str, metavar="CKPT",
@@ -97,11 +110,14 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="hold one tower fixed and in eval mode; its projection keeps learning")
     start.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch of a new run")
 
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train = parser.add_argument_group("training")
-    train.add_argument("--epochs", default=25, type=int)
+    train.add_argument("--epochs", default=25, type=utils.positive_int, help="passes over the training pairs")
     train.add_argument("--warmup-epochs", default=1, type=int, help="epochs of linear warm-up from --lr-start")
-    train.add_argument("--batch-size", default=64, type=int, help="pairs for each process and micro-batch")
-    train.add_argument("--update-freq", default=1, type=int,
+    train.add_argument("--batch-size", default=64, type=utils.positive_int,
+                       help="pairs for each process and micro-batch")
+    train.add_argument("--update-freq", default=1, type=utils.positive_int,
                        help="micro-batches for each optimizer step (gradient accumulation)")
     train.add_argument("--accum-negatives", default="micro", choices=("micro", "full"),
                        help="with --update-freq: contrast within each micro-batch, as published, or over the whole "
@@ -129,21 +145,28 @@ def get_args_parser() -> argparse.ArgumentParser:
                             "models that do not fit one GPU; same losses and weights, more communication")
     train.add_argument("--disable-amp", action="store_true",
                        help="compute in float32 on GPUs as well (slower, more memory); CPUs always do")
-    train.add_argument("--seed", default=0, type=int)
+    train.add_argument("--seed", default=0, type=int, help="of weights, data order, views and dropout")
 
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("validation, checkpoints, logging")
-    run.add_argument("--eval-freq", default=1, type=int, help="validate every so many epochs, and after the last")
+    run.add_argument("--eval-freq", default=1, type=utils.positive_int,
+                     help="validate every so many epochs, and after the last")
     run.add_argument("-e", "--evaluate", action="store_true", help="only validate the weights of --resume or --init")
+    run.add_argument("--skip-broken", action="store_true",
+                     help="validate on the pictures that can be decoded, and report the smaller pool; by default a "
+                          "broken validation picture is an error that names it")
     run.add_argument("--zeroshot-set", default="imagenet", type=str, metavar="NAME",
                      help="data set of dataset_catalog.json for zero-shot validation; skipped where its path is absent")
-    run.add_argument("--catalog", default=str(HERE / "dataset_catalog.json"), type=str)
-    run.add_argument("--print-freq", default=10, type=int, metavar="STEPS", help="steps between log lines")
-    run.add_argument("--keep-last", default=2, type=int, metavar="K", help="checkpoints to keep beside the best")
+    run.add_argument("--catalog", default=str(HERE / "dataset_catalog.json"), type=str,
+                     help="where the downstream data sets are")
+    run.add_argument("--print-freq", default=10, type=utils.positive_int, metavar="STEPS",
+                     help="steps between log lines")
+    run.add_argument("--keep-last", default=2, type=utils.positive_int, metavar="K",
+                     help="checkpoints to keep beside the best")
     run.add_argument("--save-every-minutes", default=30.0, type=float, metavar="MINUTES",
                      help="checkpoint within an epoch this often, beside the one after every epoch")
     run.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
-    utils.add_distributed_arguments(parser)
-    return parser
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,8 +193,8 @@ def parse_overrides(pairs: list[str]) -> dict:
 
 def build_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
     """The model with the weights it starts from, and its tokenizer (None for an objective without text)."""
-    overrides = dict(ssl_mlp_dim=args.ssl_mlp_dim, ssl_emb_dim=args.ssl_emb_dim, text_pooling=args.text_pooling)
-    for key in ("image_size", "vision_tower", "context_length"):
+    overrides = dict(ssl_mlp_dim=args.ssl_mlp_dim, ssl_emb_dim=args.ssl_emb_dim)
+    for key in ("image_size", "vision_tower", "context_length", "text_pooling"):
         if getattr(args, key) is not None:
             overrides[key] = getattr(args, key)
     overrides |= parse_overrides(args.override)
@@ -182,21 +205,22 @@ def build_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
         spec = {"kind": "bert-wordpiece", "context_length": config.context_length, "vocab": args.bert_vocab}
     elif config.text_tower == "bert" and args.medclip_weights:
         raise ValueError("--medclip-weights needs --bert-vocab: the vocab.txt of Bio_ClinicalBERT (28,996 lines)")
-    elif config.text_tower == "bert" and "vocab_size" not in overrides:
+    elif config.text_tower == "bert":
         say(f"{args.model}: no --bert-vocab, so the text tower reads CLIP's vocabulary")
     tokenizer = create_tokenizer(spec)
-    if config.text_tower == "bert":
-        overrides["vocab_size"] = tokenizer.vocab_size
+    if overrides.setdefault("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
+        raise ValueError(f"vocab_size={overrides['vocab_size']} does not fit the tokenizer, which has "
+                         f"{tokenizer.vocab_size} tokens; leave it out")
 
     model = models.create_model(args.model, **overrides)
     if args.medclip_weights:
-        if not args.model.startswith("MED"):
+        if not models.is_medclip(model.config):
             raise ValueError(f"--medclip-weights fits the MEDCLIP_* and MEDSLIP_* models, not {args.model}")
         models.initialise(model, args.medclip_weights)
         say(f"{args.model}: towers loaded from {args.medclip_weights}")
-    elif args.init or (args.evaluate and args.resume):
-        models.initialise(model, args.init or args.resume)
-        say(f"{args.model}: weights loaded from {args.init or args.resume}")
+    elif args.init:
+        models.initialise(model, args.init)
+        say(f"{args.model}: weights loaded from {args.init}")
     else:
         say(f"{args.model}: no weights given, every parameter starts from its initial distribution")
     if args.freeze:
@@ -204,6 +228,20 @@ def build_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
     if args.grad_checkpointing:
         model.checkpoint_gradients()
     return model, tokenizer if model.objective.text else None
+
+
+def trained_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
+    """For --evaluate: model and tokenizer as their checkpoint describes them, by default this run's best."""
+    own = [path for name in ("checkpoint_best.pt", "checkpoint.pt") if (path := Path(args.output_dir) / name).exists()]
+    path = args.resume or args.init or args.medclip_weights or (own[0] if own else None)
+    if path is None:
+        raise ValueError(f"--evaluate needs weights: --resume, --init or --medclip-weights; there is no checkpoint in "
+                         f"{args.output_dir}")
+    loaded = models.load_pretrained(path, bert_vocab=args.bert_vocab or None, text_pooling=args.text_pooling)
+    if loaded.model.objective.text and loaded.tokenizer is None:
+        raise ValueError("MedCLIP's weights need --bert-vocab: the vocab.txt of Bio_ClinicalBERT (28,996 lines)")
+    say(f"evaluating {loaded.source}")
+    return loaded.model, loaded.tokenizer
 
 
 def build_reader(args: argparse.Namespace, split: str, caption_filter: str, say):
@@ -229,11 +267,14 @@ def build_validation(args: argparse.Namespace, objective: models.Objective, say)
     if "validation" not in datasets.READERS[args.dataset].splits:
         say(f"validation: {args.dataset} has no validation pairs, so there is no retrieval")
         return {}
+    readers = {}
     try:
-        readers = {"val": build_reader(args, "validation", args.caption_filter, say)}
+        readers["val"] = build_reader(args, "validation", args.caption_filter, say)
     except FileNotFoundError as error:
         say(f"validation: no retrieval ({error})")
         return {}
+    except datasets.NothingKept as error:
+        say(f"validation: {error}, so the whole pool chooses the best checkpoint")
     if args.caption_filter != "all":
         readers["val_full"] = build_reader(args, "validation", "all", lambda line: None)
     return readers
@@ -303,10 +344,12 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-def resume_settings(args: argparse.Namespace, model: nn.Module, processes: utils.Distributed, n_pairs: int) -> dict:
+def resume_settings(args: argparse.Namespace, model: nn.Module, tokenizer, processes: utils.Distributed,
+                    n_pairs: int) -> dict:
     settings = {key: getattr(args, key) for key in RESUME_SETTINGS}
     settings |= {"model": args.model, "global_batch": args.batch_size * processes.world_size, "pairs": n_pairs,
-                 **{f"model.{k}": v for k, v in model.config.items()}}
+                 **{f"model.{k}": v for k, v in model.config.items()},
+                 "tokenizer": hashlib.sha256(json.dumps(tokenizer.spec()).encode()).hexdigest() if tokenizer else None}
     return json.loads(json.dumps(settings))  # tuples and lists compare equal after a round trip
 
 
@@ -327,7 +370,7 @@ def save(run: Run, is_best: bool = False) -> None:
     }
     output_dir = Path(run.args.output_dir)
     utils.save_training_checkpoint(state, output_dir, run.step, is_best, run.args.keep_last)
-    if is_best and run.model.name.startswith("MED"):
+    if is_best and exports_medclip(run):
         import medclip
 
         (output_dir / "medclip_export").mkdir(exist_ok=True)
@@ -335,14 +378,23 @@ def save(run: Run, is_best: bool = False) -> None:
         utils.save_checkpoint(exported, output_dir / "medclip_export" / medclip.WEIGHTS_NAME)
 
 
+def exports_medclip(run: Run) -> bool:
+    """Whether MedCLIP's own code could load this model: both its towers, and its text tower's own vocabulary."""
+    return models.is_medclip(run.model.config) and run.tokenizer.kind == "bert-wordpiece"
+
+
 def resume(run: Run) -> None:
     """Continue from --resume, else from the newest checkpoint in the output directory, if there is one."""
     output_dir = Path(run.args.output_dir)
+    state, source = utils.find_training_checkpoint(output_dir, run.logger.line), f"the run in {output_dir}"
     if run.args.resume:
-        state, source = utils.load_checkpoint(run.args.resume), run.args.resume
-        run.logger.line(f"resuming from {source}")
-    else:
-        state, source = utils.find_training_checkpoint(output_dir, run.logger.line), f"the run in {output_dir}"
+        named = utils.load_checkpoint(run.args.resume)
+        if state is not None and state.get("step", 0) >= named.get("step", 0):
+            run.logger.line(f"{source} is as far as {run.args.resume} or further, so it is continued; to go back, "
+                            "choose another --output-dir")
+        else:
+            state, source = named, run.args.resume
+            run.logger.line(f"resuming from {source}")
     if state is None:
         return
     if "settings" not in state:
@@ -358,8 +410,15 @@ def resume(run: Run) -> None:
     run.scaler.load_state_dict(state["scaler"])
     run.epoch, run.step_in_epoch, run.best = state["epoch"], state["step_in_epoch"], state["best_acc1"]
     run.epoch_sums = list(state["epoch_sums"])
+    if not (output_dir / "checkpoint_best.pt").exists():
+        run.best = -math.inf  # the best of another folder is not here to be beaten
     if len(state["random"]) == run.processes.world_size:
         utils.set_random_state(state["random"][run.processes.rank], run.processes.device)
+    else:
+        run.logger.line("the number of processes has changed: dropout goes on from fresh random numbers")
+    if run.epoch >= run.args.epochs:
+        run.logger.line(f"this run is finished: it has done {run.epoch} of {run.args.epochs} epochs")
+        return
     run.logger.line(f"continuing at epoch {run.epoch}, step {run.step_in_epoch} of {run.steps_per_epoch}")
 
 
@@ -436,7 +495,8 @@ def accumulate_full(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dic
         with run.autocast():
             outputs = run.model.towers(*inputs)
         learning = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
-        torch.autograd.backward(*zip(*learning, strict=True))
+        if learning:  # none where the towers are frozen
+            torch.autograd.backward(*zip(*learning, strict=True))
     utils.set_random_state(after, run.processes.device)
     utils.average_gradients(run.model.parameters(), run.processes)  # the towers ran beside DistributedDataParallel
     yield metrics
@@ -459,10 +519,16 @@ def update(run: Run, batches: list[dict], totals: Tensor) -> None:
     micro_batches = [[to_device(batch[key], run.processes.device) for key in run.model.objective.inputs]
                      for batch in batches]
     accumulate = accumulate_full if run.args.accum_negatives == "full" else accumulate_micro
+    buffers = [b for b in run.model.buffers() if b.is_floating_point()]  # BatchNorm's running statistics
+    before = [b.clone() for b in buffers]
     for metrics in accumulate(run, micro_batches):
-        totals[:-2] += torch.stack([metrics[key].detach().float() for key in run.model.objective.metrics])
-        totals[-2] += 1
+        values = torch.stack([metrics[key].detach().float() for key in run.model.objective.metrics])
+        usable = values.isfinite().all()
+        totals[:-2] += torch.where(usable, values, 0)
+        totals[-2] += usable
     finite = utils.gradients_finite(run.model)
+    for buffer, old in zip(buffers, before, strict=True):
+        buffer.copy_(torch.where(finite, buffer, old))
     totals[-1] += ~finite
     if not run.scaler.is_enabled():
         run.optimizer.found_inf = (~finite).float()  # the fused optimizer leaves everything as it is where this is 1
@@ -485,11 +551,12 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
     run.epoch_sums = run.epoch_sums or [0.0] * (len(keys) + 1)
     bar = tqdm(total=run.steps_per_epoch, initial=run.step_in_epoch, desc=f"epoch {run.epoch}", leave=False,
                disable=not (run.processes.is_main and sys.stderr.isatty()))
-    waiting, since, first = 0.0, time.monotonic(), run.step_in_epoch
+    waiting, since, first, pictures = 0.0, time.monotonic(), run.step_in_epoch, 0
     while run.step_in_epoch < run.steps_per_epoch:
         before = time.monotonic()
         group = [batch for _, batch in zip(range(args.update_freq), batches, strict=False)]
         waiting += time.monotonic() - before
+        pictures += sum(len(batch["index"]) for batch in group) * run.processes.world_size
         update(run, group, totals)
         bar.update()
         if run.step_in_epoch % args.print_freq and run.step_in_epoch < run.steps_per_epoch:
@@ -505,9 +572,10 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
         for i, value in enumerate([*sums, count]):
             run.epoch_sums[i] += value
         seconds = time.monotonic() - since
-        log_interval(run, dict(zip(keys, [s / count for s in sums], strict=True)), skipped / run.processes.world_size,
-                     run.step_in_epoch - first, seconds, waiting / seconds)
-        waiting, since, first = 0.0, time.monotonic(), run.step_in_epoch
+        metrics = {key: s / count if count else math.nan for key, s in zip(keys, sums, strict=True)}
+        log_interval(run, metrics, skipped / run.processes.world_size, run.step_in_epoch - first, pictures / seconds,
+                     seconds, waiting / seconds)
+        waiting, since, first, pictures = 0.0, time.monotonic(), run.step_in_epoch, 0
         if stopping:
             save(run)
             stop.name = next(filter(None, utils.gather_objects(run.processes, stop.name)))  # the same on all ranks
@@ -521,10 +589,10 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
     return True
 
 
-def log_interval(run: Run, metrics: dict, skipped: float, steps: int, seconds: float, waiting: float) -> None:
+def log_interval(run: Run, metrics: dict, skipped: float, steps: int, samples: float, seconds: float,
+                 waiting: float) -> None:
     """One line and one row about the `steps` updates since the last; raises where none of them was finite."""
     args = run.args
-    samples = steps * args.update_freq * args.batch_size * run.processes.world_size / seconds
     left = (run.steps_per_epoch * args.epochs - run.step) * seconds / steps
     memory = torch.cuda.max_memory_allocated() / 2 ** 30 if run.processes.device.type == "cuda" else 0.0
     lr = run.optimizer.param_groups[0]["lr"]
@@ -538,7 +606,7 @@ def log_interval(run: Run, metrics: dict, skipped: float, steps: int, seconds: f
         "memory_gib": memory, "skipped_updates": skipped})
     if skipped:
         run.logger.line(f"warning: {skipped:.0f} of {steps} updates had a gradient that is not finite and were skipped")
-    if skipped >= steps and not run.scaler.is_enabled() or not math.isfinite(metrics["loss"]) and skipped >= steps:
+    if skipped >= steps and not (run.scaler.is_enabled() and math.isfinite(metrics["loss"])):
         raise FloatingPointError(f"loss or gradient not finite in all {steps} updates up to epoch {run.epoch}, step "
                                  f"{run.step_in_epoch}: lower --lr, or look at the data; the last checkpoint is intact")
 
@@ -558,32 +626,34 @@ def zero_shot_set(args: argparse.Namespace, model: nn.Module, say):
         return None
 
 
-def validate(run: Run, readers: dict, zero_shot) -> tuple[dict, float | None]:
+def validate(args: argparse.Namespace, processes: utils.Distributed, model: nn.Module, tokenizer, say,
+             readers: dict, zero_shot) -> tuple[dict, float | None]:
     """Figures of the whole validation split, each sample once on any number of processes.
 
     Returns them and the score that chooses the best checkpoint: the mean of recall at 1, 5 and 10 both ways, else
     zero-shot accuracy, else None.
     """
-    args, row, score = run.args, {}, None
-    common = dict(batch_size=args.batch_size, workers=min(args.workers, 4), dist=run.processes)
+    row, score = {}, None
+    common = dict(batch_size=args.batch_size, workers=min(args.workers, 4), dist=processes,
+                  skip_broken=args.skip_broken)
     for name, reader in readers.items():
-        with utils.unsharded(run.model):
-            images, texts, captions = eval_zeroshot.embed_pairs(run.model, reader, run.model.preprocess, run.tokenizer,
-                                                                run.processes.device, **common)
+        with utils.unsharded(model):
+            images, texts, captions = eval_zeroshot.embed_pairs(model, reader, model.preprocess, tokenizer,
+                                                                processes.device, **common)
         figures = eval_zeroshot.retrieval_metrics(images, texts, captions)
         row |= {f"{name}_{k}": v for k, v in figures.items()}
         recalls = [v for k, v in figures.items() if k[:5] in ("i2t_r", "t2i_r")]
-        if name == "val":
+        if name == "val" or "val" not in readers:
             score = sum(recalls) / len(recalls)
-        run.logger.line(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        say(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
     if zero_shot is not None:
         dataset, classes, templates, metric = zero_shot
-        with utils.unsharded(run.model):
-            figures = eval_zeroshot.evaluate_zeroshot(run.model, run.tokenizer, dataset, classes, templates,
-                                                      run.processes.device, metric=metric, **common)
+        with utils.unsharded(model):
+            figures = eval_zeroshot.evaluate_zeroshot(model, tokenizer, dataset, classes, templates,
+                                                      processes.device, metric=metric, **common)
         row |= {f"{args.zeroshot_set}_{k}": v for k, v in figures.items()}
-        score = figures["score"] if score is None else score
-        run.logger.line(f"zero-shot {args.zeroshot_set}: {metric} {figures['score']:.2f}")
+        score = figures["top1"] if score is None else score
+        say(f"zero-shot {args.zeroshot_set}: {metric} {figures['score']:.2f}")
     return row, score
 
 
@@ -591,11 +661,12 @@ def finish_epoch(run: Run, readers: dict, zero_shot) -> dict:
     """Validate where it is due, checkpoint, and keep the best; returns the epoch's figures."""
     args, done = run.args, run.epoch + 1
     *sums, count = run.epoch_sums
-    row = {"epoch": run.epoch, **{k: s / count for k, s in zip(run.model.objective.metrics, sums, strict=True)}}
+    row = {"epoch": run.epoch, **{k: s / count if count else math.nan
+                                  for k, s in zip(run.model.objective.metrics, sums, strict=True)}}
     score = None
     if done % args.eval_freq == 0 or done == args.epochs:
         save(run)  # validation does not answer signals; a kill in it must not cost the end of the epoch
-        figures, score = validate(run, readers, zero_shot)
+        figures, score = validate(args, run.processes, run.model, run.tokenizer, run.logger.line, readers, zero_shot)
         row |= figures
     is_best = score > run.best if score is not None else not readers and zero_shot is None
     run.best = score if is_best and score is not None else run.best
@@ -608,6 +679,11 @@ def finish_epoch(run: Run, readers: dict, zero_shot) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; returns the last epoch's figures, and `stopped_by` where a signal came first."""
     args = get_args_parser().parse_args(argv)
+    starts = [f"--{n.replace('_', '-')}" for n in ("resume", "init", "medclip_weights") if getattr(args, n)]
+    if len(starts) > 1:
+        raise ValueError(f"{' and '.join(starts)} cannot both say where the weights come from: choose one")
+    if args.start_epoch >= args.epochs:
+        raise ValueError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
     if args.shard and args.accum_negatives == "full":
         raise ValueError("--shard keeps no whole tower to run twice: use it with --accum-negatives micro")
     processes = utils.init_distributed(args)
@@ -617,6 +693,10 @@ def main(argv: list[str] | None = None) -> dict:
     logger = utils.Logger(output_dir, processes.is_main, args.wandb, vars(args))
     say = logger.line
     with closing(logger), utils.ending_together(processes, say):
+        if args.evaluate:
+            model, tokenizer = trained_model(args, say)
+            return validate(args, processes, model.to(processes.device), tokenizer, say,
+                            build_validation(args, model.objective, say), zero_shot_set(args, model, say))[0]
         utils.seed_everything(args.seed)  # all ranks start from the same weights
         model, tokenizer = build_model(args, say)
         with utils.main_process_first(processes):
@@ -641,12 +721,9 @@ def main(argv: list[str] | None = None) -> dict:
         run = Run(args, processes, model, trained, tokenizer,
                   model.objective.loss(args.ssl_temp, args.ssl_scale, args.gather_with_grad), optimizer, autocast,
                   scaler, loader, math.ceil(len(loader.batch_sampler) / args.update_freq), logger,
-                  resume_settings(args, model, processes, len(reader)), epoch=args.start_epoch)
+                  resume_settings(args, model, tokenizer, processes, len(reader)), epoch=args.start_epoch)
+        resume(run)  # first, because a refusal leaves the run's files as they are
         record_settings(args, run, len(reader))
-        if args.evaluate:
-            figures, _ = validate(run, readers, zero_shot)
-            return figures
-        resume(run)
 
         figures = {}
         with StopRequest() as stop:

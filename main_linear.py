@@ -98,7 +98,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                       help="logistic: L2-regularised logistic regression on standardised features. medslip: the "
                            f"first MedSLIP's protocol without its faults, projected features at {MEDSLIP_SIZE} "
                            "pixels and 50 epochs of AdamW in batches of 16, to compare with its tables")
-    cbis.add_argument("--resamples", default=2000, type=int,
+    cbis.add_argument("--resamples", default=2000, type=utils.positive_int,
                       help="bootstrap resamples of the patients for the 95%% intervals")
     cbis.add_argument("--baseline", default="", type=str, metavar="PREDICTIONS.CSV",
                       help="another run's predictions for the same lesions: adds the paired difference to them")
@@ -140,6 +140,12 @@ def main(argv: list[str] | None = None) -> dict:
     args = get_args_parser().parse_args(argv)
     args.seed = args.seed or 0
     processes = utils.init_distributed(args)
+    with utils.ending_together(processes):
+        return evaluate(args, processes)
+
+
+def evaluate(args: argparse.Namespace, processes: utils.Distributed) -> dict:
+    """The command once its processes have met."""
     on_cbis = args.dataset in CBIS_SETS
     if not on_cbis:
         find_set(args)  # an unknown name ends the run before a model is loaded

@@ -66,6 +66,8 @@ class BertText:
     def __post_init__(self):
         if self.pooling not in POOLINGS:
             raise ValueError(f"unknown text pooling {self.pooling!r}: choose one of {', '.join(POOLINGS)}")
+        if self.context_length > 512:
+            raise ValueError(f"BERT reads at most 512 tokens, not {self.context_length}")
         if self.layers < 2:
             raise ValueError(f"MedCLIP's text embedding reads layers 1, 2 and the last, so {self.layers} is too few")
 
@@ -74,7 +76,7 @@ class BertText:
         config = BertConfig(
             vocab_size=self.vocab_size, hidden_size=self.width, num_hidden_layers=self.layers,
             num_attention_heads=self.heads, intermediate_size=4 * self.width,
-            max_position_embeddings=max(512, self.context_length), use_cache=False)
+            use_cache=False)
         model.bert = BertModel(config, add_pooling_layer=False)
         model.text_projection = nn.Parameter(torch.empty(self.width, embed_dim))
         nn.init.normal_(model.text_projection, std=self.width ** -0.5)
@@ -124,7 +126,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.is_dir():
-        found = sorted(path.rglob(WEIGHTS_NAME))
+        if any(path.glob("checkpoint*.pt")):
+            raise FileNotFoundError(f"{path} is the folder of a run: name its checkpoint_best.pt")
+        found = [*path.glob(WEIGHTS_NAME), *path.glob(f"*/{WEIGHTS_NAME}")]
         if len(found) != 1:
             raise FileNotFoundError(f"{path} holds {len(found)} files named {WEIGHTS_NAME}, expected one")
         path = found[0]
@@ -134,8 +138,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             inside = [name for name in archive.namelist() if name.split("/")[-1] == WEIGHTS_NAME]
-            if len(inside) == 1:  # a downloaded archive; torch's own files are zips without such a member
+            if len(inside) == 1:
                 source = io.BytesIO(archive.read(inside[0]))
+            elif not any(name.endswith("/data.pkl") for name in archive.namelist()):  # torch's own files are zips too
+                raise FileNotFoundError(f"{path} holds {len(inside)} files named {WEIGHTS_NAME}, expected one")
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a torn or foreign file

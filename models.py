@@ -389,6 +389,11 @@ def _text_tower(config: ModelConfig) -> CLIPText:
     raise ValueError(f"unknown text tower {config.text_tower!r}: choose clip or bert")
 
 
+def is_medclip(config: dict) -> bool:
+    """Whether both towers are MedCLIP's, so that its weights fit."""
+    return config["vision_tower"].startswith("medclip-") and config["text_tower"] == "bert"
+
+
 def preprocess_of(config: ModelConfig) -> Preprocess:
     """How pictures are prepared for this model: each family brings its own normalisation."""
     if config.vision_tower.startswith("medclip-"):

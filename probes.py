@@ -48,6 +48,8 @@ class Backbone:
             if name.startswith(("visual.", "image_projection")):
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        # Equal weights compute something else with another number of heads, or under another release.
+        digest.update(json.dumps([getattr(self.model, "config", None), utils.versions()["timm"]], default=str).encode())
         return digest.hexdigest()
 
     @torch.inference_mode()
@@ -139,7 +141,7 @@ class Pictures(Dataset):
         number = self.numbers[i]
         try:
             return number, self.dataset[number][0]
-        except BrokenPicture:
+        except (BrokenPicture, FileNotFoundError):
             if not self.skip_broken:
                 raise
             return number, None
@@ -178,7 +180,7 @@ def extract(
     loader = DataLoader(mine, loading.batch_size, num_workers=workers, collate_fn=collate)
     numbers, features = [], []
     backbone.model.eval()
-    for batch, pictures in tqdm(loader, desc=title, disable=not processes.is_main, leave=False):
+    for batch, pictures in tqdm(loader, desc=title, disable=None if processes.is_main else True, leave=False):
         if pictures is not None:
             numbers += batch
             features.append(backbone.encode(pictures.to(processes.device)).float().cpu().numpy())
@@ -222,8 +224,8 @@ def identify(dataset: Dataset) -> Iterator[bytes]:
         return
     for i in range(len(dataset)):  # CbisLesions has whole paths, downstream.PictureFiles relative ones
         path = Path(getattr(dataset, "root", ""), dataset.paths[i]).absolute()
-        status = path.stat()
-        yield f"{path} {status.st_size} {status.st_mtime_ns}\n".encode()
+        status = path.stat() if path.exists() else None  # absent: extraction says so, or leaves it out
+        yield f"{path} {status and (status.st_size, status.st_mtime_ns)}\n".encode()
 
 
 # ----------------------------------------------------------------------------------------------------------

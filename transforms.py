@@ -110,7 +110,13 @@ def read_picture(path: str | Path) -> Image.Image:
     it.
     """
     decode = _decode_dicom if Path(path).suffix.lower() == ".dcm" else decode_picture
-    return decode(Path(path).read_bytes(), str(path))
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a folder, or what the disk cannot read
+        raise BrokenPicture(f"cannot read the picture {path}: {error}") from error
+    return decode(data, str(path))
 
 
 def _decode_dicom(data: bytes, name: str) -> Image.Image:

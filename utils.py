@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -45,6 +46,14 @@ warnings.filterwarnings("ignore", r".*(broadcast_buffers|torch\.distributed\.nn\
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with each flag's default and the description's own line breaks."""
+
+
+def positive_int(text: str) -> int:
+    """For argparse: a whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
 
 
 @dataclass(frozen=True)
@@ -402,11 +411,13 @@ def save_training_checkpoint(state: dict, output_dir: Path, step: int, is_best: 
 
     `checkpoint.pt` is another name of the newest, `checkpoint_best.pt` of the best so far.
     """
-    path = output_dir / f"checkpoint_step{step:08d}.pt"
     for torn in output_dir.glob(".checkpoint*.tmp"):  # left by a kill in the middle of a write
         torn.unlink()
+    # The best first: a kill after it repeats the epoch, which makes the same one again.
+    names = ["checkpoint_best.pt"] * is_best + [f"checkpoint_step{step:08d}.pt", "checkpoint.pt"]
+    path = output_dir / names[0]
     save_checkpoint(state, path)
-    for name in ["checkpoint.pt"] + ["checkpoint_best.pt"] * is_best:
+    for name in names[1:]:
         link = output_dir / f".{name}.{os.getpid()}.tmp"
         link.unlink(missing_ok=True)
         try:
@@ -531,39 +542,15 @@ def versions() -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Meters and logging
+# Logging
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class AverageMeter:
-    """Weighted mean of a number since the last reset."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        self.sum, self.count = 0.0, 0.0
-
-    def update(self, value: float, n: float = 1) -> None:
-        self.sum += float(value) * n
-        self.count += n
-
-    @property
-    def avg(self) -> float:
-        return self.sum / self.count if self.count else math.nan
-
-
-def accuracy(logits: Tensor, labels: Tensor, topk: Iterable[int] = (1,)) -> list[float]:
-    """Percent of rows of logits (N, C) whose label (N,) is among the k highest, for each k; k beyond C counts as C."""
-    order = logits.topk(min(max(topk), logits.shape[1]), dim=1).indices  # (N, k)
-    hit = order == labels[:, None]
-    return [100.0 * hit[:, :k].any(1).float().mean().item() for k in topk]
 
 
 class Logger:
     """Everything a run says: lines to a person (screen and log.txt), rows to programs (log.jsonl, TensorBoard, wandb).
 
-    Ranks other than the main one hold a logger that does nothing, so callers never ask who they are.
+    The files of rows are opened with the first row, so that a run which ends before leaves log.txt alone. Ranks other
+    than the main one hold a logger that does nothing, so callers never ask who they are.
     """
 
     def __init__(self, output_dir: Path, enabled: bool = True, wandb: bool = False, settings: dict | None = None):
@@ -573,21 +560,14 @@ class Logger:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         self._text = open(output_dir / "log.txt", "a", buffering=1, encoding="utf8")
-        self._rows = open(output_dir / "log.jsonl", "a", buffering=1, encoding="utf8")
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(str(output_dir / "tensorboard"))
-        self._board = board
-        self._sinks.append(lambda row, step: [
-            board.add_scalar(k, v, step) for k, v in row.items() if isinstance(v, (int, float))])
+        self._output_dir, self._settings = output_dir, settings
+        self._wandb = self._board = self._rows = None
         if wandb:
             try:
                 import wandb as wandb_module
             except ImportError as error:
                 raise ValueError("--wandb needs the wandb package: pip install wandb") from error
-            run = wandb_module.init(project="medslip", config=settings, dir=str(output_dir), resume="allow",
-                                    id=re.sub(r"\W+", "-", output_dir.resolve().name))
-            self._sinks.append(lambda row, step: run.log(row, step=step))
+            self._wandb = wandb_module
 
     def line(self, text: str) -> None:
         """One readable line."""
@@ -601,16 +581,32 @@ class Logger:
     def row(self, kind: str, step: int, values: dict) -> None:
         """One record: `kind` is train or validation, `step` the number of updates so far."""
         if self.enabled:
+            if self._rows is None:
+                self._open_rows()
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-            self._rows.write(json.dumps(record) + "\n")
+            self._rows.write(json.dumps(record, allow_nan=False) + "\n")
             for sink in self._sinks:
                 sink({f"{kind}/{k}": v for k, v in values.items()}, step)
 
+    def _open_rows(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._rows = open(self._output_dir / "log.jsonl", "a", buffering=1, encoding="utf8")
+        self._board = board = SummaryWriter(str(self._output_dir / "tensorboard"))
+        self._sinks.append(lambda row, step: [
+            board.add_scalar(k, v, step) for k, v in row.items() if isinstance(v, (int, float))])
+        if self._wandb is not None:
+            folder = self._output_dir.resolve()
+            run = self._wandb.init(project="medslip", config=self._settings, dir=str(folder), resume="allow",
+                                   name=folder.name, id=hashlib.sha256(str(folder).encode()).hexdigest()[:16])
+            self._sinks.append(lambda row, step: run.log(row, step=step))
+
     def close(self) -> None:
         if self.enabled:
-            self._board.close()
-            self._text.close()
-            self._rows.close()
+            for file in (self._board, self._text, self._rows):
+                if file is not None:
+                    file.close()
             self.enabled = False
 
 

@@ -265,3 +265,97 @@ def test_broken_pictures_are_named_replaced_and_limited(tmp_path):
     assert "ROCO_00003.jpg" in (tmp_path / "run" / "bad_samples.txt").read_text()
     with pytest.raises(ValueError, match="1 pictures.*more than.*bad_samples.txt"):
         main.main(command(root, tmp_path / "strict", "--epochs", "1"))
+
+
+def test_a_broken_validation_picture_is_an_error_or_left_out(tmp_path):
+    root = make_roco(tmp_path / "roco")
+    bad = root / "validation" / "radiology" / "images" / "ROCO_00026.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    with pytest.raises(ValueError, match="ROCO_00026.jpg"):
+        main.main(command(root, tmp_path / "strict", "--epochs", "1"))
+    row = main.main(command(root, tmp_path / "skip", "--epochs", "1", "--skip-broken"))
+    assert row["val_pool"] == 7
+
+
+def test_evaluate_takes_the_runs_own_best_and_its_settings(roco, unbroken, tmp_path):
+    before = (unbroken / "settings.json").read_bytes()
+    best = utils.load_checkpoint(unbroken / "checkpoint_best.pt")["best_acc1"]
+    argv = ["--dataset", "roco", "--root", str(roco), "--output-dir", str(unbroken), "-j", "0", "--evaluate"]
+    figures = main.main(argv)  # no model flags: the checkpoint says what it is
+    recalls = [v for k, v in figures.items() if k.startswith(("val_i2t_r", "val_t2i_r"))]
+    assert sum(recalls) / 6 == pytest.approx(best)
+    assert (unbroken / "settings.json").read_bytes() == before
+    with pytest.raises(ValueError, match="--evaluate needs weights"):
+        main.main([*argv, "--output-dir", str(tmp_path)])
+
+
+def test_a_refused_resume_leaves_the_runs_files_alone(roco, unbroken):
+    before = {name: (unbroken / name).read_bytes() for name in ("settings.json", "log.jsonl")}
+    with pytest.raises(ValueError, match="settings differ"):
+        main.main(command(roco, unbroken, *DROPOUT, "--lr", "1e-2"))
+    assert {name: (unbroken / name).read_bytes() for name in before} == before
+
+
+def test_resume_names_where_to_start_and_a_further_run_goes_on(roco, tmp_path):
+    main.main(command(roco, tmp_path / "a", "--keep-last", "9"))
+    first = next((tmp_path / "a").glob("checkpoint_step*3.pt"))
+    main.main(command(roco, tmp_path / "b", "--resume", str(first)))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b" / "checkpoint_best.pt").exists()
+    main.main(command(roco, tmp_path / "b", "--resume", str(first)))  # the same command after a requeue
+    log = (tmp_path / "b" / "log.txt").read_text()
+    assert "or further, so it is continued" in log and "this run is finished" in log
+
+
+def test_one_bad_step_spoils_neither_weights_nor_statistics_nor_meters(roco, tmp_path, monkeypatch):
+    original, steps = main.accumulate_micro, []
+
+    def poisoned(run, micro_batches):
+        steps.append(1)
+        if len(steps) == 2:
+            micro_batches[0][0][:] = torch.nan
+        yield from original(run, micro_batches)
+
+    monkeypatch.setattr(main, "accumulate_micro", poisoned)
+    argv = command(roco, tmp_path, "--epochs", "1", "--print-freq", "3")
+    argv[argv.index("--override") + 1:argv.index("text_width=32")] = []
+    main.main([*argv, "--vision-tower", "resnet10t"])
+    state = weights(tmp_path)
+    assert [k for k, v in state.items() if not v.isfinite().all()] == []
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["skipped_updates"] == 1 and rows[0]["loss"] > 0 and rows[-1]["loss"] == rows[0]["loss"]
+
+
+def test_a_filter_that_leaves_no_validation_pair_validates_on_the_whole_pool(roco, tmp_path):
+    row = main.main(command(roco, tmp_path, "--caption-filter", "case 1?[0-9]\\b", "--batch-size", "4", "--epochs", "1"))
+    assert row["val_full_pool"] == 8 and "val_pool" not in row
+    assert "the whole pool chooses" in (tmp_path / "log.txt").read_text()
+
+
+def test_contradictory_and_empty_commands_are_refused(roco, tmp_path):
+    with pytest.raises(ValueError, match="--resume and --init"):
+        main.main(command(roco, tmp_path, "--resume", "a.pt", "--init", "b.pt"))
+    with pytest.raises(ValueError, match="--start-epoch 5.*--epochs 2"):
+        main.main(command(roco, tmp_path, "--start-epoch", "5"))
+    with pytest.raises(ValueError, match="vocab_size=100"):
+        main.main(command(roco, tmp_path, "--override", "vocab_size=100"))
+    with pytest.raises(SystemExit):
+        main.main(command(roco, tmp_path, "--print-freq", "0"))
+    with pytest.raises(ValueError, match="512"):
+        main.main(command(roco, tmp_path, "--context-length", "600", "--override", "text_layers=2",
+                          model="MEDCLIP_RESNET"))
+    published = tmp_path / "published.pt"
+    torch.save({"state_dict": {}, "args": {"model": "SLIP_VITT16"}}, published)
+    with pytest.raises(ValueError, match="--init starts a new run"):
+        main.main(command(roco, tmp_path, "--resume", str(published)))
+
+
+def test_freezing_and_published_gather_reach_the_run(roco, tmp_path):
+    main.main(command(roco, tmp_path, "--epochs", "1", "--freeze", "image", "--no-gather-with-grad",
+                      "--accum-negatives", "full", "--update-freq", "2", "--batch-size", "4", model="SLIP_VITT16"))
+    torch.manual_seed(0)
+    fresh = models.create_model("SLIP_VITT16", **{k: v for k, v in utils.load_checkpoint(
+        tmp_path / "checkpoint.pt")["model"]["config"].items() if k != "objective"})
+    trained = weights(tmp_path)
+    assert torch.equal(trained["visual.blocks.0.attn.qkv.weight"], fresh.visual.blocks[0].attn.qkv.weight)
+    assert not torch.equal(trained["image_projection"], fresh.image_projection)

@@ -24,7 +24,8 @@ LESIONS = {"calc": {"train": 60, "test": 30}, "mass": {"train": 110, "test": 30}
 # The first lines of the tables as published.
 HEADERS = {
     "calc": "patient_id,breast density,left or right breast,image view,abnormality id,abnormality type,calc type,"
-            "calc distribution,assessment,pathology,subtlety,image file path,cropped image file path,ROI mask file path",
+            "calc distribution,assessment,pathology,subtlety,image file path,cropped image file path,"
+            "ROI mask file path",
     "mass": "patient_id,breast_density,left or right breast,image view,abnormality id,abnormality type,mass shape,"
             "mass margins,assessment,pathology,subtlety,image file path,cropped image file path,ROI mask file path",
 }
@@ -140,7 +141,8 @@ def test_every_lesion_is_joined_with_its_crop_mask_and_full_view(world, tmp_path
 
 def test_series_and_descriptions_have_the_published_faults(tmp_path):
     jobs = [("calc", "train", i) for i in range(60)]
-    rows, pictures = (list(chain.from_iterable(parts)) for parts in zip(*(phantoms.write_case(tmp_path, 0, 16, job) for job in jobs),
+    cases = [phantoms.write_case(tmp_path, 0, 16, job) for job in jobs]
+    rows, pictures = (list(chain.from_iterable(parts)) for parts in zip(*cases,
                                                       strict=True))
     series = [[row[name].split("/")[2] for name in ("cropped image file path", "ROI mask file path")] for row in rows]
     shared = np.mean([crop == mask for crop, mask in series])

@@ -1,6 +1,5 @@
-"""Checkpoints, schedule, synchronised BatchNorm, meters."""
+"""Checkpoints, schedule, synchronised BatchNorm."""
 import json
-import math
 import os
 from pathlib import Path
 
@@ -59,16 +58,6 @@ def test_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint in"):
         utils.find_training_checkpoint(tmp_path, said.append)
     assert utils.find_training_checkpoint(tmp_path / "new", said.append) is None
-
-
-def test_meters():
-    meter = utils.AverageMeter()
-    assert math.isnan(meter.avg)
-    meter.update(0.25, 3)
-    meter.update(1.25)
-    assert meter.avg == 0.5
-    logits = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3], [0.2, 0.3, 0.5]])
-    assert utils.accuracy(logits, torch.tensor([1, 1, 0]), (1, 2, 5)) == pytest.approx([100 / 3, 100 / 3, 100])
 
 
 def _norm_rank(rank, world, shape):
