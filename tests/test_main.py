@@ -327,7 +327,8 @@ def test_one_bad_step_spoils_neither_weights_nor_statistics_nor_meters(roco, tmp
 
 
 def test_a_filter_that_leaves_no_validation_pair_validates_on_the_whole_pool(roco, tmp_path):
-    row = main.main(command(roco, tmp_path, "--caption-filter", "case 1?[0-9]\\b", "--batch-size", "4", "--epochs", "1"))
+    row = main.main(command(roco, tmp_path, "--caption-filter", "case 1?[0-9]\\b", "--batch-size", "4", "--epochs",
+                            "1"))
     assert row["val_full_pool"] == 8 and "val_pool" not in row
     assert "the whole pool chooses" in (tmp_path / "log.txt").read_text()
 
