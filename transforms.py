@@ -19,9 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as F
-from PIL import Image, ImageFilter
-from torchvision.transforms import InterpolationMode
+from PIL import Image, ImageEnhance, ImageFilter
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -215,7 +213,7 @@ def random_resized_crop(
 ) -> Image.Image:
     """A part of random area (share in `scale`) and aspect (3/4 to 4/3, log-uniform), at size x size."""
     top, left, height, width = _crop_box(*img.size, scale, rng)
-    return F.resized_crop(img, top, left, height, width, [size, size], InterpolationMode.BILINEAR)
+    return img.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
 
 
 def _crop_box(
@@ -244,11 +242,18 @@ def color_jitter(
     """Scale brightness, contrast, saturation by 1 - x to 1 + x, turn hue by -x to x, in random order."""
     factors = [1 + x * rng.uniform(-1, 1) for x in (brightness, contrast, saturation)]
     factors.append(hue * rng.uniform(-1, 1))
-    adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for i in rng.permutation(4):
         if img.mode == "RGB" or i < 2:  # a grey picture has no colour to change
-            img = adjust[i](img, factors[i])
+            img = enhancers[i](img).enhance(factors[i]) if i < 3 else turn_hue(img, factors[3])
     return img
+
+
+def turn_hue(img: Image.Image, turn: float) -> Image.Image:
+    """An RGB picture with its hue moved by `turn` of the colour circle, in steps of 1/255 as torchvision does."""
+    hue, saturation, value = img.convert("HSV").split()
+    moved = np.array(hue) + np.array(int(turn * 255)).astype(np.uint8)  # wraps around
+    return Image.merge("HSV", (Image.fromarray(moved), saturation, value)).convert("RGB")
 
 
 # ------------------------------------------------------------------------------------------------------ views
@@ -282,7 +287,7 @@ def _ssl(pre: Preprocess, img: Image.Image, rng: np.random.Generator) -> torch.T
         # Pillow's three box passes: a true Gaussian is another augmentation.
         img = img.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
     if rng.random() < 0.5:
-        img = F.hflip(img)
+        img = img.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return pre.tensor(img)
 
 
@@ -290,5 +295,8 @@ def _eval(pre: Preprocess, img: Image.Image, rng: np.random.Generator | None = N
     img = pre.open(img)
     if pre.prepare == "medclip":
         return pre.tensor(img.resize((pre.size, pre.size), Image.Resampling.BICUBIC))
-    img = F.resize(img, pre.size, InterpolationMode.BILINEAR)
-    return pre.tensor(F.center_crop(img, [pre.size, pre.size]))
+    short, size = min(img.size), pre.size
+    width, height = (size if side == short else int(size * side / short) for side in img.size)
+    img = img.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return pre.tensor(img.crop((left, top, left + size, top + size)))

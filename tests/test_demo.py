@@ -1,4 +1,4 @@
-"""demo.py from end to end on a small world: what it writes, what it prints, that it reruns and needs no network."""
+"""demo.py end to end on a small world: what it writes and prints, that it reruns and needs no network."""
 
 from __future__ import annotations
 

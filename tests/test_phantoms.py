@@ -60,8 +60,9 @@ def captions(n: int) -> list[str]:
     for i in range(n):
         patient = phantoms.make_patient(1, i)
         finding = phantoms.make_finding(patient, 0, ("calc", "mass")[i % 2]) if i % 20 else None
-        out.append(phantoms.mammogram_caption(patient.stream(phantoms.CAPTION), patient, phantoms.SIDES[i % 2],
-                                              phantoms.VIEWS[i // 2 % 2], finding, close=bool(finding and i % 3)))
+        rng, side, view = patient.stream(phantoms.CAPTION), phantoms.SIDES[i % 2], phantoms.VIEWS[i // 2 % 2]
+        close = bool(finding and i % 3)
+        out.append(phantoms.mammogram_caption(rng, patient, side, view, finding, close))
     return out + [phantoms.draw_other(np.random.default_rng(i), 16)[1] for i in range(n // 4)]
 
 
@@ -119,7 +120,8 @@ def test_case_tables_have_the_published_header_line_ends_and_broken_path(world, 
     assert raw.startswith(HEADERS[kind] + "\r\n") and raw.count("\r\n") == 1 + len(rows)
     broken = {"calc": "cropped image file path", "mass": "ROI mask file path"}[kind]
     for row in rows:
-        assert [name for name, value in row.items() if "\n" in value] == [broken] and row[broken].endswith(".dcm\n")
+        assert [name for name, value in row.items() if "\n" in value] == [broken]
+        assert row[broken].endswith(".dcm\n")
         assert row["patient_id"] in row["image file path"]
     assert LESIONS[kind][split] <= len(rows) < LESIONS[kind][split] + 4  # a patient has at most four
 
@@ -132,7 +134,8 @@ def test_every_lesion_is_joined_with_its_crop_mask_and_full_view(world, tmp_path
             rows = list(csv.DictReader(file))
         assert len(rows) == sum(len(case_table(world, kind, split)) for split in ("train", "test"))
         for row in rows:
-            crop, full, mask = (np.asarray(Image.open(world / "cbis" / row[name])) for name in ("crop", "full", "mask"))
+            crop, full, mask = (np.asarray(Image.open(world / "cbis" / row[name]))
+                                for name in ("crop", "full", "mask"))
             assert crop.shape == (32, 32) and full.shape == mask.shape == (40, 32)
             assert np.mean((mask < 30) | (mask > 225)) > 0.8 > np.mean((crop < 30) | (crop > 225))
     for kind in LESIONS:  # the tables above must not linger in a world that other tests compare
@@ -149,11 +152,11 @@ def test_series_and_descriptions_have_the_published_faults(tmp_path):
     assert 0.9 < shared < 1.0
     empty = np.mean([picture["SeriesDescription"] == "" for picture in pictures])
     assert 0.01 < empty < 0.1
-    first = {}  # series -> whether its crop comes first by name
+    found = defaultdict(dict)  # series -> description -> path
     for picture in pictures:
         if picture["SeriesDescription"] in ("cropped images", "ROI mask images"):
-            first.setdefault(picture["SeriesInstanceUID"], {})[picture["SeriesDescription"]] = picture["image_path"]
-    order = [paths["cropped images"] < paths["ROI mask images"] for paths in first.values() if len(paths) == 2]
+            found[picture["SeriesInstanceUID"]][picture["SeriesDescription"]] = picture["image_path"]
+    order = [both["cropped images"] < both["ROI mask images"] for both in found.values() if len(both) == 2]
     assert 0.3 < np.mean(order) < 0.7
 
 
@@ -170,7 +173,8 @@ def test_no_patient_is_in_two_parts_or_splits(world):
     seen = Counter()
     for kind, split in TABLES:
         patients = {row["patient_id"] for row in case_table(world, kind, split)}
-        assert patients == {r["patient"] for r in listed if (r["part"], r["split"]) == (f"cbis {kind}", split)}
+        part = (f"cbis {kind}", split)
+        assert patients == {row["patient"] for row in listed if (row["part"], row["split"]) == part}
         assert not patients & roco
         seen.update(patients)
     assert max(seen.values()) == 1
@@ -189,9 +193,9 @@ def test_two_views_of_a_lesion_agree_on_what_it_is(world):
             assert [one[name] for name in same] == [other[name] for name in same]
 
 
-PATHOLOGY = re.compile(r"benign|malign|cancer|carcin|tumou?r|neoplas|metasta|bi-?rads|suspicio|worris|biops|histolog|"
-                       r"patholog|dcis|in situ|recall|callback|call-back|assess|categor|probabl|fibroaden|lymphoma",
-                       re.IGNORECASE)
+PATHOLOGY = re.compile(
+    r"benign|malign|cancer|carcin|tumou?r|neoplas|metasta|bi-?rads|suspicio|worris|biops|histolog|patholog|dcis|"
+    r"in situ|recall|callback|call-back|assess|categor|probabl|fibroaden|lymphoma", re.IGNORECASE)
 
 
 def test_no_caption_states_a_pathology_or_an_assessment():
@@ -243,7 +247,8 @@ def test_malignancy_rates_come_out_as_the_table_says(kind):
 def test_descriptors_come_in_their_shares():
     n = 4000
     for kind, table in phantoms.APPEARANCES.items():
-        found = Counter(phantoms.make_finding(phantoms.make_patient(2, i), 0, kind).appearance for i in range(n))
+        findings = (phantoms.make_finding(phantoms.make_patient(2, i), 0, kind) for i in range(n))
+        found = Counter(finding.appearance for finding in findings)
         total = sum(a.share for a in table)
         for appearance in table:
             chance = appearance.share / total
@@ -258,7 +263,8 @@ def test_a_right_breast_is_the_mirror_image_of_a_left_one():
     patient = phantoms.make_patient(0, 4)
     frame = phantoms.full_frame(64)
     for view in phantoms.VIEWS:
-        left, right = (phantoms.draw_mammogram(patient, side, view, [], frame) > 30 for side in phantoms.SIDES)
+        left, right = (phantoms.draw_mammogram(patient, side, view, [], frame) > 30
+                       for side in phantoms.SIDES)
         assert left[40, 0] and not left[40, -1] and right[40, -1] and not right[40, 0]  # chest wall
         assert np.mean(left == right[:, ::-1]) > 0.97 > np.mean(left == right)
 
@@ -318,7 +324,8 @@ def test_margins_look_as_their_names_say():
     rim, slope = {}, {}
     for margins in ("CIRCUMSCRIBED", "ILL_DEFINED", "SPICULATED"):
         finding = with_appearance("ROUND", margins, "mass")
-        shadows = [phantoms.mass_shadow(np.random.default_rng(i), finding, frame, (20.0, 20.0)) for i in range(8)]
+        shadows = [phantoms.mass_shadow(np.random.default_rng(i), finding, frame, (20.0, 20.0))
+                   for i in range(8)]
         rim[margins] = np.mean([shadow[(distance > 1.3) & (distance < 1.6)].max() for shadow in shadows])
         slope[margins] = np.mean([np.abs(np.diff(shadow, axis=0)).max() for shadow in shadows])
     assert rim["CIRCUMSCRIBED"] < 0.01 and rim["SPICULATED"] > 0.2
