@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
@@ -48,8 +49,6 @@ class Backbone:
             if name.startswith(("visual.", "image_projection")):
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        # Equal weights compute something else with another number of heads, or under another release.
-        digest.update(json.dumps([getattr(self.model, "config", None), utils.versions()["timm"]], default=str).encode())
         return digest.hexdigest()
 
     @torch.inference_mode()
@@ -201,7 +200,10 @@ def extract_or_reuse(
     (path, size and time of each, or the bytes of those in memory): another run's features are never taken.
     """
     key = hashlib.sha256()
-    settings = (backbone.fingerprint(), backbone.features, backbone.preprocess.to_dict(), loading.skip_broken)
+    # Equal weights compute something else with another number of heads, or under another release.
+    architecture = (getattr(backbone.model, "config", None), timm.__version__)
+    settings = (backbone.fingerprint(), architecture, backbone.features, backbone.preprocess.to_dict(),
+                loading.skip_broken)
     key.update(json.dumps(settings).encode())
     for part in identify(dataset):
         key.update(part)
