@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -104,8 +104,13 @@ def init_distributed(args: argparse.Namespace) -> Distributed:
             raise ValueError(f"GPU {device.index} does not exist: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group(args.dist_backend if use_gpu else "gloo", init_method=args.dist_url, rank=rank,
-                                world_size=world_size, timeout=timedelta(seconds=args.dist_timeout))
+        timeout = timedelta(seconds=args.dist_timeout)
+        store, rank, world_size = next(dist.rendezvous(args.dist_url, rank, world_size, timeout=timeout))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun on one node may keep its store over a restart, with the dead processes' addresses in it.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(args.dist_backend if use_gpu else "gloo", store=store, rank=rank,
+                                world_size=world_size, timeout=timeout)
     return Distributed(rank, world_size, local_rank, device)
 
 
@@ -131,31 +136,39 @@ def ending_together(processes: Distributed, say: Callable[[str], None] = print) 
         if lost:
             mine = (f"rank {processes.rank} has lost another rank, which was killed or hangs (--dist-timeout is how "
                     f"long it may): {str(error).partition('. ')[0]}")
-        first = _first_failure(processes, mine)
+        first, store = _first_failure(mine)
         say(f"all ranks end: {first}")
+        _break_connections(processes, store)
         if lost or first != mine:
             raise SystemExit(f"rank {processes.rank} ends: {first}") from None
         raise
     leave_distributed(processes)
 
 
-def _first_failure(processes: Distributed, mine: str) -> str:
-    """The message of the rank that came here first, which may be this one with `mine`."""
+def _first_failure(mine: str) -> tuple[str, dist.Store | None]:
+    """The message of the rank that came here first, which may be this one with `mine`, and where they are kept."""
     store = dist.distributed_c10d._get_default_store()
     try:
         # Sets the key where it is absent, and returns what it then holds.
-        first = store.compare_set("first failure", "", mine).decode()
-        informed = store.add("informed of it", 1)
-        if dist.get_backend() == "gloo":  # NCCL's group may wait for a lost peer here; there the launcher ends the rest
-            dist.destroy_process_group()  # breaks the connections, so that the others come here too
-            end = time.monotonic() + 5
-            # The main process keeps the store: a moment for the others to read it.
-            while processes.is_main and informed < processes.world_size and time.monotonic() < end:
-                time.sleep(0.05)
-                informed = store.add("informed of it", 0)
-        return first
+        return store.compare_set("first failure", "", mine).decode(), store
     except RuntimeError:
-        return "the process that kept the rendezvous, usually rank 0, has ended; see its log"
+        return "the process that kept the rendezvous, usually rank 0, has ended; see its log", None
+
+
+def _break_connections(processes: Distributed, store: dist.Store | None) -> None:
+    """Make the other ranks fail too, and keep the store for a moment in which they can read why.
+
+    With NCCL leaving the group may itself wait for the lost rank; there the launcher ends the others.
+    """
+    if dist.get_backend() != "gloo":
+        return
+    dist.destroy_process_group()
+    end = time.monotonic() + 5
+    with suppress(RuntimeError):  # the store may go meanwhile
+        informed = store.add("informed", 1) if store else processes.world_size
+        while processes.is_main and informed < processes.world_size and time.monotonic() < end:
+            time.sleep(0.05)
+            informed = store.add("informed", 0)
 
 
 @contextmanager

@@ -1,0 +1,150 @@
+"""SIGKILL at any moment: a two-process training that is killed again and again ends with the unbroken run's weights."""
+import io
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_helpers import free_port
+from roco_tree import make_roco
+from test_main import DROPOUT, assert_same_run, command
+
+import main
+import utils
+
+KILLS = 24  # every third while a checkpoint is being written
+EPOCHS = 40  # of three steps: more than the kills leave time for
+
+
+def _rank(rank: int, port: int, argv: list[str], log: str, writing) -> None:
+    """One rank of the training. Where `writing` is given, a checkpoint takes 0.1 s to write and that flag is up."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2",
+                      LOCAL_RANK=str(rank))
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    torch.set_num_threads(1)
+    if writing is not None:
+        utils.atomic_write = slow_writes(utils.atomic_write, writing)
+    main.main(argv)
+
+
+def slow_writes(atomic_write, writing):
+    def slow_write(path, write):
+        def in_parts(file):
+            whole = io.BytesIO()
+            write(whole)
+            data = whole.getvalue()
+            writing.value = Path(path).name.startswith("checkpoint_step")
+            for part in range(10):
+                file.write(data[part * len(data) // 10:(part + 1) * len(data) // 10])
+                file.flush()
+                time.sleep(0.01)
+            writing.value = 0
+
+        atomic_write(path, in_parts)
+
+    return slow_write
+
+
+class Training:
+    """Starts and kills the two ranks. They are forked from a server with torch loaded, so a start is quick."""
+
+    def __init__(self, argv: list[str], output_dir: Path):
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["__main__", "test_kill"])
+        self.argv, self.output_dir, self.ranks = argv, output_dir, []
+
+    def log(self, rank: int) -> str:
+        return f"{self.output_dir}.rank{rank}.log"
+
+    def ended(self, when: str) -> str:
+        lines = [line for rank in range(2) for line in Path(self.log(rank)).read_text().splitlines()[-20:]]
+        return "\n".join([f"the training ended {when}", *lines])
+
+    def start(self, slow: bool = True) -> None:
+        self.writing = self.context.Value("i", 0, lock=False) if slow else None
+        port = free_port()
+        self.ranks = [self.context.Process(target=_rank, daemon=True,
+                                           args=(rank, port, self.argv, self.log(rank), self.writing))
+                      for rank in range(2)]
+        for process in self.ranks:
+            process.start()
+
+    def wait_until(self, condition, what: str) -> None:
+        end = time.monotonic() + 60
+        while not condition():
+            assert all(p.is_alive() for p in self.ranks), self.ended(f"before {what}")
+            assert time.monotonic() < end, f"a minute without {what}"
+            time.sleep(0.002)
+
+    def kill(self, victims: list[int]) -> None:
+        """Kill these ranks; the other, if there is one, ends by itself."""
+        for rank in victims:
+            os.kill(self.ranks[rank].pid, signal.SIGKILL)
+        for process in self.ranks:
+            process.join(60)
+            assert process.exitcode is not None, "a rank outlived its peer by a minute"
+        assert all(self.ranks[rank].exitcode == -signal.SIGKILL for rank in victims)
+
+    def finish(self) -> None:
+        for process in self.ranks:
+            process.join(300)
+            assert process.exitcode == 0, self.ended("badly")
+
+    def steps(self) -> int:
+        """Of the newest checkpoint; 0 without one."""
+        names = [p.stem for p in self.output_dir.glob("checkpoint_step*.pt")]
+        return max((int(name.removeprefix("checkpoint_step")) for name in names), default=0)
+
+
+def kill_once(training: Training, number: int, rng: random.Random) -> bool:
+    """Let the training run for a while and kill it; whether that left a torn file."""
+    before = training.steps()
+    if number % 3 == 0:
+        victims = rng.choice([[0], [0, 1]])
+        training.wait_until(lambda: training.steps() > before, "a checkpoint")
+        training.wait_until(lambda: training.writing.value, "a checkpoint being written")
+        time.sleep(rng.uniform(0, 0.08))
+    else:
+        steps = rng.randint(0, 3)  # 0: while it starts, reads the last checkpoint, or makes its first steps
+        # A rank whose peer dies before they have met waits for --dist-timeout; ending it is the launcher's work.
+        victims = rng.choice([[0], [1], [0, 1]]) if steps else [0, 1]
+        training.wait_until(lambda: training.steps() >= before + steps, "another step")
+        time.sleep(rng.uniform(0, 0.3 if steps else 2))
+    training.kill(victims)
+    return any(training.output_dir.glob(".checkpoint_step*.tmp"))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_resumes_to_the_unbroken_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", f"{here.parent}:{here}")  # the fork server preloads this file, without sys.path
+    roco = make_roco(tmp_path / "roco")
+    argv = [*DROPOUT, "--batch-size", "4", "--epochs", str(EPOCHS), "--eval-freq", str(EPOCHS), "--gpu", "-1"]
+    unbroken = Training(command(roco, tmp_path / "unbroken", *argv), tmp_path / "unbroken")
+    unbroken.start(slow=False)
+    unbroken.finish()
+
+    out = tmp_path / "killed"
+    training = Training(command(roco, out, *argv, "--save-every-minutes", "0"), out)
+    rng, torn, reached = random.Random(0), 0, [0]
+    for number in range(KILLS):
+        training.start()
+        torn += kill_once(training, number, rng)
+        reached.append(training.steps())
+        if reached[-1]:  # the newest checkpoint can be read, whatever the moment
+            assert utils.find_training_checkpoint(out)["step"] == reached[-1]
+    print(f"{KILLS} kills, {torn} of them in the middle of a write; steps reached: {reached}")
+    assert torn >= 5
+    assert reached == sorted(reached) and len(set(reached)) > KILLS // 2  # progress, and never backwards
+    assert reached[-1] < 3 * EPOCHS
+
+    training.start(slow=False)
+    training.finish()
+    assert_same_run(tmp_path / "unbroken", out)
+    assert not list(out.glob(".*.tmp"))
