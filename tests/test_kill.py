@@ -148,3 +148,25 @@ def test_killed_at_random_moments_it_resumes_to_the_unbroken_run(tmp_path, monke
     training.finish()
     assert_same_run(tmp_path / "unbroken", out)
     assert not list(out.glob(".*.tmp"))
+
+
+def test_end_during_validation_costs_nothing_of_the_epoch(tmp_path, monkeypatch):
+    """Validation may take longer than the warning before a time limit."""
+    roco = make_roco(tmp_path / "roco")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert "stopped_by" not in main.main(command(roco, whole, *DROPOUT))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "validate", killed)
+        with pytest.raises(Killed):
+            main.main(command(roco, broken, *DROPOUT))
+    state = utils.load_checkpoint(broken / "checkpoint.pt")
+    assert (state["epoch"], state["step_in_epoch"]) == (0, 3)
+    main.main(command(roco, broken, *DROPOUT))
+    assert_same_run(whole, broken)

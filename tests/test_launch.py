@@ -119,7 +119,7 @@ def test_torchrun_asked_to_end_leaves_a_checkpoint(roco, tmp_path):
 def _rank_of_three(rank, port, folder, what):
     """Rank 1 fails as `what` says while the others wait for it in a collective; each writes down how it ended."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="3")
-    processes = utils.init_distributed(main.get_args_parser().parse_args(["--gpu", "-1", "--dist-timeout", "4"]))
+    processes = utils.init_distributed(main.get_args_parser().parse_args(["--gpu", "-1", "--dist-timeout", "3"]))
     said = []
     try:
         with utils.ending_together(processes, said.append):
@@ -127,7 +127,7 @@ def _rank_of_three(rank, port, folder, what):
             if rank == 1 and what == "raises":
                 raise ValueError("picture 7.jpg is broken")
             if rank == 1 and what == "hangs":
-                time.sleep(8)
+                time.sleep(6)
             if rank == 1 and what == "is killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             utils.gather_objects(processes, "one is missing")

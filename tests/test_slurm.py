@@ -4,6 +4,7 @@ Without Slurm on the machine the latter are skipped; REQUIRE_SLURM=1 installs it
 """
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -133,6 +134,25 @@ def test_slurm_plain_command_inside_an_allocation_stays_one_process(tmp_path, mo
     assert utils.init_distributed(args) == utils.Distributed(0, 1, 0, torch.device("cpu"))
 
 
+def test_slurm_warning_is_heeded_by_the_rank_and_not_by_its_loader_workers():
+    """Slurm signals every process of a step; a forked worker would store and requeue the job a second time."""
+    heeded = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: heeded.append(os.getpid()))
+    try:
+        requeue = run_with_submitit.guard_requeue(fake_env())
+        worker = multiprocessing.get_context("fork").Process(
+            target=lambda: (os.kill(os.getpid(), signal.SIGUSR2), os._exit(len(heeded))))
+        worker.start()
+        worker.join(30)
+        assert worker.exitcode == 0
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert heeded == [os.getpid()]
+        requeue()
+        assert len(heeded) == 2 and signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
 @pytest.fixture
 def local_stub(tmp_path, monkeypatch):
     """Starts a local job of two ranks in tmp_path; its outcome, when it comes. Nothing of it is left afterwards."""
@@ -213,7 +233,8 @@ def cluster(tmp_path_factory):
             patch.syspath_prepend(HERE)
             yield folder
     finally:
-        subprocess.run([HERE / "down", folder], timeout=60, check=True)
+        if (folder / "slurm.conf").exists():
+            subprocess.run([HERE / "down", folder], timeout=60, check=True)
         shutil.rmtree(folder)
 
 
@@ -254,6 +275,7 @@ def logs(folder: Path) -> str:
     return "\n".join(f"== {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*_log.*")))
 
 
+@pytest.mark.slow
 def test_slurm_gives_gpus_ranks_and_seeds(cluster, tmp_path):
     folder = tmp_path / "%j"
     jobs = run_with_submitit.submit("stub", ["--ngpus", "2", "--nodes", "2", "--seeds", "5", "6", "--mem", "1",
@@ -268,6 +290,7 @@ def test_slurm_gives_gpus_ranks_and_seeds(cluster, tmp_path):
     assert len({job.results()[0]["MASTER_PORT"] for job in jobs}) == 2
 
 
+@pytest.mark.slow
 def test_slurm_result_of_an_earlier_start_is_forgotten(cluster, tmp_path):
     job = submit("stub", tmp_path, "--ngpus", "2", "--nodes", "1", "--mem", "1", "--cpus", "1", "--wait")
     wait_for(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists(), 60, "two ranks")
