@@ -387,6 +387,22 @@ def _gather_rows(columns: Sequence[list[Tensor]], dist: utils.Distributed | None
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Zero-shot classification and image-text retrieval")
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    run = parser.add_argument_group("running")
+    run.add_argument("--output-dir", default="./", type=str, help="zeroshot.json is written here")
+    run.add_argument(
+        "--batch-size",
+        default=256,
+        type=int,
+        help="pictures, or prompts, for each process at a time; memory and speed only",
+    )
+    run.add_argument("-j", "--workers", default=10, type=int, help="loader processes for each process; 0 for none")
+    utils.add_distributed_arguments(parser)
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--resume",
@@ -431,6 +447,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="its weights: a tag of open_clip, which fetches them, or a file",
     )
 
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--datasets",
@@ -480,18 +498,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=str,
         help="all, mammo-xray, mammo or a regular expression: which pairs form the pool",
     )
-
-    run = parser.add_argument_group("running")
-    run.add_argument("--output-dir", default="./", type=str, help="zeroshot.json is written here")
-    run.add_argument(
-        "--batch-size",
-        default=256,
-        type=int,
-        help="pictures, or prompts, for each process at a time; memory and speed only",
-    )
-    run.add_argument("-j", "--workers", default=10, type=int, help="loader processes for each process; 0 for none")
-    utils.add_distributed_arguments(parser)
-    return parser
 
 
 def load_model(args: argparse.Namespace) -> models.Pretrained:
