@@ -37,11 +37,15 @@ from metadata import iter_json, read_pickle
 from transforms import (
     BrokenPicture,
     Preprocess,
+    apply_colour,
     decode_picture,
+    decode_pixels,
     eval_view,
+    hue_tables,
+    read_bytes,
     read_picture,
-    ssl_view,
-    train_view,
+    ssl_pixels,
+    train_pixels,
 )
 
 SPLITS = ("train", "validation", "test")
@@ -303,11 +307,15 @@ class Reader:
 
     def data(self, i: int) -> bytes:
         """The picture's file, byte for byte. Raises as `picture` does where it cannot be had."""
-        return Path(self.name(i)).read_bytes()
+        return read_bytes(self.name(i))
 
     def picture(self, i: int) -> Image.Image:
         """RGB, 8 bits. Raises BrokenPicture or FileNotFoundError, naming the file."""
-        return read_picture(self.name(i))
+        return decode_picture(self.data(i), self.name(i))
+
+    def pixels(self, i: int) -> torch.Tensor:
+        """`picture` as uint8 planes (3, H, W), or (1, H, W) where the three are equal."""
+        return decode_pixels(self.data(i), self.name(i))
 
 
 # ------------------------------------------------------------------------------------------------------- ROCO
@@ -573,10 +581,6 @@ class Yfcc15m(Reader):
     def data(self, i: int) -> bytes:
         return self.archives.read(*self._place(i))
 
-    def picture(self, i: int) -> Image.Image:
-        return decode_picture(self.data(i), self.name(i))
-
-
 class Coco(Reader):
     """COCO Captions 2017 (Chen et al. 2015): `{train,val}2017/` and `annotations/captions_*.json`."""
 
@@ -711,10 +715,6 @@ class WebDataset(Reader):
 
     def data(self, i: int) -> bytes:
         return self.archives.read(*self._place(i)[:3])
-
-    def picture(self, i: int) -> Image.Image:
-        return decode_picture(self.data(i), self.name(i))
-
 
 def expand_shards(pattern: str) -> list[str]:
     """The paths that a brace pattern, or several joined by `::`, stands for."""
@@ -981,9 +981,12 @@ class BrokenPictures:
 class ContrastiveDataset(Dataset):
     """Samples for the contrastive objectives: `ds[epoch, index]` is a dict of `inputs` and "index".
 
-    "image": (3, S, S), one training view; "view1", "view2": (3, S, S), two SSL views; "text": a caption,
-    drawn if there are several. Every choice comes from (seed, epoch, index), so the number of workers or
-    ranks changes no sample.
+    "image": (3, S, S), one training view; "view1", "view2": (3, S, S), two SSL views, all uint8 and with a
+    single channel where the picture is grey; "text": a caption, drawn if there are several. Every choice
+    comes from (seed, epoch, index), so the number of workers or ranks changes no sample.
+
+    With `colour_later` the SSL views are crops as they are, and "view1_colour", "view2_colour" the rows of
+    numbers with which `transforms.apply_colour_batch` finishes them on the accelerator.
 
     A broken picture is an error. With `bad_samples`, a file, it is named there and another picture, chosen
     from the same numbers, takes its place; more than `max_bad_share` of the reader's pictures end the run.
@@ -1000,12 +1003,15 @@ class ContrastiveDataset(Dataset):
         seed: int,
         bad_samples: Path | None = None,
         max_bad_share: float = 0.01,
+        colour_later: bool = False,
     ):
         unknown = sorted(set(inputs) - set(self.INPUTS))
         if unknown:
             raise ValueError(f"unknown inputs {', '.join(unknown)}; choose from {', '.join(self.INPUTS)}")
         self.reader, self.inputs, self.pre, self.seed = reader, inputs, pre, seed
-        self.views = {"image": train_view(pre), "view1": ssl_view(pre), "view2": ssl_view(pre)}
+        self.colour_later = colour_later
+        if pre.prepare == "slip" and not colour_later:
+            hue_tables()  # made once, and shared by the workers that are forked later
         self.broken = BrokenPictures(bad_samples, max_bad_share * len(reader)) if bad_samples else None
 
     def __len__(self) -> int:
@@ -1014,22 +1020,28 @@ class ContrastiveDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        index, picture = self._picture(epoch, index)
-        picture = self.pre.open(picture)  # once for all views
+        index, pixels = self._pixels(epoch, index)
+        pixels = self.pre.pixels(pixels)  # once for all views
         sample = {"index": index}
         if "text" in self.inputs:
             captions = self.reader.captions(index)
             sample["text"] = captions[rng.integers(len(captions))]
-        for name, view in self.views.items():
+        if "image" in self.inputs:
+            sample["image"] = train_pixels(self.pre, pixels, rng)
+        for name in ("view1", "view2"):
             if name in self.inputs:
-                sample[name] = view(picture, rng)
+                sample[name], colour = ssl_pixels(self.pre, pixels, rng)
+                if self.colour_later:
+                    sample[f"{name}_colour"] = colour.row()
+                else:
+                    sample[name] = torch.from_numpy(apply_colour(sample[name].numpy(), colour).copy())
         return sample
 
-    def _picture(self, epoch: int, index: int) -> tuple[int, Image.Image]:
+    def _pixels(self, epoch: int, index: int) -> tuple[int, torch.Tensor]:
         """The picture at `index`, or the first of its stand-ins that can be read, with its own index."""
         for attempt in range(1, self.ATTEMPTS + 1):
             try:
-                return index, self.reader.picture(index)
+                return index, self.reader.pixels(index)
             except (BrokenPicture, FileNotFoundError) as error:
                 if self.broken is None:
                     raise
@@ -1073,7 +1085,10 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class Collate:
-    """Samples to a batch: pictures stacked to (B, 3, S, S), "text" tokenised to (B, L), "index" (B,)."""
+    """Samples to a batch: views stacked to uint8 (B, 3, S, S), "text" tokenised to (B, L), "index" (B,).
+
+    Rows of colours become float64 (B, 12).
+    """
 
     def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor] | None = None):
         self.tokenizer = tokenizer  # None where no text is read
@@ -1084,8 +1099,12 @@ class Collate:
             values = [sample[name] for sample in samples]
             if name == "text":
                 batch[name] = self.tokenizer(values)
+            elif name == "index":
+                batch[name] = torch.tensor(values)
+            elif name.endswith("_colour"):
+                batch[name] = torch.tensor(values, dtype=torch.float64)
             else:
-                batch[name] = torch.tensor(values) if name == "index" else torch.stack(values)
+                batch[name] = torch.stack([view.expand(3, -1, -1) for view in values])
         return batch
 
 

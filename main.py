@@ -33,6 +33,7 @@ import eval_zeroshot
 import models
 import utils
 from tokenizer import create_tokenizer
+from transforms import Preprocess, apply_colour_batch
 
 HERE = Path(__file__).parent
 # What must not differ between a run and its continuation: the model, the data, and the schedule.
@@ -311,7 +312,8 @@ class Run:
 def build_loader(args: argparse.Namespace, reader, model: nn.Module, tokenizer, processes: utils.Distributed):
     dataset = datasets.ContrastiveDataset(reader, model.objective.inputs, model.preprocess, args.seed,
                                           bad_samples=Path(args.output_dir) / "bad_samples.txt",
-                                          max_bad_share=args.max_bad_share)
+                                          max_bad_share=args.max_bad_share,
+                                          colour_later=processes.device.type == "cuda")
     sampler = datasets.GlobalBatchSampler(len(reader), args.batch_size, processes.rank, processes.world_size, args.seed)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=datasets.Collate(tokenizer),
                       num_workers=args.workers, persistent_workers=args.workers > 0,
@@ -502,9 +504,14 @@ def accumulate_full(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dic
     yield metrics
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Pictures (B, 3, H, W) with the channels innermost, which convolutions like best; tokens unchanged."""
-    return x.to(device, non_blocking=True, memory_format=torch.channels_last if x.ndim == 4 else torch.preserve_format)
+def to_device(batch: dict[str, Tensor], key: str, preprocess: Preprocess, device: torch.device) -> Tensor:
+    """Tokens as they are; pictures finished and normalised there, (B, 3, S, S), the channels innermost in memory."""
+    x = batch[key].to(device, non_blocking=True)
+    if x.dtype != torch.uint8:
+        return x
+    if f"{key}_colour" in batch:
+        x = apply_colour_batch(x, batch[f"{key}_colour"])
+    return preprocess.normalise(x).to(memory_format=torch.channels_last)
 
 
 def update(run: Run, batches: list[dict], totals: Tensor) -> None:
@@ -516,8 +523,8 @@ def update(run: Run, batches: list[dict], totals: Tensor) -> None:
                          run.args.warmup_epochs * run.steps_per_epoch, run.args.lr_start)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    micro_batches = [[to_device(batch[key], run.processes.device) for key in run.model.objective.inputs]
-                     for batch in batches]
+    micro_batches = [[to_device(batch, key, run.model.preprocess, run.processes.device)
+                      for key in run.model.objective.inputs] for batch in batches]
     accumulate = accumulate_full if run.args.accum_negatives == "full" else accumulate_micro
     buffers = [b for b in run.model.buffers() if b.is_floating_point()]  # BatchNorm's running statistics
     before = [b.clone() for b in buffers]

@@ -335,8 +335,8 @@ def find_set(args: argparse.Namespace) -> dict[str, dict]:
 
 def linear_train_view(pre: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tensor:
     """SLIP's view for linear classification: a crop of 0.08 to 1 of the area, flipped half of the time."""
-    img = random_resized_crop(pre.open(img), pre.size, (0.08, 1.0), rng)
-    return pre.tensor(VF.hflip(img) if rng.random() < 0.5 else img)
+    view = random_resized_crop(pre.pixels(img), pre.size, (0.08, 1.0), rng)
+    return pre.normalise(view.flip(-1) if rng.random() < 0.5 else view)
 
 
 def linear_eval_view(pre: Preprocess, img: Image.Image) -> Tensor:

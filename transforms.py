@@ -1,9 +1,13 @@
 """Pictures to tensors: reading at 8 bits, a model's own preparation, the views of training and evaluation.
 
 The views follow SLIP (Mu et al. 2021), whose pipeline was torchvision's first transforms on Pillow
-pictures: the same distribution, and the same values once the random numbers are drawn. Every random number
-comes from the generator that the caller passes, so that a sample depends on nothing but its seed, epoch and
-index.
+pictures: the same distribution, and once the random numbers are drawn the same values, to one of 256 levels
+where the crop is resized and to the bit in everything after. Every random number comes from the generator
+that the caller passes, so that a sample depends on nothing but its seed, epoch and index.
+
+Views of training are computed on uint8 planes (C, H, W), C = 1 where a picture is grey: three equal channels
+would take three times the work. Colours are changed by the loader's worker (`apply_colour`) or for a whole
+batch on the accelerator (`apply_colour_batch`), to the same bits.
 """
 
 from __future__ import annotations
@@ -14,12 +18,15 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageFilter
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,7 +34,7 @@ MEDCLIP_MEAN = (0.5862785803043838,) * 3
 MEDCLIP_STD = (0.27950088968644304,) * 3
 PREPARES = ("slip", "medclip")
 WINDOW_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")  # DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3
-View = Callable[[Image.Image, np.random.Generator | None], torch.Tensor]
+View = Callable[[Image.Image, np.random.Generator | None], Tensor]
 
 
 # ------------------------------------------------------------------------------------------- reading pictures
@@ -92,7 +99,12 @@ def to_rgb8(img: Image.Image) -> Image.Image:
 
 
 def decode_picture(data: bytes, name: str) -> Image.Image:
-    """The picture in `data` as RGB with 8 bits. Raises BrokenPicture with `name` in the message."""
+    """The picture in `data` (anything Pillow reads; DICOM where `name` ends in .dcm) as RGB with 8 bits.
+
+    Raises BrokenPicture with `name` in the message.
+    """
+    if name.lower().endswith(".dcm"):
+        return _decode_dicom(data, name)
     try:
         img = Image.open(io.BytesIO(data))
         img.load()
@@ -101,20 +113,52 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
         raise BrokenPicture(f"cannot decode the picture {name}: {error}") from error
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """The picture at `path` (anything Pillow reads, or a `.dcm`) as RGB with 8 bits.
+def decode_pixels(data: bytes, name: str) -> Tensor:
+    """What `decode_picture` reads, as uint8 planes (3, H, W), or (1, H, W) where the three are equal."""
+    from torchvision.io import decode_jpeg  # here, because a process that only reads captions needs 0.2 GB less
 
-    Raises FileNotFoundError for an absent file and BrokenPicture for one that cannot be decoded; both name
-    it.
-    """
-    decode = _decode_dicom if Path(path).suffix.lower() == ".dcm" else decode_picture
     try:
-        data = Path(path).read_bytes()
+        img = Image.open(io.BytesIO(data))  # the header alone: refuses pictures too large to be one
+        if img.format == "JPEG" and img.mode in ("L", "RGB"):
+            return grey_if_equal(decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)))
+    except _DECODE_ERRORS:
+        pass  # Pillow decides below whether it is broken, and says why
+    return pixels_of(decode_picture(data, name))
+
+
+def pixels_of(img: Image.Image) -> Tensor:
+    """An RGB or grey picture as uint8 planes; (1, H, W) where its channels are equal."""
+    pixels = torch.from_numpy(np.array(img))  # (H, W, 3) or (H, W)
+    return pixels[None] if pixels.ndim == 2 else grey_if_equal(pixels.permute(2, 0, 1))
+
+
+def grey_if_equal(pixels: Tensor) -> Tensor:
+    """The first of three planes if all are equal, as in a radiograph that is stored in colour."""
+    if len(pixels) == 1:
+        return pixels
+    lines = pixels.permute(1, 2, 0).numpy()  # (H, W, 3), contiguous from every decoder
+    for part in (lines[::32], lines):  # a few lines tell of most pictures that they have colours
+        flat = part.ravel()
+        same = flat[1:] == flat[:-1]
+        same[2::3] = True  # the blue of one pixel beside the red of the next
+        if not same.all():
+            return pixels
+    return pixels[:1]
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A picture's file. Raises FileNotFoundError, or BrokenPicture where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:  # a folder, or what the disk cannot read
         raise BrokenPicture(f"cannot read the picture {path}: {error}") from error
-    return decode(data, str(path))
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """The picture at `path` as RGB with 8 bits; raises as `read_bytes` and `decode_picture` do."""
+    return decode_picture(read_bytes(path), str(path))
 
 
 def _decode_dicom(data: bytes, name: str) -> Image.Image:
@@ -188,13 +232,37 @@ class Preprocess:
             return to_rgb8(img)
         return pad_to_square(img if img.mode == "L" else to_rgb8(img).convert("L"), self.size)
 
-    def tensor(self, img: Image.Image) -> torch.Tensor:
+    def pixels(self, picture: Image.Image | Tensor) -> Tensor:
+        """`open` for uint8 planes (1 or 3, H, W), which the training views take; idempotent."""
+        pixels = pixels_of(to_rgb8(picture)) if isinstance(picture, Image.Image) else picture
+        if self.prepare == "slip":
+            return pixels
+        grey = pixels if len(pixels) == 1 else torch.from_numpy(luma(pixels.numpy()))
+        height, width = grey.shape[1:]
+        side = max(self.size, height, width)
+        if (height, width) == (side, side):
+            return grey
+        square = grey.new_zeros(1, side, side)
+        top, left = (side - height) // 2, (side - width) // 2
+        square[:, top : top + height, left : left + width] = grey
+        return square
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (..., 1 or 3, H, W) to normalised floats (..., 3, H, W), on the device where they are."""
+        mean, std = _normalisation(self.mean, self.std, pixels.device)
+        return pixels.to(torch.float32).div_(255).sub(mean).div_(std)  # the subtraction makes three channels of one
+
+    def tensor(self, img: Image.Image) -> Tensor:
         """A view, RGB or grey, as a normalised float tensor (3, H, W)."""
         pixels = torch.from_numpy(np.array(img))  # (H, W, 3) or (H, W), uint8
-        pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]  # (3 or 1, H, W)
-        x = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
-        return (x - mean).div_(std)  # (3, H, W)
+        pixels = pixels.permute(2, 0, 1).contiguous() if pixels.ndim == 3 else pixels[None]
+        return self.normalise(pixels)
+
+
+@cache
+def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept on the device: a copy for each batch would wait for it."""
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
 
 
 def pad_to_square(img: Image.Image, least: int) -> Image.Image:
@@ -207,13 +275,18 @@ def pad_to_square(img: Image.Image, least: int) -> Image.Image:
     return square
 
 
-# ------------------------------------------------------------------------------------------ random operations
+# ---------------------------------------------------------------------------------------------- random crops
 def random_resized_crop(
-    img: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
-) -> Image.Image:
-    """A part of random area (share in `scale`) and aspect (3/4 to 4/3, log-uniform), at size x size."""
-    top, left, height, width = _crop_box(*img.size, scale, rng)
-    return img.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
+    pixels: Tensor, size: int, scale: tuple[float, float], rng: np.random.Generator
+) -> Tensor:
+    """A part of random area (share in `scale`) and aspect (3/4 to 4/3, log-uniform): uint8 (C, size, size).
+
+    Resized with the antialiased triangle that Pillow calls bilinear, on 8 bits.
+    """
+    height, width = pixels.shape[1:]
+    top, left, height, width = _crop_box(width, height, scale, rng)
+    part = pixels[None, :, top : top + height, left : left + width]
+    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
 
 
 def _crop_box(
@@ -231,29 +304,258 @@ def _crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def color_jitter(
-    img: Image.Image,
-    brightness: float,
-    contrast: float,
-    saturation: float,
-    hue: float,
-    rng: np.random.Generator,
-) -> Image.Image:
-    """Scale brightness, contrast, saturation by 1 - x to 1 + x, turn hue by -x to x, in random order."""
-    factors = [1 + x * rng.uniform(-1, 1) for x in (brightness, contrast, saturation)]
-    factors.append(hue * rng.uniform(-1, 1))
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for i in rng.permutation(4):
-        if img.mode == "RGB" or i < 2:  # a grey picture has no colour to change
-            img = enhancers[i](img).enhance(factors[i]) if i < 3 else turn_hue(img, factors[3])
-    return img
+# ------------------------------------------------------------- colours, one view at a time, in the loader
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
-def turn_hue(img: Image.Image, turn: float) -> Image.Image:
-    """An RGB picture with its hue moved by `turn` of the colour circle, in steps of 1/255 as torchvision does."""
-    hue, saturation, value = img.convert("HSV").split()
-    moved = np.array(hue) + np.array(int(turn * 255)).astype(np.uint8)  # wraps around
-    return Image.merge("HSV", (Image.fromarray(moved), saturation, value)).convert("RGB")
+class Colour(NamedTuple):
+    """What happens to the colours of one view after its crop, in the order of the fields; plain numbers."""
+
+    jitter: bool = False
+    order: tuple[int, int, int, int] = (BRIGHTNESS, CONTRAST, SATURATION, HUE)  # in which the four are jittered
+    factors: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)  # at BRIGHTNESS, ... HUE (a share of the circle)
+    grey: bool = False
+    sigma: float = 0.0  # of the blur, in pixels; 0 for none
+    flip: bool = False
+
+    def row(self) -> list[float]:
+        """Twelve numbers that a batch can hold as a tensor."""
+        return [self.jitter, *self.order, *self.factors, self.grey, self.sigma, self.flip]
+
+
+def draw_colour(rng: np.random.Generator) -> Colour:
+    """SLIP's numbers: jitter (0.4, 0.4, 0.4, 0.1) at 0.8, grey at 0.2, blur of 0.1 to 2 and flip at 0.5 each."""
+    jitter, order, factors = rng.random() < 0.8, (0, 1, 2, 3), (1.0, 1.0, 1.0, 0.0)
+    if jitter:
+        factors = (*(1 + 0.4 * rng.uniform(-1, 1) for _ in range(3)), 0.1 * rng.uniform(-1, 1))
+        order = tuple(int(i) for i in rng.permutation(4))
+    grey = rng.random() < 0.2
+    sigma = rng.uniform(0.1, 2.0) if rng.random() < 0.5 else 0.0
+    return Colour(jitter, order, factors, grey, sigma, rng.random() < 0.5)
+
+
+def apply_colour(pixels: np.ndarray, colour: Colour) -> np.ndarray:
+    """uint8 (1 or 3, H, W) to the same, to the bit what Pillow makes of it; three planes may become one."""
+    if colour.jitter:
+        for operation in colour.order:
+            if len(pixels) == 3 or operation < SATURATION:  # a grey picture has no colour to change
+                pixels = _JITTER[operation](pixels, colour.factors[operation])
+    if colour.grey and len(pixels) == 3:
+        pixels = luma(pixels)
+    if colour.sigma:
+        pixels = box_blur(pixels, colour.sigma)
+    return pixels[..., ::-1] if colour.flip else pixels
+
+
+def luma(pixels: np.ndarray) -> np.ndarray:
+    """(3, H, W) to (1, H, W), uint8: ITU-R BT.601 in 16-bit fixed point, as Pillow's mode L."""
+    if len(pixels) == 1:
+        return pixels
+    red, green, blue = pixels.astype(np.uint32)
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(np.uint8)[None]
+
+
+def _blend(start: np.ndarray | float, end: np.ndarray, factor: float) -> np.ndarray:
+    """start + factor * (end - start) in float32, cut to 0..255 and to whole numbers, as Pillow's enhancers do."""
+    out = end.astype(np.float32)
+    out -= start
+    out *= np.float32(factor)
+    out += start
+    return out.clip(0, 255, out=out).astype(np.uint8)
+
+
+def adjust_brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
+    return _blend(np.float32(0), pixels, factor)
+
+
+def adjust_contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
+    """Away from the mean grey of the view, or towards it."""
+    return _blend(np.float32(int(luma(pixels).mean(dtype=np.float64) + 0.5)), pixels, factor)
+
+
+def adjust_saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
+    return _blend(luma(pixels).astype(np.float32), pixels, factor)
+
+
+def adjust_hue(pixels: np.ndarray, turn: float) -> np.ndarray:
+    """(3, H, W) with the hue moved by `turn` of the circle, in steps of 1/255 as torchvision does."""
+    to_hsv, to_rgb = hue_tables()
+    red, green, blue = pixels.astype(np.uint32)
+    hsv = np.take(to_hsv, red | green << 8 | blue << 16)
+    hue = hsv + np.uint32(_hue_steps(turn)) & 0xFF  # wraps around
+    rgb = np.take(to_rgb, hsv & 0xFFFF00 | hue)
+    return np.stack([rgb, rgb >> 8, rgb >> 16]).astype(np.uint8)  # keeps the low bytes
+
+
+def _hue_steps(turn: float) -> int:
+    return int(turn * 255) % 256
+
+
+@cache
+def hue_tables() -> tuple[np.ndarray, np.ndarray]:
+    """RGB to HSV and back for each colour of 24 bits (2^24,) uint32, the first channel lowest: what Pillow gives.
+
+    Two reads of 64 MiB that forked workers share take a third of the time of Pillow's arithmetic.
+    """
+    every = np.arange(1 << 24, dtype="<u4").view(np.uint8).reshape(4096, 4096, 4)[..., :3]
+
+    def table(source: str, target: str) -> np.ndarray:
+        out = np.zeros((4096, 4096, 4), dtype=np.uint8)
+        for i in range(0, 4096, 256):  # in parts, for less memory on the way
+            part = np.ascontiguousarray(every[i : i + 256])
+            img = Image.frombytes(source, (4096, 256), part.tobytes())
+            out[i : i + 256, :, :3] = np.asarray(img.convert(target))
+        return out.view("<u4").ravel()
+
+    return table("RGB", "HSV"), table("HSV", "RGB")
+
+
+_JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def _box_weights(sigma: float) -> tuple[int, int, int]:
+    """(r, w, v): weights of one box pass in units of 2^-24, w within r of the centre and v at distance r + 1.
+
+    Three such passes have the variance of a Gaussian (Gwosdek et al. 2011, "Theoretical foundations of
+    Gaussian convolution by extended box filtering", section 3). In single precision where Pillow is.
+    """
+    single = np.float32
+    variance = single(sigma) * single(sigma) / single(3)
+    r = int((single(math.sqrt(12 * float(variance) + 1)) - 1) / 2)
+    share = float(single((2 * r + 1) * (r * (r + 1) - 3 * float(variance))))
+    radius = single(r) + single(share / (6 * float(variance - single((r + 1) ** 2))))
+    r = int(radius)
+    w = int(single(2**24) / (2 * radius + 1))
+    return r, w, (2**24 - (2 * r + 1) * w) // 2
+
+
+def box_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
+    """Pillow's GaussianBlur of uint8 (C, H, W): three box passes along each axis, each rounded to 8 bits.
+
+    A true Gaussian has less of the highest frequencies, and would be another augmentation.
+    """
+    r, w, v = (np.uint32(value) for value in _box_weights(sigma))
+    pad = int(r) + 1
+    x = pixels.astype(np.uint32)
+    for axis in (2, 1):
+        n = x.shape[axis]
+        shape = list(x.shape)
+        shape[axis] += 2 * pad
+        padded = np.empty(shape, dtype=np.uint32)
+        shifted = [_along(padded, axis, i, i + n) for i in range(2 * pad + 1)]
+        for _ in range(3):
+            _along(padded, axis, pad, pad + n)[...] = x
+            _along(padded, axis, 0, pad)[...] = _along(x, axis, 0, 1)
+            _along(padded, axis, pad + n, None)[...] = _along(x, axis, n - 1, n)
+            edges = shifted[0] + shifted[-1]
+            edges *= v
+            x = sum(shifted[2:-1], start=shifted[1]) * w
+            x += edges
+            x += np.uint32(1 << 23)
+            x >>= np.uint32(24)
+    return x.astype(np.uint8)
+
+
+def _along(x: np.ndarray, axis: int, start: int, stop: int | None) -> np.ndarray:
+    return x[:, start:stop] if axis == 1 else x[:, :, start:stop]
+
+
+# ------------------------------------------------------------- the same for a batch, on any device, in torch
+def apply_colour_batch(pixels: Tensor, colours: Tensor) -> Tensor:
+    """`apply_colour` for uint8 (B, 3, H, W) on any device and rows of `Colour.row` (B, 12) in host memory.
+
+    The pictures that undergo one operation are gathered by the host, so nothing waits for the device.
+    """
+    jitter, order, grey, sigma, flip = (colours[:, part] for part in (0, slice(1, 5), 9, 10, 11))
+    boxes = torch.tensor([_box_weights(s) if s else (-1, 0, 0) for s in sigma.tolist()], dtype=torch.float64)
+    values = torch.cat([colours[:, 5:8], (colours[:, 8:9] * 255).trunc() % 256, boxes[:, 1:]], 1)  # (B, 6)
+    groups = [
+        (operation, jitter.bool() & (order[:, place] == i))
+        for place in range(4)
+        for i, operation in enumerate(_JITTER_BATCH)
+    ]
+    groups.append((_grey_batch, grey.bool()))
+    groups += [(partial(_blur_batch, r), boxes[:, 0] == r) for r in range(int(boxes[:, 0].max()) + 1)]
+    groups.append((_flip_batch, flip.bool()))
+
+    members = [chosen.nonzero()[:, 0] for _, chosen in groups]
+    positions, values = torch.cat(members), values.float()  # float32 holds the integers up to 2^24
+    if pixels.device.type == "cuda":
+        positions, values = positions.pin_memory(), values.pin_memory()
+    positions = positions.to(pixels.device, non_blocking=True)
+    values = values.to(pixels.device, non_blocking=True)
+    out, start = pixels.clone(), 0
+    for (operation, _), member in zip(groups, members, strict=True):
+        for part in positions[start : start + len(member)].split(256):  # bounds the memory of the steps between
+            out[part] = operation(out[part], values[part])
+        start += len(member)
+    return out
+
+
+def _column(values: Tensor, i: int) -> Tensor:
+    return values[:, i].view(-1, 1, 1, 1)
+
+
+def _blend_batch(start: Tensor | float, end: Tensor, factor: Tensor) -> Tensor:
+    return (start + factor * (end - start)).clamp_(0, 255).to(torch.uint8)
+
+
+def _luma_batch(x: Tensor) -> Tensor:
+    red, green, blue = x.int().split(1, 1)
+    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16  # (n, 1, H, W)
+
+
+def _brightness_batch(x: Tensor, values: Tensor) -> Tensor:
+    return _blend_batch(0.0, x.float(), _column(values, BRIGHTNESS))
+
+
+def _contrast_batch(x: Tensor, values: Tensor) -> Tensor:
+    mean = (_luma_batch(x).double().mean((1, 2, 3), keepdim=True) + 0.5).floor().float()
+    return _blend_batch(mean, x.float(), _column(values, CONTRAST))
+
+
+def _saturation_batch(x: Tensor, values: Tensor) -> Tensor:
+    return _blend_batch(_luma_batch(x).float(), x.float(), _column(values, SATURATION))
+
+
+def _hue_batch(x: Tensor, values: Tensor) -> Tensor:
+    to_hsv, to_rgb = _hue_tables_on(x.device)
+    red, green, blue = x.int().unbind(1)
+    hsv = to_hsv[red | green << 8 | blue << 16]  # (n, H, W)
+    rgb = to_rgb[hsv & 0xFFFF00 | (hsv + values[:, HUE].int().view(-1, 1, 1)) & 0xFF]
+    return torch.stack([rgb & 0xFF, rgb >> 8 & 0xFF, rgb >> 16], 1).to(torch.uint8)
+
+
+@cache
+def _hue_tables_on(device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(torch.from_numpy(table.view(np.int32)).to(device) for table in hue_tables())
+
+
+_JITTER_BATCH = (_brightness_batch, _contrast_batch, _saturation_batch, _hue_batch)
+
+
+def _grey_batch(x: Tensor, _values: Tensor) -> Tensor:
+    return _luma_batch(x).to(torch.uint8).expand_as(x)
+
+
+def _flip_batch(x: Tensor, _values: Tensor) -> Tensor:
+    return x.flip(-1)
+
+
+def _blur_batch(r: int, x: Tensor, values: Tensor) -> Tensor:
+    """`box_blur` of pictures whose boxes all reach as far; int32 wraps around at 2^32, and its top byte is right."""
+    w, v = (_column(values, i).int() for i in (4, 5))
+    x = x.int()
+    for axis in (-1, -2):
+        n, repeat = x.shape[axis], [1] * x.ndim
+        repeat[axis] = r + 1
+        for _ in range(3):
+            first, last = x.narrow(axis, 0, 1), x.narrow(axis, n - 1, 1)
+            padded = torch.cat([first.repeat(repeat), x, last.repeat(repeat)], axis)
+            edges = padded.narrow(axis, 0, n) + padded.narrow(axis, 2 * r + 2, n)
+            inner = sum((padded.narrow(axis, i, n) for i in range(2, 2 * r + 2)), start=padded.narrow(axis, 1, n))
+            x = ((inner * w + edges * v + (1 << 23)) >> 24) & 0xFF
+    return x.to(torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------ views
@@ -273,25 +575,26 @@ def eval_view(pre: Preprocess) -> View:
     return partial(_eval, pre)
 
 
-def _train(pre: Preprocess, img: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-    return pre.tensor(random_resized_crop(pre.open(img), pre.size, (0.5, 1.0), rng))
+def train_pixels(pre: Preprocess, pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """`train_view` before normalisation: `pre.pixels(...)` to uint8 (1 or 3, size, size)."""
+    return random_resized_crop(pixels, pre.size, (0.5, 1.0), rng)
 
 
-def _ssl(pre: Preprocess, img: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-    img = random_resized_crop(pre.open(img), pre.size, (0.08, 1.0), rng)
-    if rng.random() < 0.8:
-        img = color_jitter(img, 0.4, 0.4, 0.4, 0.1, rng)
-    if rng.random() < 0.2:
-        img = img.convert("L")  # tensor() repeats it over the channels
-    if rng.random() < 0.5:
-        # Pillow's three box passes: a true Gaussian is another augmentation.
-        img = img.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
-    if rng.random() < 0.5:
-        img = img.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return pre.tensor(img)
+def ssl_pixels(pre: Preprocess, pixels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Colour]:
+    """The crop of `ssl_view` (1 or 3, size, size), and what has to happen to its colours."""
+    return random_resized_crop(pixels, pre.size, (0.08, 1.0), rng), draw_colour(rng)
 
 
-def _eval(pre: Preprocess, img: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
+def _train(pre: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tensor:
+    return pre.normalise(train_pixels(pre, pre.pixels(img), rng))
+
+
+def _ssl(pre: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tensor:
+    pixels, colour = ssl_pixels(pre, pre.pixels(img), rng)
+    return pre.normalise(torch.from_numpy(np.ascontiguousarray(apply_colour(pixels.numpy(), colour))))
+
+
+def _eval(pre: Preprocess, img: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
     img = pre.open(img)
     if pre.prepare == "medclip":
         return pre.tensor(img.resize((pre.size, pre.size), Image.Resampling.BICUBIC))

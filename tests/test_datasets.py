@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import main
 import metadata
 from datasets import (
     READERS,
@@ -824,7 +825,7 @@ def test_a_sample_holds_the_views_of_its_objective(reader):
     rng, img = np.random.default_rng((3, 2, 5)), read_picture(reader.name(5))
     rng.integers(1)  # the caption is drawn first
     for name, view in (("image", train_view(PRE)), ("view1", ssl_view(PRE)), ("view2", ssl_view(PRE))):
-        assert torch.equal(sample[name], view(img, rng))
+        assert torch.equal(PRE.normalise(sample[name]), view(img, rng))
     clip = ContrastiveDataset(reader, ("image", "text"), PRE, seed=3)[2, 5]
     assert set(clip) == {"image", "text", "index"}
     assert torch.equal(clip["image"], sample["image"])  # CLIP and SLIP see the same training view
@@ -835,6 +836,22 @@ def test_a_sample_holds_the_views_of_its_objective(reader):
     }
     with pytest.raises(ValueError, match="unknown inputs images; choose from text, image, view1, view2"):
         ContrastiveDataset(reader, ("images", "text"), PRE, seed=3)
+
+
+@pytest.mark.parametrize("pre", [PRE, Preprocess(size=16, prepare="medclip")], ids=["colour", "grey"])
+def test_colours_changed_on_the_device_are_those_that_a_worker_makes(reader, pre):
+    keys, collate = [(0, i) for i in range(8)], Collate(SimpleTokenizer(context_length=9))
+    early, late = (
+        collate([ContrastiveDataset(reader, INPUTS, pre, seed=3, colour_later=later)[key] for key in keys])
+        for later in (False, True)
+    )
+    assert not torch.equal(early["view1"], late["view1"])  # bare crops
+    for name in ("image", "view1", "view2"):
+        assert early[name].dtype == torch.uint8 and early[name].shape == (8, 3, 16, 16)
+        finished = main.to_device(late, name, pre, torch.device("cpu"))
+        assert torch.equal(finished, main.to_device(early, name, pre, torch.device("cpu")))
+        assert torch.equal(finished, pre.normalise(early[name]))
+    assert torch.equal(main.to_device(late, "text", pre, torch.device("cpu")), early["text"])
 
 
 def test_one_of_several_captions_is_drawn(tmp_path):

@@ -14,13 +14,26 @@ from transforms import (
     MEDCLIP_MEAN,
     MEDCLIP_STD,
     BrokenPicture,
+    Colour,
     Preprocess,
     _crop_box,
-    color_jitter,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    apply_colour,
+    apply_colour_batch,
+    box_blur,
+    decode_picture,
+    decode_pixels,
+    draw_colour,
     eval_view,
+    luma,
     pad_to_square,
+    pixels_of,
     random_resized_crop,
     read_picture,
+    ssl_pixels,
     ssl_view,
     to_rgb8,
     train_view,
@@ -37,6 +50,24 @@ def picture(width: int = 80, height: int = 60) -> Image.Image:
     y, x = np.mgrid[:height, :width]
     channels = (255 * x / (width - 1), 255 * y / (height - 1), 255 * ((x // 2 + y // 2) % 2))
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def grainy(width: int = 80, height: int = 60) -> Image.Image:
+    """Noise on every pixel, in which a blur that is nearly the right one shows."""
+    noise = np.random.default_rng(5).normal(128, 50, (height, width, 3))
+    return Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+
+
+def planes(img: Image.Image) -> np.ndarray:
+    array = np.asarray(img)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def resized(img: Image.Image, size: int = 32) -> Image.Image:
+    """The whole picture as our crop resizes it, for torchvision's colour operations to start from."""
+    script = Script(1.0, np.log(img.width / img.height), 0, 0)
+    pixels = random_resized_crop(pixels_of(img), size, (0.08, 1), script)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def statistics(view: torch.Tensor) -> list[float]:
@@ -95,15 +126,18 @@ def torchvisions_ssl_view(blur):
     )
 
 
-def test_ssl_view_has_the_distribution_of_torchvisions_pipeline():
+@pytest.mark.parametrize("img", [picture(), grainy()], ids=["smooth", "grainy"])
+def test_ssl_view_has_the_distribution_of_torchvisions_pipeline(img):
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
-    img, view = picture(), ssl_view(SLIP)
-    ours = draws(lambda i: view(img, np.random.default_rng(i)))
+    view, n = ssl_view(SLIP), 1500
+    ours = draws(lambda i: view(img, np.random.default_rng(i)), n)
     pillow = torchvisions_ssl_view(lambda x: x.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0))))
-    assert least_p(ours, draws(lambda i: pillow(img))) > 1e-3
+    theirs = draws(lambda i: pillow(img), n)
+    assert least_p(theirs, draws(lambda i: pillow(img), n)) > 1e-3  # the control: the baseline with itself
+    assert least_p(ours, theirs) > 1e-3
     no_blur = torchvisions_ssl_view(lambda x: x)
-    assert least_p(ours, draws(lambda i: no_blur(img))) < 1e-6
+    assert least_p(ours, draws(lambda i: no_blur(img), n)) < 1e-6  # the comparison can tell
 
 
 @pytest.mark.parametrize("size", [(80, 60), (37, 41), (200, 12), (12, 200), (3, 3)])
@@ -128,29 +162,83 @@ def test_a_crop_that_never_fits_is_the_largest_centred_part(size):
 def test_color_jitter_has_the_distribution_of_torchvisions():
     torch.manual_seed(0)
     img, theirs = picture(24, 24), T.ColorJitter(0.4, 0.4, 0.4, 0.1)
-    ours = draws(
-        lambda i: T.functional.to_tensor(color_jitter(img, 0.4, 0.4, 0.4, 0.1, np.random.default_rng(i)))
-    )
+
+    def jittered(i):
+        rng = np.random.default_rng(i)
+        colour = next(c for c in iter(lambda: draw_colour(rng), None) if c.jitter)
+        colour = colour._replace(grey=False, sigma=0.0, flip=False)
+        return torch.from_numpy(apply_colour(planes(img), colour).copy()) / 255
+
+    ours = draws(jittered)
     assert least_p(ours, draws(lambda i: T.functional.to_tensor(theirs(img)))) > 1e-3
     more = T.ColorJitter(0.4, 0.4, 0.4, 0.2)
     assert least_p(ours, draws(lambda i: T.functional.to_tensor(more(img)))) < 1e-6
 
 
+def test_what_happens_to_colours_has_the_published_probabilities():
+    rng = np.random.default_rng(0)
+    drawn = [draw_colour(rng) for _ in range(4000)]
+    for share, expected in [
+        (np.mean([c.jitter for c in drawn]), 0.8),
+        (np.mean([c.grey for c in drawn]), 0.2),
+        (np.mean([c.sigma > 0 for c in drawn]), 0.5),
+        (np.mean([c.flip for c in drawn]), 0.5),
+    ]:
+        assert share == pytest.approx(expected, abs=0.035)  # above four standard errors
+    sigmas = [c.sigma for c in drawn if c.sigma]
+    assert 0.1 <= min(sigmas) < 0.11 and 1.99 < max(sigmas) <= 2.0
+
+
 # ---------------------------------------------------------------------------- what follows the random numbers
-def test_a_crop_equals_torchvisions_to_the_bit():
-    script = Script(0.3, 0.1, 5, 7)  # area, log aspect, top, left
-    width, height = (round((80 * 60 * 0.3 * np.exp(s)) ** 0.5) for s in (0.1, -0.1))
-    theirs = T.functional.resized_crop(picture(), 5, 7, height, width, [32, 32])
-    assert np.array_equal(random_resized_crop(picture(), 32, (0.08, 1), script), theirs)
-    assert script.numbers == []
+@pytest.mark.parametrize("make", [picture, grainy])
+def test_a_crop_equals_torchvisions_to_rounding(make):
+    img, differences = make(200, 150), []
+    for seed in range(100):
+        ours = random_resized_crop(pixels_of(img), 48, (0.08, 1), np.random.default_rng(seed)).numpy()
+        box = _crop_box(200, 150, (0.08, 1), np.random.default_rng(seed))
+        theirs = planes(T.functional.resized_crop(img, *box, [48, 48]))
+        differences.append(ours.astype(int) - theirs)
+    differences = np.stack(differences)
+    assert np.abs(differences).max() <= 2 and np.abs(differences).mean() < 0.3
+    assert abs(differences.mean()) < 0.02  # neither brighter nor darker
+
+
+@pytest.mark.parametrize("make", [picture, grainy])
+def test_jitter_equals_torchvisions_to_the_bit(make):
+    img, f = make(), T.functional
+    for factor in (0.6, 0.85, 1.0, 1.13, 1.4):
+        assert np.array_equal(adjust_brightness(planes(img), factor), planes(f.adjust_brightness(img, factor)))
+        assert np.array_equal(adjust_contrast(planes(img), factor), planes(f.adjust_contrast(img, factor)))
+        assert np.array_equal(adjust_saturation(planes(img), factor), planes(f.adjust_saturation(img, factor)))
+    for turn in (-0.1, -0.031, 0.0, 0.05, 0.1):
+        assert np.array_equal(adjust_hue(planes(img), turn), planes(f.adjust_hue(img, turn)))
+    assert np.array_equal(luma(planes(img)), planes(img.convert("L")))
+
+
+@pytest.mark.parametrize("size", [(80, 60), (5, 3), (1, 1)])
+def test_blur_equals_pillows_to_the_bit(size):
+    for sigma in [*np.linspace(0.1, 2.0, 60).tolist(), 1.4142, 1.4143]:  # beside the radius where a box grows
+        expected = planes(grainy(*size).filter(ImageFilter.GaussianBlur(sigma)))
+        assert np.array_equal(box_blur(planes(grainy(*size)), sigma), expected)
+
+
+@pytest.mark.parametrize("make", [picture, grainy])
+def test_a_batch_gets_the_colours_of_its_views_to_the_bit(make):
+    views = [ssl_pixels(SLIP, pixels_of(make()), np.random.default_rng(i)) for i in range(200)]
+    crops, colours = zip(*views, strict=True)
+    each = np.stack([np.broadcast_to(apply_colour(x.numpy(), c), x.shape) for x, c in views])
+    rows = torch.tensor([c.row() for c in colours], dtype=torch.float64)
+    batch = apply_colour_batch(torch.stack(crops), rows)
+    assert np.array_equal(batch, each) and not np.array_equal(torch.stack(crops), each)
+    nothing = torch.tensor([Colour().row()] * 200, dtype=torch.float64)
+    assert torch.equal(apply_colour_batch(batch, nothing), batch)
 
 
 def test_the_ssl_view_equals_its_steps_in_torchvision():
     crop, jitter = (1.0, np.log(4 / 3), 0, 0), (0.79, 0.5, -0.25, 1.0, -1.0, (2, 0, 3, 1))
     grey, blur, flip = (0.2,), (0.49, 1.3), (0.49,)
     f = T.functional
-    img = f.resize(picture(), [32, 32])
-    img = f.adjust_brightness(f.adjust_saturation(img, 1.4), 1.2)
+    img = f.adjust_brightness(f.adjust_saturation(resized(picture()), 1.4), 1.2)
     img = f.adjust_contrast(f.adjust_hue(img, -0.1), 0.9)
     expected = NORMALIZE(f.to_tensor(f.hflip(img.filter(ImageFilter.GaussianBlur(1.3)))))
     script = Script(*crop, *jitter, *grey, *blur, *flip)
@@ -160,15 +248,34 @@ def test_the_ssl_view_equals_its_steps_in_torchvision():
 
 def test_nothing_is_applied_beyond_its_probability():
     untouched = Script(1.0, np.log(4 / 3), 0, 0, 0.8, 0.2, 0.5, 0.5)
-    expected = NORMALIZE(T.functional.to_tensor(T.functional.resize(picture(), [32, 32])))
+    expected = NORMALIZE(T.functional.to_tensor(resized(picture())))
     torch.testing.assert_close(ssl_view(SLIP)(picture(), untouched), expected, rtol=0, atol=1e-6)
 
 
 def test_grey_views_have_three_equal_channels_before_normalisation():
     grey = Script(1.0, np.log(4 / 3), 0, 0, 0.8, 0.19, 0.5, 0.5)
-    expected = T.functional.to_grayscale(T.functional.resize(picture(), [32, 32]), 3)
+    expected = T.functional.to_grayscale(resized(picture()), 3)
     expected = NORMALIZE(T.functional.to_tensor(expected))
     torch.testing.assert_close(ssl_view(SLIP)(picture(), grey), expected, rtol=0, atol=1e-6)
+
+
+def test_a_grey_picture_in_colour_is_read_as_one_plane_and_gives_the_same_views():
+    grey = picture().convert("L")
+    assert pixels_of(grey.convert("RGB")).shape == (1, 60, 80) and pixels_of(picture()).shape == (3, 60, 80)
+    one_off = grey.convert("RGB")
+    one_off.putpixel((79, 59), (1, 1, 2))
+    assert pixels_of(one_off).shape == (3, 60, 80)
+    in_colour = pixels_of(grey).expand(3, -1, -1)
+    for seed in range(40):
+        crop, colour = ssl_pixels(SLIP, pixels_of(grey), np.random.default_rng(seed))
+        as_colour, same = ssl_pixels(SLIP, in_colour, np.random.default_rng(seed))
+        assert same == colour and torch.equal(as_colour, crop.expand(3, -1, -1))
+        got = apply_colour(crop.numpy(), colour)
+        assert np.array_equal(np.broadcast_to(got, (3, 32, 32)), planes_of_three(as_colour.numpy(), colour))
+
+
+def planes_of_three(pixels: np.ndarray, colour: Colour) -> np.ndarray:
+    return np.broadcast_to(apply_colour(np.ascontiguousarray(pixels), colour), (3, *pixels.shape[1:]))
 
 
 @pytest.mark.parametrize("size", [(80, 60), (33, 90), (32, 32), (10, 14)])
@@ -325,6 +432,26 @@ def test_transparent_parts_lie_on_white(mode):
 
 
 # ---------------------------------------------------------------------------------------------- reading files
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1", "P", "I;16"])
+def test_planes_are_the_picture_that_pillow_reads(file_format, mode):
+    img = picture(83, 61)
+    if mode == "I;16":
+        img = Image.fromarray(np.arange(83 * 61).reshape(61, 83).astype(np.uint16))
+    else:
+        img = img.convert(mode)
+    for options in [{}, {"progressive": True, "quality": 60, "subsampling": 2}, {"exif": b"Exif\0\0"}]:
+        buffer = io.BytesIO()
+        try:
+            img.save(buffer, file_format, **options)
+        except (OSError, ValueError):
+            pytest.skip(f"there is no {file_format} of mode {mode}")
+        expected = planes(decode_picture(buffer.getvalue(), "x"))
+        got = decode_pixels(buffer.getvalue(), "x").numpy()
+        assert np.array_equal(np.broadcast_to(got, expected.shape), expected)
+        assert (len(got) == 1) == bool((expected[0] == expected[1]).all() and (expected[1] == expected[2]).all())
+
+
 def test_broken_files_are_named(tmp_path):
     buffer = io.BytesIO()
     picture(200, 200).save(buffer, "JPEG")
@@ -343,6 +470,8 @@ def test_broken_files_are_named(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(BrokenPicture, match=name):
             read_picture(tmp_path / name)
+        with pytest.raises(BrokenPicture, match=name):
+            decode_pixels((tmp_path / name).read_bytes(), name)
     with pytest.raises(FileNotFoundError, match="absent.jpg"):
         read_picture(tmp_path / "absent.jpg")
 
