@@ -41,7 +41,6 @@ from transforms import (
     decode_picture,
     decode_pixels,
     eval_view,
-    hue_tables,
     read_bytes,
     read_picture,
     ssl_pixels,
@@ -1010,8 +1009,6 @@ class ContrastiveDataset(Dataset):
             raise ValueError(f"unknown inputs {', '.join(unknown)}; choose from {', '.join(self.INPUTS)}")
         self.reader, self.inputs, self.pre, self.seed = reader, inputs, pre, seed
         self.colour_later = colour_later
-        if pre.prepare == "slip" and not colour_later:
-            hue_tables()  # made once, and shared by the workers that are forked later
         self.broken = BrokenPictures(bad_samples, max_bad_share * len(reader)) if bad_samples else None
 
     def __len__(self) -> int:

@@ -1,0 +1,224 @@
+"""Samples per CPU second of one core: SLIP's input pipeline as published, and ours.
+
+    python benchmarks/bench_data.py                       three kinds of pictures; about five minutes
+    python benchmarks/bench_data.py --samples 20 --draws 0
+
+A sample is one JPEG from memory to three views of 224 pixels: one crop for image and text, two with SLIP's colour
+operations. The methods take turns, sample by sample, in one process on one thread:
+
+    published   Pillow, torchvision's first transforms, float32 out (Mu et al. 2021, section 3.2, and its code)
+    all on CPU  what a worker of main.py does when it trains on a CPU; uint8 out
+    crops only  what it does when it trains on a GPU, where the colours of the batch are changed; uint8 out
+
+In the row `shrunk` ours reads the copy that make_dataset.py shrink --short-side 448 writes, the published method the
+original. Before anything is timed, statistics
+of many views of the first two methods are compared by Kolmogorov-Smirnov tests, beside the published method with
+itself; on smooth and on grainy pictures, because a blur that is only nearly Pillow's shows on the latter.
+"""
+from __future__ import annotations
+
+import argparse
+import io
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms as T
+from PIL import Image, ImageFilter
+from scipy.stats import ks_2samp
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils  # noqa: E402
+from make_dataset import encode, shrink  # noqa: E402
+from transforms import (  # noqa: E402
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocess,
+    apply_colour,
+    decode_picture,
+    decode_pixels,
+    ssl_pixels,
+    train_pixels,
+)
+
+PRE = Preprocess(224)
+KINDS = {  # width, height, colour or grey, short side of the shrunk copy
+    "photo 640x480": (640, 480, "RGB", None),
+    "photo 1024x1024": (1024, 1024, "RGB", None),
+    "photo 1024x1024, shrunk": (1024, 1024, "RGB", 448),
+    "radiograph 720x600": (720, 600, "L", None),
+    "radiograph 720x600 stored in colour": (720, 600, "L as RGB", None),
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=300, help="timed samples of each kind and method")
+    parser.add_argument("--draws", type=int, default=1500, help="views in each Kolmogorov-Smirnov test; 0: none")
+    parser.add_argument("--pictures", type=int, default=12, help="different pictures of each kind")
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEG files")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def synthetic(width: int, height: int, grain: float, rng: np.random.Generator) -> Image.Image:
+    """Smooth shapes of several scales in colour, edges, and `grain` levels of noise."""
+    out = np.full((height, width, 3), 128.0)
+    for scale, strength in ((160, 40), (40, 25), (10, 12)):
+        for channel in range(3):
+            small = rng.normal(0, strength, (height // scale + 3, width // scale + 3)).astype(np.float32)
+            grown = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+            out[..., channel] += np.asarray(grown)
+    y, x = np.mgrid[:height, :width]
+    for _ in range(8):
+        radius = rng.uniform(0.03, 0.2) * width
+        disc = (x - rng.uniform(0, width)) ** 2 + (y - rng.uniform(0, height)) ** 2 < radius**2
+        out[disc] += rng.normal(0, 30, 3)
+    out += rng.normal(0, grain, (height, width, 1))
+    return Image.fromarray(out.clip(0, 255).astype(np.uint8))
+
+
+def files(kind: str, n: int, quality: int, seed: int, grain: float = 4.0) -> list[tuple[bytes, bytes]]:
+    """n pictures: the JPEG as it came, which the published method reads, and the file that ours reads."""
+    width, height, colour, short_side = KINDS[kind]
+    rng, out = np.random.default_rng(seed), []
+    for _ in range(n):
+        img = synthetic(width, height, grain, rng)
+        if colour != "RGB":
+            img = img.convert("L")
+        if colour == "L as RGB":
+            img = img.convert("RGB")
+        buffer = io.BytesIO()
+        img.save(buffer, "JPEG", quality=quality)
+        whole = buffer.getvalue()
+        small = shrink(decode_picture(whole, "a sample"), short_side) if short_side else None
+        out.append((whole, encode(small, "JPEG") if small else whole))
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ methods
+def blur(img: Image.Image) -> Image.Image:
+    return img.filter(ImageFilter.GaussianBlur(radius=np.random.uniform(0.1, 2.0)))
+
+
+NORMALIZE = [T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+TRAIN = T.Compose([T.RandomResizedCrop(224, scale=(0.5, 1.0)), *NORMALIZE])
+SSL = T.Compose(
+    [
+        T.RandomResizedCrop(224, scale=(0.08, 1.0)),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        T.RandomGrayscale(p=0.2),
+        T.RandomApply([blur], p=0.5),
+        T.RandomHorizontalFlip(),
+        *NORMALIZE,
+    ]
+)
+
+
+def published(data: bytes, _rng: np.random.Generator) -> list[Tensor]:
+    img = Image.open(io.BytesIO(data)).convert("RGB")
+    return [TRAIN(img), SSL(img), SSL(img)]
+
+
+def crops_only(data: bytes, rng: np.random.Generator) -> list:
+    pixels = PRE.pixels(decode_pixels(data, "a sample"))
+    return [train_pixels(PRE, pixels, rng), ssl_pixels(PRE, pixels, rng), ssl_pixels(PRE, pixels, rng)]
+
+
+def all_on_cpu(data: bytes, rng: np.random.Generator) -> list[Tensor]:
+    first, *crops = crops_only(data, rng)
+    return [first, *(torch.from_numpy(apply_colour(crop.numpy(), colour).copy()) for crop, colour in crops)]
+
+
+METHODS: dict[str, Callable] = {"published": published, "all on CPU": all_on_cpu, "crops only": crops_only}
+
+
+# ------------------------------------------------------------------------------------------------- checks
+def statistics(view: Tensor) -> list[float]:
+    """Of one normalised view: mean and deviation of each channel, high-frequency energy, tilt."""
+    grey = view.mean(0)
+    tilt = torch.linspace(-1, 1, view.shape[-1])
+    return [
+        *view.mean((1, 2)).tolist(),
+        *view.std((1, 2)).tolist(),
+        grey.diff(dim=0).square().mean().item(),
+        grey.diff(n=2, dim=1).square().mean().item(),
+        (grey * tilt).mean().item(),
+    ]
+
+
+def compare(data: bytes, draws: int, seed: int) -> dict[str, float]:
+    """Least p-value over the statistics: the published SSL view with itself, and with ours, for one picture."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    img, pixels = Image.open(io.BytesIO(data)).convert("RGB"), PRE.pixels(decode_pixels(data, "a sample"))
+
+    def ours(i: int) -> Tensor:
+        crop, colour = ssl_pixels(PRE, pixels, np.random.default_rng((seed, i)))
+        return PRE.normalise(torch.from_numpy(apply_colour(crop.numpy(), colour).copy()))
+
+    first, again = (np.array([statistics(SSL(img)) for _ in range(draws)]) for _ in range(2))
+    mine = np.array([statistics(ours(i)) for i in range(draws)])
+    return {name: min(ks_2samp(a, b, method="asymp").pvalue for a, b in zip(first.T, other.T, strict=True))
+            for name, other in (("control", again), ("ours", mine))}
+
+
+def shrunk_difference(n: int, quality: int, seed: int) -> dict[str, float]:
+    """What training on a shrunk copy changes: high-frequency energy of each kind of view, relative to the original."""
+    energy = {"train": [0.0, 0.0], "ssl": [0.0, 0.0]}
+    for pair in files("photo 1024x1024, shrunk", n, quality, seed):
+        for which, data in enumerate(pair):
+            rng = np.random.default_rng(seed)  # the same parts of both
+            for _ in range(20):
+                first, (second, _colour), _third = crops_only(data, rng)
+                energy["train"][which] += PRE.normalise(first).diff(dim=1).square().mean().item()
+                energy["ssl"][which] += PRE.normalise(second).diff(dim=1).square().mean().item()
+    return {name: small / whole for name, (whole, small) in energy.items()}
+
+
+def measure(data: list[tuple[bytes, bytes]], samples: int, seed: int) -> dict[str, float]:
+    """CPU seconds a sample of each method, as the mean over `samples` turns."""
+    seconds: dict[str, list] = {name: [] for name in METHODS}
+    for i in range(-3, samples):  # the first turns are for warming up
+        for name, method in METHODS.items():
+            whole, read = data[i % len(data)]
+            rng = np.random.default_rng((seed, i + 3))
+            start = time.process_time()
+            method(whole if method is published else read, rng)
+            if i >= 0:
+                seconds[name].append(time.process_time() - start)
+    return {name: float(np.mean(values)) for name, values in seconds.items()}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = get_args_parser().parse_args(argv)
+    torch.set_num_threads(1)
+    print(f"{platform.machine()}, 1 thread; {utils.versions()}; Pillow {Image.__version__}")
+    out: dict = {"rows": {}, "p": {}}
+    if args.draws:
+        for title, grain in (("smooth", 0.0), ("grainy", 25.0)):
+            p = compare(files("photo 640x480", 1, args.quality, args.seed, grain)[0][0], args.draws, args.seed)
+            out["p"][title] = p
+            print(f"{title} picture, {args.draws} SSL views, least p of nine statistics: published with itself "
+                  f"{p['control']:.3f}, with ours {p['ours']:.3f}")
+    out["shrunk_energy"] = shrunk_difference(args.pictures, args.quality, args.seed)
+    print("high-frequency energy of views of a shrunk copy, relative to the original: "
+          + ", ".join(f"{name} {value:.2f}" for name, value in out["shrunk_energy"].items()))
+    print(f"{'samples per CPU second':<36} " + " ".join(f"{name:>17}" for name in METHODS))
+    for kind in KINDS:
+        seconds = measure(files(kind, args.pictures, args.quality, args.seed), args.samples, args.seed)
+        out["rows"][kind] = {name: {"per_second": 1 / s, "ratio": seconds["published"] / s}
+                             for name, s in seconds.items()}
+        print(f"{kind:<36} " + " ".join(f"{row['per_second']:9.1f} {row['ratio']:6.2f}x"
+                                        for row in out["rows"][kind].values()), flush=True)
+    return out
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import bench_data  # noqa: E402
+
+
+def test_the_input_benchmark_compares_methods_that_draw_from_one_distribution(monkeypatch):
+    monkeypatch.setattr(bench_data.torch, "set_num_threads", lambda n: None)
+    out = bench_data.main(["--samples", "1", "--draws", "120", "--pictures", "1"])
+    assert set(out["rows"]) == set(bench_data.KINDS)
+    assert all(set(row) == set(bench_data.METHODS) for row in out["rows"].values())
+    assert all(row["published"]["ratio"] == 1 for row in out["rows"].values())
+    assert all(p["ours"] > 1e-3 and p["control"] > 1e-3 for p in out["p"].values())
+    assert 0.5 < out["shrunk_energy"]["ssl"] < out["shrunk_energy"]["train"] < 1
+
+
+def test_its_comparison_can_tell_views_without_colour_operations(monkeypatch):
+    monkeypatch.setattr(bench_data, "apply_colour", lambda pixels, colour: pixels)
+    data = bench_data.files("photo 640x480", 1, 90, 0, grain=25.0)[0][0]
+    assert bench_data.compare(data, 120, 0)["ours"] < 1e-6
