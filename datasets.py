@@ -1101,7 +1101,9 @@ class Collate:
             elif name.endswith("_colour"):
                 batch[name] = torch.tensor(values, dtype=torch.float64)
             else:
-                batch[name] = torch.stack([view.expand(3, -1, -1) for view in values])
+                # The channels innermost, as resizing leaves them and convolutions like them.
+                views = [view.expand(3, -1, -1).permute(1, 2, 0) for view in values]
+                batch[name] = torch.stack(views).permute(0, 3, 1, 2)
         return batch
 
 

@@ -287,7 +287,7 @@ def random_resized_crop(
     top, left, height, width = _crop_box(width, height, scale, rng)
     part = pixels[None, :, top : top + height, left : left + width]
     part = part.contiguous(memory_format=torch.channels_last)  # the layout in which it is fastest
-    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0].contiguous()
+    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
 
 
 def _crop_box(
@@ -337,6 +337,7 @@ def draw_colour(rng: np.random.Generator) -> Colour:
 
 def apply_colour(pixels: np.ndarray, colour: Colour) -> np.ndarray:
     """uint8 (1 or 3, H, W) to the same, to the bit what Pillow makes of it; three planes may become one."""
+    pixels = np.ascontiguousarray(pixels)
     if colour.jitter:
         for operation in colour.order:
             if len(pixels) == 3 or operation < SATURATION:  # a grey picture has no colour to change
@@ -620,7 +621,7 @@ def _train(pre: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tenso
 
 def _ssl(pre: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tensor:
     pixels, colour = ssl_pixels(pre, pre.pixels(img), rng)
-    return pre.normalise(torch.from_numpy(np.ascontiguousarray(apply_colour(pixels.numpy(), colour))))
+    return pre.normalise(torch.from_numpy(apply_colour(pixels.numpy(), colour).copy()))
 
 
 def _eval(pre: Preprocess, img: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
