@@ -1084,7 +1084,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 class Collate:
     """Samples to a batch: views stacked to uint8 (B, 3, S, S), "text" tokenised to (B, L), "index" (B,).
 
-    Rows of colours become float64 (B, 12).
+    Rows of colours become float64 (B, 14).
     """
 
     def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor] | None = None):

@@ -320,8 +320,9 @@ class Colour(NamedTuple):
     flip: bool = False
 
     def row(self) -> list[float]:
-        """Twelve numbers that a batch can hold as a tensor."""
-        return [self.jitter, *self.order, *self.factors, self.grey, self.sigma, self.flip]
+        """Fourteen numbers that a batch can hold as a tensor; the blur as `_box_weights`, -1 first for none."""
+        box = _box_weights(self.sigma) if self.sigma else (-1, 0, 0)
+        return [self.jitter, self.grey, self.flip, *self.order, *self.factors, *box]
 
 
 def draw_colour(rng: np.random.Generator) -> Colour:
@@ -486,21 +487,21 @@ def _along(x: np.ndarray, axis: int, start: int, stop: int | None) -> np.ndarray
 
 # ------------------------------------------------------------- the same for a batch, on any device, in torch
 def apply_colour_batch(pixels: Tensor, colours: Tensor) -> Tensor:
-    """`apply_colour` for uint8 (B, 3, H, W) on any device and rows of `Colour.row` (B, 12) in host memory.
+    """`apply_colour` for uint8 (B, 3, H, W) on any device and rows of `Colour.row` (B, 14) in host memory.
 
     The pictures that undergo one operation are gathered by the host, so nothing waits for the device.
     """
-    jitter, order, grey, sigma, flip = (colours[:, part] for part in (0, slice(1, 5), 9, 10, 11))
-    boxes = torch.tensor([_box_weights(s) if s else (-1, 0, 0) for s in sigma.tolist()], dtype=torch.float64)
-    values = torch.cat([colours[:, 5:8], (colours[:, 8:9] * 255).trunc(), boxes[:, 1:]], 1)  # (B, 6)
+    jitter, grey, flip = colours[:, :3].bool().unbind(1)
+    order, values, reach = colours[:, 3:7], colours[:, [7, 8, 9, 10, 12, 13]], colours[:, 11]
+    values[:, HUE] = (255 * values[:, HUE]).trunc()
     groups = [
-        (operation, jitter.bool() & (order[:, place] == i))
+        (operation, jitter & (order[:, place] == i))
         for place in range(4)
         for i, operation in enumerate(_JITTER_BATCH)
     ]
-    groups.append((_grey_batch, grey.bool()))
-    groups += [(partial(_blur_batch, r), boxes[:, 0] == r) for r in range(int(boxes[:, 0].max()) + 1)]
-    groups.append((_flip_batch, flip.bool()))
+    groups.append((_grey_batch, grey))
+    groups += [(partial(_blur_batch, r), reach == r) for r in range(int(reach.max()) + 1)]
+    groups.append((_flip_batch, flip))
 
     members = [chosen.nonzero()[:, 0] for _, chosen in groups]
     positions, values = torch.cat(members), values.float()  # float32 holds the integers up to 2^24
