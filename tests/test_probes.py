@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 
 import models
 import probes
@@ -49,6 +51,38 @@ def test_logistic_head_is_the_optimum_of_its_stated_objective():
     solver.step(loss)
     expected = (x @ weight.T + bias).softmax(1).detach().numpy()
     assert np.abs(head.probabilities(both) - expected).max() < 2e-3
+
+
+@pytest.mark.parametrize("n,d,k", [(120, 10, 3), (40, 90, 4), (80, 6, 2)])
+def test_every_penalty_of_the_path_equals_scikit_learns_solution(n, d, k):
+    """More samples than features, fewer, and two classes; the features' scales differ by 10,000."""
+    samples = clusters(n, d, k, seed=3)
+    stretched = samples.features * np.geomspace(1e-2, 1e2, d).astype(np.float32)
+    samples = probes.Samples(stretched @ np.random.default_rng(1).normal(size=(d, d)), samples.labels)
+    x = StandardScaler().fit_transform(samples.features.astype(np.float64))
+    penalties = probes.LAMBDAS[::4]
+    for tolerance, bound in ((1e-7, 1e-4), (1e-4, 2e-2)):
+        path = probes.logistic_path(samples, penalties, k, tolerance)
+        for penalty, predict in zip(penalties, path, strict=True):
+            theirs = LogisticRegression(C=1 / (penalty * n), tol=1e-8, max_iter=10_000).fit(x, samples.labels)
+            assert np.abs(predict(samples.features) - theirs.predict_proba(x)).max() < bound, penalty
+
+
+def test_a_fit_does_not_depend_on_the_penalties_before_it():
+    samples = clusters(100, seed=4)
+    path = probes.logistic_path(samples, probes.LAMBDAS, 3, tolerance=1e-7)
+    for i in (1, 2, 3, 17, 29):
+        (alone,) = probes.logistic_path(samples, [probes.LAMBDAS[i]], 3, tolerance=1e-7)
+        assert np.abs(alone(samples.features) - path[i](samples.features)).max() < 1e-4
+
+
+def test_what_cannot_be_fitted_is_named():
+    samples = clusters(20)
+    with pytest.raises(ValueError, match=r"two classes; all are of class \[0\]"):
+        probes.logistic_path(probes.Samples(samples.features, samples.labels * 0), [1.0], 3)
+    samples.features[3, 2] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        probes.logistic_path(samples, [1.0], 3)
 
 
 def test_settings_are_scored_on_the_validation_samples():
