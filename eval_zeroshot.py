@@ -12,14 +12,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -145,24 +149,68 @@ def zeroshot_classifier(
     templates: Sequence[str],
     device: torch.device | str,
     batch_size: int = 256,
+    cache: TextCache | None = None,
 ) -> Tensor:
     """One unit vector for each class: (d, C). CLIP, section 3.1.4: prompt ensembling in embedding space.
 
     Every template is filled ("{}") with the class's name, or with each of its synonyms where the name is a
     list; the text embeddings are normalised, averaged over the class and normalised again. Each distinct
-    prompt is encoded once, batch_size at a time.
+    prompt is encoded once, batch_size at a time; with a cache once for all runs.
     """
     if not classnames or not templates:
         raise ValueError("zero-shot classification needs at least one class name and one template")
     names = [[name] if isinstance(name, str) else list(name) for name in classnames]
     prompts = [[t.replace("{}", synonym) for t in templates for synonym in synonyms] for synonyms in names]
     row = {prompt: i for i, prompt in enumerate(dict.fromkeys(p for of_class in prompts for p in of_class))}
+    rows = [[row[p] for p in of_class] for of_class in prompts]  # of each class, among the distinct prompts
+    tokens = tokenizer(list(row))  # (P, L)
+    if cache and (kept := cache.read(tokens, rows)) is not None:
+        return kept.to(device)
     with evaluating(model):
-        tokens = tokenizer(list(row))  # (P, L)
         features = torch.cat([model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)])
     features = F.normalize(features, dim=-1)  # (P, d)
-    means = [features[[row[p] for p in of_class]].mean(dim=0) for of_class in prompts]
-    return F.normalize(torch.stack(means), dim=-1).T
+    means = [features[of_class].mean(dim=0) for of_class in rows]
+    classifier = F.normalize(torch.stack(means), dim=-1).T  # (d, C)
+    if cache:
+        cache.write(tokens, rows, classifier)
+    return classifier
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """Classifiers of earlier runs, each in a file whose name is a hash of all that it depends on.
+
+    That is the text side's weights and settings, the token ids of the prompts (hence the tokenizer, too), which
+    of them make up each class, the kind of device and the libraries: a stale one is never taken.
+    """
+
+    folder: Path
+    model: str
+    writes: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, device: torch.device, folder: Path, writes: bool) -> TextCache | None:
+        """The cache for a model of models.py; None for another library's, whose settings are not known."""
+        if not hasattr(model, "config"):
+            return None
+        text_side = {k: v for k, v in model.state_dict().items() if not k.startswith(("visual.", "image_"))}
+        settings = (model.config, device.type, torch.__version__, transformers.__version__)
+        key = f"{utils.weights_sha256(text_side)} {json.dumps(settings, sort_keys=True)}"
+        return cls(folder, key, writes)
+
+    def file(self, tokens: Tensor, rows: list[list[int]]) -> Path:
+        key = hashlib.sha256(f"{self.model} {tuple(tokens.shape)} {rows}".encode())
+        key.update(tokens.contiguous().numpy().tobytes())
+        return self.folder / f"text_{key.hexdigest()[:32]}.npy"
+
+    def read(self, tokens: Tensor, rows: list[list[int]]) -> Tensor | None:
+        file = self.file(tokens, rows)
+        return torch.from_numpy(np.load(file, allow_pickle=False)) if file.is_file() else None
+
+    def write(self, tokens: Tensor, rows: list[list[int]], classifier: Tensor) -> None:
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            utils.atomic_write(self.file(tokens, rows), lambda out: np.save(out, classifier.cpu().numpy()))
 
 
 def evaluate_zeroshot(
@@ -178,6 +226,7 @@ def evaluate_zeroshot(
     workers: int = 0,
     dist: utils.Distributed | None = None,
     skip_broken: bool = False,
+    cache: TextCache | None = None,
 ) -> dict[str, float | str]:
     """Zero-shot figures of a data set whose items are (picture tensor (3, S, S), class number).
 
@@ -185,7 +234,7 @@ def evaluate_zeroshot(
     counted once on any number of processes. A class number outside classnames is a ValueError; so is a broken
     picture, unless skip_broken leaves it out ("samples" tells).
     """
-    classifier = zeroshot_classifier(model, tokenizer, classnames, templates, device, batch_size)  # (d, C)
+    classifier = zeroshot_classifier(model, tokenizer, classnames, templates, device, batch_size, cache)  # (d, C)
     columns = ([], [], [], [])
     with evaluating(model):
         for index, pictures, target in _batches(dataset, batch_size, workers, device, dist, skip_broken):
@@ -390,7 +439,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add_data_arguments(parser)
     run = parser.add_argument_group("running")
-    run.add_argument("--output-dir", default="./", type=str, help="zeroshot.json is written here")
+    run.add_argument(
+        "--output-dir",
+        default="./",
+        type=str,
+        help="zeroshot.json is written here, and features/ with the prompts' embeddings for the next run",
+    )
     run.add_argument(
         "--batch-size",
         default=256,
@@ -584,6 +638,8 @@ def evaluate(args: argparse.Namespace, processes: utils.Distributed) -> dict:
     model = loaded.model.to(processes.device)
     opened, absent = open_sets(args, loaded.preprocess, say)
     common = dict(batch_size=args.batch_size, workers=args.workers, dist=processes, skip_broken=args.skip_broken)
+    # Between the epochs of main.py the weights change, so only this command keeps text features.
+    cache = TextCache.of(model, processes.device, Path(args.output_dir) / "features", processes.is_main)
     report = {"model": loaded.source, "zero_shot": {}, "retrieval": {}, "skipped": absent}
     for name, source in opened.items():
         if isinstance(source, Reader):
@@ -594,8 +650,9 @@ def evaluate(args: argparse.Namespace, processes: utils.Distributed) -> dict:
         else:
             dataset, classnames, templates, metric = source
             figures = evaluate_zeroshot(
-                model, loaded.tokenizer, dataset, classnames, templates, processes.device, metric=metric, **common
-            )
+                model, loaded.tokenizer, dataset, classnames, templates, processes.device,
+                metric=metric, cache=cache, **common,
+            )  # fmt: skip
             figures["broken"] = len(dataset) - figures["samples"]
             report["zero_shot"][name] = figures
             say(zeroshot_line(name, figures))

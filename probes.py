@@ -47,12 +47,9 @@ class Backbone:
 
     def fingerprint(self) -> str:
         """SHA-256 over the names and bytes of all weights and buffers on the image side."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            if name.startswith(("visual.", "image_projection")):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        image_side = ("visual.", "image_projection")
+        weights = self.model.state_dict()
+        return utils.weights_sha256({name: weights[name] for name in weights if name.startswith(image_side)})
 
     @torch.inference_mode()
     def width(self) -> int:

@@ -378,6 +378,15 @@ def atomic_write(path: str | Path, write: Callable) -> None:
         os.close(directory)
 
 
+def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of weights, in order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def save_checkpoint(state: dict, path: str | Path) -> None:
     """Write tensors and plain values so that a kill at any moment leaves either the old file or the new one."""
     atomic_write(path, lambda file: torch.save(state, file))

@@ -267,6 +267,57 @@ def test_each_distinct_prompt_is_encoded_once():
     assert seen == [3, 1]
 
 
+def text_files(folder):
+    return sorted((folder / "features").glob("text_*.npy"))
+
+
+def test_text_features_are_encoded_once_for_a_model_and_its_prompts(tmp_path, monkeypatch):
+    """The second run reads them; other weights, settings, prompts or tokens never find them."""
+    encoded = []
+    encode = models.CLIP.encode_text
+    monkeypatch.setattr(models.CLIP, "encode_text", lambda *args: encoded.append(1) or encode(*args))
+    args = [*command(tmp_path), "--datasets", "digits"]
+    first = ez.main(args)
+    assert encoded and len(text_files(tmp_path)) == 1
+    encoded.clear()
+    assert ez.main(args) == first and not encoded
+
+    def encodes(change):
+        state = utils.load_checkpoint(tmp_path / "checkpoint_best.pt")
+        change(state)
+        utils.save_checkpoint(state, tmp_path / "other.pt")
+        encoded.clear()
+        ez.main([*args, "--resume", str(tmp_path / "other.pt")])
+        return bool(encoded)
+
+    assert not encodes(lambda state: state["state_dict"]["visual.pos_embed"].zero_())  # the pictures' side
+    assert encodes(lambda state: state["state_dict"]["positional_embedding"].mul_(2))
+    assert encodes(lambda state: state["model"]["config"].update(text_heads=1))
+    assert encodes(lambda state: state["tokenizer"].update(context_length=20))
+    templates = ["scan of a {}"]
+    prompts = {"labels.json": ez.read_prompts("labels.json"), "templates.json": {"digits": templates}}
+    monkeypatch.setattr(ez, "read_prompts", prompts.__getitem__)
+    encoded.clear()
+    ez.main(args)
+    assert encoded
+
+
+def test_a_kept_classifier_is_the_encoded_one(tmp_path):
+    write_checkpoint(tmp_path / "checkpoint.pt")
+    loaded = models.load_pretrained(tmp_path / "checkpoint.pt")
+    cache = ez.TextCache.of(loaded.model, CPU, tmp_path / "features", writes=True)
+    silent = ez.TextCache.of(loaded.model, CPU, tmp_path / "elsewhere", writes=False)
+    args = (loaded.model, loaded.tokenizer, NAMES, TEMPLATES, CPU)
+    plain = ez.zeroshot_classifier(*args)
+    for _ in range(2):
+        assert torch.equal(ez.zeroshot_classifier(*args, cache=cache), plain)
+        assert torch.equal(ez.zeroshot_classifier(*args, cache=silent), plain)
+    assert len(text_files(tmp_path)) == 1 and not (tmp_path / "elsewhere").exists()
+    regrouped = [["cat", "big dog"], *NAMES[2:]]  # the same prompts, other classes
+    assert ez.zeroshot_classifier(loaded.model, loaded.tokenizer, regrouped, TEMPLATES, CPU, cache=cache).shape[1] == 6
+    assert ez.TextCache.of(Tower(), CPU, tmp_path, writes=True) is None  # settings unknown
+
+
 def test_a_classifier_needs_names_and_templates():
     with pytest.raises(ValueError, match="at least one class name"):
         ez.zeroshot_classifier(Tower(), tokenizer, [], TEMPLATES, CPU)
