@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from scipy.special import softmax
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -237,6 +238,8 @@ Score = Callable[[np.ndarray, np.ndarray], float]  # labels (n,), probabilities 
 
 # Penalties of the sweep, strongest first: lambda in mean cross-entropy + lambda / 2 * |weights|^2.
 LAMBDAS = tuple(10.0 ** (1 - i / 5) for i in range(30))  # 10 to 1.6e-5, five a decade
+# Products in one pass over the samples below which threads cost a fit more time than they save it.
+ONE_THREAD = 10**9
 
 
 @dataclass(frozen=True)
@@ -303,10 +306,11 @@ def logistic_path(
         scale = 1 / np.sqrt(np.append(variance / len(classes) + strength, 1 / len(classes)))[:, None]  # (r + 1, 1)
         # Zero, one, two or three solutions before this one: the parabola through the last three.
         start = 3 * (curve[-1] - curve[-2]) + curve[-3] if len(curve) > 3 else curve[-1]
-        result = minimize(
-            _scaled_loss, (start / scale).ravel(), args=(x, labels, strength, scale), jac=True, method="L-BFGS-B",
-            options={"maxiter": 5000, "maxfun": 10000, "maxls": 50, "gtol": tolerance, "ftol": 0.0},
-        )  # fmt: skip
+        with threadpool_limits(1 if x.size * len(classes) < ONE_THREAD else None):
+            result = minimize(
+                _scaled_loss, (start / scale).ravel(), args=(x, labels, strength, scale), jac=True,
+                method="L-BFGS-B", options={"maxiter": 5000, "maxfun": 10000, "gtol": tolerance, "ftol": 0.0},
+            )  # fmt: skip
         if result.status == 1:
             warnings.warn(f"logistic regression at penalty {penalty:g}: {result.message}", stacklevel=2)
         curve.append(result.x.reshape(shape) * scale)

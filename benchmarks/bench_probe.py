@@ -1,0 +1,250 @@
+"""The probe on features extracted once, beside the published method, on the same pictures, tower and machine.
+
+    python make_dataset.py demo --root phantoms
+    python benchmarks/bench_probe.py --root phantoms/cbis       CBIS-DDSM's layout (phantoms) and scikit-learn's digits
+    python benchmarks/bench_probe.py --root phantoms/cbis --pretrained checkpoint.pt
+
+The published method sends every picture, decoded anew, through the frozen tower in each of --epochs epochs, with a
+linear layer trained by SGD on top. All epochs are run, none is extrapolated. Both see the same test pictures once,
+after everything is chosen; the published method is spared the choice of its learning rate.
+
+Printed are the seconds of each method from pictures to test probabilities, those of a second run that finds the
+features on disk, and those of one fit beside the sweep over the penalties; then the test metrics with 95% intervals
+over patients (digits: over pictures) and the paired difference.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import downstream  # noqa: E402
+import metrics  # noqa: E402
+import models  # noqa: E402
+import probes  # noqa: E402
+import utils  # noqa: E402
+from datasets import CBIS_CLASSES, CBIS_KINDS, CbisLesions  # noqa: E402
+from transforms import Preprocess, eval_view  # noqa: E402
+
+SETS = (*(f"cbis_{kind}" for kind in CBIS_KINDS), "digits")
+SHOWN = ("auroc", "f1", "recall")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="+", default=["cbis_calc", "digits"], choices=SETS)
+    parser.add_argument("--root", type=Path, help="CBIS-DDSM's layout, after `make_dataset.py cbis` or `demo`")
+    parser.add_argument("--pretrained", default="", help="a checkpoint; without it --arch with fresh weights")
+    parser.add_argument("--arch", default="resnet18", help="timm's name of the untrained tower")
+    parser.add_argument("--size", type=int, default=64, help="pixels; with --pretrained the checkpoint's own")
+    parser.add_argument("--epochs", type=int, default=50, help="of the published method")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=0.1, help="of the published method, for a batch of 256")
+    parser.add_argument("-j", "--workers", type=int, default=0, help="loader processes, of both methods")
+    parser.add_argument("--fits", type=int, default=5, help="timed fits and sweeps; the median is printed")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The labelled pictures of one set, each split an indexable of (tensor (3, S, S), class number)."""
+
+    train: Dataset
+    val: Dataset
+    test: Dataset
+    labels: dict[str, np.ndarray]  # of each split, (n,)
+    groups: list[str]  # what the bootstrap draws: the patient of each test picture, or the picture itself
+    classes: list[str]
+    judged_by: str  # the metric that chooses the penalty
+
+
+def open_set(name: str, root: Path | None, pre: Preprocess, seed: int) -> Splits:
+    if name == "digits":
+        whole = downstream.create_downstream(name, True, None)
+        held_out = probes.stratified_part(whole.labels, 0.1, 1, np.random.default_rng(seed))
+        fitted = np.setdiff1d(np.arange(len(whole)), held_out)
+        view = partial(view_of, pre)
+        parts = [downstream.PictureArray(whole.pixels[rows], whole.classes, whole.labels[rows], view, whole.upsample)
+                 for rows in (fitted, held_out)]
+        parts.append(downstream.create_downstream(name, False, view))
+        groups, judged_by = [str(i) for i in range(len(parts[2]))], "recall"  # mean over classes
+        classes = whole.classes
+    else:
+        if root is None:
+            raise ValueError(f"{name} needs --root: `python make_dataset.py demo --root DIR` draws DIR/cbis")
+        kind = name.removeprefix("cbis_")
+        parts = [CbisLesions(root, kind, split, "crop", pre) for split in ("train", "val", "test")]
+        groups, judged_by = [row["patient"] for row in parts[2].rows], "auroc"
+        classes = list(CBIS_CLASSES)
+    names = ("train", "val", "test")
+    labels = {split: np.array(part.labels) for split, part in zip(names, parts, strict=True)}
+    return Splits(*parts, labels, groups, classes, judged_by)
+
+
+def view_of(pre: Preprocess, picture) -> torch.Tensor:
+    return eval_view(pre)(picture, None)
+
+
+def published(backbone: probes.Backbone, splits: Splits, args: argparse.Namespace) -> np.ndarray:
+    """Test probabilities (n, k) of a linear layer trained with the tower in the loop."""
+    torch.manual_seed(args.seed)
+    labelled = ConcatDataset([splits.train, splits.val])
+    loading = dict(batch_size=args.batch_size, num_workers=args.workers)
+    loader = DataLoader(labelled, shuffle=True, collate_fn=first_two, persistent_workers=args.workers > 0, **loading)
+    layer = nn.Linear(backbone.width(), len(splits.classes)).to(args.device)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    rate = args.lr * args.batch_size / 256
+    optimizer = torch.optim.SGD(layer.parameters(), rate, momentum=0.9)
+    for epoch in range(args.epochs):
+        optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
+        for pictures, labels in loader:
+            with torch.no_grad():
+                features = backbone.encode(pictures.to(args.device)).float()  # (B, d)
+            loss = F.cross_entropy(layer(features), labels.to(args.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    prob = []
+    with torch.no_grad():
+        for pictures, _ in DataLoader(splits.test, collate_fn=first_two, **loading):
+            prob.append(layer(backbone.encode(pictures.to(args.device)).float()).softmax(1).cpu())
+    return torch.cat(prob).numpy()
+
+
+def first_two(samples: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([sample[0] for sample in samples]), torch.tensor([sample[1] for sample in samples])
+
+
+def cached(
+    backbone: probes.Backbone, splits: Splits, args: argparse.Namespace, folder: Path
+) -> tuple[np.ndarray, dict[str, float], tuple[probes.Samples, probes.Samples, probes.Head]]:
+    """Test probabilities (n, k) as main_linear.py gets them, the seconds of its parts, and what was fitted on."""
+    loading = probes.Loading(folder, args.batch_size, args.workers)
+    start = time.perf_counter()
+    features = {name: probes.extract_or_reuse(backbone, getattr(splits, name), name, loading, args.processes)[0]
+                for name in ("train", "val", "test")}
+    extracted = time.perf_counter()
+    train, val = (probes.Samples(features[name], splits.labels[name]) for name in ("train", "val"))
+    head = probes.fit_logistic(train, val, len(splits.classes), score_of(splits))
+    prob = head.probabilities(features["test"])
+    end = time.perf_counter()
+    return prob, {"features": extracted - start, "head": end - extracted, "all": end - start}, (train, val, head)
+
+
+def score_of(splits: Splits) -> Callable[[np.ndarray, np.ndarray], float]:
+    def score(labels: np.ndarray, prob: np.ndarray) -> float:
+        return metrics.classification_metrics(labels, prob, splits.classes, splits.classes[-1])[splits.judged_by]
+
+    return score
+
+
+def time_fits(train: probes.Samples, penalty: float, num_classes: int, fits: int) -> dict[str, float]:
+    """Median seconds of one fit, of the sweep over all penalties, and of scikit-learn's fit as it comes."""
+    def scikit_learn() -> None:
+        x = StandardScaler().fit_transform(train.features)
+        LogisticRegression(C=1 / (penalty * len(x)), max_iter=5000).fit(x, train.labels)
+
+    todo = {
+        "one_fit": lambda: probes.logistic_path(train, [penalty], num_classes),
+        "sweep": lambda: probes.logistic_path(train, probes.LAMBDAS, num_classes),
+        "one_fit_scikit_learn": scikit_learn,
+    }
+    seconds = {name: [] for name in todo}
+    for _ in range(fits):  # in turn, so that a disturbance meets all three
+        for name, fit in todo.items():
+            start = time.perf_counter()
+            fit()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
+
+
+def measure(name: str, backbone: probes.Backbone, args: argparse.Namespace) -> dict:
+    splits = open_set(name, args.root, backbone.preprocess, args.seed)
+    backbone.encode(torch.stack([splits.train[i][0] for i in range(4)]).to(args.device))  # warm
+    with tempfile.TemporaryDirectory() as folder:
+        ours, seconds, (train, _, head) = cached(backbone, splits, args, Path(folder))
+        again, seconds_again, _ = cached(backbone, splits, args, Path(folder))
+    start = time.perf_counter()
+    theirs = published(backbone, splits, args)
+    seconds_published = time.perf_counter() - start
+    last = dict(malignant=splits.classes[-1], seed=args.seed)
+    of_test = splits.labels["test"]
+    both = {method: metrics.patient_bootstrap(of_test, prob, splits.groups, splits.classes, **last)
+            for method, prob in (("published", theirs), ("cached", ours))}
+    difference = metrics.paired_patient_bootstrap(of_test, ours, theirs, splits.groups, splits.classes, **last)
+    return {
+        "set": name, "tower": backbone.name, "size": backbone.preprocess.size, "feature_dim": train.features.shape[1],
+        "samples": {split: len(labels) for split, labels in splits.labels.items()}, "epochs": args.epochs,
+        "seconds_published": seconds_published, "seconds_cached": seconds, "seconds_again": seconds_again,
+        "ratio": seconds_published / seconds["all"], "ratio_again": seconds_published / seconds_again["all"],
+        "same_again": bool(np.array_equal(ours, again)), "penalties": len(probes.LAMBDAS),
+        "penalty": head.chosen["lambda"],
+        "seconds_fit": time_fits(train, head.chosen["lambda"], len(splits.classes), args.fits),
+        "metrics": {method: {m: asdict(values[m]) for m in SHOWN} for method, values in both.items()},
+        "difference": {m: asdict(difference[m]) for m in SHOWN},
+        "text": {m: [both["published"][m].percent(), both["cached"][m].percent(), difference[m].percent()]
+                 for m in SHOWN},
+    }
+
+
+def describe(row: dict) -> str:
+    part, fit = row["seconds_cached"], row["seconds_fit"]
+    lines = [
+        f"{row['set']}: {row['tower']} at {row['size']} pixels, {row['feature_dim']} features, {row['samples']}",
+        f"  published, {row['epochs']} epochs  {row['seconds_published']:9.2f} s",
+        f"  cached                {part['all']:9.2f} s  ({part['features']:.2f} features, {part['head']:.2f} sweep of "
+        f"{row['penalties']} and last fit): {row['ratio']:.1f} times faster",
+        f"  cached, again         {row['seconds_again']['all']:9.2f} s  {row['ratio_again']:.0f} times faster"
+        + ("" if row["same_again"] else "; NOT THE SAME PROBABILITIES"),
+        f"  on the features       {fit['one_fit']:9.3f} s one fit, {fit['sweep']:.3f} s the sweep; scikit-learn's one "
+        f"fit {fit['one_fit_scikit_learn']:.3f} s (lambda {row['penalty']:.2g})",
+    ]
+    for name, (theirs, ours, difference) in row["text"].items():
+        lines.append(f"  {name:<7} published {theirs}   cached {ours}   difference {difference}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Measure each of --sets; prints a report and a JSON line for each and returns them."""
+    args = get_args_parser().parse_args(argv)
+    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.processes = utils.Distributed(0, 1, 0, args.device)
+    if args.pretrained:
+        backbone = probes.load_backbone(argparse.Namespace(**vars(args), model=None, untrained=False), args.device)
+    else:
+        utils.seed_everything(args.seed)
+        model = models.create_model("CLIP_VITT16", vision_tower=args.arch, image_size=args.size)
+        model = model.eval().requires_grad_(False).to(args.device)
+        backbone = probes.Backbone(model.visual, model, model.preprocess, "backbone", f"{args.arch}, untrained")
+    where = torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine()
+    print(f"{where}, {torch.get_num_threads()} threads, {args.workers} loader processes; {utils.versions()}")
+    rows = []
+    for name in args.sets:
+        row = measure(name, backbone, args)
+        rows.append(row)
+        print(f"{describe(row)}\n{json.dumps({k: v for k, v in row.items() if k != 'text'})}", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
