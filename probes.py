@@ -299,24 +299,25 @@ def logistic_path(
     scaler = StandardScaler().fit(samples.features.astype(np.float64))
     x, variance, axes = _on_principal_axes(scaler.transform(samples.features.astype(np.float64)))
     shape = (len(variance) + 1, len(classes))  # the last row is the bias
-    found, curve = [], [np.zeros(shape)]
-    for penalty in penalties:
-        # One vector for the difference of two classes, halved between them, has half the squared length.
-        strength = penalty * (2 if len(classes) == 2 else 1)
-        scale = 1 / np.sqrt(np.append(variance / len(classes) + strength, 1 / len(classes)))[:, None]  # (r + 1, 1)
-        # Zero, one, two or three solutions before this one: the parabola through the last three.
-        start = 3 * (curve[-1] - curve[-2]) + curve[-3] if len(curve) > 3 else curve[-1]
-        with threadpool_limits(1 if x.size * len(classes) < ONE_THREAD else None):
+    curve = [np.zeros(shape)]
+    with threadpool_limits(1 if x.size * len(classes) < ONE_THREAD else None):
+        for penalty in penalties:
+            # One vector for the difference of two classes, halved between them, has half the squared length.
+            strength = penalty * (2 if len(classes) == 2 else 1)
+            scale = 1 / np.sqrt(np.append(variance / len(classes) + strength, 1 / len(classes)))[:, None]  # (r + 1, 1)
+            # The parabola through the last three solutions; until there are three, the last one.
+            start = 3 * (curve[-1] - curve[-2]) + curve[-3] if len(curve) > 3 else curve[-1]
             result = minimize(
                 _scaled_loss, (start / scale).ravel(), args=(x, labels, strength, scale), jac=True,
                 method="L-BFGS-B", options={"maxiter": 5000, "maxfun": 10000, "gtol": tolerance, "ftol": 0.0},
             )  # fmt: skip
-        if result.status == 1:
-            warnings.warn(f"logistic regression at penalty {penalty:g}: {result.message}", stacklevel=2)
-        curve.append(result.x.reshape(shape) * scale)
-        weight, bias = axes @ curve[-1][:-1], curve[-1][-1]  # (d, k'), (k',)
-        found.append(partial(_probabilities, scaler, weight, bias, classes, num_classes))
-    return found
+            if result.status == 1:
+                warnings.warn(f"logistic regression at penalty {penalty:g}: {result.message}", stacklevel=2)
+            curve.append(result.x.reshape(shape) * scale)
+    return [
+        partial(_probabilities, scaler, axes @ solution[:-1], solution[-1], classes, num_classes)
+        for solution in curve[1:]
+    ]
 
 
 def _on_principal_axes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

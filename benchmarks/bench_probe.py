@@ -37,6 +37,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import downstream  # noqa: E402
+import main_linear  # noqa: E402
 import metrics  # noqa: E402
 import models  # noqa: E402
 import probes  # noqa: E402
@@ -74,7 +75,7 @@ class Splits:
     labels: dict[str, np.ndarray]  # of each split, (n,)
     groups: list[str]  # what the bootstrap draws: the patient of each test picture, or the picture itself
     classes: list[str]
-    judged_by: str  # the metric that chooses the penalty
+    score: Callable[[np.ndarray, np.ndarray], float]  # what chooses the penalty, as in main_linear.py
 
 
 def open_set(name: str, root: Path | None, pre: Preprocess, seed: int) -> Splits:
@@ -86,18 +87,22 @@ def open_set(name: str, root: Path | None, pre: Preprocess, seed: int) -> Splits
         parts = [downstream.PictureArray(whole.pixels[rows], whole.classes, whole.labels[rows], view, whole.upsample)
                  for rows in (fitted, held_out)]
         parts.append(downstream.create_downstream(name, False, view))
-        groups, judged_by = [str(i) for i in range(len(parts[2]))], "recall"  # mean over classes
-        classes = whole.classes
+        groups, classes = [str(i) for i in range(len(parts[2]))], whole.classes
+        score = top1
     else:
         if root is None:
             raise ValueError(f"{name} needs --root: `python make_dataset.py demo --root DIR` draws DIR/cbis")
         kind = name.removeprefix("cbis_")
         parts = [CbisLesions(root, kind, split, "crop", pre) for split in ("train", "val", "test")]
-        groups, judged_by = [row["patient"] for row in parts[2].rows], "auroc"
-        classes = list(CBIS_CLASSES)
+        groups, classes = [row["patient"] for row in parts[2].rows], list(CBIS_CLASSES)
+        score = main_linear.macro_auroc
     names = ("train", "val", "test")
     labels = {split: np.array(part.labels) for split, part in zip(names, parts, strict=True)}
-    return Splits(*parts, labels, groups, classes, judged_by)
+    return Splits(*parts, labels, groups, classes, score)
+
+
+def top1(labels: np.ndarray, prob: np.ndarray) -> float:
+    return main_linear.scores("digits", labels, prob)["score"]
 
 
 def view_of(pre: Preprocess, picture) -> torch.Tensor:
@@ -145,17 +150,10 @@ def cached(
                 for name in ("train", "val", "test")}
     extracted = time.perf_counter()
     train, val = (probes.Samples(features[name], splits.labels[name]) for name in ("train", "val"))
-    head = probes.fit_logistic(train, val, len(splits.classes), score_of(splits))
+    head = probes.fit_logistic(train, val, len(splits.classes), splits.score)
     prob = head.probabilities(features["test"])
     end = time.perf_counter()
     return prob, {"features": extracted - start, "head": end - extracted, "all": end - start}, (train, val, head)
-
-
-def score_of(splits: Splits) -> Callable[[np.ndarray, np.ndarray], float]:
-    def score(labels: np.ndarray, prob: np.ndarray) -> float:
-        return metrics.classification_metrics(labels, prob, splits.classes, splits.classes[-1])[splits.judged_by]
-
-    return score
 
 
 def time_fits(train: probes.Samples, penalty: float, num_classes: int, fits: int) -> dict[str, float]:

@@ -26,6 +26,9 @@ import main  # noqa: E402
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDINGS = ("a scan of the handwritten digit {}", "the number {}", "someone wrote the digit {}", "a handwritten {}",
             "a small grey picture of the number {}", 'a photo of the number: "{}".')
+# A ConvNet: with so few pictures a ViT of this size is still near chance when the ConvNet is done.
+TOWERS = ("--context-length", "32", "--vision-tower", "convnext_atto", "--override", "vision.dims=(16,32,64,96)",
+          "vision.depths=(1,1,1,1)", "text_width=96", "text_heads=3", "text_layers=2", "embed_dim=64")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -82,10 +85,7 @@ def run(argv: list[str] | None = None) -> dict:
     row = main.main([
         "--dataset", "csv", "--root", str(root), "--metadata", str((data / "pairs.csv").resolve()),
         "--model", "SLIP_VITT16", "--output-dir", str(output), "--image-size", size,
-        # A ConvNet: with so few pictures a ViT of this size is still near chance when the ConvNet is done.
-        "--vision-tower", "convnext_atto", "--override", "vision.dims=(16,32,64,96)", "vision.depths=(1,1,1,1)",
-        f"vision.patch_size={patch}", "text_width=96", "text_heads=3", "text_layers=2", "embed_dim=64",
-        "--ssl-mlp-dim", "256", "--ssl-emb-dim", "64", "--context-length", "32", "--batch-size", "64",
+        *TOWERS, f"vision.patch_size={patch}", "--ssl-mlp-dim", "256", "--ssl-emb-dim", "64", "--batch-size", "64",
         "--epochs", str(epochs), "--lr", "1e-3", "--wd", "0.1", "--eval-freq", str(epochs),
         "--zeroshot-set", "digits", "-j", "0", "--seed", str(args.seed)])
     pool = row["val_pool"]
