@@ -451,7 +451,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=int,
         help="pictures, or prompts, for each process at a time; memory and speed only",
     )
-    run.add_argument("-j", "--workers", default=10, type=int, help="loader processes for each process; 0 for none")
+    run.add_argument("-j", "--workers", default=10, type=int,
+                     help="loader processes for each process, no more than there are cores; 0 for none")
     utils.add_distributed_arguments(parser)
     return parser
 
@@ -637,7 +638,8 @@ def evaluate(args: argparse.Namespace, processes: utils.Distributed) -> dict:
     say(f"evaluating {loaded.source} on {processes.device}")
     model = loaded.model.to(processes.device)
     opened, absent = open_sets(args, loaded.preprocess, say)
-    common = dict(batch_size=args.batch_size, workers=args.workers, dist=processes, skip_broken=args.skip_broken)
+    workers = min(args.workers, len(os.sched_getaffinity(0)))
+    common = dict(batch_size=args.batch_size, workers=workers, dist=processes, skip_broken=args.skip_broken)
     # Between the epochs of main.py the weights change, so only this command keeps text features.
     cache = TextCache.of(model, processes.device, Path(args.output_dir) / "features", processes.is_main)
     report = {"model": loaded.source, "zero_shot": {}, "retrieval": {}, "skipped": absent}
