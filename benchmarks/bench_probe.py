@@ -58,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=64, help="pixels; with --pretrained the checkpoint's own")
     parser.add_argument("--epochs", type=int, default=50, help="of the published method")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=0.1, help="of the published method, for a batch of 256")
+    parser.add_argument("--lr", type=float, default=1.0, help="of the published method, for a batch of 256")
     parser.add_argument("-j", "--workers", type=int, default=0, help="loader processes, of both methods")
     parser.add_argument("--fits", type=int, default=5, help="timed fits and sweeps; the median is printed")
     parser.add_argument("--seed", type=int, default=0)
