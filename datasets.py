@@ -1073,17 +1073,26 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class Collate:
-    """Samples to a batch: pictures stacked to (B, 3, S, S), "text" tokenised to (B, L), "index" (B,)."""
+    """Samples to a batch: pictures stacked to (B, 3, S, S), "text" tokenised to (B, L), "index" (B,).
 
-    def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor] | None = None):
+    With `trim`, for a text tower that never reads padding, what lies behind the longest caption, rounded up to a
+    multiple of 8 tokens, is left out: nothing to compute there, and few different lengths.
+    """
+
+    def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor] | None = None, trim: bool = False):
         self.tokenizer = tokenizer  # None where no text is read
+        self.trim = trim
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         batch = {}
         for name in samples[0]:
             values = [sample[name] for sample in samples]
             if name == "text":
-                batch[name] = self.tokenizer(values)
+                tokens = self.tokenizer(values)  # (B, L)
+                if self.trim:
+                    longest = int(tokens.any(0).nonzero().max()) + 1  # every caption has its start and end token
+                    tokens = tokens[:, : longest + -longest % 8].contiguous()
+                batch[name] = tokens
             else:
                 batch[name] = torch.tensor(values) if name == "index" else torch.stack(values)
         return batch

@@ -313,7 +313,8 @@ def build_loader(args: argparse.Namespace, reader, model: nn.Module, tokenizer, 
                                           bad_samples=Path(args.output_dir) / "bad_samples.txt",
                                           max_bad_share=args.max_bad_share)
     sampler = datasets.GlobalBatchSampler(len(reader), args.batch_size, processes.rank, processes.world_size, args.seed)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=datasets.Collate(tokenizer),
+    collate = datasets.Collate(tokenizer, trim=model.objective.text and not model.text.reads_padding)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate,
                       num_workers=args.workers, persistent_workers=args.workers > 0,
                       # Forked workers share the reader's texts; from Python 3.14 on that has to be asked for.
                       multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None,
