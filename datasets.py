@@ -1085,17 +1085,25 @@ class Collate:
     """Samples to a batch: views stacked to uint8 (B, 3, S, S), "text" tokenised to (B, L), "index" (B,).
 
     Rows of colours become float64 (B, 14).
+
+    With `trim`, for a text tower that never reads padding, what lies behind the longest caption, rounded up to a
+    multiple of 8 tokens, is left out: nothing to compute there, and few different lengths.
     """
 
-    def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor] | None = None):
+    def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor] | None = None, trim: bool = False):
         self.tokenizer = tokenizer  # None where no text is read
+        self.trim = trim
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         batch = {}
         for name in samples[0]:
             values = [sample[name] for sample in samples]
             if name == "text":
-                batch[name] = self.tokenizer(values)
+                tokens = self.tokenizer(values)  # (B, L)
+                if self.trim:
+                    longest = int(tokens.any(0).nonzero().max()) + 1  # every caption has its start and end token
+                    tokens = tokens[:, : longest + -longest % 8].contiguous()
+                batch[name] = tokens
             elif name == "index":
                 batch[name] = torch.tensor(values)
             elif name.endswith("_colour"):

@@ -638,7 +638,7 @@ def evaluate(args: argparse.Namespace, processes: utils.Distributed) -> dict:
     say(f"evaluating {loaded.source} on {processes.device}")
     model = loaded.model.to(processes.device)
     opened, absent = open_sets(args, loaded.preprocess, say)
-    workers = min(args.workers, len(os.sched_getaffinity(0)))
+    workers = min(args.workers, utils.cores())
     common = dict(batch_size=args.batch_size, workers=workers, dist=processes, skip_broken=args.skip_broken)
     # Between the epochs of main.py the weights change, so only this command keeps text features.
     cache = TextCache.of(model, processes.device, Path(args.output_dir) / "features", processes.is_main)

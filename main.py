@@ -124,6 +124,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                        help="with --update-freq: contrast within each micro-batch, as published, or over the whole "
                             "step, which gives the gradient of the one big batch for a second pass through the towers "
                             "(exact but for BatchNorm inside an image tower, a ResNet's, which sees micro-batches)")
+    train.add_argument("--compile", default=None, action=argparse.BooleanOptionalAction,
+                       help="compile the towers with torch.compile at the first step, a minute or so, for faster ones; "
+                            "validation runs without (default: on a GPU with Triton and a C compiler, unless --shard)")
     train.add_argument("--grad-checkpointing", action="store_true",
                        help="keep only the blocks' inputs of both towers for the backward pass and compute the rest "
                             "again: less memory, about a third more time; not for ResNet-50")
@@ -245,6 +248,30 @@ def trained_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
     return loaded.model, loaded.tokenizer
 
 
+def compiles(args: argparse.Namespace, device: torch.device) -> bool:
+    return not args.shard and utils.compilation_pays(device) if args.compile is None else args.compile
+
+
+def prepare_training(args: argparse.Namespace, model: nn.Module, processes: utils.Distributed
+                     ) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, object, torch.amp.GradScaler]:
+    """Model on its device, what is called in training, optimizer, and context and gradient scaler of the precision."""
+    model = utils.synchronise_batchnorm(model, processes).to(processes.device)
+    if not args.shard:  # FSDP2 takes contiguous parameters only
+        model.to(memory_format=torch.channels_last)
+    if compiles(args, processes.device):
+        # With --accum-negatives full the second pass must draw the first one's dropout, which only eager numbers do.
+        utils.compile_towers(model, options={"fallback_random": args.accum_negatives == "full"})
+    trained = model
+    if args.shard:
+        utils.shard(model, processes)
+    elif processes.world_size > 1 and args.accum_negatives == "micro":
+        trained = DistributedDataParallel(model, broadcast_buffers=False, device_ids=[processes.device.index]
+                                          if processes.device.type == "cuda" else None)
+    optimizer = torch.optim.AdamW(utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas),
+                                  eps=args.eps, fused=True)
+    return model, trained, optimizer, *utils.autocast_of(processes.device, args.disable_amp)
+
+
 def build_reader(args: argparse.Namespace, split: str, caption_filter: str, say):
     if not args.root:
         raise ValueError(f"--root is missing: the folder of the {args.dataset} data set")
@@ -315,7 +342,8 @@ def build_loader(args: argparse.Namespace, reader, model: nn.Module, tokenizer, 
                                           max_bad_share=args.max_bad_share,
                                           colour_later=processes.device.type == "cuda")
     sampler = datasets.GlobalBatchSampler(len(reader), args.batch_size, processes.rank, processes.world_size, args.seed)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=datasets.Collate(tokenizer),
+    collate = datasets.Collate(tokenizer, trim=model.objective.text and not model.text.reads_padding)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate,
                       num_workers=args.workers, persistent_workers=args.workers > 0,
                       # Forked workers share the reader's texts; from Python 3.14 on that has to be asked for.
                       multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None,
@@ -328,6 +356,7 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
     world, say = run.processes.world_size, run.logger.line
     effective = args.batch_size * args.update_freq * world
     derived = {"world_size": world, "device": str(run.processes.device), "training_pairs": n_pairs,
+               "compiled": compiles(args, run.processes.device),
                "global_batch": args.batch_size * world, "effective_batch": effective,
                "steps_per_epoch": run.steps_per_epoch, "total_steps": run.steps_per_epoch * args.epochs,
                "learning_rate": args.lr, "model_config": run.model.config,
@@ -673,7 +702,9 @@ def finish_epoch(run: Run, readers: dict, zero_shot) -> dict:
     score = None
     if done % args.eval_freq == 0 or done == args.epochs:
         save(run)  # validation does not answer signals; a kill in it must not cost the end of the epoch
-        figures, score = validate(args, run.processes, run.model, run.tokenizer, run.logger.line, readers, zero_shot)
+        with torch.compiler.set_stance("force_eager"):  # other shapes, seen a few times: not worth compiling for
+            figures, score = validate(args, run.processes, run.model, run.tokenizer, run.logger.line, readers,
+                                      zero_shot)
         row |= figures
     is_best = score > run.best if score is not None else not readers and zero_shot is None
     run.best = score if is_best and score is not None else run.best
@@ -710,21 +741,9 @@ def main(argv: list[str] | None = None) -> dict:
             reader = build_reader(args, "train", args.caption_filter, say)
             readers = build_validation(args, model.objective, say)
         zero_shot = zero_shot_set(args, model, say)
-        model = utils.synchronise_batchnorm(model, processes).to(processes.device)
-        if not args.shard:  # FSDP2 takes contiguous parameters only
-            model.to(memory_format=torch.channels_last)
+        model, trained, optimizer, autocast, scaler = prepare_training(args, model, processes)
         utils.seed_everything(args.seed + processes.rank)  # dropout differs between ranks
-
         loader = build_loader(args, reader, model, tokenizer, processes)
-        trained = model
-        if args.shard:
-            utils.shard(model, processes)
-        elif processes.world_size > 1 and args.accum_negatives == "micro":
-            trained = DistributedDataParallel(model, broadcast_buffers=False, device_ids=[processes.device.index]
-                                              if processes.device.type == "cuda" else None)
-        optimizer = torch.optim.AdamW(utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas),
-                                      eps=args.eps, fused=True)
-        autocast, scaler = utils.autocast_of(processes.device, args.disable_amp)
         run = Run(args, processes, model, trained, tokenizer,
                   model.objective.loss(args.ssl_temp, args.ssl_scale, args.gather_with_grad), optimizer, autocast,
                   scaler, loader, math.ceil(len(loader.batch_sampler) / args.update_freq), logger,

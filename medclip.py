@@ -63,6 +63,11 @@ class BertText:
     pooling: str = "masked"
     modules = ("bert",)
 
+    @property
+    def reads_padding(self) -> bool:
+        """Whether an embedding depends on how far its caption is padded."""
+        return self.pooling == "medclip"
+
     def __post_init__(self):
         if self.pooling not in POOLINGS:
             raise ValueError(f"unknown text pooling {self.pooling!r}: choose one of {', '.join(POOLINGS)}")

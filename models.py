@@ -103,6 +103,7 @@ class CLIPText:
     heads: int = 8
     layers: int = 12
     modules = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+    reads_padding = False  # attention is causal, and the read-out stands before the padding
 
     def attach(self, model: nn.Module, embed_dim: int) -> None:
         """Register the tower's parameters on `model`, in the initial distributions of CLIP's published code."""

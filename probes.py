@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -163,7 +162,7 @@ class Loading:
 
     def workers_of(self, processes: utils.Distributed) -> int:
         """Loader processes for this one among the node's processes; no more than there are cores."""
-        return min(self.workers, len(os.sched_getaffinity(0))) // processes.world_size
+        return min(self.workers, utils.cores()) // processes.world_size
 
 
 @torch.inference_mode()

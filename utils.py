@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -68,6 +69,11 @@ class Distributed:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -276,7 +282,8 @@ def gradients_finite(model: nn.Module) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Gathered and freed one at a time: the transformer blocks of timm, of CLIP's text tower, of BERT and of Swin.
-_SHARDED_BLOCKS = ("Block", "TextBlock", "BertLayer", "SwinLayer", "ConvNeXtBlock", "Bottleneck")
+_TRANSFORMER_BLOCKS = ("Block", "TextBlock", "BertLayer", "SwinLayer")
+_SHARDED_BLOCKS = (*_TRANSFORMER_BLOCKS, "ConvNeXtBlock", "Bottleneck")
 
 
 def shard(model: nn.Module, processes: Distributed) -> nn.Module:
@@ -342,6 +349,33 @@ def autocast_of(device: torch.device, disabled: bool = False
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return lambda: torch.autocast(device.type, dtype=dtype), scaler
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def compilation_pays(device: torch.device) -> bool:
+    """Whether torch.compile is worth its start: on GPUs that Triton supports, where it and a C compiler are there."""
+    compilers = (os.environ.get("CC") or "cc", "gcc", "clang")
+    return (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+            and importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers)))
+
+
+def compile_towers(model: nn.Module, **options) -> None:
+    """Have torch compile the towers at their first call, in place: parameters keep their names.
+
+    Where a transformer's blocks are alike they are compiled once for all of them, which starts much sooner than the
+    whole tower; a tower whose blocks differ, a Swin or a ResNet, is compiled as a whole.
+
+    Args:
+        options: of torch.compile.
+    """
+    for tower in filter(None, (getattr(model, name, None) for name in ("visual", "transformer", "bert"))):
+        blocks = [m for m in tower.modules() if type(m).__name__ in _TRANSFORMER_BLOCKS]
+        alike = len({str(block) for block in blocks}) == 1  # the text holds shapes and drop rates
+        for module in blocks if alike else [tower]:
+            module.compile(**options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -22,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import common  # noqa: E402
 
 import losses  # noqa: E402
-import utils  # noqa: E402
 
 NAMES = ("image_embed", "text_embed", "aug1_embed", "aug2_embed")
 
@@ -41,9 +41,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def full_matrices(outputs: dict[str, Tensor], temperature: float = 0.1) -> dict[str, Tensor]:
+def full_matrices(outputs: dict[str, Tensor], temperature: float = 0.1, ssl_scale: float = 1.0) -> dict[str, Tensor]:
     """SLIP's loss with all logits at once (Mu et al. 2021, algorithm 1)."""
-    image, text, a, b = (F.normalize(outputs[name].float(), dim=-1) for name in NAMES)
+    dtype = torch.promote_types(outputs["image_embed"].dtype, torch.float32)
+    image, text, a, b = (F.normalize(outputs[name].to(dtype), dim=-1) for name in NAMES)
     labels = torch.arange(len(image), device=image.device)
     clip = (F.cross_entropy(outputs["logit_scale"] * image @ text.T, labels)
             + F.cross_entropy(outputs["logit_scale"] * text @ image.T, labels)) / 2
@@ -52,7 +53,7 @@ def full_matrices(outputs: dict[str, Tensor], temperature: float = 0.1) -> dict[
     bb = (b @ b.T).masked_fill(itself, -torch.inf)
     ssl = (F.cross_entropy(torch.cat([a @ b.T, aa], 1) / temperature, labels)
            + F.cross_entropy(torch.cat([b @ a.T, bb], 1) / temperature, labels)) / 2
-    return {"loss": clip + ssl}
+    return {"loss": clip + ssl_scale * ssl}
 
 
 METHODS = {"tiles": losses.SLIPLoss(losses.SIMCLRLoss(0.1)), "full": full_matrices}
@@ -62,16 +63,6 @@ def make_inputs(batch: int, dim: int, device: torch.device) -> dict[str, Tensor]
     g = torch.Generator(device).manual_seed(0)
     inputs = {name: torch.randn(batch, dim, generator=g, device=device).requires_grad_() for name in NAMES}
     return inputs | {"logit_scale": torch.tensor(14.3, device=device, requires_grad=True)}
-
-
-def resident_peak() -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
-
-
-def resident_now() -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) * 1024
 
 
 def measure(method: str, batch: int, dim: int, runs: int, device: torch.device) -> dict:
@@ -84,21 +75,13 @@ def measure(method: str, batch: int, dim: int, runs: int, device: torch.device) 
     for _ in range(runs):
         for x in inputs.values():
             x.grad = None
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-            before = resident_now()
+        before = common.memory_now(device)
         start = time.perf_counter()
         loss(inputs)["loss"].backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        common.synchronise(device)
         seconds.append(time.perf_counter() - start)
-        after = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
-        peak = max(peak, after - before)
-    return {"seconds": sorted(seconds)[len(seconds) // 2], "peak": peak}
+        peak = max(peak, common.peak_memory(device) - before)
+    return {"seconds": common.median(seconds), "peak": peak}
 
 
 def compare(device: torch.device, dim: int) -> float:
@@ -114,14 +97,12 @@ def compare(device: torch.device, dim: int) -> float:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     args = get_args_parser().parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    device = common.choose_device(args.cpu)
     if args.one:
         method, batch = args.one.split(":")
         print(json.dumps(measure(method, int(batch), args.dim, args.runs, device)))
         return []
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, " \
-        f"{torch.get_num_threads()} threads"
-    print(f"{where}; {utils.versions()}; {args.runs} runs, median")
+    print(common.describe(device, args.runs))
     print(f"largest relative difference of loss and gradients at batch 1,024: {compare(device, args.dim):.1e}")
     rows = []
     print(f"{'batch':>7} {'tiles s':>9} {'full s':>9} {'ratio':>6} {'tiles MiB':>10} {'full MiB':>10} {'ratio':>6} "

@@ -62,8 +62,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.0, help="of the published method, for a batch of 256")
     parser.add_argument("-j", "--workers", type=int, default=0, help="loader processes, of both methods")
-    parser.add_argument("--fits", type=int, default=5, help="timed runs of what is fast: the cached method, fits, sweeps; the median "
-                        "is printed")
+    parser.add_argument("--fits", type=int, default=5, help="timed runs of what is fast (cached method, fits, sweeps); "
+                        "their median is printed")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -225,7 +225,8 @@ def describe(row: dict) -> str:
     part, fit = row["seconds_cached"], row["seconds_fit"]
     lines = [
         f"{row['set']}: {row['tower']} at {row['size']} pixels, {row['feature_dim']} features, {row['samples']}",
-        f"  published, {row['epochs']} epochs  {row['seconds_published']['all']:9.2f} s, {row['seconds_published']['cpu']:.2f} CPU",
+        f"  published, {row['epochs']} epochs  {row['seconds_published']['all']:9.2f} s, "
+        f"{row['seconds_published']['cpu']:.2f} CPU",
         f"  cached                {part['all']:9.2f} s, {part['cpu']:.2f} CPU  ({part['features']:.2f} features, "
         f"{part['head']:.2f} sweep of {row['penalties']} and last fit): {row['ratio']:.1f} times faster, "
         f"{row['ratio_cpu']:.1f} in CPU seconds",

@@ -893,6 +893,15 @@ def test_batches_hold_stacked_pictures_and_token_ids(reader):
     assert set(Collate()([{"view1": torch.zeros(3, 2, 2), "index": 3}])) == {"view1", "index"}
 
 
+def test_trimmed_captions_lose_padding_alone():
+    tokenizer, texts = SimpleTokenizer(), ["a mass", "a " * 13 + "mass"]  # 4 and 16 tokens with start and end
+    for chosen, length in ((texts[:1], 8), (texts, 16), (["a " * 200], 77), ([""], 8)):
+        samples = [{"text": text, "index": 0} for text in chosen]
+        whole, trimmed = Collate(tokenizer)(samples)["text"], Collate(tokenizer, trim=True)(samples)["text"]
+        assert whole.shape[1] == 77 and trimmed.shape[1] == length and trimmed.is_contiguous()
+        assert torch.equal(trimmed, whole[:, :length]) and not whole[:, length:].any()
+
+
 def test_eval_pairs_take_the_evaluation_view(reader):
     pairs = pickle.loads(pickle.dumps(EvalPairs(reader, PRE)))
     tensor, index = pairs[4]

@@ -125,6 +125,25 @@ def test_accumulation_has_a_correct_tail(roco, tmp_path):
     assert len([r for r in rows if r["kind"] == "train"]) == 2
 
 
+@pytest.mark.parametrize("model, extra, length", [
+    ("CLIP_VITT16", [], 16), ("MEDCLIP_RESNET", [], 16), ("MEDCLIP_RESNET", ["--text-pooling", "medclip"], 24)])
+def test_the_text_tower_is_given_what_it_reads(roco, tmp_path, monkeypatch, model, extra, length):
+    """Captions of 9 to 12 tokens in a context of 24; MedCLIP's own pooling reads the padding too."""
+    seen, original = set(), main.accumulate_micro
+
+    def watched(run, micro_batches):
+        seen.update(inputs[1].shape[1] for inputs in micro_batches)
+        yield from original(run, micro_batches)
+
+    monkeypatch.setattr(main, "accumulate_micro", watched)
+    argv = command(roco, tmp_path, "--epochs", "1", "--eval-freq", "9", *extra, model=model)
+    if model == "MEDCLIP_RESNET":
+        argv = [x for x in argv if not x.startswith("vision.")]
+        argv[argv.index("text_layers=1")] = "text_layers=2"
+    main.main(argv)
+    assert seen == {length}
+
+
 def test_the_tail_weighs_its_micro_batches_by_their_number(roco, tmp_path):
     """The gradient of a group is the mean over its micro-batches, whatever --update-freq says."""
     runs = {}

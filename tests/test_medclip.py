@@ -133,6 +133,7 @@ def test_masked_pooling_ignores_padding_and_medclip_pooling_does_not():
     with torch.no_grad():
         torch.testing.assert_close(masked.encode_text(short), masked.encode_text(padded), rtol=1e-4, atol=1e-5)
         exact = tiny_medslip(text_pooling="medclip").eval()
+        assert exact.text.reads_padding and not masked.text.reads_padding
         assert (exact.encode_text(short) - exact.encode_text(padded)).abs().max() > 1e-3
     with pytest.raises(ValueError, match="mean.*masked, medclip"):
         tiny_medslip(text_pooling="mean")

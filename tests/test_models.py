@@ -145,6 +145,27 @@ def test_long_captions_differ_and_trimmed_padding_changes_nothing():
         model.encode_text(torch.ones(1, 17, dtype=torch.long))
 
 
+@pytest.mark.parametrize("tower", ["clip", "bert"])
+def test_embeddings_and_gradients_do_not_depend_on_how_far_captions_are_padded(tower):
+    """In eval mode, as dropout draws other numbers for another length."""
+    model = tiny_model("CLIP", text_tower=tower, context_length=24, text_layers=2).eval().double()
+    tokens = torch.tensor([[126, 5, 6, 127, 0, 0], [126, 9, 127, 0, 0, 0]])
+    towards = torch.randn(2, model.config["embed_dim"], dtype=torch.float64)
+    results = []
+    for length in (24, 8, 4):
+        padded = torch.zeros(2, length, dtype=torch.long)
+        padded[:, :min(length, 6)] = tokens[:, :length]
+        model.zero_grad()
+        embedded = model.encode_text(padded)
+        (embedded * towards).sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append({"embedding": embedded.detach(), **grads})
+    assert not model.text.reads_padding and len(results[0]) > 20
+    for trimmed in results[1:]:
+        for name, whole in results[0].items():
+            torch.testing.assert_close(trimmed[name], whole, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("tower, prefix", [("image", "visual."), ("text", "transformer.")])
 def test_a_frozen_tower_has_no_gradient_and_stays_in_eval_mode(tower, prefix):
     model, case = golden_model("SLIP")

@@ -1,0 +1,53 @@
+"""What several benchmarks share: where they run, and how much memory a stretch of code takes."""
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+import utils
+
+
+def choose_device(cpu: bool) -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() and not cpu else torch.device("cpu")
+
+
+def describe(device: torch.device, runs: int) -> str:
+    """Hardware, versions, commit and number of runs, for the head of a table."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else \
+        f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{where}; " + ", ".join(f"{k} {v}" for k, v in utils.versions().items()) + f"; {runs} runs, median"
+
+
+def median(values: list[float]) -> float:
+    """The middle value, of an even number the upper of the two in the middle."""
+    return sorted(values)[len(values) // 2]
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _resident(field: str) -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024
+
+
+def memory_now(device: torch.device) -> int:
+    """Bytes in use, from which peak_memory counts on: the allocator's on a GPU, the resident set on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest number of bytes in use since memory_now was called."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    return _resident("VmHWM")

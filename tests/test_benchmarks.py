@@ -1,0 +1,87 @@
+"""Benchmarks on tiny settings: that they run, compare equal things, and count what they say. Never how fast."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import bench_step  # noqa: E402
+
+TINY = ["--image-size", "64", "--ssl-mlp-dim", "16", "--ssl-emb-dim", "8", "--override", "text_width=32",
+        "text_heads=2", "text_layers=2"]
+VIT = ["vision.patch_size=16", "vision.embed_dim=32", "vision.depth=2", "vision.num_heads=2"]
+SWIN = ["vision.embed_dim=12", "vision.depths=[1,1]", "vision.num_heads=[2,2]"]
+CASES = [("SLIP_VITT16", VIT), ("MEDSLIP_VIT", SWIN), ("MEDSLIP_RESNET", [])]
+
+
+def steps(name, extra):
+    flags, device = bench_step.training_flags(name, [*TINY, *extra]), torch.device("cpu")
+    return bench_step.Ours(flags, device), bench_step.Plain(flags, device)
+
+
+@pytest.mark.parametrize("name, extra", CASES)
+def test_the_two_steps_compute_the_same(name, extra):
+    ours, plain = steps(name, extra)
+    assert bench_step.compare(ours, plain, 8)[0] < (1e-3 if name == "MEDSLIP_RESNET" else bench_step.EQUAL)
+    # Transformers computes some softmaxes in float32 whatever it is given.
+    assert max(bench_step.compare(ours, plain, 8, torch.float64)) < 1e-7
+    with torch.no_grad():
+        plain.model.image_projection[0, 0] += 1
+    batch = bench_step.make_batch(plain, 8)
+    with bench_step.without_dropout(ours, plain):
+        assert abs(ours.backward(batch) - plain.backward(batch)) > 1e-4  # equality above was no accident
+
+
+def test_the_plain_step_has_no_fused_attention(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("scaled_dot_product_attention was called")
+
+    for name, extra in CASES:
+        ours, plain = steps(name, extra)
+        with monkeypatch.context() as m:
+            m.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+            plain.step(bench_step.make_batch(plain, 4))
+            with pytest.raises(AssertionError, match="was called"):
+                ours.step(bench_step.make_batch(ours, 4))
+
+
+def test_flops_are_those_of_the_formulas():
+    """A forward pass and two of its size back, except that nothing flows back to the pictures."""
+    _, plain = steps("SLIP_VITT16", VIT)
+    B, tokens, width, dim, head, out = 6, 17, 32, 256, 16, 8
+    patches = 3 * 16 * width * 3 * 16 * 16  # 3 views of 16 patches of 3 x 16 x 16
+    block = 12 * width ** 2 + 2 * width * tokens  # qkv, projection and MLP; scores and their use
+    vision = 3 * 2 * tokens * block
+    text = 2 * 77 * (12 * 32 ** 2 + 2 * 32 * 77)
+    heads = width * dim + 32 * dim + 2 * (width * head + head * head + head * out)
+    loss = 2 * B * B * dim + 4 * B * B * out  # image-text both ways; four quarters of the views
+    expected = 6 * B * (vision + text + heads) + 4 * B * patches + 6 * loss
+    assert bench_step.count_flops(plain, B) == expected
+
+
+def test_a_whole_benchmark(capsys):
+    (row,) = bench_step.main(["--cpu", "--models", "SLIP_VITT16", "--batch-size", "8", "--runs", "2", "--steps", "1",
+                              *TINY, *VIT])
+    assert row["differences"]["float32"][0] < bench_step.EQUAL and max(row["differences"]["float64"]) < 1e-9
+    assert row["ours_tokens"] <= row["plain_tokens"] == 77
+    for key in ("ours", "plain"):
+        assert row[f"{key}_seconds"] > 0 and row[f"{key}_matrix_peak"] > 0 and row[f"{key}_peak"] > 2 ** 20
+    out = capsys.readouterr().out
+    assert "times as fast" in out and "commit" in out
+    with pytest.raises(ValueError, match="--memory-limit"):
+        bench_step.main(["--cpu", "--largest-batch"])
+    with pytest.raises(SystemExit):
+        bench_step.main(["--cpu", "--no-such-flag"])
+
+
+@pytest.mark.slow
+def test_the_largest_batch_is_found_by_running_out_of_memory():
+    rest = ["--grad-checkpointing", *TINY, *VIT]
+    results = {}
+    for limit in (0.75, 1.5):
+        args = bench_step.get_args_parser().parse_args(["--cpu", "--memory-limit", str(limit)])
+        results[limit] = bench_step.largest_batch("SLIP_VITT16", 32, args, rest).get("largest_batch", 0)
+    assert 32 <= results[1.5] and results[0.75] < results[1.5]
