@@ -50,10 +50,11 @@ import models  # noqa: E402
 import utils  # noqa: E402
 from transforms import draw_colour  # noqa: E402
 
-SMALL = ["--image-size", "64", "--ssl-mlp-dim", "1024", "--override", "vision.patch_size=8"]  # 65 tokens a picture
+SMALL = ["--image-size", "64", "--ssl-mlp-dim", "1024",
+         "--override", "vision.patch_size=8", "vision.depth=6", "text_layers=4"]  # 65 tokens a picture
 DEFAULTS = {  # models, batch size, steps in a run, and flags of main.py for each kind of device
     "cuda": (["SLIP_VITB16", "MEDSLIP_VIT", "MEDSLIP_RESNET"], 128, 10, []),
-    "cpu": (["SLIP_VITT16"], 32, 2, SMALL),
+    "cpu": (["SLIP_VITT16"], 16, 2, SMALL),
 }
 EQUAL = 1e-5
 COMPARED = 32  # samples at most in the comparison, whose numbers take up to four times the memory of fp16
@@ -66,7 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", metavar="NAME",
                         choices=[name for name, config in models.MODELS.items() if config.objective == "slip"],
                         help="SLIP_* and MEDSLIP_* models; naming one leaves the CPU's small sizes out")
-    parser.add_argument("--batch-size", type=utils.positive_int, help="pairs a step (default: 128, on a CPU 32)")
+    parser.add_argument("--batch-size", type=utils.positive_int, help="pairs a step (default: 128, on a CPU 16)")
     parser.add_argument("--runs", type=utils.positive_int, default=5, help="timed runs of each; the median is printed")
     parser.add_argument("--steps", type=utils.positive_int, help="steps in a run (default: 10, on a CPU 2)")
     parser.add_argument("--largest-batch", action="store_true",
