@@ -78,10 +78,11 @@ def test_a_whole_benchmark(capsys):
 
 
 @pytest.mark.slow
-def test_the_largest_batch_is_found_by_running_out_of_memory():
+def test_the_largest_batch_within_a_limit():
     rest = ["--grad-checkpointing", *TINY, *VIT]
     results = {}
-    for limit in (0.75, 1.5):
+    for limit in (0.05, 0.2, 0.4):
         args = bench_step.get_args_parser().parse_args(["--cpu", "--memory-limit", str(limit)])
-        results[limit] = bench_step.largest_batch("SLIP_VITT16", 32, args, rest).get("largest_batch", 0)
-    assert 32 <= results[1.5] and results[0.75] < results[1.5]
+        results[limit] = bench_step.largest_batch("SLIP_VITT16", 32, args, rest)
+    assert results[0.05] == {} and 32 <= results[0.2]["largest_batch"] < results[0.4]["largest_batch"]
+    assert results[0.4]["largest_batch_peak"] <= 0.4 * 2 ** 30

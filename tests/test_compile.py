@@ -94,7 +94,8 @@ def test_a_compiled_run_resumes_and_equals_the_uncompiled(roco, tmp_path, monkey
     a, b = weights(plain), weights(whole)
     assert list(a) == list(b)
     for key in a:
-        torch.testing.assert_close(b[key], a[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+        # A bias ahead of BatchNorm has a gradient of rounding alone; one wrong step would be 1e-4 to 1e-3.
+        torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
     assert json.loads((whole / "settings.json").read_text())["derived"]["compiled"] is True
     assert models.load_pretrained(whole / "checkpoint.pt").model.name == "SLIP_VITT16"
     with monkeypatch.context() as m:
