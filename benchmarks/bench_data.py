@@ -11,9 +11,9 @@ operations. The methods take turns, sample by sample, in one process on one thre
     crops only  what it does when it trains on a GPU, where the colours of the batch are changed; uint8 out
 
 In the row `shrunk` ours reads the copy that make_dataset.py shrink --short-side 448 writes, the published method the
-original. Before anything is timed, statistics
-of many views of the first two methods are compared by Kolmogorov-Smirnov tests, beside the published method with
-itself; on smooth and on grainy pictures, because a blur that is only nearly Pillow's shows on the latter.
+original. Before anything is timed, statistics of many views of the first two methods are compared by
+Kolmogorov-Smirnov tests, beside the published method with itself; on smooth and on grainy pictures, because a blur that
+is only nearly Pillow's shows on the latter.
 """
 from __future__ import annotations
 

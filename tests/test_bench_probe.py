@@ -22,7 +22,7 @@ def test_both_methods_find_the_same_on_cbis(tmp_path, capsys):
     cbis_tree.make_small_cbis(tmp_path)
     make_dataset.make_cbis(tmp_path)
     flags = ["--sets", "cbis_mass", "--root", str(tmp_path), "--arch", "test_resnet", "--size", "32", "--fits", "1"]
-    (row,) = bench.main([*flags, "--epochs", "30", "--batch-size", "16", "--lr", "3"])
+    (row,) = bench.main([*flags, "--epochs", "30", "--batch-size", "16"])
     printed = capsys.readouterr().out
     assert json.loads(printed.splitlines()[-1]) == {k: v for k, v in row.items() if k != "text"}
     assert (row["epochs"], row["penalties"], row["same_again"]) == (30, 30, True)
