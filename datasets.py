@@ -630,20 +630,21 @@ class Cc12m(Cc3m):
 
 class RedCaps(Reader):
     """RedCaps (Desai et al. 2021): the merged list of annotations, and `images/<subreddit>/<id>.jpg` as the
-    downloader writes them or `<subreddit>/<id>.jpg` as SLIP reads them."""
+    downloader writes them or `<subreddit>/<id>.jpg` as SLIP reads them; each subreddit may lie either way."""
 
     splits = ("train",)
     indexed = True
 
     def locate(self, metadata: str) -> None:
         self.find(metadata, "redcaps_v1.json")
-        self.images = "images/" if (self.root / "images").is_dir() else ""
 
     def rows(self) -> Iterator[Row]:
+        images = self.root / "images"
+        downloaded = {folder.name for folder in images.iterdir()} if images.is_dir() else set()
         for number, item in enumerate(iter_json(self.files[0], "annotations")):
             where = f"{self.files[0]} annotation {number}"
             image, folder, caption = fields_of(item, where, image_id=str, subreddit=str, caption=str)
-            yield Row(where, f"{self.images}{folder}/{image}.jpg", [caption])
+            yield Row(where, f"{'images/' if folder in downloaded else ''}{folder}/{image}.jpg", [caption])
 
 
 # -------------------------------------------------------------------------------------------------- tar shards

@@ -508,6 +508,16 @@ def test_redcaps_in_slips_layout(tmp_path):
     assert grey_of(create_reader("redcaps", make_redcaps(tmp_path, "")).picture(0)) == 90
 
 
+def test_redcaps_with_a_subreddit_in_each_layout(tmp_path):
+    make_redcaps(tmp_path, "images")
+    save_jpeg(tmp_path / "birding" / "b1.jpg", 60)
+    rows = [{"image_id": image, "caption": image, "subreddit": subreddit}
+            for image, subreddit in (("abc1", "itap"), ("b1", "birding"))]
+    (tmp_path / "redcaps_v1.json").write_text(json.dumps(rows))
+    reader = create_reader("redcaps", tmp_path)
+    assert [grey_of(reader.picture(i)) for i in range(len(reader))] == [90, 60] and reader.dropped == 0
+
+
 @pytest.mark.parametrize("name", ["yfcc15m", "cc3m", "cc12m", "redcaps"])
 def test_sources_without_validation_say_so(tmp_path, name):
     LARGE[name][0](tmp_path)
