@@ -580,6 +580,7 @@ class Yfcc15m(Reader):
     def data(self, i: int) -> bytes:
         return self.archives.read(*self._place(i))
 
+
 class Coco(Reader):
     """COCO Captions 2017 (Chen et al. 2015): `{train,val}2017/` and `annotations/captions_*.json`."""
 
@@ -715,6 +716,7 @@ class WebDataset(Reader):
 
     def data(self, i: int) -> bytes:
         return self.archives.read(*self._place(i)[:3])
+
 
 def expand_shards(pattern: str) -> list[str]:
     """The paths that a brace pattern, or several joined by `::`, stands for."""
