@@ -714,6 +714,42 @@ def finish_epoch(run: Run, readers: dict, zero_shot) -> dict:
     return row
 
 
+def evaluate(args: argparse.Namespace, processes: utils.Distributed, logger: utils.Logger) -> dict[str, float]:
+    """Validate a checkpoint, once the processes have met."""
+    say = logger.line
+    model, tokenizer = trained_model(args, say)
+    return validate(args, processes, model.to(processes.device), tokenizer, say,
+                    build_validation(args, model.objective, say), zero_shot_set(args, model, say))[0]
+
+
+def train(args: argparse.Namespace, processes: utils.Distributed, logger: utils.Logger) -> dict:
+    """All epochs that are left, once the processes have met."""
+    say = logger.line
+    utils.seed_everything(args.seed)  # all ranks start from the same weights
+    model, tokenizer = build_model(args, say)
+    with utils.main_process_first(processes):
+        reader = build_reader(args, "train", args.caption_filter, say)
+        readers = build_validation(args, model.objective, say)
+    zero_shot = zero_shot_set(args, model, say)
+    model, trained, optimizer, autocast, scaler = prepare_training(args, model, processes)
+    utils.seed_everything(args.seed + processes.rank)  # dropout differs between ranks
+    loader = build_loader(args, reader, model, tokenizer, processes)
+    run = Run(args, processes, model, trained, tokenizer,
+              model.objective.loss(args.ssl_temp, args.ssl_scale, args.gather_with_grad), optimizer, autocast,
+              scaler, loader, math.ceil(len(loader.batch_sampler) / args.update_freq), logger,
+              resume_settings(args, model, tokenizer, processes, len(reader)), epoch=args.start_epoch)
+    resume(run)  # first, because a refusal leaves the run's files as they are
+    record_settings(args, run, len(reader))
+
+    figures = {}
+    with StopRequest() as stop:
+        while run.epoch < args.epochs:
+            if not train_one_epoch(run, stop):
+                return {**figures, "stopped_by": stop.name}
+            figures = finish_epoch(run, readers, zero_shot)
+    return figures
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; returns the last epoch's figures, and `stopped_by` where a signal came first."""
     args = get_args_parser().parse_args(argv)
@@ -727,37 +763,9 @@ def main(argv: list[str] | None = None) -> dict:
     processes = utils.init_distributed(args)
     if args.shard and processes.world_size == 1:
         raise ValueError("--shard splits the model over several processes: start it with torchrun or submitit")
-    output_dir = Path(args.output_dir)
-    logger = utils.Logger(output_dir, processes.is_main, args.wandb, vars(args))
-    say = logger.line
-    with closing(logger), utils.ending_together(processes, say):
-        if args.evaluate:
-            model, tokenizer = trained_model(args, say)
-            return validate(args, processes, model.to(processes.device), tokenizer, say,
-                            build_validation(args, model.objective, say), zero_shot_set(args, model, say))[0]
-        utils.seed_everything(args.seed)  # all ranks start from the same weights
-        model, tokenizer = build_model(args, say)
-        with utils.main_process_first(processes):
-            reader = build_reader(args, "train", args.caption_filter, say)
-            readers = build_validation(args, model.objective, say)
-        zero_shot = zero_shot_set(args, model, say)
-        model, trained, optimizer, autocast, scaler = prepare_training(args, model, processes)
-        utils.seed_everything(args.seed + processes.rank)  # dropout differs between ranks
-        loader = build_loader(args, reader, model, tokenizer, processes)
-        run = Run(args, processes, model, trained, tokenizer,
-                  model.objective.loss(args.ssl_temp, args.ssl_scale, args.gather_with_grad), optimizer, autocast,
-                  scaler, loader, math.ceil(len(loader.batch_sampler) / args.update_freq), logger,
-                  resume_settings(args, model, tokenizer, processes, len(reader)), epoch=args.start_epoch)
-        resume(run)  # first, because a refusal leaves the run's files as they are
-        record_settings(args, run, len(reader))
-
-        figures = {}
-        with StopRequest() as stop:
-            while run.epoch < args.epochs:
-                if not train_one_epoch(run, stop):
-                    return {**figures, "stopped_by": stop.name}
-                figures = finish_epoch(run, readers, zero_shot)
-        return figures
+    logger = utils.Logger(Path(args.output_dir), processes.is_main, args.wandb, vars(args))
+    with closing(logger), utils.ending_together(processes, logger.line):
+        return (evaluate if args.evaluate else train)(args, processes, logger)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import importlib.util
 import json
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -122,7 +124,14 @@ def init_distributed(args: argparse.Namespace) -> Distributed:
 
 def leave_distributed(processes: Distributed) -> None:
     if processes.world_size > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+        _release_group()
+
+
+def _release_group() -> None:
+    # A gloo group that outlives this call inside a DistributedDataParallel dies with that, under the interpreter's
+    # lock, for which one of the group's own threads may be waiting: with torch 2.11 most processes then never ended.
+    gc.collect()
+    dist.destroy_process_group()
 
 
 @contextmanager
@@ -144,6 +153,7 @@ def ending_together(processes: Distributed, say: Callable[[str], None] = print) 
                     f"long it may): {str(error).partition('. ')[0]}")
         first, store = _first_failure(mine)
         say(f"all ranks end: {first}")
+        traceback.clear_frames(error.__traceback__)  # what they hold must not outlive the group
         _break_connections(processes, store)
         if lost or first != mine:
             raise SystemExit(f"rank {processes.rank} ends: {first}") from None
@@ -168,7 +178,7 @@ def _break_connections(processes: Distributed, store: dist.Store | None) -> None
     """
     if dist.get_backend() != "gloo":
         return
-    dist.destroy_process_group()
+    _release_group()
     end = time.monotonic() + 5
     with suppress(RuntimeError):  # the store may go meanwhile
         informed = store.add("informed", 1) if store else processes.world_size
