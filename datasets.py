@@ -313,7 +313,7 @@ class Reader:
         return decode_picture(self.data(i), self.name(i))
 
     def pixels(self, i: int) -> torch.Tensor:
-        """`picture` as uint8 planes (3, H, W), or (1, H, W) where the three are equal."""
+        """`picture` as uint8 planes (3, H, W), or (1, H, W) of a grey JPEG."""
         return decode_pixels(self.data(i), self.name(i))
 
 

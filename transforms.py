@@ -114,36 +114,36 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
 
 
 def decode_pixels(data: bytes, name: str) -> Tensor:
-    """What `decode_picture` reads, as uint8 planes (3, H, W), or (1, H, W) where the three are equal."""
+    """What `decode_picture` reads, as uint8 planes (3, H, W), the channels innermost; (1, H, W) of a grey JPEG."""
     from torchvision.io import decode_jpeg  # here, because a process that only reads captions needs 0.2 GB less
 
     try:
         img = Image.open(io.BytesIO(data))  # the header alone: refuses pictures too large to be one
         if img.format == "JPEG" and img.mode in ("L", "RGB"):
-            return grey_if_equal(decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)))
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except _DECODE_ERRORS:
         pass  # Pillow decides below whether it is broken, and says why
     return pixels_of(decode_picture(data, name))
 
 
 def pixels_of(img: Image.Image) -> Tensor:
-    """An RGB or grey picture as uint8 planes; (1, H, W) where its channels are equal."""
+    """An RGB or grey picture as uint8 planes (3 or 1, H, W), the channels innermost."""
     pixels = torch.from_numpy(np.array(img))  # (H, W, 3) or (H, W)
-    return pixels[None] if pixels.ndim == 2 else grey_if_equal(pixels.permute(2, 0, 1))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def grey_if_equal(pixels: Tensor) -> Tensor:
     """The first of three planes if all are equal, as in a radiograph that is stored in colour."""
     if len(pixels) == 1:
         return pixels
-    lines = pixels.permute(1, 2, 0).numpy()  # (H, W, 3), contiguous from every decoder
+    lines = pixels.permute(1, 2, 0).numpy()  # (H, W, 3), contiguous from decoders and from resizing
     for part in (lines[::32], lines):  # a few lines tell of most pictures that they have colours
         flat = part.ravel()
         same = flat[1:] == flat[:-1]
         same[2::3] = True  # the blue of one pixel beside the red of the next
         if not same.all():
             return pixels
-    return pixels[:1]
+    return pixels[:1].contiguous()
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -237,6 +237,7 @@ class Preprocess:
         pixels = pixels_of(to_rgb8(picture)) if isinstance(picture, Image.Image) else picture
         if self.prepare == "slip":
             return pixels
+        pixels = grey_if_equal(pixels)
         grey = pixels if len(pixels) == 1 else torch.from_numpy(luma(pixels.numpy()))
         height, width = grey.shape[1:]
         side = max(self.size, height, width)
@@ -281,13 +282,14 @@ def random_resized_crop(
 ) -> Tensor:
     """A part of random area (share in `scale`) and aspect (3/4 to 4/3, log-uniform): uint8 (C, size, size).
 
-    Resized with the antialiased triangle that Pillow calls bilinear, on 8 bits.
+    Resized with the antialiased triangle that Pillow calls bilinear, on 8 bits. C is 1 where the part is grey: what
+    follows is the less work, and here, where there is little to look at, is the place to find out.
     """
     height, width = pixels.shape[1:]
     top, left, height, width = _crop_box(width, height, scale, rng)
     part = pixels[None, :, top : top + height, left : left + width]
     part = part.contiguous(memory_format=torch.channels_last)  # the layout in which it is fastest
-    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
+    return grey_if_equal(F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0])
 
 
 def _crop_box(
