@@ -1,9 +1,9 @@
-"""Picture-text sources, what the training loop draws from them, and the CBIS-DDSM lesions.
+"""Image-text sources, what the training loop draws from them, and the CBIS-DDSM lesions.
 
-A reader is one source of pictures with captions: `len(r)`, `r.captions(i) -> list[str]`, `r.picture(i)` in
-RGB, `r.name(i) -> str` for messages, `r.dropped` absent pictures, `r.log` lines worth printing. Each
+A reader is one source of images with captions: `len(r)`, `r.captions(i) -> list[str]`, `r.image(i)` in
+RGB, `r.name(i) -> str` for messages, `r.dropped` absent images, `r.log` lines worth printing. Each
 publisher's layout has a small class in READERS that yields its rows. The rest is shared: rows that leave
-the root are refused, rows without a picture are dropped and counted, captions are filtered, texts lie in
+the root are refused, rows without an image are dropped and counted, captions are filtered, texts lie in
 shared arrays.
 """
 
@@ -35,14 +35,14 @@ from tqdm import tqdm
 
 from metadata import iter_json, read_pickle
 from transforms import (
-    BrokenPicture,
     Preprocess,
+    UnreadableImage,
     apply_colour,
-    decode_picture,
+    decode_image,
     decode_pixels,
     eval_view,
     read_bytes,
-    read_picture,
+    read_image,
     ssl_pixels,
     train_pixels,
 )
@@ -93,7 +93,7 @@ class TextBuilder:
 
 
 # -------------------------------------------------------------------------------------------- caption filters
-# Stems of words that name the kind of picture. "Mammary", mammoplasty and the Mammotome make no mammogram;
+# Stems of words that name the kind of image. "Mammary", mammoplasty and the Mammotome make no mammogram;
 # panoramic and lateral views may be CT; angiography and fluoroscopy use x-rays but look like no radiograph.
 MAMMO_WORDS = (
     r"mammogra",  # mammogram, -graphy, -graphic, French mammographie
@@ -129,10 +129,10 @@ def caption_pattern(caption_filter: str) -> re.Pattern | None:
 # ----------------------------------------------------------------------------------------- what readers share
 @dataclass
 class Row:
-    """One picture as its metadata states it."""
+    """One image as its metadata states it."""
 
     where: str  # file and line, for messages
-    picture: str | int  # path relative to the root, or a number where a rule gives the path
+    image: str | int  # path relative to the root, or a number where a rule gives the path
     captions: list[str]
 
 
@@ -140,10 +140,10 @@ class Row:
 class Columns:
     """The n rows that stay."""
 
-    pictures: TextColumn | np.ndarray  # (n,)
+    images: TextColumn | np.ndarray  # (n,)
     texts: TextColumn  # all captions, row after row
     first: np.ndarray  # (n + 1,) int64: row i has texts first[i]:first[i + 1]; (2,) if all have as many
-    dropped: int  # rows whose picture is absent
+    dropped: int  # rows whose image is absent
     log: list[str]
 
 
@@ -177,7 +177,7 @@ class NothingKept(ValueError):
 
 
 class Reader:
-    """A source of pictures with captions. A subclass finds its files in `locate` and yields them from `rows`.
+    """A source of images with captions. A subclass finds its files in `locate` and yields them from `rows`.
 
     Args:
         root: the folder that the publisher's download makes.
@@ -190,7 +190,7 @@ class Reader:
 
     splits: tuple[str, ...] = SPLITS
     indexed = False  # whether reading the rows takes so long that the result is kept in a file
-    numbered = False  # whether rows give a picture by number
+    numbered = False  # whether rows give an image by number
     files: list[Path]  # of captions, set by `locate`
 
     def __init__(
@@ -202,7 +202,7 @@ class Reader:
         cache_dir: str | Path = "",
     ):
         if split not in self.splits:
-            raise ValueError(f"this data set has no split {split!r}; choose from {', '.join(self.splits)}")
+            raise ValueError(f"this dataset has no split {split!r}; choose from {', '.join(self.splits)}")
         self.root = Path(os.path.abspath(root))
         if not self.root.is_dir():
             raise FileNotFoundError(f"the data root {self.root} is not a folder")
@@ -210,7 +210,7 @@ class Reader:
         pattern = caption_pattern(caption_filter)
         self.locate(metadata)
         columns = indexed_columns(self, cache_dir) if self.indexed else self.columns()
-        self.pictures, self.texts, self.first = columns.pictures, columns.texts, columns.first
+        self.images, self.texts, self.first = columns.images, columns.texts, columns.first
         self.dropped, self.log = columns.dropped, list(columns.log)
         self.kept: np.ndarray | None = None  # the rows that the caption filter leaves, None for all
         if pattern is not None:
@@ -236,34 +236,34 @@ class Reader:
         raise NotImplementedError
 
     def finder(self) -> Callable[[Row], bool]:
-        """Whether a row's picture exists, for many rows."""
+        """Whether a row's image exists, for many rows."""
         listing = Listing(self.root)
-        return lambda row: inside(row.picture, row.where) in listing
+        return lambda row: inside(row.image, row.where) in listing
 
     def columns(self) -> Columns:
-        """Read `rows` once: those with picture and caption stay; the others are counted, the first named."""
+        """Read `rows` once: those with image and caption stay; the others are counted, the first named."""
         exists = self.finder()
-        pictures, texts = array("i") if self.numbered else TextBuilder(), TextBuilder()
+        images, texts = array("i") if self.numbered else TextBuilder(), TextBuilder()
         first = array("q", [0])
-        absent = silent = 0  # rows without a picture, rows without a caption
+        absent = silent = 0  # rows without an image, rows without a caption
         first_absent = first_silent = ""
         for row in tqdm(self.rows(), "indexing", unit=" rows", disable=None if self.indexed else True):
             captions = [text.strip() for text in row.captions]
             if not exists(row):
                 absent += 1
-                first_absent = first_absent or f"{row.picture} ({row.where})".strip()
+                first_absent = first_absent or f"{row.image} ({row.where})".strip()
             elif not any(captions):
                 silent += 1
                 first_silent = first_silent or row.where
             else:
-                pictures.append(row.picture)
+                images.append(row.image)
                 for text in captions:
                     texts.append(text)
                 first.append(first[-1] + len(captions))
         source, n = " and ".join(map(str, self.files)), len(first) - 1
-        log = [f"{source}: {n} pictures with captions"]
+        log = [f"{source}: {n} images with captions"]
         if absent:
-            log.append(f"{absent} rows dropped because their picture is absent; first: {first_absent}")
+            log.append(f"{absent} rows dropped because their image is absent; first: {first_absent}")
         if silent:
             log.append(f"{silent} rows dropped because they have no caption; first: {first_silent}")
         if n == 0:
@@ -272,25 +272,25 @@ class Reader:
         counts = np.diff(spans)
         if counts.min() == counts.max():
             spans = spans[:2].copy()
-        kept = np.frombuffer(pictures, dtype=np.int32) if self.numbered else pictures.column()
+        kept = np.frombuffer(images, dtype=np.int32) if self.numbered else images.column()
         return Columns(kept, texts.column(), spans, absent, log)
 
     def _keep(self, pattern: re.Pattern, caption_filter: str) -> None:
         total = len(self)
         matches = (any(map(pattern.search, self.captions(i))) for i in range(total))
         self.kept = np.flatnonzero(np.fromiter(matches, dtype=bool, count=total))
-        message = f"the caption filter {caption_filter!r} keeps {len(self.kept)} of {total} pictures"
+        message = f"the caption filter {caption_filter!r} keeps {len(self.kept)} of {total} images"
         if not len(self.kept):
             raise NothingKept(f"{message}; filters with a name: {', '.join(CAPTION_FILTERS)}")
         self.log.append(message)
 
     def _row(self, i: int) -> int:
         if not 0 <= i < len(self):
-            raise IndexError(f"picture {i} of {len(self)}")
+            raise IndexError(f"image {i} of {len(self)}")
         return i if self.kept is None else int(self.kept[i])
 
     def __len__(self) -> int:
-        return len(self.pictures) if self.kept is None else len(self.kept)
+        return len(self.images) if self.kept is None else len(self.kept)
 
     def captions(self, i: int) -> list[str]:
         """One or more, none of them empty."""
@@ -302,18 +302,22 @@ class Reader:
         return [text for j in range(start, stop) if (text := self.texts[j])]
 
     def name(self, i: int) -> str:
-        return str(self.root / self.pictures[self._row(i)])
+        return str(self.root / self.images[self._row(i)])
 
     def data(self, i: int) -> bytes:
-        """The picture's file, byte for byte. Raises as `picture` does where it cannot be had."""
+        """The image's file, byte for byte. Raises as `image` does where it cannot be had."""
         return read_bytes(self.name(i))
 
+    def image(self, i: int) -> Image.Image:
+        """RGB, 8 bits. Raises UnreadableImage or FileNotFoundError, naming the file."""
+        return decode_image(self.data(i), self.name(i))
+
     def picture(self, i: int) -> Image.Image:
-        """RGB, 8 bits. Raises BrokenPicture or FileNotFoundError, naming the file."""
-        return decode_picture(self.data(i), self.name(i))
+        """The name that scripts of others know `image` by."""
+        return self.image(i)
 
     def pixels(self, i: int) -> torch.Tensor:
-        """`picture` as uint8 planes (3, H, W), or (1, H, W) of a grey JPEG."""
+        """`image` as uint8 planes (3, H, W), or (1, H, W) of a grey JPEG."""
         return decode_pixels(self.data(i), self.name(i))
 
 
@@ -381,7 +385,7 @@ class RocoAll(Roco):
 
 
 class RocoV2(Reader):
-    """ROCO v2 (Rückert et al. 2024): `<split>_captions.csv` with ID and Caption, and the pictures in
+    """ROCO v2 (Rückert et al. 2024): `<split>_captions.csv` with ID and Caption, and the images in
     `<split>_images/<split>/`, `<split>_images/` or `<split>/`; validation is called `valid`."""
 
     def locate(self, metadata: str) -> None:
@@ -390,13 +394,13 @@ class RocoV2(Reader):
         folders = (f"{short}_images/{short}", f"{short}_images", short)
         self.images = next((folder for folder in folders if (self.root / folder).is_dir()), "")
         if not self.images:
-            raise FileNotFoundError(f"no pictures at {self.root}/{{{','.join(folders)}}}")
+            raise FileNotFoundError(f"no images at {self.root}/{{{','.join(folders)}}}")
 
     def rows(self) -> Iterator[Row]:
         table = Table(self.files[0])
-        picture, caption = table.column("id"), table.column("caption")
+        image, caption = table.column("id"), table.column("caption")
         for where, fields in table:
-            yield Row(where, f"{self.images}/{inside(fields[picture], where)}.jpg", [fields[caption]])
+            yield Row(where, f"{self.images}/{inside(fields[image], where)}.jpg", [fields[caption]])
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -429,8 +433,10 @@ class Table:
                     if fields and len(fields) < len(self.header):
                         raise ValueError(f"{where} has {len(fields)} fields, the header {len(self.header)}")
                     if self.delimiter == "\t" and any("\n" in field for field in fields):
-                        raise ValueError(f"{where} ends a quoted field of several lines: a tab-separated table with a "
-                                         "stray quotation mark; write the table as CSV, or remove the mark")
+                        raise ValueError(
+                            f"{where} ends a quoted field of several lines: a tab-separated table with a "
+                            "stray quotation mark; write the table as CSV, or remove the mark"
+                        )
                     if fields:
                         yield where, fields
             except csv.Error as error:
@@ -440,13 +446,13 @@ class Table:
 
 
 class Csv(Reader):
-    """Any table of captions and of picture paths relative to the root; comma, semicolon or tab separated.
+    """Any table of captions and of image paths relative to the root; comma, semicolon or tab separated.
 
-    The columns are the first that the header holds of PICTURE and of CAPTION. The table is `metadata`, or
+    The columns are the first that the header holds of IMAGE and of CAPTION. The table is `metadata`, or
     `<root>/<split>.csv` or `.tsv`. A column `split` selects the rows of the split; without one all are taken.
     """
 
-    PICTURE = ("image", "image_path", "filepath", "file_path", "filename", "file_name", "path", "picture")
+    IMAGE = ("image", "image_path", "filepath", "file_path", "filename", "file_name", "path", "picture")
     CAPTION = ("caption", "title", "text", "report", "description", "sentence")
     SPLIT_NAMES = {
         "train": ("train", "training"),
@@ -459,11 +465,11 @@ class Csv(Reader):
 
     def rows(self) -> Iterator[Row]:
         table = Table(self.files[0])
-        picture, caption = table.column(*self.PICTURE), table.column(*self.CAPTION)
+        image, caption = table.column(*self.IMAGE), table.column(*self.CAPTION)
         split = table.column("split") if "split" in table.header else None
         for where, fields in table:
             if split is None or fields[split].strip().lower() in self.SPLIT_NAMES[self.split]:
-                yield Row(where, fields[picture].strip(), [fields[caption]])
+                yield Row(where, fields[image].strip(), [fields[caption]])
 
 
 # ---------------------------------------------------------------------------------------------- large sources
@@ -496,11 +502,11 @@ class ZipPool(ArchivePool):
     opener = staticmethod(zipfile.ZipFile)
 
     def read(self, path: Path, member: str) -> bytes:
-        """A member's bytes; FileNotFoundError for an absent archive, BrokenPicture for a damaged one."""
+        """A member's bytes; FileNotFoundError for an absent archive, UnreadableImage for a damaged one."""
         try:
             return self.archive(path).read(member)
         except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as error:
-            raise BrokenPicture(f"cannot read the picture {path}/{member}: {error}") from error
+            raise UnreadableImage(f"cannot read the image {path}/{member}: {error}") from error
 
 
 class TarPool(ArchivePool):
@@ -509,17 +515,17 @@ class TarPool(ArchivePool):
     opener = staticmethod(partial(open, mode="rb"))
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
-        """A member's bytes; FileNotFoundError for an absent archive, BrokenPicture where it is shorter."""
+        """A member's bytes; FileNotFoundError for an absent archive, UnreadableImage where it is shorter."""
         file = self.archive(path)
         file.seek(offset)
         data = file.read(size)
         if len(data) < size:
-            raise BrokenPicture(f"{path} ends before byte {offset + size}")
+            raise UnreadableImage(f"{path} ends before byte {offset + size}")
         return data
 
 
 class Yfcc15m(Reader):
-    """YFCC15M (Thomee et al. 2016): picture 12345678 is `678.jpg` in `images/12/345.zip`; `metadata` is
+    """YFCC15M (Thomee et al. 2016): image 12345678 is `678.jpg` in `images/12/345.zip`; `metadata` is
     `yfcc15m.pkl`, a list of (number, title, description). Title and description are two captions."""
 
     splits = ("train",)
@@ -535,7 +541,7 @@ class Yfcc15m(Reader):
             if not (isinstance(row, tuple | list) and list(map(type, row)) == [int, str, str]):
                 raise ValueError(f"{where} is not (number, title, description): {str(row)[:80]}")
             if not 0 <= row[0] < 10**8:
-                raise ValueError(f"{where}: the picture number {row[0]} does not have at most 8 digits")
+                raise ValueError(f"{where}: the image number {row[0]} does not have at most 8 digits")
             yield Row(where, row[0], list(row[1:]))
 
     def _list(self) -> Iterable:
@@ -544,14 +550,14 @@ class Yfcc15m(Reader):
         if columns is None:
             return read_list(self.files[0])
         texts = columns.texts
-        numbers = map(int, columns.pictures)
+        numbers = map(int, columns.images)
         return ((number, texts[2 * i], texts[2 * i + 1]) for i, number in enumerate(numbers))
 
     def finder(self) -> Callable[[Row], bool]:
-        present, listed = np.zeros(10**8, dtype=bool), np.zeros(10**5, dtype=bool)  # by picture, by archive
+        present, listed = np.zeros(10**8, dtype=bool), np.zeros(10**5, dtype=bool)  # by image, by archive
 
         def exists(row: Row) -> bool:
-            archive = row.picture // 1000
+            archive = row.image // 1000
             if not listed[archive]:
                 listed[archive] = True
                 path = self._archive(archive)
@@ -563,7 +569,7 @@ class Yfcc15m(Reader):
                         raise ValueError(f"{path} is damaged: fetch it again or delete it") from error
                     numbers = [int(name[:3]) for name in names if re.fullmatch(r"[0-9]{3}\.jpg", name)]
                     present[1000 * archive + np.array(numbers, dtype=int)] = True
-            return bool(present[row.picture])
+            return bool(present[row.image])
 
         return exists
 
@@ -571,7 +577,7 @@ class Yfcc15m(Reader):
         return self.root / "images" / f"{number // 1000:02d}" / f"{number % 1000:03d}.zip"
 
     def _place(self, i: int) -> tuple[Path, str]:
-        archive, member = divmod(int(self.pictures[self._row(i)]), 1000)
+        archive, member = divmod(int(self.images[self._row(i)]), 1000)
         return self._archive(archive), f"{member:03d}.jpg"
 
     def name(self, i: int) -> str:
@@ -649,7 +655,7 @@ class RedCaps(Reader):
 
 
 # -------------------------------------------------------------------------------------------------- tar shards
-SHARD_PICTURES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp")  # extensions of a sample's picture
+SHARD_IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp")  # extensions of a sample's image
 
 
 class WebDataset(Reader):
@@ -663,7 +669,7 @@ class WebDataset(Reader):
     The members' places are indexed once and a sample is read at its place, not in the stream's order: so
     shards are sources like all others, whose global batches do not depend on the number of processes and
     workers, whose epochs hold each sample once and whose runs continue at any step. A stream split over nodes
-    and workers holds none of that. The price is a seek for each picture: keep shards on a disk that seeks.
+    and workers holds none of that. The price is a seek for each image: keep shards on a disk that seeks.
     """
 
     indexed = True
@@ -699,15 +705,15 @@ class WebDataset(Reader):
             with open(path, "rb") as file:
                 for key, members in shard_samples(path, file).items():
                     where = f"{path} sample {key!r}"
-                    kind = next((kind for kind in SHARD_PICTURES if kind in members), "")
+                    kind = next((kind for kind in SHARD_IMAGES if kind in members), "")
                     place = f"{number} {' '.join(map(str, members[kind]))} {key}.{kind}" if kind else ""
                     yield Row(where, place, shard_captions(file, members, where))
 
     def finder(self) -> Callable[[Row], bool]:
-        return lambda row: bool(row.picture)
+        return lambda row: bool(row.image)
 
     def _place(self, i: int) -> tuple[Path, int, int, str]:
-        shard, offset, size, member = self.pictures[self._row(i)].split(" ", 3)
+        shard, offset, size, member = self.images[self._row(i)].split(" ", 3)
         return self.files[int(shard)], int(offset), int(size), member
 
     def name(self, i: int) -> str:
@@ -796,7 +802,7 @@ def fields_of(item: object, where: str, **types: type | tuple[type, ...]) -> lis
 
 # ------------------------------------------------------------------------------------------------------ index
 # One file of .npy arrays, mapped into memory, after a first one that holds JSON. It stays valid as long as
-# the metadata keeps size and time; pictures that come or go later are not noticed: delete the file to index
+# the metadata keeps size and time; images that come or go later are not noticed: delete the file to index
 # anew.
 INDEX_VERSION = 1
 
@@ -810,7 +816,7 @@ class RawFile:
 
 
 def rows_index(metadata: Path) -> tuple[Path, list]:
-    """Where make_dataset.py puts all rows of the metadata, whether their pictures exist or not, and the key."""
+    """Where make_dataset.py puts all rows of the metadata, whether their images exist or not, and the key."""
     stat = metadata.stat()
     key = [INDEX_VERSION, "rows", stat.st_size, stat.st_mtime_ns]
     return metadata.with_name(f"{metadata.name}.rows"), key
@@ -854,10 +860,10 @@ def one_process(lock: Path) -> Iterator[None]:
 
 def save_index(path: Path, key: list, columns: Columns) -> None:
     arrays = {"texts": columns.texts.data, "text_offsets": columns.texts.offsets, "first": columns.first}
-    if isinstance(columns.pictures, TextColumn):
-        arrays |= {"pictures": columns.pictures.data, "picture_offsets": columns.pictures.offsets}
+    if isinstance(columns.images, TextColumn):
+        arrays |= {"pictures": columns.images.data, "picture_offsets": columns.images.offsets}
     else:
-        arrays["pictures"] = columns.pictures
+        arrays["pictures"] = columns.images
     write_index(path, {"key": key, "dropped": columns.dropped, "log": columns.log}, arrays)
 
 
@@ -901,11 +907,11 @@ def load_index(path: Path, key: list) -> Columns | None:
                 file.seek(values.nbytes, os.SEEK_CUR)
         except (ValueError, KeyError, TypeError):  # written by something else: index anew
             return None
-    pictures = arrays["pictures"]
+    images = arrays["pictures"]
     if "picture_offsets" in arrays:
-        pictures = TextColumn(pictures, arrays["picture_offsets"])
+        images = TextColumn(images, arrays["picture_offsets"])
     texts = TextColumn(arrays["texts"], arrays["text_offsets"])
-    return Columns(pictures, texts, arrays["first"], head["dropped"], head["log"])
+    return Columns(images, texts, arrays["first"], head["dropped"], head["log"])
 
 
 # --------------------------------------------------------------------------------------------------- registry
@@ -938,15 +944,15 @@ def create_reader(
     absent.
     """
     if name not in READERS:
-        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(READERS)}")
+        raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(READERS)}")
     return READERS[name](root, metadata, split, caption_filter, cache_dir)
 
 
 # --------------------------------------------------------------------------------------------------- training
-class BrokenPictures:
-    """The broken pictures of a run, one line each in a file that all workers and ranks append to.
+class UnreadableImages:
+    """The unreadable images of a run, one line each in a file that all workers and ranks append to.
 
-    Raises BrokenPicture as soon as there are more than `limit`.
+    Raises UnreadableImage as soon as there are more than `limit`.
     """
 
     def __init__(self, path: Path, limit: float):
@@ -964,8 +970,8 @@ class BrokenPictures:
                 file.write(f"{name}\t{' '.join(reason.split())}\n")
             self._read()
         if len(self.names) > self.limit:
-            raise BrokenPicture(
-                f"{len(self.names)} pictures cannot be read, more than the {self.limit:g} that may be; "
+            raise UnreadableImage(
+                f"{len(self.names)} images cannot be read, more than the {self.limit:g} that may be; "
                 f"{self.path} names them"
             )
 
@@ -984,14 +990,14 @@ class ContrastiveDataset(Dataset):
     """Samples for the contrastive objectives: `ds[epoch, index]` is a dict of `inputs` and "index".
 
     "image": (3, S, S), one training view; "view1", "view2": (3, S, S), two SSL views, all uint8 and with a
-    single channel where the picture is grey; "text": a caption, drawn if there are several. Every choice
+    single channel where the image is grey; "text": a caption, drawn if there are several. Every choice
     comes from (seed, epoch, index), so the number of workers or ranks changes no sample.
 
     With `colour_later` the SSL views are crops as they are, and "view1_colour", "view2_colour" the rows of
     numbers with which `transforms.apply_colour_batch` finishes them on the accelerator.
 
-    A broken picture is an error. With `bad_samples`, a file, it is named there and another picture, chosen
-    from the same numbers, takes its place; more than `max_bad_share` of the reader's pictures end the run.
+    An unreadable image is an error. With `bad_samples`, a file, it is named there and another image, chosen
+    from the same numbers, takes its place; more than `max_bad_share` of the reader's images end the run.
     """
 
     INPUTS = ("text", "image", "view1", "view2")  # in the order of their random numbers
@@ -1001,7 +1007,7 @@ class ContrastiveDataset(Dataset):
         self,
         reader: Reader,
         inputs: tuple[str, ...],
-        pre: Preprocess,
+        preprocess: Preprocess,
         seed: int,
         bad_samples: Path | None = None,
         max_bad_share: float = 0.01,
@@ -1010,9 +1016,9 @@ class ContrastiveDataset(Dataset):
         unknown = sorted(set(inputs) - set(self.INPUTS))
         if unknown:
             raise ValueError(f"unknown inputs {', '.join(unknown)}; choose from {', '.join(self.INPUTS)}")
-        self.reader, self.inputs, self.pre, self.seed = reader, inputs, pre, seed
+        self.reader, self.inputs, self.preprocess, self.seed = reader, inputs, preprocess, seed
         self.colour_later = colour_later
-        self.broken = BrokenPictures(bad_samples, max_bad_share * len(reader)) if bad_samples else None
+        self.broken = UnreadableImages(bad_samples, max_bad_share * len(reader)) if bad_samples else None
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -1021,16 +1027,16 @@ class ContrastiveDataset(Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         index, pixels = self._pixels(epoch, index)
-        pixels = self.pre.pixels(pixels)  # once for all views
+        pixels = self.preprocess.pixels(pixels)  # once for all views
         sample = {"index": index}
         if "text" in self.inputs:
             captions = self.reader.captions(index)
             sample["text"] = captions[rng.integers(len(captions))]
         if "image" in self.inputs:
-            sample["image"] = train_pixels(self.pre, pixels, rng)
+            sample["image"] = train_pixels(self.preprocess, pixels, rng)
         for name in ("view1", "view2"):
             if name in self.inputs:
-                sample[name], colour = ssl_pixels(self.pre, pixels, rng)
+                sample[name], colour = ssl_pixels(self.preprocess, pixels, rng)
                 if self.colour_later:
                     sample[f"{name}_colour"] = colour.row()
                 else:
@@ -1038,17 +1044,17 @@ class ContrastiveDataset(Dataset):
         return sample
 
     def _pixels(self, epoch: int, index: int) -> tuple[int, torch.Tensor]:
-        """The picture at `index`, or the first of its stand-ins that can be read, with its own index."""
+        """The image at `index`, or the first of its stand-ins that can be read, with its own index."""
         for attempt in range(1, self.ATTEMPTS + 1):
             try:
                 return index, self.reader.pixels(index)
-            except (BrokenPicture, FileNotFoundError) as error:
+            except (UnreadableImage, FileNotFoundError) as error:
                 if self.broken is None:
                     raise
                 self.broken.add(self.reader.name(index), str(error))
                 stand_in = np.random.default_rng((self.seed, epoch, index, attempt))
                 index = int(stand_in.integers(len(self.reader)))
-        raise BrokenPicture(f"{self.ATTEMPTS} pictures in a row cannot be read: see {self.broken.path}")
+        raise UnreadableImage(f"{self.ATTEMPTS} images in a row cannot be read: see {self.broken.path}")
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -1090,7 +1096,7 @@ class Collate:
     Rows of colours become float64 (B, 14).
 
     With `trim`, for a text tower that never reads padding, what lies behind the longest caption, rounded up to a
-    multiple of 8 tokens, is left out: nothing to compute there, and few different lengths.
+    multiple of 8 tokens, is cut off: nothing to compute there, and few different lengths.
     """
 
     def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor] | None = None, trim: bool = False):
@@ -1119,38 +1125,38 @@ class Collate:
 
 
 class EvalPairs(Dataset):
-    """The evaluation view of each picture of a reader: `ds[i]` is ((3, S, S), i). A broken one raises."""
+    """The evaluation view of each image of a reader: `ds[i]` is ((3, S, S), i). An unreadable one raises."""
 
-    def __init__(self, reader: Reader, pre: Preprocess):
-        self.reader, self.view = reader, eval_view(pre)
+    def __init__(self, reader: Reader, preprocess: Preprocess):
+        self.reader, self.view = reader, eval_view(preprocess)
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return self.view(self.reader.picture(i)), i
+        return self.view(self.reader.image(i)), i
 
 
 # -------------------------------------------------------------------------------------------------- CBIS-DDSM
 CBIS_CLASSES = ("BENIGN", "BENIGN_WITHOUT_CALLBACK", "MALIGNANT")
 CBIS_KINDS = ("calc", "mass", "both")
 CBIS_SPLITS = ("train", "val", "test")
-CBIS_PICTURES = ("crop", "full", "mask")
+CBIS_IMAGES = ("crop", "full", "mask")
 # Columns of the tables that make_dataset.py writes; the last three hold paths relative to the root, or
 # nothing.
 CBIS_COLUMNS = (
-    "lesion", "type", "split", "patient", "side", "view", "abnormality", "pathology", *CBIS_PICTURES,
+    "lesion", "type", "split", "patient", "side", "view", "abnormality", "pathology", *CBIS_IMAGES,
 )  # fmt: skip
 
 
 class CbisLesions(Dataset):
     """One split of the lesion table <root>/<kind>.csv: `ds[i] -> (tensor (3, size, size), label, row)`.
 
-    The label indexes CBIS_CLASSES; `row` is the lesion's row of the table. `picture` says which of the
-    lesion's pictures is read. With `skip_missing` lesions without it are left out and counted in `dropped`,
+    The label indexes CBIS_CLASSES; `row` is the lesion's row of the table. `image` says which of the
+    lesion's images is read. With `skip_missing` lesions without it are skipped and counted in `dropped`,
     else they are an error: a figure on fewer lesions is another figure.
 
-    Raises ValueError for an unknown kind, split or picture, for missing pictures and for a table that is not
+    Raises ValueError for an unknown kind, split or image, for missing images and for a table that is not
     ours or names a file outside the root; FileNotFoundError where there is no table.
     """
 
@@ -1161,31 +1167,31 @@ class CbisLesions(Dataset):
         root: str | Path,
         kind: str,
         split: str,
-        picture: str = "crop",
-        pre: Preprocess | None = None,
+        image: str = "crop",
+        preprocess: Preprocess | None = None,
         skip_missing: bool = False,
     ):
-        options = {"kind": (kind, CBIS_KINDS), "split": (split, CBIS_SPLITS), "picture": (picture, CBIS_PICTURES)}
+        options = {"kind": (kind, CBIS_KINDS), "split": (split, CBIS_SPLITS), "image": (image, CBIS_IMAGES)}
         for name, (value, choices) in options.items():
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
         table = Path(root) / f"{kind}.csv"
         rows = [row for row in read_lesions(table) if row["split"] == split]
-        self.rows = [row for row in rows if row[picture]]
+        self.rows = [row for row in rows if row[image]]
         self.dropped = len(rows) - len(self.rows)
         if self.dropped and not skip_missing:
-            named = ", ".join(row["lesion"] for row in rows if not row[picture])
-            raise ValueError(f"{table}: {self.dropped} of {len(rows)} {split} lesions have no {picture}: {named}")
-        self.paths = [Path(root) / row[picture] for row in self.rows]
+            named = ", ".join(row["lesion"] for row in rows if not row[image])
+            raise ValueError(f"{table}: {self.dropped} of {len(rows)} {split} lesions have no {image}: {named}")
+        self.paths = [Path(root) / row[image] for row in self.rows]
         self.labels = [CBIS_CLASSES.index(row["pathology"]) for row in self.rows]
         self.patients = [row["patient"] for row in self.rows]
-        self.view = eval_view(pre or Preprocess())
+        self.view = eval_view(preprocess or Preprocess())
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int, dict[str, str]]:
-        return self.view(read_picture(self.paths[i]), None), self.labels[i], self.rows[i]
+        return self.view(read_image(self.paths[i]), None), self.labels[i], self.rows[i]
 
 
 def read_lesions(table: Path) -> list[dict[str, str]]:
@@ -1200,6 +1206,6 @@ def read_lesions(table: Path) -> list[dict[str, str]]:
     for number, row in enumerate(rows, 1):
         if row["pathology"] not in CBIS_CLASSES or row["split"] not in CBIS_SPLITS:
             raise ValueError(f"{table}, row {number}: pathology {row['pathology']!r}, split {row['split']!r}")
-        for picture in CBIS_PICTURES:
-            inside(row[picture], f"{table}, row {number}")
+        for image in CBIS_IMAGES:
+            inside(row[image], f"{table}, row {number}")
     return rows

@@ -4,7 +4,7 @@
 
 Draws a world of mammogram-like phantoms with captions (phantoms.py), fine-tunes a small image tower on its
 ROCO part with the SLIP objective (main.py), and probes the tower on its CBIS-DDSM part (main_linear.py),
-beside the same tower untrained. The figures show that the pipeline runs and learns; they say nothing about
+beside the same tower untrained. The numbers show that the pipeline runs and learns; they say nothing about
 patients. Run again with the same settings, it keeps what is there and repeats only the probe.
 """
 
@@ -14,14 +14,29 @@ import argparse
 import time
 from pathlib import Path
 
-NOTICE = "SYNTHETIC data: these figures say nothing about patients."
+NOTICE = "SYNTHETIC data: these numbers say nothing about patients."
 OBJECTIVES = ("slip", "clip", "simclr")
 # A ResNet with one block a stage, 0.3 million parameters, beside a text tower of two narrow layers: in short
 # trials with one seed it learned faster than a ConvNeXt of that size. Batches of 64 give the more updates.
-TOWERS = ("--vision-tower", "resnet18", "--image-size", "64", "--context-length", "40",
-          "--ssl-mlp-dim", "512", "--ssl-emb-dim", "128",
-          "--override", "vision.layers=(1,1,1,1)", "vision.channels=(16,32,64,128)", "embed_dim=128",
-          "text_width=64", "text_heads=2", "text_layers=2")
+TOWERS = (
+    "--vision-tower",
+    "resnet18",
+    "--image-size",
+    "64",
+    "--context-length",
+    "40",
+    "--ssl-mlp-dim",
+    "512",
+    "--ssl-emb-dim",
+    "128",
+    "--override",
+    "vision.layers=(1,1,1,1)",
+    "vision.channels=(16,32,64,128)",
+    "embed_dim=128",
+    "text_width=64",
+    "text_heads=2",
+    "text_layers=2",
+)
 RECIPE = ("--caption-filter", "mammo", "--batch-size", "64", "--lr", "2e-3", "--wd", "0.1")
 
 
@@ -29,16 +44,27 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output-dir", default="./demo_output", type=str,
-                        help="phantoms, checkpoints and results go here (default: ./demo_output)")
-    parser.add_argument("--seed", default=0, type=int,
-                        help="of the phantoms, the training and the untrained tower (default: 0)")
-    parser.add_argument("--objective", default="slip", choices=OBJECTIVES,
-                        help="clip and simclr train on one half of SLIP's loss, to compare (default: slip)")
-    parser.add_argument("--pairs", default=6000, type=int,
-                        help="training pairs to draw; fewer for a quicker look (default: 6000)")
-    parser.add_argument("--epochs", default=10, type=int,
-                        help="of fine-tuning, about 16 s each on two cores (default: 10)")
+    parser.add_argument(
+        "--output-dir",
+        default="./demo_output",
+        type=str,
+        help="phantoms, checkpoints and results go here (default: ./demo_output)",
+    )
+    parser.add_argument(
+        "--seed", default=0, type=int, help="of the phantoms, the training and the untrained tower (default: 0)"
+    )
+    parser.add_argument(
+        "--objective",
+        default="slip",
+        choices=OBJECTIVES,
+        help="clip and simclr train on one half of SLIP's loss, to compare (default: slip)",
+    )
+    parser.add_argument(
+        "--pairs", default=6000, type=int, help="training pairs to draw; fewer for a quicker look (default: 6000)"
+    )
+    parser.add_argument(
+        "--epochs", default=10, type=int, help="of fine-tuning, about 16 s each on two cores (default: 10)"
+    )
     return parser
 
 
@@ -58,25 +84,56 @@ def fine_tune(args: argparse.Namespace, world: Path, output_dir: Path) -> Path:
     """Train on the ROCO part; returns the checkpoint. A finished run is kept, a broken-off one continued."""
     import main
 
-    main.main(["--dataset", "roco", "--root", str(world / "roco"),
-               "--model", f"{args.objective.upper()}_VITT16", *TOWERS, *RECIPE,
-               "--epochs", str(args.epochs), "--eval-freq", str(args.epochs), "--workers", "1",
-               "--keep-last", "1", "--seed", str(args.seed), "--output-dir", str(output_dir)])
+    main.main(
+        [
+            "--dataset",
+            "roco",
+            "--root",
+            str(world / "roco"),
+            "--model",
+            f"{args.objective.upper()}_VITT16",
+            *TOWERS,
+            *RECIPE,
+            "--epochs",
+            str(args.epochs),
+            "--eval-freq",
+            str(args.epochs),
+            "--workers",
+            "1",
+            "--keep-last",
+            "1",
+            "--seed",
+            str(args.seed),
+            "--output-dir",
+            str(output_dir),
+        ]
+    )
     return output_dir / "checkpoint_best.pt"  # validated once, after the last epoch: the last weights
 
 
-def probe(args: argparse.Namespace, world: Path, kind: str, checkpoint: Path,
-          output_dir: Path) -> dict[str, dict]:
+def probe(args: argparse.Namespace, world: Path, kind: str, checkpoint: Path, output_dir: Path) -> dict[str, dict]:
     """Probe the untrained and the trained tower on one abnormality type; returns the results of both."""
     import main_linear
 
-    common = ["--dataset", f"cbis_{kind}", "--root", str(world / "cbis"), "--pretrained", str(checkpoint),
-              "--workers", "2", "--seed", str(args.seed)]
+    common = [
+        "--dataset",
+        f"cbis_{kind}",
+        "--root",
+        str(world / "cbis"),
+        "--pretrained",
+        str(checkpoint),
+        "--workers",
+        "2",
+        "--seed",
+        str(args.seed),
+    ]
     before, after = output_dir / f"{kind}_untrained", output_dir / f"{kind}_trained"
     untrained = main_linear.main([*common, "--untrained", "--output-dir", str(before)])
     baseline = str(before / "predictions.csv")
-    return {"untrained": untrained,
-            "trained": main_linear.main([*common, "--baseline", baseline, "--output-dir", str(after)])}
+    return {
+        "untrained": untrained,
+        "trained": main_linear.main([*common, "--baseline", baseline, "--output-dir", str(after)]),
+    }
 
 
 def summary(args: argparse.Namespace, results: dict[str, dict[str, dict]]) -> str:
@@ -122,8 +179,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, dict]]:
     utils.write_json(run / "results.json", {"synthetic": True, "args": vars(args), **results})
     utils.atomic_write(run / "results.md", lambda file: file.write(f"{text}\n".encode()))
     print(f"\n{text}\n")
-    print(f"phantoms     {world} (README.txt says what is where)\ntraining     {run / 'training'}\n"
-          f"probe        {run / 'probe'}\nthese rows   {run / 'results.md'} and results.json")
+    print(
+        f"phantoms     {world} (README.txt says what is where)\ntraining     {run / 'training'}\n"
+        f"probe        {run / 'probe'}\nthese rows   {run / 'results.md'} and results.json"
+    )
     print(f"{(time.monotonic() - step.start) / 60:.1f} minutes. {NOTICE}")
     return results
 

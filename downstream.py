@@ -1,4 +1,4 @@
-"""The labelled sets of dataset_catalog.json as pictures with class numbers, in the layouts that VISSL's
+"""The labelled sets of dataset_catalog.json as images with labels, in the layouts that VISSL's
 scripts, torchvision and the publishers write.
 
 Zero-shot evaluation and linear classification read them through `create_downstream`. An entry of the
@@ -25,11 +25,11 @@ from torch.utils.data import Dataset
 
 import metadata
 from datasets import CBIS_CLASSES, READERS, CbisLesions, TextColumn
-from transforms import read_picture
+from transforms import read_image
 
 CATALOG = Path(__file__).with_name("dataset_catalog.json")
 TYPES = ("imagefolder", "filelist", "special")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".dcm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".dcm")
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
@@ -53,10 +53,10 @@ def read_catalog(path: str | Path = CATALOG) -> dict[str, dict]:
 
 
 class Downstream(Dataset):
-    """Pictures with class numbers: `ds[i]` is (transform(picture), label).
+    """Images with labels: `ds[i]` is (transform(image), label).
 
-    `classes` names the classes in the order of their numbers, `labels` (N,) is int64, `picture(i)` is
-    sample i as an RGB picture of 8 bits. A picture that cannot be decoded raises transforms.BrokenPicture
+    `classes` names the classes in the order of their numbers, `labels` (N,) is int64, `image(i)` is
+    sample i as an RGB image of 8 bits. An image that cannot be decoded raises transforms.UnreadableImage
     with its name.
     """
 
@@ -67,37 +67,37 @@ class Downstream(Dataset):
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor | Image.Image, int]:
-        picture = self.picture(i)
-        return picture if self.transform is None else self.transform(picture), int(self.labels[i])
+        image = self.image(i)
+        return image if self.transform is None else self.transform(image), int(self.labels[i])
 
-    def picture(self, i: int) -> Image.Image:
+    def image(self, i: int) -> Image.Image:
         raise NotImplementedError
 
 
-class PictureFiles(Downstream):
+class ImageFiles(Downstream):
     """Samples that lie in files of their own; the paths are kept as bytes that forked workers share."""
 
     def __init__(self, root: Path, paths: TextColumn, classes: list[str], labels: np.ndarray, transform):
         super().__init__(classes, labels, transform)
         self.root, self.paths = root, paths
 
-    def picture(self, i: int) -> Image.Image:
-        return read_picture(self.root / self.paths[i])
+    def image(self, i: int) -> Image.Image:
+        return read_image(self.root / self.paths[i])
 
 
-class PictureArray(Downstream):
+class ImageArray(Downstream):
     """Samples that lie in one array of bytes, (N, H, W) or (N, H, W, 3); shown `upsample` times as large."""
 
     def __init__(self, pixels: np.ndarray, classes: list[str], labels, transform, upsample: int = 1):
         super().__init__(classes, labels, transform)
         self.pixels, self.upsample = pixels, upsample
 
-    def picture(self, i: int) -> Image.Image:
-        picture = Image.fromarray(self.pixels[i]).convert("RGB")
+    def image(self, i: int) -> Image.Image:
+        image = Image.fromarray(self.pixels[i]).convert("RGB")
         if self.upsample == 1:
-            return picture
-        width, height = picture.size
-        return picture.resize((width * self.upsample, height * self.upsample), Image.Resampling.BILINEAR)
+            return image
+        width, height = image.size
+        return image.resize((width * self.upsample, height * self.upsample), Image.Resampling.BILINEAR)
 
 
 def create_downstream(
@@ -105,14 +105,14 @@ def create_downstream(
 ) -> Downstream:
     """A set of the catalog: its train or its test split.
 
-    transform takes an RGB picture (transforms.eval_view(pre) does) and must be picklable where workers are
-    spawned; None leaves pictures as they are. download lets torchvision fetch cifar10, cifar100, stl10 and
+    transform takes an RGB image (transforms.eval_view(preprocess) does) and must be picklable where workers are
+    spawned; None leaves images as they are. download lets torchvision fetch cifar10, cifar100, stl10 and
     mnist into their path. An unknown name is a ValueError with the choices; an absent path is a
     FileNotFoundError that names it.
     """
     catalog = read_catalog() if catalog is None else catalog
     if name not in catalog:
-        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(catalog)}")
+        raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(catalog)}")
     entry = catalog[name]
     if name in READERS:
         raise ValueError(f"{name} has captions, not classes; datasets.create_reader reads it")
@@ -120,7 +120,7 @@ def create_downstream(
         return SPECIAL[name](name, entry, train, transform, download)
     path, split = _existing(name, Path(entry["path"])), entry["train" if train else "test"]
     if entry["type"] == "imagefolder":
-        return picture_folders(_existing(name, path / split), transform)
+        return image_folders(_existing(name, path / split), transform)
     others = entry["test" if train else "train"]
     return file_list(name, path, split, others, transform, Path(entry.get("images", path)))
 
@@ -135,7 +135,7 @@ def _existing(name: str, path: Path) -> Path:
 # Folders and file lists
 
 
-def picture_folders(root: Path, transform: Transform | None) -> PictureFiles:
+def image_folders(root: Path, transform: Transform | None) -> ImageFiles:
     """One folder a class, in order of their names; in numeric order where every name is a number.
 
     flowers has folders 1 to 102, which a sort by letters would scramble: 1, 10, 100, ...
@@ -149,27 +149,27 @@ def picture_folders(root: Path, transform: Transform | None) -> PictureFiles:
 
     def paths() -> Iterator[str]:
         for label, name in enumerate(classes):
-            for path in _pictures_below(root / name):
+            for path in _images_below(root / name):
                 labels.append(label)
                 yield path[len(os.path.join(root, "")) :]
             if not labels or labels[-1] != label:
-                raise ValueError(f"class folder {root / name} holds no pictures")
+                raise ValueError(f"class folder {root / name} holds no images")
 
     column = TextColumn.from_strings(paths())
-    return PictureFiles(root, column, classes, np.array(labels), transform)
+    return ImageFiles(root, column, classes, np.array(labels), transform)
 
 
-def _pictures_below(folder: Path) -> Iterator[str]:
+def _images_below(folder: Path) -> Iterator[str]:
     for where, subfolders, files in os.walk(folder, followlinks=True):
         subfolders.sort()
         for file in sorted(files):
-            if file.lower().endswith(PICTURE_SUFFIXES):
+            if file.lower().endswith(IMAGE_SUFFIXES):
                 yield os.path.join(where, file)
 
 
 def file_list(
     name: str, path: Path, split: str, other_split: str, transform: Transform | None, images: Path
-) -> PictureFiles:
+) -> ImageFiles:
     """Paths in `<split>_images.npy`, classes in `<split>_labels.npy`: whole numbers, or names.
 
     Names are numbered in sorted order (clevr_counts: count_10, count_3, ... count_9), over both splits, so
@@ -193,7 +193,7 @@ def file_list(
     column = TextColumn.from_strings(
         _inside(file, roots, f"{split}_images.npy, row {i}") for i, file in enumerate(files)
     )
-    return PictureFiles(path, column, classes, labels, transform)
+    return ImageFiles(path, column, classes, labels, transform)
 
 
 def _read_npy(path: Path, kinds: str) -> np.ndarray:
@@ -219,22 +219,22 @@ def _inside(file: str, roots: list[str], where: str) -> str:
 # Special sets
 
 
-def _cifar(name: str, entry: dict, train: bool, transform, download: bool) -> PictureArray:
+def _cifar(name: str, entry: dict, train: bool, transform, download: bool) -> ImageArray:
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     data = _from_torchvision(name, kind, entry, download, train=train)
-    return PictureArray(data.data, data.classes, data.targets, transform)
+    return ImageArray(data.data, data.classes, data.targets, transform)
 
 
-def _mnist(name: str, entry: dict, train: bool, transform, download: bool) -> PictureArray:
+def _mnist(name: str, entry: dict, train: bool, transform, download: bool) -> ImageArray:
     data = _from_torchvision(name, torchvision.datasets.MNIST, entry, download, train=train)
-    return PictureArray(data.data.numpy(), [str(i) for i in range(10)], data.targets.numpy(), transform)
+    return ImageArray(data.data.numpy(), [str(i) for i in range(10)], data.targets.numpy(), transform)
 
 
-def _stl10(name: str, entry: dict, train: bool, transform, download: bool) -> PictureArray:
+def _stl10(name: str, entry: dict, train: bool, transform, download: bool) -> ImageArray:
     split = entry["train" if train else "test"]
     data = _from_torchvision(name, torchvision.datasets.STL10, entry, download, split=split)
     classes = "airplane bird car cat deer dog horse monkey ship truck".split()
-    return PictureArray(data.data.transpose(0, 2, 3, 1), classes, data.labels, transform)
+    return ImageArray(data.data.transpose(0, 2, 3, 1), classes, data.labels, transform)
 
 
 def _from_torchvision(name: str, kind: type, entry: dict, download: bool, **split) -> Dataset:
@@ -247,20 +247,20 @@ def _from_torchvision(name: str, kind: type, entry: dict, download: bool, **spli
         raise ValueError(f"{name}: torchvision finds no intact copy in {entry['path']}: {error}") from error
 
 
-def _digits(name: str, entry: dict, train: bool, transform, download: bool) -> PictureArray:
+def _digits(name: str, entry: dict, train: bool, transform, download: bool) -> ImageArray:
     """scikit-learn's 1,797 scanned digits of 8x8 pixels, at 32x32; a fixed fifth of each is for testing."""
     digits = load_digits()
     pixels = (digits.images * 15.9375).round().astype(np.uint8)  # 0 to 16 becomes 0 to 255
     rows = train_test_split(np.arange(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0)
     rows = np.sort(rows[0 if train else 1])
-    return PictureArray(pixels[rows], [str(i) for i in range(10)], digits.target[rows], transform, upsample=4)
+    return ImageArray(pixels[rows], [str(i) for i in range(10)], digits.target[rows], transform, upsample=4)
 
 
-def _cbis(name: str, entry: dict, train: bool, transform, download: bool) -> PictureFiles:
+def _cbis(name: str, entry: dict, train: bool, transform, download: bool) -> ImageFiles:
     """Lesion crops of the table that make_dataset.py wrote beside CBIS-DDSM."""
     lesions = CbisLesions(entry["path"], name.removeprefix("cbis_"), entry["train" if train else "test"])
     paths = TextColumn.from_strings(os.path.abspath(path) for path in lesions.paths)
-    return PictureFiles(Path("/"), paths, list(CBIS_CLASSES), np.array(lesions.labels), transform)
+    return ImageFiles(Path("/"), paths, list(CBIS_CLASSES), np.array(lesions.labels), transform)
 
 
 SPECIAL = {

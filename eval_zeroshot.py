@@ -3,7 +3,7 @@
     python eval_zeroshot.py --resume checkpoint.pt                       all of dataset_catalog.json
     python eval_zeroshot.py --resume checkpoint.pt --retrieval --dataset roco --root /path/to/roco
 
-Owns the zero-shot classifier, the metric of each data set and the retrieval figures; main.py validates with
+Owns the zero-shot classifier, the metric of each dataset and the retrieval metrics; main.py validates with
 the same functions between epochs. Each sample is counted once on any number of processes.
 """
 
@@ -32,11 +32,11 @@ import downstream
 import models
 import utils
 from datasets import READERS, EvalPairs, Reader, create_reader
-from transforms import BrokenPicture, Preprocess, View, eval_view
+from transforms import Preprocess, UnreadableImage, View, eval_view
 
 HERE = Path(__file__).parent
 METRICS = ("top1", "mean_per_class", "mean_top1_top5", "roc_auc")
-# What a data set is judged by, as CLIP was; top-1 where it is not named.
+# What a dataset is judged by, as CLIP was; top-1 where it is not named.
 METRIC_OF = {
     "aircraft": "mean_per_class",
     "pets": "mean_per_class",
@@ -56,7 +56,7 @@ FOLDERS_OF = {"hateful_memes": ["0", "1"]}
 def retrieval_metrics(
     image_features: Tensor, text_features: Tensor, captions: Sequence[str], chunk: int = 1024
 ) -> dict[str, float]:
-    """Recall at 1, 5 and 10 and the median rank of the first hit, both ways, over the whole pool.
+    """Recall at 1, 5 and 10 and the median rank of the first hit, in both directions, over the whole pool.
 
     Row i of image_features and of text_features, both (N, d), is one pair and captions[i] its text;
     features need not be normalised. Pairs with equal captions are hits for one another: the same sentence
@@ -70,7 +70,7 @@ def retrieval_metrics(
     n = len(captions)
     if n == 0 or len(image_features) != n or len(text_features) != n:
         raise ValueError(
-            f"retrieval needs one picture and one text for each caption, and at least one pair: "
+            f"retrieval needs one image and one text for each caption, and at least one pair: "
             f"got {len(image_features)}, {len(text_features)} and {n}"
         )
     first_seen: dict[str, int] = {}
@@ -105,7 +105,7 @@ def _first_hit_ranks(queries: Tensor, pool: Tensor, query_group: Tensor, pool_gr
 def embed_pairs(
     model: nn.Module,
     reader: Reader,
-    pre: Preprocess | View,
+    preprocess: Preprocess | View,
     tokenizer: Callable,
     device: torch.device | str,
     batch_size: int = 256,
@@ -116,23 +116,23 @@ def embed_pairs(
     """Embed every pair of a reader once.
 
     Returns image features (N, d) and text features (N, d), both on the CPU, and the N captions. Of a
-    picture with several captions the first is taken. On several processes, rank r embeds pairs r, r +
+    image with several captions the first is taken. On several processes, rank r embeds pairs r, r +
     world_size, ... (no padding) and every rank gets all of them back in the reader's order. `model` is the
-    bare module, not its DistributedDataParallel wrapper: ranks may differ by one batch. A broken picture is
-    an error; with skip_broken its pair is left out.
+    bare module, not its DistributedDataParallel wrapper: ranks may differ by one batch. An unreadable image is
+    an error; with skip_broken its pair is skipped.
     """
     captions = [reader.captions(i)[0] for i in range(len(reader))]
     if not captions:
         raise ValueError("the retrieval pool is empty")
     # (N, L), all at once: a text tower that averages over padding then sees the same padding in every batch
     tokens = tokenizer(captions)
-    pairs = EvalPairs(reader, pre if isinstance(pre, Preprocess) else Preprocess())
-    pairs.view = as_view(pre)
+    pairs = EvalPairs(reader, preprocess if isinstance(preprocess, Preprocess) else Preprocess())
+    pairs.view = as_view(preprocess)
     columns = ([], [], [])
     with evaluating(model):
-        for index, pictures, _ in _batches(pairs, batch_size, workers, device, dist, skip_broken):
+        for index, batch, _ in _batches(pairs, batch_size, workers, device, dist, skip_broken):
             columns[0].append(index)
-            columns[1].append(model.encode_image(pictures.to(device, non_blocking=True)).float().cpu())
+            columns[1].append(model.encode_image(batch.to(device, non_blocking=True)).float().cpu())
             columns[2].append(model.encode_text(tokens[index].to(device)).float().cpu())
     index, images, texts = _gather_rows(columns, dist)
     return images, texts, [captions[i] for i in index.tolist()]
@@ -228,20 +228,20 @@ def evaluate_zeroshot(
     skip_broken: bool = False,
     cache: TextCache | None = None,
 ) -> dict[str, float | str]:
-    """Zero-shot figures of a data set whose items are (picture tensor (3, S, S), class number).
+    """Zero-shot metrics of a dataset whose items are (image tensor (3, S, S), label).
 
     Returns the dict of `classification_scores`, with "score" the figure that `metric` names. Every sample is
-    counted once on any number of processes. A class number outside classnames is a ValueError; so is a broken
-    picture, unless skip_broken leaves it out ("samples" tells).
+    counted once on any number of processes. A label outside classnames is a ValueError; so is a broken
+    image, unless skip_broken leaves it out ("samples" tells).
     """
     classifier = zeroshot_classifier(model, tokenizer, classnames, templates, device, batch_size, cache)  # (d, C)
     columns = ([], [], [], [])
     with evaluating(model):
-        for index, pictures, target in _batches(dataset, batch_size, workers, device, dist, skip_broken):
-            strangers = target[(target < 0) | (target >= len(classnames))].tolist()
-            if strangers:
-                raise ValueError(f"class number {strangers[0]} in the data, but {len(classnames)} class names")
-            features = model.encode_image(pictures.to(device, non_blocking=True))  # (B, d)
+        for index, images, target in _batches(dataset, batch_size, workers, device, dist, skip_broken):
+            out_of_range = target[(target < 0) | (target >= len(classnames))].tolist()
+            if out_of_range:
+                raise ValueError(f"label {out_of_range[0]} in the data, but {len(classnames)} class names")
+            features = model.encode_image(images.to(device, non_blocking=True))  # (B, d)
             logits = (F.normalize(features.float(), dim=-1) @ classifier).cpu()  # (B, C)
             margin = logits[:, min(1, len(classnames) - 1)] - logits[:, 0]  # (B,)
             for column, values in zip(columns, (index, target, target_ranks(logits, target), margin), strict=True):
@@ -264,9 +264,9 @@ def target_ranks(logits: Tensor, target: Tensor) -> Tensor:
 def classification_scores(
     targets: Tensor, ranks: Tensor, margins: Tensor, n_classes: int, metric: str = "top1"
 ) -> dict[str, float | str]:
-    """All figures of a data set, in percent, from one row a sample.
+    """All metrics of a dataset, in percent, from one row a sample.
 
-    targets (N,): class numbers. ranks (N,): how many classes came before the right one. margins (N,): score
+    targets (N,): labels. ranks (N,): how many classes came before the right one. margins (N,): score
     of class 1 minus score of class 0. Gives top1, mean_per_class (over the classes that have samples), top5
     where there are more than five classes, and mean_top1_top5 or roc_auc (class 1 against class 0) where
     `metric` asks for it; "score" repeats the figure that `metric` names; "samples" and "classes" are
@@ -275,7 +275,7 @@ def classification_scores(
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; choose from {', '.join(METRICS)}")
     if len(targets) == 0:
-        raise ValueError("the data set has no samples")
+        raise ValueError("the dataset has no samples")
     correct = ranks == 0
     seen = targets.bincount(minlength=n_classes)  # (C,)
     hits = targets[correct].bincount(minlength=n_classes).double()
@@ -296,7 +296,7 @@ def classification_scores(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Data sets, class names and prompts
+# Datasets, class names and prompts
 
 
 @functools.cache
@@ -308,7 +308,7 @@ def read_prompts(file: str) -> dict[str, list]:
 
 def load_zeroshot_set(
     name: str,
-    pre: Preprocess | View,
+    preprocess: Preprocess | View,
     catalog: str | Path | dict[str, dict] = downstream.CATALOG,
     download: bool = False,
 ) -> tuple[downstream.Downstream, list, list[str], str]:
@@ -322,13 +322,13 @@ def load_zeroshot_set(
     if name in catalog and name not in labels:
         known = [n for n in catalog if n in labels]
         raise ValueError(f"labels.json has no class names for {name!r}; choose from {', '.join(known)}")
-    dataset = downstream.create_downstream(name, False, as_view(pre), catalog, download)
+    dataset = downstream.create_downstream(name, False, as_view(preprocess), catalog, download)
     check_class_order(name, dataset.classes, labels[name])
     return dataset, labels[name], templates[name], METRIC_OF.get(name, "top1")
 
 
-def as_view(pre: Preprocess | View) -> View:
-    return eval_view(pre) if isinstance(pre, Preprocess) else pre
+def as_view(preprocess: Preprocess | View) -> View:
+    return eval_view(preprocess) if isinstance(preprocess, Preprocess) else preprocess
 
 
 def check_class_order(name: str, classes: Sequence[str], labels: Sequence[str | Sequence[str]]) -> None:
@@ -377,7 +377,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Numbered(Dataset):
-    """(i, picture, target) of a data set; with skip_broken the picture is None where it cannot be decoded."""
+    """(i, image, target) of a dataset; with skip_broken the image is None where it cannot be decoded."""
 
     def __init__(self, dataset: Dataset, skip_broken: bool):
         self.dataset, self.skip_broken = dataset, skip_broken
@@ -385,7 +385,7 @@ class _Numbered(Dataset):
     def __getitem__(self, i: int) -> tuple[int, Tensor | None, int]:
         try:
             return i, *self.dataset[i]
-        except BrokenPicture:
+        except UnreadableImage:
             if not self.skip_broken:
                 raise
             return i, None, -1
@@ -395,8 +395,8 @@ def _stack(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor] | None:
     samples = [sample for sample in samples if sample[1] is not None]
     if not samples:
         return None
-    index, pictures, targets = zip(*samples, strict=True)
-    return torch.tensor(index), torch.stack(pictures), torch.tensor(targets)
+    index, images, targets = zip(*samples, strict=True)
+    return torch.tensor(index), torch.stack(images), torch.tensor(targets)
 
 
 def _batches(
@@ -407,7 +407,7 @@ def _batches(
     dist: utils.Distributed | None,
     skip_broken: bool,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This rank's share, every world_size-th sample: index (B,), pictures (B, 3, S, S), target (B,)."""
+    """This rank's share, every world_size-th sample: index (B,), images (B, 3, S, S), target (B,)."""
     indices = range(len(dataset)) if dist is None else range(dist.rank, len(dataset), dist.world_size)
     loader = DataLoader(
         Subset(_Numbered(dataset, skip_broken), indices),
@@ -425,7 +425,7 @@ def _gather_rows(columns: Sequence[list[Tensor]], dist: utils.Distributed | None
     parts = [own] if dist is None else utils.gather_objects(dist, own)
     parts = [part for part in parts if part is not None]
     if not parts:
-        raise ValueError("there is no picture to evaluate")
+        raise ValueError("there is no image to evaluate")
     order = torch.cat([part[0] for part in parts]).argsort()
     return [torch.cat(column)[order] for column in zip(*parts, strict=True)]
 
@@ -449,10 +449,15 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--batch-size",
         default=256,
         type=int,
-        help="pictures, or prompts, for each process at a time; memory and speed only",
+        help="images, or prompts, for each process at a time; memory and speed only",
     )
-    run.add_argument("-j", "--workers", default=10, type=int,
-                     help="loader processes for each process, no more than there are cores; 0 for none")
+    run.add_argument(
+        "-j",
+        "--workers",
+        default=10,
+        type=int,
+        help="loader processes for each process, no more than there are cores; 0 for none",
+    )
     utils.add_distributed_arguments(parser)
     return parser
 
@@ -528,7 +533,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--skip-broken",
         action="store_true",
-        help="leave out pictures that cannot be decoded and report the reduced number; else an error",
+        help="leave out images that cannot be decoded and report the reduced number; else an error",
     )
 
     pairs = parser.add_argument_group("retrieval")
@@ -544,7 +549,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="READER",
         help=f"what lies at --root: {', '.join(READERS)}",
     )
-    pairs.add_argument("--root", default="", type=str, help="folder of the picture-text pairs")
+    pairs.add_argument("--root", default="", type=str, help="folder of the image-text pairs")
     pairs.add_argument("--metadata", default="", type=str, help="caption file (default: the publisher's place)")
     pairs.add_argument("--split", default="test", type=str, help="split of the pairs: train, validation or test")
     pairs.add_argument(
@@ -587,7 +592,7 @@ def load_open_clip(name: str, weights: str) -> models.Pretrained:
 def chosen_sets(args: argparse.Namespace, catalog: dict[str, dict]) -> list[str]:
     """Names of the catalog's sets to evaluate. ValueError for an unknown one, with the choices."""
     if unknown := [name for name in args.datasets if name not in catalog]:
-        raise ValueError(f"unknown data set {', '.join(unknown)}; choose from {', '.join(catalog)}")
+        raise ValueError(f"unknown dataset {', '.join(unknown)}; choose from {', '.join(catalog)}")
     names = args.datasets or list(catalog)
     if not args.retrieval:
         return names
@@ -596,7 +601,7 @@ def chosen_sets(args: argparse.Namespace, catalog: dict[str, dict]) -> list[str]
     return pairs
 
 
-def open_sets(args: argparse.Namespace, pre: Preprocess | View, say: Callable) -> tuple[dict, dict[str, str]]:
+def open_sets(args: argparse.Namespace, preprocess: Preprocess | View, say: Callable) -> tuple[dict, dict[str, str]]:
     """{set: Reader or the result of load_zeroshot_set} and {absent set: why}.
 
     All sets are opened, and their classes compared with the class names, before the first is evaluated.
@@ -614,7 +619,7 @@ def open_sets(args: argparse.Namespace, pre: Preprocess | View, say: Callable) -
                 entry = catalog[name]
                 opened[name] = create_reader(name, entry["path"], "", entry["test"], args.caption_filter)
             else:
-                opened[name] = load_zeroshot_set(name, pre, catalog, args.download)
+                opened[name] = load_zeroshot_set(name, preprocess, catalog, args.download)
         except FileNotFoundError as error:
             absent[name] = str(error).removeprefix(f"{name}: ")
             say(f"skipped {name}: {absent[name]}")
@@ -646,18 +651,18 @@ def evaluate(args: argparse.Namespace, processes: utils.Distributed) -> dict:
     for name, source in opened.items():
         if isinstance(source, Reader):
             pairs = embed_pairs(model, source, loaded.preprocess, loaded.tokenizer, processes.device, **common)
-            figures = retrieval_metrics(*pairs) | {"split": source.split, "broken": len(source) - len(pairs[2])}
-            report["retrieval"][name] = figures
-            say(retrieval_line(name, figures))
+            scores = retrieval_metrics(*pairs) | {"split": source.split, "broken": len(source) - len(pairs[2])}
+            report["retrieval"][name] = scores
+            say(retrieval_line(name, scores))
         else:
             dataset, classnames, templates, metric = source
-            figures = evaluate_zeroshot(
+            scores = evaluate_zeroshot(
                 model, loaded.tokenizer, dataset, classnames, templates, processes.device,
                 metric=metric, cache=cache, **common,
             )  # fmt: skip
-            figures["broken"] = len(dataset) - figures["samples"]
-            report["zero_shot"][name] = figures
-            say(zeroshot_line(name, figures))
+            scores["broken"] = len(dataset) - scores["samples"]
+            report["zero_shot"][name] = scores
+            say(zeroshot_line(name, scores))
         if processes.is_main:  # after each set: a long walk that is cut short keeps what it has
             os.makedirs(args.output_dir, exist_ok=True)
             utils.write_json(Path(args.output_dir) / "zeroshot.json", report)
@@ -667,24 +672,24 @@ def evaluate(args: argparse.Namespace, processes: utils.Distributed) -> dict:
     return report
 
 
-def zeroshot_line(name: str, figures: dict) -> str:
-    top5 = f"  top-5 {figures['top5']:6.2f}" if "top5" in figures else " " * 14
-    broken = f", {figures['broken']} broken left out" if figures["broken"] else ""
+def zeroshot_line(name: str, scores: dict) -> str:
+    top5 = f"  top-5 {scores['top5']:6.2f}" if "top5" in scores else " " * 14
+    broken = f", {scores['broken']} broken skipped" if scores["broken"] else ""
     return (
-        f"{name:<18}  {figures['metric']:<14} {figures['score']:6.2f}  |  "
-        f"top-1 {figures['top1']:6.2f}{top5}  |  "
-        f"{figures['samples']} pictures, {figures['classes']} classes{broken}"
+        f"{name:<18}  {scores['metric']:<14} {scores['score']:6.2f}  |  "
+        f"top-1 {scores['top1']:6.2f}{top5}  |  "
+        f"{scores['samples']} images, {scores['classes']} classes{broken}"
     )
 
 
-def retrieval_line(name: str, figures: dict) -> str:
+def retrieval_line(name: str, scores: dict) -> str:
     ways = [
-        f"{words} R@1 {figures[way + '_r1']:6.2f}  R@5 {figures[way + '_r5']:6.2f}  "
-        f"R@10 {figures[way + '_r10']:6.2f}  median rank {figures[way + '_median_rank']:g}"
+        f"{words} R@1 {scores[way + '_r1']:6.2f}  R@5 {scores[way + '_r5']:6.2f}  "
+        f"R@10 {scores[way + '_r10']:6.2f}  median rank {scores[way + '_median_rank']:g}"
         for way, words in (("i2t", "image to text"), ("t2i", "text to image"))
     ]
-    broken = f", {figures['broken']} broken left out" if figures["broken"] else ""
-    return f"{name:<18}  {'  |  '.join(ways)}  |  pool {figures['pool']} ({figures['split']}){broken}"
+    broken = f", {scores['broken']} broken skipped" if scores["broken"] else ""
+    return f"{name:<18}  {'  |  '.join(ways)}  |  pool {scores['pool']} ({scores['split']}){broken}"
 
 
 if __name__ == "__main__":

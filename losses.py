@@ -11,6 +11,7 @@ No matrix of logits is ever held: they are computed tile by tile, reduced to one
 again in the backward pass (the online softmax of Milakov and Gimelshein 2018, section 3). That is exact, and on one
 process, where a tile serves its rows and its columns at once, it needs fewer multiplications than the full matrices.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ def _unit(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Contrast, tile by tile
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def _slices(start: int, stop: int) -> list[slice]:
     return [slice(i, min(i + TILE, stop)) for i in range(start, stop, TILE)]
@@ -164,7 +166,7 @@ class _RowContrast(torch.autograd.Function):
     Args:
         q (B, D), k (M, D): unit vectors; row i belongs to column `label` + i.
         scale: inverse temperature, a tensor ().
-        excluded: column `excluded` + i is row i itself and left out; -1 for none.
+        excluded: column `excluded` + i is row i itself and takes no part; -1 for none.
 
     Returns:
         mean cross entropy (), and the index of the best match (B,).
@@ -180,7 +182,7 @@ class _RowContrast(torch.autograd.Function):
             best[rows] = torch.where(better, top, best[rows])
             match[rows] = torch.where(better, where + columns.start, match[rows])
             lse[rows] = torch.logaddexp(lse[rows], tile.logsumexp(1))
-        positive = scale * (q * k[label:label + len(q)]).sum(1)
+        positive = scale * (q * k[label : label + len(q)]).sum(1)
         ctx.save_for_backward(q, k, scale, lse)
         ctx.label, ctx.excluded = label, excluded
         ctx.mark_non_differentiable(match)
@@ -212,7 +214,8 @@ class _RowContrast(torch.autograd.Function):
                 tile = scale * (q[rows] @ k[columns].T)  # (r, c)
                 if excluded >= 0:  # row r meets itself in column r + shift of the tile
                     tile.diagonal(rows.start + excluded - columns.start).fill_(-torch.inf) if (
-                        -len(tile) < rows.start + excluded - columns.start < tile.shape[1]) else None
+                        -len(tile) < rows.start + excluded - columns.start < tile.shape[1]
+                    ) else None
                 yield rows, columns, tile
 
 
@@ -220,7 +223,7 @@ class CLIPLoss(nn.Module):
     """Symmetric image-text contrast (Radford et al. 2021, section 2.3 and figure 3).
 
     Reads `image_embed` (B, D), `text_embed` (B, D) and `logit_scale` (), the inverse temperature (already
-    exponentiated). Returns `loss`, `clip_loss` and `clip_acc`, the share of this rank's pictures, in percent, whose own
+    exponentiated). Returns `loss`, `clip_loss` and `clip_acc`, the share of this rank's images, in percent, whose own
     caption scores highest.
 
     Args:

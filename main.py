@@ -1,4 +1,4 @@
-"""Pre-training and fine-tuning of CLIP, SimCLR and SLIP models on pictures with captions.
+"""Pre-training and fine-tuning of CLIP, SimCLR and SLIP models on images with captions.
 
     python main.py --dataset roco --root /path/to/roco --model MEDSLIP_VIT --medclip-weights medclip-vit.zip ...
     torchrun --nproc_per_node=8 main.py --root /path/to/yfcc100m --model SLIP_VITB16 --lr 3e-3 --wd 0.1
@@ -6,6 +6,7 @@
 The same command runs on a CPU, a GPU, or under torchrun. An interrupted run continues by itself when it is started
 again with the same --output-dir. Validation each epoch measures retrieval on the whole validation split.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,9 +39,25 @@ from transforms import Preprocess, apply_colour_batch
 HERE = Path(__file__).parent
 # What must not differ between a run and its continuation: the model, the data, and the schedule.
 RESUME_SETTINGS = (
-    "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
-    "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze",
-    "disable_amp", "shard",
+    "dataset",
+    "caption_filter",
+    "epochs",
+    "warmup_epochs",
+    "lr",
+    "lr_start",
+    "lr_end",
+    "update_freq",
+    "accum_negatives",
+    "wd",
+    "betas",
+    "eps",
+    "seed",
+    "ssl_scale",
+    "ssl_temp",
+    "gather_with_grad",
+    "freeze",
+    "disable_amp",
+    "shard",
 )
 
 
@@ -56,59 +73,147 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="yfcc15m", choices=list(datasets.READERS),
-                      help="which reader; the README shows the layout each expects")
-    data.add_argument("--root", default="", type=str,
-                      help="folder of the data set; for roco the one that holds train/, validation/ and test/")
-    data.add_argument("--metadata", default="yfcc15m.pkl", type=str,
-                      help="file of captions where the layout does not fix it; for csv the table of pairs, with a "
-                           "column `split` or {split} in its name where there is a validation split")
-    data.add_argument("--caption-filter", default="all", type=str, metavar="FILTER",
-                      help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in datasets.py), or a "
-                           "regular expression, matched without regard to case; validation is filtered too")
-    data.add_argument("--cache-dir", default="", type=str,
-                      help="where the index of a large data set is kept; by default beside its metadata")
-    data.add_argument("--max-bad-share", default=0.01, type=float, metavar="SHARE",
-                      help="end the run when more than this share of the pictures cannot be decoded; those that "
-                           "cannot are named in bad_samples.txt and replaced")
-    data.add_argument("-j", "--workers", default=10, type=int,
-                      help="loader processes for each training process; about one for each CPU core it may use")
-    data.add_argument("--output-dir", default="./", type=str,
-                      help="checkpoints, logs and settings go here; a run found here is continued")
+    data.add_argument(
+        "--dataset",
+        default="yfcc15m",
+        choices=list(datasets.READERS),
+        help="which reader; the README shows the layout each expects",
+    )
+    data.add_argument(
+        "--root",
+        default="",
+        type=str,
+        help="folder of the dataset; for roco the one that holds train/, validation/ and test/",
+    )
+    data.add_argument(
+        "--metadata",
+        default="yfcc15m.pkl",
+        type=str,
+        help="file of captions where the layout does not fix it; for csv the table of pairs, with a "
+        "column `split` or {split} in its name where there is a validation split",
+    )
+    data.add_argument(
+        "--caption-filter",
+        default="all",
+        type=str,
+        metavar="FILTER",
+        help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in datasets.py), or a "
+        "regular expression, matched without regard to case; validation is filtered too",
+    )
+    data.add_argument(
+        "--cache-dir",
+        default="",
+        type=str,
+        help="where the index of a large dataset is kept; by default beside its metadata",
+    )
+    data.add_argument(
+        "--max-bad-share",
+        default=0.01,
+        type=float,
+        metavar="SHARE",
+        help="end the run when more than this share of the images cannot be decoded; those that "
+        "cannot are named in bad_samples.txt and replaced",
+    )
+    data.add_argument(
+        "-j",
+        "--workers",
+        default=10,
+        type=int,
+        help="loader processes for each training process; about one for each CPU core it may use",
+    )
+    data.add_argument(
+        "--output-dir",
+        default="./",
+        type=str,
+        help="checkpoints, logs and settings go here; a run found here is continued",
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="SLIP_VITB16", choices=list(models.MODELS), metavar="NAME",
-                       help="one of " + ", ".join(models.MODELS))
+    model.add_argument(
+        "--model",
+        default="SLIP_VITB16",
+        choices=list(models.MODELS),
+        metavar="NAME",
+        help="one of " + ", ".join(models.MODELS),
+    )
     model.add_argument("--ssl-mlp-dim", default=4096, type=int, help="hidden width of the SimCLR projection head")
     model.add_argument("--ssl-emb-dim", default=256, type=int, help="output width of the SimCLR projection head")
-    model.add_argument("--image-size", default=None, type=int, metavar="PIXELS",
-                       help="side of the training pictures (default: the model's, 224); position embeddings follow")
-    model.add_argument("--vision-tower", default=None, type=str, metavar="TIMM_NAME",
-                       help="replace the image tower by any timm image model, e.g. convnext_atto")
-    model.add_argument("--override", default=[], nargs="+", metavar="KEY=VALUE",
-                       help="other settings of the model (fields of models.ModelConfig), e.g. text_layers=4; "
-                            "vision.KEY=VALUE reaches the image tower's constructor, e.g. vision.depth=4")
-    model.add_argument("--context-length", default=None, type=int, metavar="TOKENS",
-                       help="longest caption (default 77; up to 512 with a BERT text tower); longer ones are cut")
-    model.add_argument("--bert-vocab", default="", type=str, metavar="VOCAB.TXT",
-                       help="vocabulary of Bio_ClinicalBERT, needed with MedCLIP's weights; without it a BERT tower "
-                            "starts afresh on CLIP's vocabulary")
-    model.add_argument("--text-pooling", default=None, choices=("masked", "medclip"),
-                       help="BERT towers: average over a caption's own tokens (masked, the default), or also over "
-                            "padding as MedCLIP does, so that an embedding depends on the captions beside it; "
-                            "--evaluate takes what the checkpoint was trained with")
+    model.add_argument(
+        "--image-size",
+        default=None,
+        type=int,
+        metavar="PIXELS",
+        help="side of the training images (default: the model's, 224); position embeddings follow",
+    )
+    model.add_argument(
+        "--vision-tower",
+        default=None,
+        type=str,
+        metavar="TIMM_NAME",
+        help="replace the image tower by any timm image model, e.g. convnext_atto",
+    )
+    model.add_argument(
+        "--override",
+        default=[],
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="other settings of the model (fields of models.ModelConfig), e.g. text_layers=4; "
+        "vision.KEY=VALUE reaches the image tower's constructor, e.g. vision.depth=4",
+    )
+    model.add_argument(
+        "--context-length",
+        default=None,
+        type=int,
+        metavar="TOKENS",
+        help="longest caption (default 77; up to 512 with a BERT text tower); longer ones are cut",
+    )
+    model.add_argument(
+        "--bert-vocab",
+        default="",
+        type=str,
+        metavar="VOCAB.TXT",
+        help="vocabulary of Bio_ClinicalBERT, needed with MedCLIP's weights; without it a BERT tower "
+        "starts afresh on CLIP's vocabulary",
+    )
+    model.add_argument(
+        "--text-pooling",
+        default=None,
+        choices=("masked", "medclip"),
+        help="BERT towers: average over a caption's own tokens (masked, the default), or also over "
+        "padding as MedCLIP does, so that an embedding depends on the captions beside it; "
+        "--evaluate takes what the checkpoint was trained with",
+    )
 
     start = parser.add_argument_group("where to start from")
-    start.add_argument("--resume", default="", type=str, metavar="CKPT",
-                       help="continue this run: weights, optimizer, schedule, position in the data")
-    start.add_argument("--init", default="", type=str, metavar="CKPT",
-                       help="start a new run from these weights alone; position embeddings are resized")
-    start.add_argument("--medclip-weights", default="", type=str, metavar="PATH",
-                       help="MedCLIP's folder, zip or pytorch_model.bin, for the MEDCLIP_* and MEDSLIP_* models")
-    start.add_argument("--freeze", default="", choices=("", "image", "text"),
-                       help="hold one tower fixed and in eval mode; its projection keeps learning")
+    start.add_argument(
+        "--resume",
+        default="",
+        type=str,
+        metavar="CKPT",
+        help="continue this run: weights, optimizer, schedule, position in the data",
+    )
+    start.add_argument(
+        "--init",
+        default="",
+        type=str,
+        metavar="CKPT",
+        help="start a new run from these weights alone; position embeddings are resized",
+    )
+    start.add_argument(
+        "--medclip-weights",
+        default="",
+        type=str,
+        metavar="PATH",
+        help="MedCLIP's folder, zip or pytorch_model.bin, for the MEDCLIP_* and MEDSLIP_* models",
+    )
+    start.add_argument(
+        "--freeze",
+        default="",
+        choices=("", "image", "text"),
+        help="hold one tower fixed and in eval mode; its projection keeps learning",
+    )
     start.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch of a new run")
 
 
@@ -116,23 +221,43 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", default=25, type=utils.positive_int, help="passes over the training pairs")
     train.add_argument("--warmup-epochs", default=1, type=int, help="epochs of linear warm-up from --lr-start")
-    train.add_argument("--batch-size", default=64, type=utils.positive_int,
-                       help="pairs for each process and micro-batch")
-    train.add_argument("--update-freq", default=1, type=utils.positive_int,
-                       help="micro-batches for each optimizer step (gradient accumulation)")
-    train.add_argument("--accum-negatives", default="micro", choices=("micro", "full"),
-                       help="with --update-freq: contrast within each micro-batch, as published, or over the whole "
-                            "step, which gives the gradient of the one big batch for a second pass through the towers "
-                            "(exact but for BatchNorm inside an image tower, a ResNet's, which sees micro-batches)")
-    train.add_argument("--compile", default=None, action=argparse.BooleanOptionalAction,
-                       help="compile the towers with torch.compile at the first step, a minute or so, for faster ones; "
-                            "validation runs without (default: on a GPU with Triton and a C compiler, unless --shard)")
-    train.add_argument("--grad-checkpointing", action="store_true",
-                       help="keep only the blocks' inputs of both towers for the backward pass and compute the rest "
-                            "again: less memory, about a third more time; not for ResNet-50")
-    train.add_argument("--lr", default=3e-3, type=float,
-                       help="peak learning rate; 3e-3 is SLIP's for training from scratch at batch 4096 and would "
-                            "wreck pre-trained towers: fine-tune MedCLIP with about 5e-5")
+    train.add_argument(
+        "--batch-size", default=64, type=utils.positive_int, help="pairs for each process and micro-batch"
+    )
+    train.add_argument(
+        "--update-freq",
+        default=1,
+        type=utils.positive_int,
+        help="micro-batches for each optimizer step (gradient accumulation)",
+    )
+    train.add_argument(
+        "--accum-negatives",
+        default="micro",
+        choices=("micro", "full"),
+        help="with --update-freq: contrast within each micro-batch, as published, or over the whole "
+        "step, which gives the gradient of the one big batch for a second pass through the towers "
+        "(exact but for BatchNorm inside an image tower, a ResNet's, which sees micro-batches)",
+    )
+    train.add_argument(
+        "--compile",
+        default=None,
+        action=argparse.BooleanOptionalAction,
+        help="compile the towers with torch.compile at the first step, a minute or so, for faster ones; "
+        "validation runs without (default: on a GPU with Triton and a C compiler, unless --shard)",
+    )
+    train.add_argument(
+        "--grad-checkpointing",
+        action="store_true",
+        help="keep only the blocks' inputs of both towers for the backward pass and compute the rest "
+        "again: less memory, about a third more time; not for ResNet-50",
+    )
+    train.add_argument(
+        "--lr",
+        default=3e-3,
+        type=float,
+        help="peak learning rate; 3e-3 is SLIP's for training from scratch at batch 4096 and would "
+        "wreck pre-trained towers: fine-tune MedCLIP with about 5e-5",
+    )
     train.add_argument("--lr-start", default=1e-6, type=float, help="learning rate at the first step")
     train.add_argument("--lr-end", default=1e-5, type=float, help="learning rate at the last step")
     train.add_argument("--wd", default=0.1, type=float, help="weight decay; SLIP used 0.1, CLIP 0.5")
@@ -140,42 +265,70 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--eps", default=1e-8, type=float, help="of AdamW")
     train.add_argument("--ssl-scale", default=1.0, type=float, help="weight of the SimCLR loss in SLIP")
     train.add_argument("--ssl-temp", default=0.1, type=float, help="softmax temperature of the SimCLR loss")
-    train.add_argument("--gather-with-grad", default=True, action=argparse.BooleanOptionalAction,
-                       help="let the CLIP loss's gradient reach the other processes' features, so that N processes "
-                            "equal one at the same global batch; --no-gather-with-grad reproduces the published "
-                            "multi-GPU runs, where about half of that gradient is missing")
-    train.add_argument("--shard", action="store_true",
-                       help="split parameters, gradients and optimizer state over the processes (PyTorch's FSDP2), for "
-                            "models that do not fit one GPU; same losses and weights, more communication")
-    train.add_argument("--disable-amp", action="store_true",
-                       help="compute in float32 on GPUs as well (slower, more memory); CPUs always do")
+    train.add_argument(
+        "--gather-with-grad",
+        default=True,
+        action=argparse.BooleanOptionalAction,
+        help="let the CLIP loss's gradient reach the other processes' features, so that N processes "
+        "equal one at the same global batch; --no-gather-with-grad reproduces the published "
+        "multi-GPU runs, where about half of that gradient is missing",
+    )
+    train.add_argument(
+        "--shard",
+        action="store_true",
+        help="split parameters, gradients and optimizer state over the processes (PyTorch's FSDP2), for "
+        "models that do not fit one GPU; same losses and weights, more communication",
+    )
+    train.add_argument(
+        "--disable-amp",
+        action="store_true",
+        help="compute in float32 on GPUs as well (slower, more memory); CPUs always do",
+    )
     train.add_argument("--seed", default=0, type=int, help="of weights, data order, views and dropout")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("validation, checkpoints, logging")
-    run.add_argument("--eval-freq", default=1, type=utils.positive_int,
-                     help="validate every so many epochs, and after the last")
+    run.add_argument(
+        "--eval-freq", default=1, type=utils.positive_int, help="validate every so many epochs, and after the last"
+    )
     run.add_argument("-e", "--evaluate", action="store_true", help="only validate the weights of --resume or --init")
-    run.add_argument("--skip-broken", action="store_true",
-                     help="validate on the pictures that can be decoded, and report the smaller pool; by default a "
-                          "broken validation picture is an error that names it")
-    run.add_argument("--zeroshot-set", default="imagenet", type=str, metavar="NAME",
-                     help="data set of dataset_catalog.json for zero-shot validation; skipped where its path is absent")
-    run.add_argument("--catalog", default=str(HERE / "dataset_catalog.json"), type=str,
-                     help="where the downstream data sets are")
-    run.add_argument("--print-freq", default=10, type=utils.positive_int, metavar="STEPS",
-                     help="steps between log lines")
-    run.add_argument("--keep-last", default=2, type=utils.positive_int, metavar="K",
-                     help="checkpoints to keep beside the best")
-    run.add_argument("--save-every-minutes", default=30.0, type=float, metavar="MINUTES",
-                     help="checkpoint within an epoch this often, beside the one after every epoch")
+    run.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="validate on the images that can be decoded, and report the smaller pool; by default a "
+        "unreadable validation image is an error that names it",
+    )
+    run.add_argument(
+        "--zeroshot-set",
+        default="imagenet",
+        type=str,
+        metavar="NAME",
+        help="dataset of dataset_catalog.json for zero-shot validation; skipped where its path is absent",
+    )
+    run.add_argument(
+        "--catalog", default=str(HERE / "dataset_catalog.json"), type=str, help="where the downstream datasets are"
+    )
+    run.add_argument(
+        "--print-freq", default=10, type=utils.positive_int, metavar="STEPS", help="steps between log lines"
+    )
+    run.add_argument(
+        "--keep-last", default=2, type=utils.positive_int, metavar="K", help="checkpoints to keep beside the best"
+    )
+    run.add_argument(
+        "--save-every-minutes",
+        default=30.0,
+        type=float,
+        metavar="MINUTES",
+        help="checkpoint within an epoch this often, beside the one after every epoch",
+    )
     run.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Building the parts of a run
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def parse_overrides(pairs: list[str]) -> dict:
     """["text_layers=4", "vision.depth=2"] to {"text_layers": 4, "vision_kwargs": {"depth": 2}}."""
@@ -213,8 +366,10 @@ def build_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
         say(f"{args.model}: no --bert-vocab, so the text tower reads CLIP's vocabulary")
     tokenizer = create_tokenizer(spec)
     if overrides.setdefault("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
-        raise ValueError(f"vocab_size={overrides['vocab_size']} does not fit the tokenizer, which has "
-                         f"{tokenizer.vocab_size} tokens; leave it out")
+        raise ValueError(
+            f"vocab_size={overrides['vocab_size']} does not fit the tokenizer, which has "
+            f"{tokenizer.vocab_size} tokens; leave it out"
+        )
 
     model = models.create_model(args.model, **overrides)
     if args.medclip_weights:
@@ -239,8 +394,10 @@ def trained_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
     own = [path for name in ("checkpoint_best.pt", "checkpoint.pt") if (path := Path(args.output_dir) / name).exists()]
     path = args.resume or args.init or args.medclip_weights or (own[0] if own else None)
     if path is None:
-        raise ValueError(f"--evaluate needs weights: --resume, --init or --medclip-weights; there is no checkpoint in "
-                         f"{args.output_dir}")
+        raise ValueError(
+            f"--evaluate needs weights: --resume, --init or --medclip-weights; there is no checkpoint in "
+            f"{args.output_dir}"
+        )
     loaded = models.load_pretrained(path, bert_vocab=args.bert_vocab or None, text_pooling=args.text_pooling)
     if loaded.model.objective.text and loaded.tokenizer is None:
         raise ValueError("MedCLIP's weights need --bert-vocab: the vocab.txt of Bio_ClinicalBERT (28,996 lines)")
@@ -252,8 +409,9 @@ def compiles(args: argparse.Namespace, device: torch.device) -> bool:
     return not args.shard and utils.compilation_pays(device) if args.compile is None else args.compile
 
 
-def prepare_training(args: argparse.Namespace, model: nn.Module, processes: utils.Distributed
-                     ) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, object, torch.amp.GradScaler]:
+def prepare_training(
+    args: argparse.Namespace, model: nn.Module, processes: utils.Distributed
+) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, object, torch.amp.GradScaler]:
     """Model on its device, what is called in training, optimizer, and context and gradient scaler of the precision."""
     model = utils.synchronise_batchnorm(model, processes).to(processes.device)
     if not args.shard:  # FSDP2 takes contiguous parameters only
@@ -265,20 +423,30 @@ def prepare_training(args: argparse.Namespace, model: nn.Module, processes: util
     if args.shard:
         utils.shard(model, processes)
     elif processes.world_size > 1 and args.accum_negatives == "micro":
-        trained = DistributedDataParallel(model, broadcast_buffers=False, device_ids=[processes.device.index]
-                                          if processes.device.type == "cuda" else None)
-    optimizer = torch.optim.AdamW(utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas),
-                                  eps=args.eps, fused=True)
+        trained = DistributedDataParallel(
+            model,
+            broadcast_buffers=False,
+            device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
+        )
+    optimizer = torch.optim.AdamW(
+        utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas), eps=args.eps, fused=True
+    )
     return model, trained, optimizer, *utils.autocast_of(processes.device, args.disable_amp)
 
 
 def build_reader(args: argparse.Namespace, split: str, caption_filter: str, say):
     if not args.root:
-        raise ValueError(f"--root is missing: the folder of the {args.dataset} data set")
+        raise ValueError(f"--root is missing: the folder of the {args.dataset} dataset")
     # The published default belongs to yfcc15m alone.
     metadata = "" if args.dataset != "yfcc15m" and args.metadata == "yfcc15m.pkl" else args.metadata
-    reader = datasets.create_reader(args.dataset, args.root, metadata, split, caption_filter,
-                                    **({"cache_dir": args.cache_dir} if args.cache_dir else {}))
+    reader = datasets.create_reader(
+        args.dataset,
+        args.root,
+        metadata,
+        split,
+        caption_filter,
+        **({"cache_dir": args.cache_dir} if args.cache_dir else {}),
+    )
     for line in reader.log:
         say(f"{args.dataset} {split}: {line}")
     return reader
@@ -287,7 +455,7 @@ def build_reader(args: argparse.Namespace, split: str, caption_filter: str, say)
 def build_validation(args: argparse.Namespace, objective: models.Objective, say) -> dict[str, object]:
     """Readers of the validation split by name: `val` as the caption filter leaves it, `val_full` the whole pool.
 
-    Empty, with a notice, where the objective has no text side or the data set no validation split.
+    Empty, with a notice, where the objective has no text side or the dataset no validation split.
     """
     if not objective.text:
         say("validation: this objective has no text side, so there is no retrieval; the last epoch counts as the best")
@@ -337,50 +505,77 @@ class Run:
 
 
 def build_loader(args: argparse.Namespace, reader, model: nn.Module, tokenizer, processes: utils.Distributed):
-    dataset = datasets.ContrastiveDataset(reader, model.objective.inputs, model.preprocess, args.seed,
-                                          bad_samples=Path(args.output_dir) / "bad_samples.txt",
-                                          max_bad_share=args.max_bad_share,
-                                          colour_later=processes.device.type == "cuda")
+    dataset = datasets.ContrastiveDataset(
+        reader,
+        model.objective.inputs,
+        model.preprocess,
+        args.seed,
+        bad_samples=Path(args.output_dir) / "bad_samples.txt",
+        max_bad_share=args.max_bad_share,
+        colour_later=processes.device.type == "cuda",
+    )
     sampler = datasets.GlobalBatchSampler(len(reader), args.batch_size, processes.rank, processes.world_size, args.seed)
     collate = datasets.Collate(tokenizer, trim=model.objective.text and not model.text.reads_padding)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate,
-                      num_workers=args.workers, persistent_workers=args.workers > 0,
-                      # Forked workers share the reader's texts; from Python 3.14 on that has to be asked for.
-                      multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None,
-                      pin_memory=processes.device.type == "cuda",
-                      generator=torch.Generator())  # its own, so that starting a loader leaves dropout's numbers alone
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+        # Forked workers share the reader's texts; from Python 3.14 on that has to be asked for.
+        multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None,
+        pin_memory=processes.device.type == "cuda",
+        generator=torch.Generator(),
+    )  # its own, so that starting a loader leaves dropout's numbers alone
 
 
 def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
     """Everything that determines this run, written before its first step, and the lines a person wants to see."""
     world, say = run.processes.world_size, run.logger.line
     effective = args.batch_size * args.update_freq * world
-    derived = {"world_size": world, "device": str(run.processes.device), "training_pairs": n_pairs,
-               "compiled": compiles(args, run.processes.device),
-               "global_batch": args.batch_size * world, "effective_batch": effective,
-               "steps_per_epoch": run.steps_per_epoch, "total_steps": run.steps_per_epoch * args.epochs,
-               "learning_rate": args.lr, "model_config": run.model.config,
-               "parameters": sum(p.numel() for p in run.model.parameters())}
+    derived = {
+        "world_size": world,
+        "device": str(run.processes.device),
+        "training_pairs": n_pairs,
+        "compiled": compiles(args, run.processes.device),
+        "global_batch": args.batch_size * world,
+        "effective_batch": effective,
+        "steps_per_epoch": run.steps_per_epoch,
+        "total_steps": run.steps_per_epoch * args.epochs,
+        "learning_rate": args.lr,
+        "model_config": run.model.config,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+    }
     if run.processes.is_main:
-        utils.write_json(Path(args.output_dir) / "settings.json",
-                         {"args": vars(args), "derived": derived, "versions": utils.versions()})
+        utils.write_json(
+            Path(args.output_dir) / "settings.json",
+            {"args": vars(args), "derived": derived, "versions": utils.versions()},
+        )
     say(json.dumps(vars(args), default=str))
     say(", ".join(f"{k} {v}" for k, v in utils.versions().items()))
     say(f"weight decay: {utils.describe_groups(run.optimizer.param_groups)}")
-    say(f"{n_pairs:,} pairs; {args.batch_size} x {args.update_freq} micro-batch(es) x {world} process(es) = effective "
-        f"batch {effective}; {run.steps_per_epoch} steps an epoch; learning rate {args.lr:g} (not scaled)")
+    say(
+        f"{n_pairs:,} pairs; {args.batch_size} x {args.update_freq} micro-batch(es) x {world} process(es) = effective "
+        f"batch {effective}; {run.steps_per_epoch} steps an epoch; learning rate {args.lr:g} (not scaled)"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-def resume_settings(args: argparse.Namespace, model: nn.Module, tokenizer, processes: utils.Distributed,
-                    n_pairs: int) -> dict:
+
+def resume_settings(
+    args: argparse.Namespace, model: nn.Module, tokenizer, processes: utils.Distributed, n_pairs: int
+) -> dict:
     settings = {key: getattr(args, key) for key in RESUME_SETTINGS}
-    settings |= {"model": args.model, "global_batch": args.batch_size * processes.world_size, "pairs": n_pairs,
-                 **{f"model.{k}": v for k, v in model.config.items()},
-                 "tokenizer": hashlib.sha256(json.dumps(tokenizer.spec()).encode()).hexdigest() if tokenizer else None}
+    settings |= {
+        "model": args.model,
+        "global_batch": args.batch_size * processes.world_size,
+        "pairs": n_pairs,
+        **{f"model.{k}": v for k, v in model.config.items()},
+        "tokenizer": hashlib.sha256(json.dumps(tokenizer.spec()).encode()).hexdigest() if tokenizer else None,
+    }
     return json.loads(json.dumps(settings))  # tuples and lists compare equal after a round trip
 
 
@@ -392,12 +587,21 @@ def save(run: Run, is_best: bool = False) -> None:
     if not run.processes.is_main:
         return
     state = {
-        "epoch": run.epoch, "step_in_epoch": run.step_in_epoch, "step": run.step,
-        "state_dict": weights, "optimizer": optimizer,
-        "scaler": run.scaler.state_dict(), "best_acc1": run.best, "epoch_sums": run.epoch_sums,
-        "random": random_states, "settings": run.settings, "args": json.loads(json.dumps(vars(run.args), default=str)),
-        "model": {"name": run.model.name, "config": run.model.config}, "preprocess": run.model.preprocess.to_dict(),
-        "tokenizer": run.tokenizer.spec() if run.tokenizer else None, "versions": utils.versions(),
+        "epoch": run.epoch,
+        "step_in_epoch": run.step_in_epoch,
+        "step": run.step,
+        "state_dict": weights,
+        "optimizer": optimizer,
+        "scaler": run.scaler.state_dict(),
+        "best_acc1": run.best,
+        "epoch_sums": run.epoch_sums,
+        "random": random_states,
+        "settings": run.settings,
+        "args": json.loads(json.dumps(vars(run.args), default=str)),
+        "model": {"name": run.model.name, "config": run.model.config},
+        "preprocess": run.model.preprocess.to_dict(),
+        "tokenizer": run.tokenizer.spec() if run.tokenizer else None,
+        "versions": utils.versions(),
     }
     output_dir = Path(run.args.output_dir)
     utils.save_training_checkpoint(state, output_dir, run.step, is_best, run.args.keep_last)
@@ -421,22 +625,30 @@ def resume(run: Run) -> None:
     if run.args.resume:
         named = utils.load_checkpoint(run.args.resume)
         if state is not None and state.get("step", 0) >= named.get("step", 0):
-            run.logger.line(f"{source} is as far as {run.args.resume} or further, so it is continued; to go back, "
-                            "choose another --output-dir")
+            run.logger.line(
+                f"{source} is as far as {run.args.resume} or further, so it is continued; to go back, "
+                "choose another --output-dir"
+            )
         else:
             state, source = named, run.args.resume
             run.logger.line(f"resuming from {source}")
     if state is None:
         return
     if "settings" not in state:
-        raise ValueError(f"{source} was not written by this code and cannot be continued; --init starts a new run "
-                         "from its weights")
+        raise ValueError(
+            f"{source} was not written by this code and cannot be continued; --init starts a new run from its weights"
+        )
     theirs = state["settings"]
-    differ = [f"{k}: {theirs.get(k)!r} there, {run.settings.get(k)!r} now"
-              for k in sorted(set(theirs) | set(run.settings)) if theirs.get(k) != run.settings.get(k)]
+    differ = [
+        f"{k}: {theirs.get(k)!r} there, {run.settings.get(k)!r} now"
+        for k in sorted(set(theirs) | set(run.settings))
+        if theirs.get(k) != run.settings.get(k)
+    ]
     if differ:
-        raise ValueError(f"cannot continue {source}, its settings differ (choose another --output-dir for a new run):\n"
-                         + "\n".join(f"  {d}" for d in differ))
+        raise ValueError(
+            f"cannot continue {source}, its settings differ (choose another --output-dir for a new run):\n"
+            + "\n".join(f"  {d}" for d in differ)
+        )
     utils.load_training_state(run.model, run.optimizer, state["state_dict"], state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.epoch, run.step_in_epoch, run.best = state["epoch"], state["step_in_epoch"], state["best_acc1"]
@@ -456,6 +668,7 @@ def resume(run: Run) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class StopRequest:
     """Remembers SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, so that the loop can checkpoint and leave between two steps."""
@@ -534,7 +747,7 @@ def accumulate_full(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dic
 
 
 def to_device(batch: dict[str, Tensor], key: str, preprocess: Preprocess, device: torch.device) -> Tensor:
-    """Tokens as they are; pictures finished and normalised there, (B, 3, S, S), the channels innermost in memory."""
+    """Tokens as they are; images finished and normalised there, (B, 3, S, S), the channels innermost in memory."""
     x = batch[key].to(device, non_blocking=True)
     if x.dtype != torch.uint8:
         return x
@@ -548,12 +761,20 @@ def update(run: Run, batches: list[dict], totals: Tensor) -> None:
 
     An update whose gradient is not finite is skipped, decided on the device and alike on all ranks.
     """
-    lr = utils.cosine_lr(run.step, run.steps_per_epoch * run.args.epochs, run.args.lr, run.args.lr_end,
-                         run.args.warmup_epochs * run.steps_per_epoch, run.args.lr_start)
+    lr = utils.cosine_lr(
+        run.step,
+        run.steps_per_epoch * run.args.epochs,
+        run.args.lr,
+        run.args.lr_end,
+        run.args.warmup_epochs * run.steps_per_epoch,
+        run.args.lr_start,
+    )
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    micro_batches = [[to_device(batch, key, run.model.preprocess, run.processes.device)
-                      for key in run.model.objective.inputs] for batch in batches]
+    micro_batches = [
+        [to_device(batch, key, run.model.preprocess, run.processes.device) for key in run.model.objective.inputs]
+        for batch in batches
+    ]
     accumulate = accumulate_full if run.args.accum_negatives == "full" else accumulate_micro
     buffers = [b for b in run.model.buffers() if b.is_floating_point()]  # BatchNorm's running statistics
     before = [b.clone() for b in buffers]
@@ -585,14 +806,19 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
     batches = iter(run.loader)
     totals = torch.zeros(len(keys) + 2, device=run.processes.device)
     run.epoch_sums = run.epoch_sums or [0.0] * (len(keys) + 1)
-    bar = tqdm(total=run.steps_per_epoch, initial=run.step_in_epoch, desc=f"epoch {run.epoch}", leave=False,
-               disable=not (run.processes.is_main and sys.stderr.isatty()))
-    waiting, since, first, pictures = 0.0, time.monotonic(), run.step_in_epoch, 0
+    bar = tqdm(
+        total=run.steps_per_epoch,
+        initial=run.step_in_epoch,
+        desc=f"epoch {run.epoch}",
+        leave=False,
+        disable=not (run.processes.is_main and sys.stderr.isatty()),
+    )
+    waiting, since, first, images = 0.0, time.monotonic(), run.step_in_epoch, 0
     while run.step_in_epoch < run.steps_per_epoch:
         before = time.monotonic()
         group = [batch for _, batch in zip(range(args.update_freq), batches, strict=False)]
         waiting += time.monotonic() - before
-        pictures += sum(len(batch["index"]) for batch in group) * run.processes.world_size
+        images += sum(len(batch["index"]) for batch in group) * run.processes.world_size
         update(run, group, totals)
         bar.update()
         if run.step_in_epoch % args.print_freq and run.step_in_epoch < run.steps_per_epoch:
@@ -609,14 +835,23 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
             run.epoch_sums[i] += value
         seconds = time.monotonic() - since
         metrics = {key: s / count if count else math.nan for key, s in zip(keys, sums, strict=True)}
-        log_interval(run, metrics, skipped / run.processes.world_size, run.step_in_epoch - first, pictures / seconds,
-                     seconds, waiting / seconds)
-        waiting, since, first, pictures = 0.0, time.monotonic(), run.step_in_epoch, 0
+        log_interval(
+            run,
+            metrics,
+            skipped / run.processes.world_size,
+            run.step_in_epoch - first,
+            images / seconds,
+            seconds,
+            waiting / seconds,
+        )
+        waiting, since, first, images = 0.0, time.monotonic(), run.step_in_epoch, 0
         if stopping:
             save(run)
             stop.name = next(filter(None, utils.gather_objects(run.processes, stop.name)))  # the same on all ranks
-            run.logger.line(f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, step "
-                            f"{run.step_in_epoch}; the same command continues from it")
+            run.logger.line(
+                f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, step "
+                f"{run.step_in_epoch}; the same command continues from it"
+            )
             bar.close()
             return False
         if save_due and run.step_in_epoch < run.steps_per_epoch:
@@ -625,34 +860,52 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
     return True
 
 
-def log_interval(run: Run, metrics: dict, skipped: float, steps: int, samples: float, seconds: float,
-                 waiting: float) -> None:
+def log_interval(
+    run: Run, metrics: dict, skipped: float, steps: int, samples: float, seconds: float, waiting: float
+) -> None:
     """One line and one row about the `steps` updates since the last; raises where none of them was finite."""
     args = run.args
     left = (run.steps_per_epoch * args.epochs - run.step) * seconds / steps
-    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if run.processes.device.type == "cuda" else 0.0
+    memory = torch.cuda.max_memory_allocated() / 2**30 if run.processes.device.type == "cuda" else 0.0
     lr = run.optimizer.param_groups[0]["lr"]
     scale = {"logit_scale": run.model.logit_scale.exp().item()} if run.model.objective.text else {}
     parts = "  ".join(f"{k} {v:.4g}" for k, v in {**metrics, **scale}.items())
-    run.logger.line(f"epoch {run.epoch} [{run.step_in_epoch}/{run.steps_per_epoch}]  {parts}  lr {lr:.3g}  "
-                    f"{samples:.0f} samples/s  data {100 * waiting:.0f}%"
-                    + (f"  mem {memory:.1f} GiB" if memory else "") + f"  left {utils.format_seconds(left)}")
-    run.logger.row("train", run.step, {
-        "epoch": run.epoch, **metrics, **scale, "lr": lr, "samples_per_second": samples, "waiting_for_data": waiting,
-        "memory_gib": memory, "skipped_updates": skipped})
+    run.logger.line(
+        f"epoch {run.epoch} [{run.step_in_epoch}/{run.steps_per_epoch}]  {parts}  lr {lr:.3g}  "
+        f"{samples:.0f} samples/s  data {100 * waiting:.0f}%"
+        + (f"  mem {memory:.1f} GiB" if memory else "")
+        + f"  left {utils.format_seconds(left)}"
+    )
+    run.logger.row(
+        "train",
+        run.step,
+        {
+            "epoch": run.epoch,
+            **metrics,
+            **scale,
+            "lr": lr,
+            "samples_per_second": samples,
+            "waiting_for_data": waiting,
+            "memory_gib": memory,
+            "skipped_updates": skipped,
+        },
+    )
     if skipped:
         run.logger.line(f"warning: {skipped:.0f} of {steps} updates had a gradient that is not finite and were skipped")
     if skipped >= steps and not (run.scaler.is_enabled() and math.isfinite(metrics["loss"])):
-        raise FloatingPointError(f"loss or gradient not finite in all {steps} updates up to epoch {run.epoch}, step "
-                                 f"{run.step_in_epoch}: lower --lr, or look at the data; the last checkpoint is intact")
+        raise FloatingPointError(
+            f"loss or gradient not finite in all {steps} updates up to epoch {run.epoch}, step "
+            f"{run.step_in_epoch}: lower --lr, or look at the data; the last checkpoint is intact"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def zero_shot_set(args: argparse.Namespace, model: nn.Module, say):
-    """(data set, class names, templates, metric) of --zeroshot-set, or None with one notice where it is not there."""
+    """(dataset, class names, templates, metric) of --zeroshot-set, or None with one notice where it is not there."""
     if not model.objective.text:
         return None
     try:
@@ -662,50 +915,55 @@ def zero_shot_set(args: argparse.Namespace, model: nn.Module, say):
         return None
 
 
-def validate(args: argparse.Namespace, processes: utils.Distributed, model: nn.Module, tokenizer, say,
-             readers: dict, zero_shot) -> tuple[dict, float | None]:
-    """Figures of the whole validation split, each sample once on any number of processes.
+def validate(
+    args: argparse.Namespace, processes: utils.Distributed, model: nn.Module, tokenizer, say, readers: dict, zero_shot
+) -> tuple[dict, float | None]:
+    """Metrics of the whole validation split, each sample once on any number of processes.
 
-    Returns them and the score that chooses the best checkpoint: the mean of recall at 1, 5 and 10 both ways, else
-    zero-shot accuracy, else None.
+    Returns them and the score that chooses the best checkpoint: the mean of recall at 1, 5 and 10 in both directions,
+    else zero-shot accuracy, else None.
     """
     row, score = {}, None
-    common = dict(batch_size=args.batch_size, workers=min(args.workers, 4), dist=processes,
-                  skip_broken=args.skip_broken)
+    common = dict(
+        batch_size=args.batch_size, workers=min(args.workers, 4), dist=processes, skip_broken=args.skip_broken
+    )
     for name, reader in readers.items():
         with utils.unsharded(model):
-            images, texts, captions = eval_zeroshot.embed_pairs(model, reader, model.preprocess, tokenizer,
-                                                                processes.device, **common)
-        figures = eval_zeroshot.retrieval_metrics(images, texts, captions)
-        row |= {f"{name}_{k}": v for k, v in figures.items()}
-        recalls = [v for k, v in figures.items() if k[:5] in ("i2t_r", "t2i_r")]
+            images, texts, captions = eval_zeroshot.embed_pairs(
+                model, reader, model.preprocess, tokenizer, processes.device, **common
+            )
+        scores = eval_zeroshot.retrieval_metrics(images, texts, captions)
+        row |= {f"{name}_{k}": v for k, v in scores.items()}
+        recalls = [v for k, v in scores.items() if k[:5] in ("i2t_r", "t2i_r")]
         if name == "val" or "val" not in readers:
             score = sum(recalls) / len(recalls)
-        say(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        say(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
     if zero_shot is not None:
         dataset, classes, templates, metric = zero_shot
         with utils.unsharded(model):
-            figures = eval_zeroshot.evaluate_zeroshot(model, tokenizer, dataset, classes, templates,
-                                                      processes.device, metric=metric, **common)
-        row |= {f"{args.zeroshot_set}_{k}": v for k, v in figures.items()}
-        score = figures["top1"] if score is None else score
-        say(f"zero-shot {args.zeroshot_set}: {metric} {figures['score']:.2f}")
+            scores = eval_zeroshot.evaluate_zeroshot(
+                model, tokenizer, dataset, classes, templates, processes.device, metric=metric, **common
+            )
+        row |= {f"{args.zeroshot_set}_{k}": v for k, v in scores.items()}
+        score = scores["top1"] if score is None else score
+        say(f"zero-shot {args.zeroshot_set}: {metric} {scores['score']:.2f}")
     return row, score
 
 
 def finish_epoch(run: Run, readers: dict, zero_shot) -> dict:
-    """Validate where it is due, checkpoint, and keep the best; returns the epoch's figures."""
+    """Validate where it is due, checkpoint, and keep the best; returns the epoch's scores."""
     args, done = run.args, run.epoch + 1
     *sums, count = run.epoch_sums
-    row = {"epoch": run.epoch, **{k: s / count if count else math.nan
-                                  for k, s in zip(run.model.objective.metrics, sums, strict=True)}}
+    row = {
+        "epoch": run.epoch,
+        **{k: s / count if count else math.nan for k, s in zip(run.model.objective.metrics, sums, strict=True)},
+    }
     score = None
     if done % args.eval_freq == 0 or done == args.epochs:
         save(run)  # validation does not answer signals; a kill in it must not cost the end of the epoch
         with torch.compiler.set_stance("force_eager"):  # other shapes, seen a few times: not worth compiling for
-            figures, score = validate(args, run.processes, run.model, run.tokenizer, run.logger.line, readers,
-                                      zero_shot)
-        row |= figures
+            scores, score = validate(args, run.processes, run.model, run.tokenizer, run.logger.line, readers, zero_shot)
+        row |= scores
     is_best = score > run.best if score is not None else not readers and zero_shot is None
     run.best = score if is_best and score is not None else run.best
     run.epoch, run.step_in_epoch, run.epoch_sums = done, 0, []
@@ -718,8 +976,15 @@ def evaluate(args: argparse.Namespace, processes: utils.Distributed, logger: uti
     """Validate a checkpoint, once the processes have met."""
     say = logger.line
     model, tokenizer = trained_model(args, say)
-    return validate(args, processes, model.to(processes.device), tokenizer, say,
-                    build_validation(args, model.objective, say), zero_shot_set(args, model, say))[0]
+    return validate(
+        args,
+        processes,
+        model.to(processes.device),
+        tokenizer,
+        say,
+        build_validation(args, model.objective, say),
+        zero_shot_set(args, model, say),
+    )[0]
 
 
 def train(args: argparse.Namespace, processes: utils.Distributed, logger: utils.Logger) -> dict:
@@ -734,24 +999,36 @@ def train(args: argparse.Namespace, processes: utils.Distributed, logger: utils.
     model, trained, optimizer, autocast, scaler = prepare_training(args, model, processes)
     utils.seed_everything(args.seed + processes.rank)  # dropout differs between ranks
     loader = build_loader(args, reader, model, tokenizer, processes)
-    run = Run(args, processes, model, trained, tokenizer,
-              model.objective.loss(args.ssl_temp, args.ssl_scale, args.gather_with_grad), optimizer, autocast,
-              scaler, loader, math.ceil(len(loader.batch_sampler) / args.update_freq), logger,
-              resume_settings(args, model, tokenizer, processes, len(reader)), epoch=args.start_epoch)
+    run = Run(
+        args,
+        processes,
+        model,
+        trained,
+        tokenizer,
+        model.objective.loss(args.ssl_temp, args.ssl_scale, args.gather_with_grad),
+        optimizer,
+        autocast,
+        scaler,
+        loader,
+        math.ceil(len(loader.batch_sampler) / args.update_freq),
+        logger,
+        resume_settings(args, model, tokenizer, processes, len(reader)),
+        epoch=args.start_epoch,
+    )
     resume(run)  # first, because a refusal leaves the run's files as they are
     record_settings(args, run, len(reader))
 
-    figures = {}
+    scores = {}
     with StopRequest() as stop:
         while run.epoch < args.epochs:
             if not train_one_epoch(run, stop):
-                return {**figures, "stopped_by": stop.name}
-            figures = finish_epoch(run, readers, zero_shot)
-    return figures
+                return {**scores, "stopped_by": stop.name}
+            scores = finish_epoch(run, readers, zero_shot)
+    return scores
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Train as the command line says; returns the last epoch's figures, and `stopped_by` where a signal came first."""
+    """Train as the command line says; returns the last epoch's scores, and `stopped_by` where a signal came first."""
     args = get_args_parser().parse_args(argv)
     starts = [f"--{n.replace('_', '-')}" for n in ("resume", "init", "medclip_weights") if getattr(args, n)]
     if len(starts) > 1:

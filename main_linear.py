@@ -39,7 +39,7 @@ import eval_zeroshot
 import metrics
 import models
 import utils
-from datasets import CBIS_CLASSES, CBIS_KINDS, CBIS_PICTURES, CbisLesions, GlobalBatchSampler
+from datasets import CBIS_CLASSES, CBIS_IMAGES, CBIS_KINDS, CbisLesions, GlobalBatchSampler
 from probes import (
     MEDSLIP_SIZE,
     Backbone,
@@ -64,73 +64,150 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("main_linear.py", description=__doc__, formatter_class=utils.HelpFormatter)
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="imagenet", type=str, metavar="NAME",
-                      help=f"{', '.join(CBIS_SETS)}, or any other set of the catalog")
-    data.add_argument("--root", default="", type=str,
-                      help="folder of the data set; by default its path in the catalog")
-    data.add_argument("--catalog", default=str(downstream.CATALOG), type=str, help="where the data sets are")
-    data.add_argument("--picture", default="crop", choices=CBIS_PICTURES,
-                      help="CBIS: which picture of a lesion the tower sees; the results name it")
-    data.add_argument("--skip-broken", action="store_true",
-                      help="leave out test pictures, and features of training pictures, that are missing or cannot "
-                           "be decoded, and report on fewer; by default an error")
-    data.add_argument("-j", "--workers", default=64, type=int,
-                      help="loader processes of this node; no more than it has cores are started")
+    data.add_argument(
+        "--dataset",
+        default="imagenet",
+        type=str,
+        metavar="NAME",
+        help=f"{', '.join(CBIS_SETS)}, or any other set of the catalog",
+    )
+    data.add_argument("--root", default="", type=str, help="folder of the dataset; by default its path in the catalog")
+    data.add_argument("--catalog", default=str(downstream.CATALOG), type=str, help="where the datasets are")
+    data.add_argument(
+        "--image-kind",
+        "--picture",
+        default="crop",
+        choices=CBIS_IMAGES,
+        help="CBIS: which image of a lesion the tower sees; the results name it",
+    )
+    data.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out test images, and features of training images, that are missing or cannot "
+        "be decoded, and report on fewer; by default an error",
+    )
+    data.add_argument(
+        "-j",
+        "--workers",
+        default=64,
+        type=int,
+        help="loader processes of this node; no more than it has cores are started",
+    )
     data.add_argument("--output-dir", default="./", type=str, help="results, features and checkpoints go here")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained", default="", type=str, metavar="PATH",
-                       help="a checkpoint of ours, a published SLIP file, or MedCLIP's folder, zip or "
-                            "pytorch_model.bin; without it the tower is untrained")
-    model.add_argument("-a", "--arch", default="vit_base_patch16_224", type=str, metavar="TIMM_NAME",
-                       help="the untrained tower; with --pretrained the file's own tower is used")
-    model.add_argument("--model", default=None, choices=list(models.MODELS), metavar="NAME",
-                       help="what a published file that does not say was trained as, or an untrained model in "
-                            "place of --arch: one of " + ", ".join(models.MODELS))
-    model.add_argument("--untrained", action="store_true",
-                       help="the model of --pretrained with fresh weights from --seed: what has training added?")
-    model.add_argument("--features", default=None, choices=("backbone", "projection"),
-                       help="the tower's own features, or those in the space shared with captions (default: "
-                            "backbone; with --protocol medslip projection)")
+    model.add_argument(
+        "--pretrained",
+        default="",
+        type=str,
+        metavar="PATH",
+        help="a checkpoint of ours, a published SLIP file, or MedCLIP's folder, zip or "
+        "pytorch_model.bin; without it the tower is untrained",
+    )
+    model.add_argument(
+        "-a",
+        "--arch",
+        default="vit_base_patch16_224",
+        type=str,
+        metavar="TIMM_NAME",
+        help="the untrained tower; with --pretrained the file's own tower is used",
+    )
+    model.add_argument(
+        "--model",
+        default=None,
+        choices=list(models.MODELS),
+        metavar="NAME",
+        help="what a published file that does not say was trained as, or an untrained model in "
+        "place of --arch: one of " + ", ".join(models.MODELS),
+    )
+    model.add_argument(
+        "--untrained",
+        action="store_true",
+        help="the model of --pretrained with fresh weights from --seed: what has training added?",
+    )
+    model.add_argument(
+        "--features",
+        default=None,
+        choices=("backbone", "projection"),
+        help="the tower's own features, or those in the space shared with captions (default: "
+        "backbone; with --protocol medslip projection)",
+    )
 
     cbis = parser.add_argument_group("CBIS-DDSM probe")
-    cbis.add_argument("--protocol", default="logistic", choices=list(PROTOCOLS),
-                      help="logistic: L2-regularised logistic regression on standardised features. medslip: the "
-                           f"first MedSLIP's protocol without its faults, projected features at {MEDSLIP_SIZE} "
-                           "pixels and 50 epochs of AdamW in batches of 16, to compare with its tables")
-    cbis.add_argument("--resamples", default=2000, type=utils.positive_int,
-                      help="bootstrap resamples of the patients for the 95%% intervals")
-    cbis.add_argument("--baseline", default="", type=str, metavar="PREDICTIONS.CSV",
-                      help="another run's predictions for the same lesions: adds the paired difference to them")
+    cbis.add_argument(
+        "--protocol",
+        default="logistic",
+        choices=list(PROTOCOLS),
+        help="logistic: L2-regularised logistic regression on standardised features. medslip: the "
+        f"first MedSLIP's protocol without its faults, projected features at {MEDSLIP_SIZE} "
+        "pixels and 50 epochs of AdamW in batches of 16, to compare with its tables",
+    )
+    cbis.add_argument(
+        "--resamples",
+        default=2000,
+        type=utils.positive_int,
+        help="bootstrap resamples of the patients for the 95%% intervals",
+    )
+    cbis.add_argument(
+        "--baseline",
+        default="",
+        type=str,
+        metavar="PREDICTIONS.CSV",
+        help="another run's predictions for the same lesions: adds the paired difference to them",
+    )
 
     other = parser.add_argument_group("other sets, on features extracted once")
-    other.add_argument("--cache-features", action="store_true",
-                       help="logistic regression in place of SGD, its penalty chosen on a tenth of the training set; "
-                            "for sets of up to some 100,000 pictures")
-    other.add_argument("--fraction", default=[], nargs="+", type=float, metavar="SHARE",
-                       help="logistic regression on these shares of each class, e.g. 0.01 0.1 (at least two each)")
+    other.add_argument(
+        "--cache-features",
+        action="store_true",
+        help="logistic regression in place of SGD, its penalty chosen on a tenth of the training set; "
+        "for sets of up to some 100,000 images",
+    )
+    other.add_argument(
+        "--fraction",
+        default=[],
+        nargs="+",
+        type=float,
+        metavar="SHARE",
+        help="logistic regression on these shares of each class, e.g. 0.01 0.1 (at least two each)",
+    )
     other.add_argument("--fraction-seeds", default=3, type=int, help="random draws of each share")
     other.add_argument("--knn", default=0, type=int, metavar="K", help="k-nearest-neighbour accuracy; 20 is usual")
 
     recipe = parser.add_argument_group("other sets, by SGD")
     recipe.add_argument("--epochs", default=90, type=int, help="passes over the training set")
     recipe.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch of a new run")
-    recipe.add_argument("-b", "--batch-size", default=128, type=int,
-                        help="pictures for each process, also where features are extracted")
-    recipe.add_argument("--lr", "--learning-rate", default=0.1, type=float,
-                        help="base learning rate; --lr-scaling says for what batch")
-    recipe.add_argument("--lr-scaling", default="linear", choices=("linear", "slip"),
-                        help="linear: --lr is for 256 pictures and scales with the batch of all processes. slip: what "
-                             "the published script used, which divides the batch of one process by their number")
+    recipe.add_argument(
+        "-b", "--batch-size", default=128, type=int, help="images for each process, also where features are extracted"
+    )
+    recipe.add_argument(
+        "--lr", "--learning-rate", default=0.1, type=float, help="base learning rate; --lr-scaling says for what batch"
+    )
+    recipe.add_argument(
+        "--lr-scaling",
+        default="linear",
+        choices=("linear", "slip"),
+        help="linear: --lr is for 256 images and scales with the batch of all processes. slip: what "
+        "the published script used, which divides the batch of one process by their number",
+    )
     recipe.add_argument("--momentum", default=0.9, type=float, help="of SGD")
     recipe.add_argument("--wd", "--weight-decay", default=0.0, type=float, help="of the linear layer")
     recipe.add_argument("-p", "--print-freq", default=10, type=int, metavar="STEPS", help="steps between log lines")
     recipe.add_argument("--eval-freq", default=10, type=int, metavar="EPOCHS", help="epochs between evaluations")
-    recipe.add_argument("--resume", default="", type=str, metavar="CKPT",
-                        help="continue from this file; linear_checkpoint.pt in --output-dir is found by itself")
+    recipe.add_argument(
+        "--resume",
+        default="",
+        type=str,
+        metavar="CKPT",
+        help="continue from this file; linear_checkpoint.pt in --output-dir is found by itself",
+    )
     recipe.add_argument("-e", "--evaluate", action="store_true", help="only evaluate the linear layer of --resume")
-    recipe.add_argument("--seed", default=None, type=int,
-                        help="of batches, crops, an untrained tower, AdamW and the bootstrap (0 where it is not given)")
+    recipe.add_argument(
+        "--seed",
+        default=None,
+        type=int,
+        help="of batches, crops, an untrained tower, AdamW and the bootstrap (0 where it is not given)",
+    )
     utils.add_distributed_arguments(parser)
     return parser
 
@@ -200,15 +277,15 @@ def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: utils.Di
     """Fit one linear layer and evaluate it on the test table; prints, writes predictions, returns the results."""
     root = args.root or downstream.read_catalog(args.catalog)[args.dataset]["path"]
     baseline = read_predictions(args.baseline) if args.baseline else None
-    left_out = {}
+    skipped = {}
 
     def samples(split: str) -> Samples:
         lesions = CbisLesions(
-            root, CBIS_SETS[args.dataset], split, args.picture, backbone.preprocess, args.skip_broken
+            root, CBIS_SETS[args.dataset], split, args.image_kind, backbone.preprocess, args.skip_broken
         )
-        title = f"{args.dataset}_{args.picture}_{split}"
+        title = f"{args.dataset}_{args.image_kind}_{split}"
         features, kept = extract_or_reuse(backbone, lesions, title, loading_of(args), processes)
-        left_out[split] = lesions.dropped + len(lesions) - len(kept)
+        skipped[split] = lesions.dropped + len(lesions) - len(kept)
         return Samples(features, np.array(lesions.labels)[kept], [lesions.rows[i] for i in kept])
 
     train, val = samples("train"), samples("val")
@@ -222,7 +299,7 @@ def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: utils.Di
     results = {
         "model": backbone.name,
         "dataset": args.dataset,
-        "picture": args.picture,
+        "image_kind": args.image_kind,
         "features": backbone.features,
         "feature_dim": test.features.shape[1],
         "protocol": args.protocol,
@@ -230,7 +307,7 @@ def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: utils.Di
         "validation": head.validation,
         "validation_score": "auroc",
         "lesions": {"train": len(train.rows), "val": len(val.rows), "test": len(test.rows)},
-        "lesions_left_out": left_out,
+        "lesions_skipped": skipped,
         "test_patients": len(set(patients)),
         "unit": "fraction",
         "interval": {"level": 0.95, "resamples": args.resamples, "over": "patients"},
@@ -256,11 +333,11 @@ def macro_auroc(labels: np.ndarray, prob: np.ndarray) -> float:
 
 def describe(results: dict, intervals: dict[str, metrics.Interval]) -> str:
     """The row of the published tables in percent, as Markdown, and the confusion matrix."""
-    left_out = results["lesions_left_out"]["test"]
+    skipped = results["lesions_skipped"]["test"]
     lines = [
         f"{results['dataset']}: {results['lesions']['test']} test lesions of {results['test_patients']} "
-        + ("patients" if not left_out else f"patients ({left_out} MORE LEFT OUT, picture missing or broken)")
-        + f", {results['picture']} pictures, {results['features']} features, {results['protocol']} protocol",
+        + ("patients" if not skipped else f"patients ({skipped} MORE SKIPPED, image missing or broken)")
+        + f", {results['image_kind']} images, {results['features']} features, {results['protocol']} protocol",
         f"Percent, with 95% intervals from {results['interval']['resamples']} resamples of the patients.",
         "",
         f"| Model | {' | '.join(metrics.METRICS.values())} |",
@@ -327,28 +404,28 @@ def find_set(args: argparse.Namespace) -> dict[str, dict]:
     """The catalog with --root in it; an unknown set is a ValueError with the choices."""
     catalog = downstream.read_catalog(args.catalog)
     if args.dataset not in catalog:
-        raise ValueError(f"unknown data set {args.dataset!r}; choose from {', '.join([*CBIS_SETS, *catalog])}")
+        raise ValueError(f"unknown dataset {args.dataset!r}; choose from {', '.join([*CBIS_SETS, *catalog])}")
     if args.root:
         catalog[args.dataset] = {**catalog[args.dataset], "path": args.root}
     return catalog
 
 
-def linear_train_view(pre: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tensor:
+def linear_train_view(preprocess: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tensor:
     """SLIP's view for linear classification: a crop of 0.08 to 1 of the area, flipped half of the time."""
-    view = random_resized_crop(pre.pixels(img), pre.size, (0.08, 1.0), rng)
-    return pre.normalise(view.flip(-1) if rng.random() < 0.5 else view)
+    view = random_resized_crop(preprocess.pixels(img), preprocess.size, (0.08, 1.0), rng)
+    return preprocess.normalise(view.flip(-1) if rng.random() < 0.5 else view)
 
 
-def linear_eval_view(pre: Preprocess, img: Image.Image) -> Tensor:
+def linear_eval_view(preprocess: Preprocess, img: Image.Image) -> Tensor:
     """SLIP's view for linear evaluation: the short side 8/7 of the size (256 for 224), then the centre."""
-    if pre.prepare != "slip":  # a whole square already
-        return eval_view(pre)(img, None)
-    img = VF.resize(pre.open(img), round(pre.size * 8 / 7))
-    return pre.tensor(VF.center_crop(img, [pre.size, pre.size]))
+    if preprocess.prepare != "slip":  # a whole square already
+        return eval_view(preprocess)(img, None)
+    img = VF.resize(preprocess.open(img), round(preprocess.size * 8 / 7))
+    return preprocess.tensor(VF.center_crop(img, [preprocess.size, preprocess.size]))
 
 
-def scores(name: str, labels: np.ndarray, outputs: np.ndarray) -> dict[str, float | str]:
-    """All figures of a data set in percent, from logits or probabilities (n, k); "score" is the one it is judged by."""
+def score_set(name: str, labels: np.ndarray, outputs: np.ndarray) -> dict[str, float | str]:
+    """All metrics of a dataset in percent, from logits or probabilities (n, k); "score" is the one it is judged by."""
     target, values = torch.as_tensor(labels), torch.as_tensor(outputs)
     margin = values[:, min(1, values.shape[1] - 1)] - values[:, 0]
     ranks = eval_zeroshot.target_ranks(values, target)
@@ -359,30 +436,28 @@ def scores(name: str, labels: np.ndarray, outputs: np.ndarray) -> dict[str, floa
 def probe_features(args: argparse.Namespace, backbone: Backbone, processes: utils.Distributed) -> dict:
     """Logistic regression, label fractions and k-NN on features extracted once; prints and returns the results."""
     catalog, view = find_set(args), partial(linear_eval_view, backbone.preprocess)
-    left_out = {}
+    skipped = {}
 
     def samples(train: bool) -> tuple[Samples, int]:
         dataset = downstream.create_downstream(args.dataset, train, view, catalog)
         split = "train" if train else "test"
-        features, kept = extract_or_reuse(
-            backbone, dataset, f"{args.dataset}_{split}", loading_of(args), processes
-        )
-        left_out[split] = len(dataset) - len(kept)
+        features, kept = extract_or_reuse(backbone, dataset, f"{args.dataset}_{split}", loading_of(args), processes)
+        skipped[split] = len(dataset) - len(kept)
         return Samples(features, dataset.labels[kept]), len(dataset.classes)
 
     (train, num_classes), (test, _) = samples(True), samples(False)
-    evaluate = partial(scores, args.dataset, test.labels)
+    evaluate = partial(score_set, args.dataset, test.labels)
     results = {
         "model": backbone.name,
         "dataset": args.dataset,
         "features": backbone.features,
         "samples": {"train": len(train.labels), "test": len(test.labels)},
-        "samples_left_out": left_out,
+        "samples_skipped": skipped,
     }
     if args.cache_features:
         head = fit_on(args.dataset, train, num_classes, args.seed)
-        figures = evaluate(head.probabilities(test.features))
-        results["logistic"] = {**figures, "chosen": head.chosen, "validation": head.validation}
+        scores = evaluate(head.probabilities(test.features))
+        results["logistic"] = {**scores, "chosen": head.chosen, "validation": head.validation}
     if args.fraction:
         draw = partial(label_fraction, args, train, num_classes, test=test, evaluate=evaluate)
         results["fractions"] = [draw(share) for share in args.fraction]
@@ -400,9 +475,9 @@ def fit_on(name: str, train: Samples, num_classes: int, seed: int) -> Head:
     fitted = np.setdiff1d(np.arange(len(train.labels)), held_out)
     missing = np.setdiff1d(train.labels, train.labels[fitted])
     if len(missing):
-        raise ValueError(f"{name}: class {missing[0]} has one training picture; two are needed to choose a penalty")
+        raise ValueError(f"{name}: class {missing[0]} has one training image; two are needed to choose a penalty")
     return fit_logistic(
-        train[fitted], train[held_out], num_classes, lambda labels, prob: scores(name, labels, prob)["score"]
+        train[fitted], train[held_out], num_classes, lambda labels, prob: score_set(name, labels, prob)["score"]
     )
 
 
@@ -414,7 +489,7 @@ def label_fraction(
     test: Samples,
     evaluate: Callable[[np.ndarray], dict],
 ) -> dict:
-    """Score of logistic regression on a share of each class: mean and deviation over random draws."""
+    """Score of logistic regression on a share of each class: mean and std over random draws."""
     if not 0 < share <= 1:
         raise ValueError(f"--fraction {share}: a share of the training set is above 0 and at most 1")
     found, sizes = [], []
@@ -428,7 +503,7 @@ def label_fraction(
         "samples": sizes[0],
         "scores": found,
         "mean": float(np.mean(found)),
-        "deviation": float(np.std(found, ddof=1)) if len(found) > 1 else None,
+        "std": float(np.std(found, ddof=1)) if len(found) > 1 else None,
     }
 
 
@@ -439,14 +514,14 @@ def describe_probes(results: dict) -> str:
             title = name if name == "logistic" else f"{results[name]['k']}-NN"
             lines.append(f"{results['dataset']}, {title}: {results[name]['metric']} {results[name]['score']:.2f}")
     for part in results.get("fractions", ()):
-        spread = "" if part["deviation"] is None else f" +- {part['deviation']:.2f}"
+        spread = "" if part["std"] is None else f" +- {part['std']:.2f}"
         draws = len(part["scores"])
         lines.append(
-            f"{results['dataset']}, {part['share']:.2%} of the labels ({part['samples']} pictures): "
+            f"{results['dataset']}, {part['share']:.2%} of the labels ({part['samples']} images): "
             f"{part['mean']:.2f}{spread} over {draws} draws"
         )
-    if any(results["samples_left_out"].values()):
-        lines.append(f"BROKEN PICTURES LEFT OUT: {results['samples_left_out']}")
+    if any(results["samples_skipped"].values()):
+        lines.append(f"BROKEN IMAGES SKIPPED: {results['samples_skipped']}")
     return "\n".join(lines)
 
 
@@ -457,16 +532,16 @@ def describe_probes(results: dict) -> str:
 class TrainViews(Dataset):
     """`ds[epoch, index] -> (view (3, S, S), label)`; every random number comes from (seed, epoch, index)."""
 
-    def __init__(self, dataset: downstream.Downstream, pre: Preprocess, seed: int):
-        self.dataset, self.pre, self.seed = dataset, pre, seed
+    def __init__(self, dataset: downstream.Downstream, preprocess: Preprocess, seed: int):
+        self.dataset, self.preprocess, self.seed = dataset, preprocess, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        picture, label = self.dataset[index]
-        return linear_train_view(self.pre, picture, np.random.default_rng((self.seed, epoch, index))), label
+        image, label = self.dataset[index]
+        return linear_train_view(self.preprocess, image, np.random.default_rng((self.seed, epoch, index))), label
 
 
 def learning_rate(args: argparse.Namespace, world_size: int) -> float:
@@ -476,7 +551,7 @@ def learning_rate(args: argparse.Namespace, world_size: int) -> float:
 
 
 def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: utils.Distributed) -> dict:
-    """Train one linear layer for --epochs and evaluate it; returns the figures of the last epoch and of the best.
+    """Train one linear layer for --epochs and evaluate it; returns the metrics of the last epoch and of the best.
 
     The best is the best on the test split, as published, hence too good; the last epoch's figure is the result.
     """
@@ -485,8 +560,13 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: utils.Dis
     test = downstream.create_downstream(args.dataset, False, partial(linear_eval_view, backbone.preprocess), catalog)
     sampler = GlobalBatchSampler(len(train), args.batch_size, processes.rank, processes.world_size, args.seed)
     workers = loading_of(args).workers_of(processes)
-    loader = DataLoader(TrainViews(train, backbone.preprocess, args.seed), batch_sampler=sampler,
-                        num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        TrainViews(train, backbone.preprocess, args.seed),
+        batch_sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+    )
 
     head = nn.Linear(backbone.width(), len(train.classes)).to(device)
     with torch.no_grad():
@@ -495,18 +575,28 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: utils.Dis
     base = learning_rate(args, processes.world_size)
     optimizer = torch.optim.SGD(head.parameters(), base, momentum=args.momentum, weight_decay=args.wd)
     fingerprint = backbone.fingerprint()
-    settings = {"dataset": args.dataset, "epochs": args.epochs, "learning_rate": base, "momentum": args.momentum,
-                "wd": args.wd, "global_batch": sampler.global_batch, "seed": args.seed,
-                "features": backbone.features, "weights_sha256": fingerprint}
+    settings = {
+        "dataset": args.dataset,
+        "epochs": args.epochs,
+        "learning_rate": base,
+        "momentum": args.momentum,
+        "wd": args.wd,
+        "global_batch": sampler.global_batch,
+        "seed": args.seed,
+        "features": backbone.features,
+        "weights_sha256": fingerprint,
+    }
     start, best = resume_sgd(args, head, optimizer, settings)
     logger = utils.Logger(Path(args.output_dir), enabled=processes.is_main)
     evaluate = partial(evaluate_linear, args, backbone, head, test, processes)
     if args.evaluate:
         start = args.epochs
-    logger.line(f"{len(train):,} training pictures, {len(train.classes)} classes; {args.batch_size} x "
-                f"{processes.world_size} process(es) = batch {sampler.global_batch}; learning rate {base:g}")
+    logger.line(
+        f"{len(train):,} training images, {len(train.classes)} classes; {args.batch_size} x "
+        f"{processes.world_size} process(es) = batch {sampler.global_batch}; learning rate {base:g}"
+    )
     trained = head if processes.world_size == 1 else DistributedDataParallel(head)
-    figures = None
+    scores = None
     for epoch in range(start, args.epochs):
         optimizer.param_groups[0]["lr"] = base * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
         sampler.set_epoch(epoch)
@@ -514,19 +604,26 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: utils.Dis
         is_last = epoch + 1 == args.epochs
         is_best = False
         if is_last or (epoch + 1) % args.eval_freq == 0:
-            figures = evaluate()
-            is_best, best = figures["score"] > best, max(best, figures["score"])
-            logger.row("test", (epoch + 1) * len(loader), {k: v for k, v in figures.items() if k != "metric"})
-            logger.line(f"epoch {epoch + 1}: test {figures['metric']} {figures['score']:.2f} (best {best:.2f})")
+            scores = evaluate()
+            is_best, best = scores["score"] > best, max(best, scores["score"])
+            logger.row("test", (epoch + 1) * len(loader), {k: v for k, v in scores.items() if k != "metric"})
+            logger.line(f"epoch {epoch + 1}: test {scores['metric']} {scores['score']:.2f} (best {best:.2f})")
         if processes.is_main:
             save_sgd(args, head, optimizer, settings, epoch + 1, best, is_best)
-    figures = figures or evaluate()
+    scores = scores or evaluate()
     if backbone.fingerprint() != fingerprint:
         raise RuntimeError("the frozen tower has changed; its features and this result are not those of --pretrained")
-    logger.line(f"{args.dataset}: {figures['metric']} {figures['score']:.2f} after {args.epochs} epochs")
+    logger.line(f"{args.dataset}: {scores['metric']} {scores['score']:.2f} after {args.epochs} epochs")
     logger.close()
-    return {"model": backbone.name, "dataset": args.dataset, "features": backbone.features, "protocol": "sgd",
-            "settings": settings, **figures, "best_score_on_test": best}
+    return {
+        "model": backbone.name,
+        "dataset": args.dataset,
+        "features": backbone.features,
+        "protocol": "sgd",
+        "settings": settings,
+        **scores,
+        "best_score_on_test": best,
+    }
 
 
 def train_epoch(
@@ -541,10 +638,10 @@ def train_epoch(
 ) -> None:
     backbone.model.eval()
     loss_sum, correct, seen = 0.0, 0.0, 0
-    for step, (pictures, labels) in enumerate(loader):
+    for step, (images, labels) in enumerate(loader):
         labels = labels.to(processes.device, non_blocking=True)
         with torch.no_grad():
-            features = backbone.encode(pictures.to(processes.device, non_blocking=True)).float()  # (B, d)
+            features = backbone.encode(images.to(processes.device, non_blocking=True)).float()  # (B, d)
         logits = head(features)  # (B, C)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
@@ -559,8 +656,10 @@ def train_epoch(
             if not math.isfinite(mean_loss):  # the same on every process
                 raise ValueError(f"the loss is {mean_loss} in epoch {epoch}: lower --lr {args.lr:g}")
             rate = optimizer.param_groups[0]["lr"]
-            logger.line(f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{len(loader)}: loss {mean_loss:.4f}, "
-                        f"top-1 {100 * top1:.2f}, learning rate {rate:.4g}")
+            logger.line(
+                f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{len(loader)}: loss {mean_loss:.4f}, "
+                f"top-1 {100 * top1:.2f}, learning rate {rate:.4g}"
+            )
             logger.row("train", epoch * len(loader) + step + 1, {"loss": mean_loss, "top1": 100 * top1, "lr": rate})
 
 
@@ -571,11 +670,11 @@ def evaluate_linear(
     test: downstream.Downstream,
     processes: utils.Distributed,
 ) -> dict[str, float | str]:
-    """Figures of the linear layer on the test split, each picture once on any number of processes."""
-    whole = replace(backbone, encode=lambda pictures: head(backbone.encode(pictures).float()))
+    """Figures of the linear layer on the test split, each image once on any number of processes."""
+    whole = replace(backbone, encode=lambda images: head(backbone.encode(images).float()))
     logits, kept = extract(whole, test, f"{args.dataset} test", loading_of(args), processes)
-    left_out = {"samples_left_out": len(test) - len(kept)} if len(kept) < len(test) else {}
-    return {**scores(args.dataset, test.labels[kept], logits), **left_out}
+    skipped = {"samples_skipped": len(test) - len(kept)} if len(kept) < len(test) else {}
+    return {**score_set(args.dataset, test.labels[kept], logits), **skipped}
 
 
 def resume_sgd(
@@ -591,8 +690,11 @@ def resume_sgd(
     if "settings" not in state:
         raise ValueError(f"{path} is no checkpoint of main_linear.py: it has no settings")
     compared = ("dataset", "features", "weights_sha256") if args.evaluate else settings
-    differ = [f"{k} {state['settings'].get(k)} there, {settings[k]} now"
-              for k in compared if state["settings"].get(k) != settings[k]]
+    differ = [
+        f"{k} {state['settings'].get(k)} there, {settings[k]} now"
+        for k in compared
+        if state["settings"].get(k) != settings[k]
+    ]
     if differ:
         raise ValueError(f"{path} is of another run ({'; '.join(differ)}): choose another --output-dir")
     head.load_state_dict(state["state_dict"])
@@ -609,8 +711,14 @@ def save_sgd(
     best: float,
     is_best: bool,
 ) -> None:
-    state = {"epoch": epoch, "state_dict": head.state_dict(), "optimizer": optimizer.state_dict(),
-             "best_acc1": best, "settings": settings, "args": json.loads(json.dumps(vars(args)))}
+    state = {
+        "epoch": epoch,
+        "state_dict": head.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "best_acc1": best,
+        "settings": settings,
+        "args": json.loads(json.dumps(vars(args))),
+    }
     for name in ["linear_checkpoint.pt"] + ["linear_best.pt"] * is_best:
         utils.save_checkpoint(state, Path(args.output_dir) / name)
 

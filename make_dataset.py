@@ -1,11 +1,11 @@
 """Turns downloads into what the readers want, by subcommand.
 
-    python make_dataset.py                  YFCC15M, from the three files of its README section in this folder
-    python make_dataset.py yfcc15m ...      the same with paths: yfcc15m.pkl and yfcc100m.pkl
-    python make_dataset.py cbis --root R    CBIS-DDSM: R/calc.csv and R/mass.csv, one lesion a row
-    python make_dataset.py shards ...       any data set of main.py as tar shards, shrunk if you like
-    python make_dataset.py shrink ...       a copy of a folder of pictures, shrunk
-    python make_dataset.py demo --root R    a small synthetic radiology world in the ROCO and CBIS-DDSM layouts
+python make_dataset.py                  YFCC15M, from the three files of its README section in this folder
+python make_dataset.py yfcc15m ...      the same with paths: yfcc15m.pkl and yfcc100m.pkl
+python make_dataset.py cbis --root R    CBIS-DDSM: R/calc.csv and R/mass.csv, one lesion a row
+python make_dataset.py shards ...       any dataset of main.py as tar shards, shrunk if you like
+python make_dataset.py shrink ...       a copy of a folder of images, shrunk
+python make_dataset.py demo --root R    a small synthetic radiology world in the ROCO and CBIS-DDSM layouts
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from tqdm import tqdm
 from datasets import (
     CBIS_CLASSES,
     CBIS_COLUMNS,
-    CBIS_PICTURES,
+    CBIS_IMAGES,
     READERS,
-    BrokenPictures,
     RawFile,
     Reader,
+    UnreadableImages,
     create_reader,
     rows_index,
     write_index,
 )
-from transforms import BrokenPicture, decode_picture, read_picture
+from transforms import UnreadableImage, decode_image, read_image
 from utils import HelpFormatter, atomic_write, write_json
 
 
@@ -60,7 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=HelpFormatter,
     )
-    commands = parser.add_subparsers(title="data sets", dest="command", required=True)
+    commands = parser.add_subparsers(title="datasets", dest="command", required=True)
     add_yfcc_parser(commands)
     add_cbis_parser(commands)
     add_shards_parser(commands)
@@ -85,7 +85,7 @@ YFCC_URL = re.compile(r"http\S+|www\S+")
 YFCC_SOURCES = {
     "flickr_unique_ids.npy": "https://dl.fbaipublicfiles.com/deepcluster/flickr_unique_ids.npy",
     "yfcc100m_subset_data.tsv": "OpenAI's list, https://github.com/openai/CLIP/blob/main/data/yfcc100m.md",
-    "yfcc100m_dataset.txt": "the core data set, https://multimediacommons.wordpress.com/yfcc100m-core-dataset/, "
+    "yfcc100m_dataset.txt": "the core dataset, https://multimediacommons.wordpress.com/yfcc100m-core-dataset/, "
     "with the line number as its first column",
 }
 
@@ -95,18 +95,18 @@ def add_yfcc_parser(commands) -> None:
         "yfcc15m",
         help="collect the captions of YFCC15M",
         description="Reads YFCC100M's table line by line and writes two pickled lists: yfcc15m.pkl with (number, "
-        "title, description) of the captioned pictures, yfcc100m.pkl with the numbers of all that were downloaded. "
+        "title, description) of the captioned images, yfcc100m.pkl with the numbers of all that were downloaded. "
         "yfcc15m.pkl.rows holds the first once more as arrays, from which main.py starts without unpickling.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument(
-        "--ids", type=Path, default=Path("flickr_unique_ids.npy"), help="numbers of the downloaded pictures"
+        "--ids", type=Path, default=Path("flickr_unique_ids.npy"), help="numbers of the downloaded images"
     )
     parser.add_argument(
         "--subset",
         type=Path,
         default=Path("yfcc100m_subset_data.tsv"),
-        help="OpenAI's list of captioned pictures, number first",
+        help="OpenAI's list of captioned images, number first",
     )
     parser.add_argument(
         "--dataset",
@@ -126,8 +126,8 @@ def add_yfcc_parser(commands) -> None:
 
 def run_yfcc(args: argparse.Namespace) -> None:
     captioned, listed = make_yfcc(args.ids, args.subset, args.dataset, args.output_dir)
-    print(f"{captioned:,} captioned pictures in {args.output_dir / 'yfcc15m.pkl'}")
-    print(f"{listed:,} pictures in {args.output_dir / 'yfcc100m.pkl'}")
+    print(f"{captioned:,} captioned images in {args.output_dir / 'yfcc15m.pkl'}")
+    print(f"{listed:,} images in {args.output_dir / 'yfcc100m.pkl'}")
     if args.root is not None:
         reader = create_reader("yfcc15m", args.root, str(args.output_dir / "yfcc15m.pkl"))
         print("\n".join(reader.log))
@@ -139,7 +139,7 @@ def make_yfcc(ids: Path, subset: Path, table: Path, output_dir: Path) -> tuple[i
     The table is streamed and so is all that is written: beside `ids`, mapped while it is read, and two maps of the
     wanted numbers, 200 MB together, memory does not depend on any file's size. No list is replaced before both are
     complete. Raises FileNotFoundError naming what is missing, ValueError naming the line that is not of the table's
-    form, and ValueError where the table holds none of the captioned pictures.
+    form, and ValueError where the table holds none of the captioned images.
     """
     missing = [
         f"{path} is missing; it comes from {source}"
@@ -161,15 +161,13 @@ def make_yfcc(ids: Path, subset: Path, table: Path, output_dir: Path) -> tuple[i
                     rows.append(number, texts)
         counts[:] = captions.count, numbers.count
         if not captions.count:
-            raise ValueError(f"{table} holds no picture that is in both {ids} ({numbers.count} found) and {subset}")
+            raise ValueError(f"{table} holds no image that is in both {ids} ({numbers.count} found) and {subset}")
 
     output_dir.mkdir(parents=True, exist_ok=True)
     list15, list100 = output_dir / "yfcc15m.pkl", output_dir / "yfcc100m.pkl"
     with tempfile.TemporaryDirectory(prefix=".yfcc15m.", dir=output_dir) as folder:
         rows = RowFiles(Path(folder))
-        atomic_write(
-            list15, lambda file15: atomic_write(list100, lambda file100: write(file15, file100, rows))
-        )
+        atomic_write(list15, lambda file15: atomic_write(list100, lambda file100: write(file15, file100, rows)))
         rows.index(list15)
     return counts[0], counts[1]
 
@@ -179,7 +177,7 @@ def read_ids(path: Path) -> np.ndarray:
     try:
         numbers = np.load(path, "r", allow_pickle=False)
     except ValueError as error:
-        raise ValueError(f"{path} is no array of picture numbers: {error}") from error
+        raise ValueError(f"{path} is no array of image numbers: {error}") from error
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
         raise ValueError(f"{path} holds {numbers.dtype} of shape {numbers.shape}, expected a row of whole numbers")
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < YFCC_ROWS:
@@ -200,7 +198,7 @@ def read_subset(path: Path) -> np.ndarray:
 def row_number(line: bytes, path: Path, line_number: int) -> int:
     text = line.partition(b"\t")[0].strip()
     if not text.isdigit() or len(text) > 8:
-        raise ValueError(f"{path}, line {line_number}: {text[:40]!r} is not a picture number of at most 8 digits")
+        raise ValueError(f"{path}, line {line_number}: {text[:40]!r} is not an image number of at most 8 digits")
     return int(text)
 
 
@@ -258,18 +256,18 @@ class RowFiles:
         self.length = 0  # of all texts, bytes
 
     def __enter__(self) -> RowFiles:
-        self.pictures, self.texts, self.offsets = (open(part.path, "wb") for part in self.parts.values())
+        self.images, self.texts, self.offsets = (open(part.path, "wb") for part in self.parts.values())
         self.offsets.write(struct.pack("<q", 0))
         return self
 
     def append(self, number: int, texts: list[str]) -> None:
-        self.pictures.write(struct.pack("<i", number))
+        self.images.write(struct.pack("<i", number))
         for text in texts:
             self.length += self.texts.write(text.encode("utf-8"))
             self.offsets.write(struct.pack("<q", self.length))
 
     def __exit__(self, *_error: object) -> None:
-        for file in (self.pictures, self.texts, self.offsets):
+        for file in (self.images, self.texts, self.offsets):
             file.close()
 
     def index(self, metadata: Path) -> None:
@@ -315,11 +313,11 @@ DESCRIPTIONS = {"cropped images": "crop", "full mammogram images": "full", "ROI 
 def add_cbis_parser(commands) -> None:
     parser = commands.add_parser(
         "cbis",
-        help="join CBIS-DDSM's case tables with its pictures",
-        description="Joins the four case tables of CBIS-DDSM with the pictures of its JPEG edition (csv/ and "
+        help="join CBIS-DDSM's case tables with its images",
+        description="Joins the four case tables of CBIS-DDSM with the images of its JPEG edition (csv/ and "
         "jpeg/) or DICOM edition (CBIS-DDSM/ and metadata.csv) and writes calc.csv and mass.csv into --root: "
         f"one row a lesion with the columns {', '.join(CBIS_COLUMNS)}. The last three are paths relative to "
-        "--root, empty where no picture was found; those rows are named.",
+        "--root, empty where no image was found; those rows are named.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument(
@@ -353,17 +351,15 @@ def run_cbis(args: argparse.Namespace) -> None:
     make_cbis(args.root, args.val_folds, args.seed, args.merge_types)
 
 
-def make_cbis(
-    root: str | Path, val_folds: int = 5, seed: int = 0, merge_types: bool = False
-) -> dict[Path, list[str]]:
-    """Writes the lesion tables under `root`; prints their counts and each row that lacks a picture.
+def make_cbis(root: str | Path, val_folds: int = 5, seed: int = 0, merge_types: bool = False) -> dict[Path, list[str]]:
+    """Writes the lesion tables under `root`; prints their counts and each row that lacks an image.
 
-    Returns the lines about missing pictures of each table. Nothing is written before all tables are complete.
+    Returns the lines about missing images of each table. Nothing is written before all tables are complete.
     Raises FileNotFoundError for a missing table or tree, ValueError for a table that is not CBIS-DDSM's, for
     patients in both training and test, and for too few patients to split off a validation set.
     """
     root = Path(root)
-    pictures = index_series(root)
+    images = index_series(root)
     tables = {kind: read_case_tables(root, kind) for kind in CASE_TABLES}
     if merge_types:
         tables = {"both": [lesion for lesions in tables.values() for lesion in lesions]}
@@ -371,20 +367,18 @@ def make_cbis(
     for kind, lesions in tables.items():
         refuse_shared_patients(lesions, f"{root / kind}.csv")
         split_off_validation(lesions, val_folds, seed)
-        unresolved[kind] = [line for lesion in lesions for line in lesion.resolve(pictures, root)]
+        unresolved[kind] = [line for lesion in lesions for line in lesion.resolve(images, root)]
     for kind, lesions in tables.items():
         rows = [lesion.cells for lesion in lesions]
         write_table(root / f"{kind}.csv", rows)
-        print(
-            f"{root / kind}.csv\n{count_table(rows)}\n{len(unresolved[kind])} pictures could not be resolved"
-        )
+        print(f"{root / kind}.csv\n{count_table(rows)}\n{len(unresolved[kind])} images could not be resolved")
         print("".join(f"  {line}\n" for line in unresolved[kind]))
     return {root / f"{kind}.csv": lines for kind, lines in unresolved.items()}
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture file of a series, with the description that dicom_info.csv gives it ('' if none)."""
+class SeriesImage:
+    """An image file of a series, with the description that dicom_info.csv gives it ('' if none)."""
 
     path: Path  # relative to the root
     description: str = ""
@@ -398,52 +392,50 @@ class Lesion:
     series: dict[str, str]  # crop, full, mask -> SeriesInstanceUID
     cells: dict[str, str]  # our columns
 
-    def resolve(self, pictures: dict[str, list[Picture]], root: Path) -> list[str]:
-        """Fills in the picture paths; returns a line for each one that could not be found or told apart."""
-        full = pictures.get(self.series["full"], [])
+    def resolve(self, images: dict[str, list[SeriesImage]], root: Path) -> list[str]:
+        """Fills in the image paths; returns a line for each one that could not be found or told apart."""
+        full = images.get(self.series["full"], [])
         # The crop and the mask mostly share a series, and where they do not, their paths may be swapped.
-        lesion = [
-            p for uid in {self.series["crop"]: 0, self.series["mask"]: 0} for p in pictures.get(uid, [])
-        ]
+        lesion = [p for uid in {self.series["crop"]: 0, self.series["mask"]: 0} for p in images.get(uid, [])]
         found = {"full": full[0]} if len(full) == 1 else {}
         found |= tell_crop_from_mask(lesion, root)
-        self.cells.update({kind: picture.path.as_posix() for kind, picture in found.items()})
+        self.cells.update({kind: image.path.as_posix() for kind, image in found.items()})
         candidates = {"crop": lesion, "full": full, "mask": lesion}
         return [
-            f"{self.where}, {self.cells['lesion']}: no {kind} among {len(candidates[kind])} pictures, "
+            f"{self.where}, {self.cells['lesion']}: no {kind} among {len(candidates[kind])} images, "
             f"series {self.series[kind]}"
-            for kind in CBIS_PICTURES
+            for kind in CBIS_IMAGES
             if kind not in found
         ]
 
 
-def tell_crop_from_mask(pictures: list[Picture], root: Path) -> dict[str, Picture]:
-    """The crop and the mask of one lesion among its pictures, as far as they can be told.
+def tell_crop_from_mask(images: list[SeriesImage], root: Path) -> dict[str, SeriesImage]:
+    """The crop and the mask of one lesion among its images, as far as they can be told.
 
-    The crop is the one described so, else the one that is not nearly binary; of two pictures the other is the
+    The crop is the one described so, else the one that is not nearly binary; of two images the other is the
     mask. File order and the `1-`/`2-` prefix of the names say nothing.
     """
-    kinds = [described_kind(picture, root) for picture in pictures]
+    kinds = [described_kind(image, root) for image in images]
     if "crop" not in kinds:
         for i, kind in enumerate(kinds):
             if not kind:
-                kinds[i] = "mask" if nearly_binary(root / pictures[i].path) else "crop"
-    elif len(pictures) == 2:
+                kinds[i] = "mask" if nearly_binary(root / images[i].path) else "crop"
+    elif len(images) == 2:
         kinds[1 - kinds.index("crop")] = kinds[1 - kinds.index("crop")] or "mask"
-    return {kind: pictures[kinds.index(kind)] for kind in ("crop", "mask") if kinds.count(kind) == 1}
+    return {kind: images[kinds.index(kind)] for kind in ("crop", "mask") if kinds.count(kind) == 1}
 
 
-def described_kind(picture: Picture, root: Path) -> str:
-    """crop, full, mask, or '' where nothing describes the picture."""
-    text = picture.description
-    if not text and picture.path.suffix == ".dcm":
-        text = dicom_description(root / picture.path)
+def described_kind(image: SeriesImage, root: Path) -> str:
+    """crop, full, mask, or '' where nothing describes the image."""
+    text = image.description
+    if not text and image.path.suffix == ".dcm":
+        text = dicom_description(root / image.path)
     return DESCRIPTIONS.get(text, "")
 
 
 def nearly_binary(path: Path) -> bool:
-    """Whether almost all pixels lie at the picture's two ends, as a mask's do but for JPEG's ringing."""
-    grey = np.asarray(read_picture(path).convert("L"), dtype=np.int16)
+    """Whether almost all pixels lie at the image's two ends, as a mask's do but for JPEG's ringing."""
+    grey = np.asarray(read_image(path).convert("L"), dtype=np.int16)
     low, high = int(grey.min()), int(grey.max())
     margin = 0.1 * (high - low)
     return bool(((grey <= low + margin) | (grey >= high - margin)).mean() > 0.95)
@@ -462,8 +454,8 @@ def dicom_description(path: Path) -> str:
     return str(header.get("SeriesDescription", "")).strip()
 
 
-def index_series(root: Path) -> dict[str, list[Picture]]:
-    """SeriesInstanceUID -> its pictures on disk. Where both editions are there, the JPEG one is used."""
+def index_series(root: Path) -> dict[str, list[SeriesImage]]:
+    """SeriesInstanceUID -> its images on disk. Where both editions are there, the JPEG one is used."""
     if not (root / "jpeg").is_dir() and not (root / "CBIS-DDSM").is_dir():
         raise FileNotFoundError(
             f"{root} has neither jpeg/ (JPEG edition) nor CBIS-DDSM/ (DICOM edition): "
@@ -472,19 +464,19 @@ def index_series(root: Path) -> dict[str, list[Picture]]:
     return index_dicom(root) | index_jpeg(root)
 
 
-def index_jpeg(root: Path) -> dict[str, list[Picture]]:
+def index_jpeg(root: Path) -> dict[str, list[SeriesImage]]:
     described, info = {}, root / "csv" / "dicom_info.csv"
     if info.is_file():
         for row in read_csv(info, required=("image_path", "SeriesDescription")):
             described["/".join(row["image_path"].split("/")[-2:])] = row["SeriesDescription"]
-    series: dict[str, list[Picture]] = defaultdict(list)
+    series: dict[str, list[SeriesImage]] = defaultdict(list)
     for path in sorted((root / "jpeg").glob("*/*.jpg")):
         uid, name = path.parts[-2:]
-        series[uid].append(Picture(path.relative_to(root), described.get(f"{uid}/{name}", "")))
+        series[uid].append(SeriesImage(path.relative_to(root), described.get(f"{uid}/{name}", "")))
     return dict(series)
 
 
-def index_dicom(root: Path) -> dict[str, list[Picture]]:
+def index_dicom(root: Path) -> dict[str, list[SeriesImage]]:
     """Series folders are named by UID, or by date and description; then metadata.csv tells the UID."""
     folders = {folder.name: folder for folder in (root / "CBIS-DDSM").glob("*/*/*") if folder.is_dir()}
     if (root / "metadata.csv").is_file():
@@ -494,7 +486,7 @@ def index_dicom(root: Path) -> dict[str, list[Picture]]:
                 raise ValueError(f"{root / 'metadata.csv'}, row {number}: {folder} is outside {root}")
             folders[row["Series_UID"]] = folder
     return {
-        uid: [Picture(path.relative_to(root)) for path in sorted(folder.glob("*.dcm"))]
+        uid: [SeriesImage(path.relative_to(root)) for path in sorted(folder.glob("*.dcm"))]
         for uid, folder in folders.items()
     }
 
@@ -532,11 +524,11 @@ def read_lesion(row: dict[str, str], where: str, kind: str, split: str) -> Lesio
     parts = (cells[name] for name in ("patient", "side", "view", "abnormality"))
     cells |= {"lesion": "_".join((kind, *parts)), "type": kind, "split": split}
     series = {}
-    for picture, column in PATH_COLUMNS.items():
+    for image, column in PATH_COLUMNS.items():
         steps = row[column].split("/")  # case / study / series / file
         if len(steps) != 4:
             raise ValueError(f"{where}: {column} {row[column]!r} is not case/study/series/file")
-        series[picture] = steps[2]
+        series[image] = steps[2]
     return Lesion(where, series, cells)
 
 
@@ -551,7 +543,7 @@ def shared_patients(lesions: Iterable[Lesion]) -> list[str]:
 def refuse_shared_patients(lesions: list[Lesion], table: str) -> None:
     if shared := shared_patients(lesions):
         raise ValueError(
-            f"{table} would have {len(shared)} patients in both training and test, which makes test figures "
+            f"{table} would have {len(shared)} patients in both training and test, which makes test metrics "
             f"too good: {', '.join(shared)}"
         )
 
@@ -589,19 +581,19 @@ def write_table(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def count_table(rows: list[dict[str, str]]) -> str:
-    """Lesions, pathologies, patients and pictures of each split, as aligned text."""
-    lines = [("", "lesions", *CBIS_CLASSES, "patients", *CBIS_PICTURES)]
+    """Lesions, pathologies, patients and images of each split, as aligned text."""
+    lines = [("", "lesions", *CBIS_CLASSES, "patients", *CBIS_IMAGES)]
     for title in ("train", "val", "train+val", "test"):
         part = [row for row in rows if row["split"] in title.split("+")]
         pathology = Counter(row["pathology"] for row in part)
-        distinct = [len({row[column] for row in part} - {""}) for column in ("patient", *CBIS_PICTURES)]
+        distinct = [len({row[column] for row in part} - {""}) for column in ("patient", *CBIS_IMAGES)]
         lines.append((title, len(part), *(pathology[name] for name in CBIS_CLASSES), *distinct))
     widths = [max(len(str(line[i])) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(str(x).rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Shrunk pictures
+# Shrunk images
 # ------------------------------------------------------------------------------------------------------------
 
 JPEG_QUALITY = 95
@@ -611,7 +603,7 @@ EXTENSIONS = {  # Pillow's name of a format that --dataset webdataset reads -> t
 
 
 def shrink(img: Image.Image, short_side: int) -> Image.Image | None:
-    """The picture with this many pixels along its short side, antialiased; None where it has no more already."""
+    """The image with this many pixels along its short side, antialiased; None where it has no more already."""
     scale = short_side / min(img.size)
     if scale >= 1:
         return None
@@ -620,7 +612,7 @@ def shrink(img: Image.Image, short_side: int) -> Image.Image | None:
 
 
 def encode(img: Image.Image, file_format: str) -> bytes:
-    """An RGB picture as a PNG or JPEG file, in one channel where all three are equal."""
+    """An RGB image as a PNG or JPEG file, in one channel where all three are equal."""
     red, green, blue = (channel.tobytes() for channel in img.split())
     img = img.convert("L") if red == green == blue else img
     buffer = io.BytesIO()
@@ -629,7 +621,7 @@ def encode(img: Image.Image, file_format: str) -> bytes:
 
 
 def format_of(data: bytes) -> str:
-    """Pillow's name for the format of a picture that can be decoded; the file's name may say another."""
+    """Pillow's name for the format of an image that can be decoded; the file's name may say another."""
     with Image.open(io.BytesIO(data)) as img:
         return img.format or ""
 
@@ -693,26 +685,26 @@ def keep_settings(path: Path, settings: dict, output: str) -> None:
 def add_shards_parser(commands) -> None:
     parser = commands.add_parser(
         "shards",
-        help="write any data set of main.py as tar shards",
-        description="Writes a data set's pictures and captions as WebDataset shards in img2dataset's form: samples "
+        help="write any dataset of main.py as tar shards",
+        description="Writes a dataset's images and captions as WebDataset shards in img2dataset's form: samples "
         "key.jpg, key.txt (its first caption) and key.json (all captions), in OUTPUT/00000.tar and so on, for "
-        "--dataset webdataset. A picture that is not shrunk is copied byte for byte; one that cannot be decoded is "
-        "left out and named in OUTPUT/bad_samples.txt. Run again after an interruption, it writes the shards that "
+        "--dataset webdataset. An image that is not shrunk is copied byte for byte; one that cannot be decoded is "
+        "skipped and named in OUTPUT/bad_samples.txt. Run again after an interruption, it writes the shards that "
         "are missing.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--dataset", required=True, choices=list(READERS), help="which reader, as for main.py")
-    parser.add_argument("--root", required=True, help="folder of the data set, as for main.py")
+    parser.add_argument("--root", required=True, help="folder of the dataset, as for main.py")
     parser.add_argument("--metadata", default="", help="file of captions where the layout does not fix it")
     parser.add_argument("--split", default="train", help="train, validation or test")
     parser.add_argument("--output", type=Path, required=True, help="folder of the shards; one for each split")
-    parser.add_argument("--shard-size", type=int, default=5000, help="pictures in a shard; 1,000 to 10,000 are usual")
+    parser.add_argument("--shard-size", type=int, default=5000, help="images in a shard; 1,000 to 10,000 are usual")
     parser.add_argument(
         "--short-side",
         type=int,
         default=None,
         metavar="PIXELS",
-        help="shrink larger pictures to this short side, as JPEG of quality 95 (PNG stays PNG); twice the training "
+        help="shrink larger images to this short side, as JPEG of quality 95 (PNG stays PNG); twice the training "
         "size, 448, keeps what crops need. Default: copy",
     )
     add_workers_argument(parser)
@@ -733,7 +725,7 @@ class Shards:
     output: Path
     size: int
     short_side: int | None
-    broken: BrokenPictures
+    broken: UnreadableImages
 
     def path(self, number: int) -> Path:
         return self.output / f"{number:05d}.tar"
@@ -745,36 +737,36 @@ class Shards:
 def make_shards(
     reader: Reader, output: str | Path, shard_size: int = 5000, short_side: int | None = None, workers: int = 1
 ) -> int:
-    """Writes the reader's pairs as shards, each complete or not there; returns how many pictures were left out.
+    """Writes the reader's pairs as shards, each complete or not there; returns how many images were skipped.
 
     Raises ImportError without webdataset, ValueError for a folder that holds other shards.
     """
     tar_writer()
     check_short_side(short_side)
     if shard_size < 1:
-        raise ValueError(f"--shard-size {shard_size}: give at least 1 picture")
+        raise ValueError(f"--shard-size {shard_size}: give at least 1 image")
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     settings = {"reader": type(reader).__name__, "root": str(reader.root), "metadata": str(reader.files[0])}
     settings |= {"split": reader.split, "pairs": len(reader), "shard_size": shard_size, "short_side": short_side}
     keep_settings(output / "shards.json", settings, "*.tar")
-    broken = BrokenPictures(output / "bad_samples.txt", limit=math.inf)
+    broken = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
     shards = Shards(reader, output, shard_size, short_side, broken)
     numbers = range(math.ceil(len(reader) / shard_size))
     missing = [number for number in numbers if not shards.path(number).is_file()]
-    with over_processes(workers, shards) as each, tqdm(total=len(reader), unit=" pictures") as bar:
+    with over_processes(workers, shards) as each, tqdm(total=len(reader), unit=" images") as bar:
         bar.update(len(reader) - sum(len(shards.rows(number)) for number in missing))
         for count in each(write_shard, missing):
             bar.update(count)
-    left_out = len(broken.path.read_bytes().splitlines()) if broken.path.is_file() else 0
-    print(f"{output}: {len(numbers)} shards of up to {shard_size} pictures, {len(missing)} of them written now")
-    if left_out:
-        print(f"{left_out} pictures cannot be decoded and were left out: see {broken.path}")
-    return left_out
+    skipped = len(broken.path.read_bytes().splitlines()) if broken.path.is_file() else 0
+    print(f"{output}: {len(numbers)} shards of up to {shard_size} images, {len(missing)} of them written now")
+    if skipped:
+        print(f"{skipped} images cannot be decoded and were skipped: see {broken.path}")
+    return skipped
 
 
 def write_shard(number: int) -> int:
-    """Write one shard of the shared Shards; returns how many of the reader's pictures it covers."""
+    """Write one shard of the shared Shards; returns how many of the reader's images it covers."""
     shards: Shards = _shared
     rows, reader = shards.rows(number), shards.reader
 
@@ -783,21 +775,21 @@ def write_shard(number: int) -> int:
             for i in rows:
                 name, captions, key = reader.name(i), reader.captions(i), f"{i:09d}"
                 try:
-                    picture, extension = pack(reader, i, shards.short_side)
-                except (BrokenPicture, FileNotFoundError) as error:
+                    image, extension = pack(reader, i, shards.short_side)
+                except (UnreadableImage, FileNotFoundError) as error:
                     shards.broken.add(name, str(error))
                     continue
                 about = {"key": key, "name": name.removeprefix(f"{reader.root}/"), "captions": captions}
                 about = json.dumps(about, ensure_ascii=False)
-                tar.write({"__key__": key, extension: picture, "txt": captions[0].encode(), "json": about.encode()})
+                tar.write({"__key__": key, extension: image, "txt": captions[0].encode(), "json": about.encode()})
 
     atomic_write(shards.path(number), write)
     return len(rows)
 
 
 def pack(reader: Reader, i: int, short_side: int | None) -> tuple[bytes, str]:
-    """A picture's bytes for a shard and their extension; raises as `Reader.picture` does."""
-    img = reader.picture(i)
+    """An image's bytes for a shard and their extension; raises as `Reader.image` does."""
+    img = reader.image(i)
     data = reader.data(i)
     file_format = "" if reader.name(i).lower().endswith(".dcm") else format_of(data)
     if short_side and (small := shrink(img, short_side)):
@@ -816,17 +808,17 @@ def tar_writer() -> type:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Shrink: a folder of pictures -> the same folder with smaller pictures
+# Shrink: a folder of images -> the same folder with smaller images
 # ------------------------------------------------------------------------------------------------------------
 
 
 def add_shrink_parser(commands) -> None:
     parser = commands.add_parser(
         "shrink",
-        help="copy a folder with its pictures shrunk",
+        help="copy a folder with its images shrunk",
         description="Copies a folder tree; JPEG and PNG files whose short side is longer than --short-side are shrunk "
         "to it (JPEG quality 95; more than 8 bits are windowed as in training), all other files are copied as they "
-        "are, so that readers find the layout they know. Pictures inside zip or tar archives are not touched: for "
+        "are, so that readers find the layout they know. Images inside zip or tar archives are not touched: for "
         "those there is `shards`. Run again after an interruption, it continues.",
         formatter_class=HelpFormatter,
     )
@@ -848,9 +840,9 @@ def run_shrink(args: argparse.Namespace) -> None:
 
 
 def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, workers: int = 1) -> Counter:
-    """Copies the tree with its pictures shrunk; returns how many files were shrunk, copied, broken or there already.
+    """Copies the tree with its images shrunk; returns how many files were shrunk, copied, broken or there already.
 
-    A broken picture is copied as it is and named in bad_samples.txt. Raises FileNotFoundError for an absent root and
+    An unreadable image is copied as it is and named in bad_samples.txt. Raises FileNotFoundError for an absent root and
     ValueError for an output inside it or of another command.
     """
     root, output = Path(os.path.realpath(root)), Path(os.path.realpath(output))
@@ -861,7 +853,7 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
         raise ValueError(f"--output {output} and --root {root} lie in each other: choose another folder")
     output.mkdir(parents=True, exist_ok=True)
     keep_settings(output / "shrink.json", {"root": str(root), "short_side": short_side}, "*")
-    broken = BrokenPictures(output / "bad_samples.txt", limit=math.inf)
+    broken = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
     counts: Counter = Counter()
     paths = (path for path in walk_files(root) if path not in ("shrink.json", "bad_samples.txt"))  # of an earlier copy
     with (
@@ -874,7 +866,7 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
                 bar.update()
     print(", ".join(f"{counts[outcome]:,} {outcome}" for outcome in SHRINK_OUTCOMES if counts[outcome]) or "no files")
     if counts["broken"]:
-        print(f"{broken.path} names the pictures that cannot be decoded; they were copied as they are")
+        print(f"{broken.path} names the images that cannot be decoded; they were copied as they are")
     return counts
 
 
@@ -907,9 +899,9 @@ def shrink_file(name: str) -> str:
     if source.suffix.lower() in SHRUNK_SUFFIXES:
         data = source.read_bytes()
         try:
-            if small := shrink(decode_picture(data, str(source)), short_side):
+            if small := shrink(decode_image(data, str(source)), short_side):
                 outcome, data = "shrunk", encode(small, "PNG" if format_of(data) == "PNG" else "JPEG")
-        except BrokenPicture as error:
+        except UnreadableImage as error:
             broken.add(str(source), str(error))
             outcome = "broken"
     if data is None:
@@ -940,7 +932,7 @@ def add_demo_parser(commands) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other patients")
     parser.add_argument("--pairs", type=int, default=6000, help="training pairs of the ROCO part")
-    parser.add_argument("--size", type=int, default=64, help="pixels along the short side of a picture")
+    parser.add_argument("--size", type=int, default=64, help="pixels along the short side of an image")
     parser.add_argument("--workers", type=int, default=2, help="processes that draw; the result is the same")
     parser.set_defaults(run=run_demo)
 

@@ -1,8 +1,9 @@
 """MedCLIP's towers (Wang et al. 2022, section 3.2), and its weight files read and written key for key.
 
 The image tower is Hugging Face's Swin-Tiny or torchvision's ResNet-50, the text tower Bio_ClinicalBERT. MedCLIP saved
-its weights under transformers 4.24; later releases name parts of Swin differently, so names are mapped both ways.
+its weights under transformers 4.24; later releases name parts of Swin differently, so names are mapped either way.
 """
+
 from __future__ import annotations
 
 import io
@@ -77,14 +78,18 @@ class BertText:
             raise ValueError(f"MedCLIP's text embedding reads layers 1, 2 and the last, so {self.layers} is too few")
 
     def attach(self, model: nn.Module, embed_dim: int) -> None:
-        """Register BERT and its projection on `model`. The pooler, which MedCLIP never reads, is left out."""
+        """Register BERT and its projection on `model`. The pooler, which MedCLIP never reads, is skipped."""
         config = BertConfig(
-            vocab_size=self.vocab_size, hidden_size=self.width, num_hidden_layers=self.layers,
-            num_attention_heads=self.heads, intermediate_size=4 * self.width,
-            use_cache=False)
+            vocab_size=self.vocab_size,
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=4 * self.width,
+            use_cache=False,
+        )
         model.bert = BertModel(config, add_pooling_layer=False)
         model.text_projection = nn.Parameter(torch.empty(self.width, embed_dim))
-        nn.init.normal_(model.text_projection, std=self.width ** -0.5)
+        nn.init.normal_(model.text_projection, std=self.width**-0.5)
 
     def checkpoint_gradients(self, model: nn.Module) -> None:
         model.bert.gradient_checkpointing_enable()
@@ -93,8 +98,9 @@ class BertText:
         """Token ids (B, L) to embeddings (B, embed_dim); real tokens are those up to the last id that is not 0."""
         if attention_mask is None:
             attention_mask = (tokens != 0).flip(1).cumsum(1).flip(1) > 0  # (B, L)
-        hidden = model.bert(input_ids=tokens, attention_mask=attention_mask.long(),
-                            output_hidden_states=True).hidden_states
+        hidden = model.bert(
+            input_ids=tokens, attention_mask=attention_mask.long(), output_hidden_states=True
+        ).hidden_states
         x = (hidden[1] + hidden[2] + hidden[-1]) / 3  # (B, L, D)
         if self.pooling == "medclip":
             x = x.mean(1)  # (B, D)
@@ -202,7 +208,8 @@ def load_medclip(model: nn.Module, state: dict[str, Tensor], source: str = "the 
         raise ValueError(
             f"{source} does not fit {model.name} ({model.config['vision_tower']}).\n"
             f"  missing ({len(missing)}): {_shorten(missing)}\n  unexpected ({len(unexpected)}): "
-            f"{_shorten(unexpected)}\n  other shape ({len(wrong)}): {_shorten(wrong)}")
+            f"{_shorten(unexpected)}\n  other shape ({len(wrong)}): {_shorten(wrong)}"
+        )
     with torch.no_grad():
         for ours, theirs in names.items():
             value = state[theirs].T if ours.endswith("_projection") else state[theirs]
@@ -225,8 +232,9 @@ def export_medclip(model: nn.Module, weights: dict[str, Tensor] | None = None) -
         value = own[ours].T if ours.endswith("_projection") else own[ours]
         out[theirs] = value.detach().cpu().contiguous().clone()
     width = model.text.width
-    out["text_model.model.embeddings.position_ids"] = torch.arange(
-        model.bert.config.max_position_embeddings).unsqueeze(0)
+    out["text_model.model.embeddings.position_ids"] = torch.arange(model.bert.config.max_position_embeddings).unsqueeze(
+        0
+    )
     out["text_model.model.pooler.dense.weight"] = torch.zeros(width, width)
     out["text_model.model.pooler.dense.bias"] = torch.zeros(width)
     if model.config["vision_tower"] == "medclip-swin":

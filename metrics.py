@@ -79,9 +79,7 @@ def _class_index(name: str, classes: Sequence[str]) -> int:
     return list(classes).index(name)
 
 
-def _checked(
-    y_true: Sequence[int], prob: np.ndarray, classes: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
+def _checked(y_true: Sequence[int], prob: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     labels, prob = np.asarray(y_true), np.asarray(prob, dtype=np.float64)
     if prob.shape != (len(labels), len(classes)):
         raise ValueError(
@@ -158,8 +156,7 @@ def paired_patient_bootstrap(
     draws = {name: draws[name] - baseline[name] for name in METRICS}
     bounds = _bounds(draws, level)
     return {
-        name: Difference(first[name] - second[name], *bounds[name], p_value=_two_sided(draws[name]))
-        for name in METRICS
+        name: Difference(first[name] - second[name], *bounds[name], p_value=_two_sided(draws[name])) for name in METRICS
     }
 
 

@@ -6,6 +6,7 @@
 An image tower maps (B, 3, H, W) to features (B, d). A text tower is a small object that registers its parameters on
 the model itself, because the published SLIP checkpoints keep the text transformer at the top level.
 """
+
 from __future__ import annotations
 
 import math
@@ -34,6 +35,7 @@ LOGIT_SCALE_MAX = 4.6052  # ln(100): "clipped to prevent scaling the logits by m
 # ---------------------------------------------------------------------------------------------------------------------
 # The text tower of CLIP
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and what came before it.
@@ -71,8 +73,9 @@ class TextBlock(nn.Module):
         super().__init__()
         self.attn = CausalSelfAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
+        )
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
@@ -114,12 +117,12 @@ class CLIPText:
         model.ln_final = nn.LayerNorm(self.width)
         nn.init.normal_(model.token_embedding.weight, std=0.02)
         nn.init.normal_(model.positional_embedding, std=0.01)
-        nn.init.normal_(model.text_projection, std=self.width ** -0.5)
+        nn.init.normal_(model.text_projection, std=self.width**-0.5)
         for block in model.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=self.width ** -0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=self.width ** -0.5 * (2 * self.layers) ** -0.5)
+            nn.init.normal_(block.attn.in_proj_weight, std=self.width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=self.width**-0.5 * (2 * self.layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=self.width ** -0.5 * (2 * self.layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=self.width**-0.5 * (2 * self.layers) ** -0.5)
 
     def checkpoint_gradients(self, model: nn.Module) -> None:
         model.transformer.checkpointed = True
@@ -139,6 +142,7 @@ class CLIPText:
 # Objectives and models
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Objective:
     """What a training objective needs: the arguments of the model's forward, its loss, and what can validate it."""
@@ -151,25 +155,41 @@ class Objective:
 
 OBJECTIVES = {
     "clip": Objective(
-        inputs=("image", "text"), text=True, metrics=("loss", "clip_loss", "clip_acc"),
-        loss=lambda ssl_temp, ssl_scale, gather_with_grad: losses.CLIPLoss(gather_with_grad)),
+        inputs=("image", "text"),
+        text=True,
+        metrics=("loss", "clip_loss", "clip_acc"),
+        loss=lambda ssl_temp, ssl_scale, gather_with_grad: losses.CLIPLoss(gather_with_grad),
+    ),
     "simclr": Objective(
-        inputs=("view1", "view2"), text=False, metrics=("loss", "ssl_loss", "ssl_acc"),
-        loss=lambda ssl_temp, ssl_scale, gather_with_grad: losses.SIMCLRLoss(ssl_temp)),
+        inputs=("view1", "view2"),
+        text=False,
+        metrics=("loss", "ssl_loss", "ssl_acc"),
+        loss=lambda ssl_temp, ssl_scale, gather_with_grad: losses.SIMCLRLoss(ssl_temp),
+    ),
     "slip": Objective(
-        inputs=("image", "text", "view1", "view2"), text=True,
+        inputs=("image", "text", "view1", "view2"),
+        text=True,
         metrics=("loss", "clip_loss", "ssl_loss", "clip_acc", "ssl_acc"),
         loss=lambda ssl_temp, ssl_scale, gather_with_grad: losses.SLIPLoss(
-            losses.SIMCLRLoss(ssl_temp), ssl_scale, gather_with_grad)),
+            losses.SIMCLRLoss(ssl_temp), ssl_scale, gather_with_grad
+        ),
+    ),
 }
 
 
 def build_ssl_head(feature_dim: int, mlp_dim: int, emb_dim: int) -> nn.Sequential:
     """SimCLR's projection head d-mlp-mlp-emb with BatchNorm, as SLIP uses it (Mu et al. 2021, section 4.1)."""
-    return nn.Sequential(OrderedDict(
-        layer1=nn.Linear(feature_dim, mlp_dim), bn1=nn.BatchNorm1d(mlp_dim), relu1=nn.ReLU(inplace=True),
-        layer2=nn.Linear(mlp_dim, mlp_dim), bn2=nn.BatchNorm1d(mlp_dim), relu2=nn.ReLU(inplace=True),
-        layer3=nn.Linear(mlp_dim, emb_dim)))
+    return nn.Sequential(
+        OrderedDict(
+            layer1=nn.Linear(feature_dim, mlp_dim),
+            bn1=nn.BatchNorm1d(mlp_dim),
+            relu1=nn.ReLU(inplace=True),
+            layer2=nn.Linear(mlp_dim, mlp_dim),
+            bn2=nn.BatchNorm1d(mlp_dim),
+            relu2=nn.ReLU(inplace=True),
+            layer3=nn.Linear(mlp_dim, emb_dim),
+        )
+    )
 
 
 class _ImageModel(nn.Module):
@@ -194,7 +214,7 @@ class _ImageModel(nn.Module):
         return self.heads(*self.towers(*inputs))
 
     def towers(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What does not mix the rows of a batch: picture features (B, d) and text embeddings (B, embed_dim)."""
+        """What does not mix the rows of a batch: image features (B, d) and text embeddings (B, embed_dim)."""
         raise NotImplementedError
 
     def heads(self, *features: Tensor) -> dict[str, Tensor]:
@@ -217,8 +237,10 @@ class _ImageModel(nn.Module):
             enable = getattr(self.visual, "set_grad_checkpointing", None) or self.visual.gradient_checkpointing_enable
             enable()
         else:
-            raise ValueError("gradient checkpointing runs the image tower twice, and its BatchNorm would count each "
-                             "batch twice: choose a tower without BatchNorm")
+            raise ValueError(
+                "gradient checkpointing runs the image tower twice, and its BatchNorm would count each "
+                "batch twice: choose a tower without BatchNorm"
+            )
         if self.objective.text:
             self.text.checkpoint_gradients(self)
 
@@ -244,12 +266,12 @@ class CLIP(_ImageModel):
         super().__init__(visual, feature_dim)
         self.text = text
         self.image_projection = nn.Parameter(torch.empty(feature_dim, embed_dim))
-        nn.init.normal_(self.image_projection, std=feature_dim ** -0.5)
+        nn.init.normal_(self.image_projection, std=feature_dim**-0.5)
         text.attach(self, embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_START))
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) to embeddings (B, embed_dim), not normalised."""
+        """Images (B, 3, H, W) to embeddings (B, embed_dim), not normalised."""
         return self.visual(image) @ self.image_projection
 
     def encode_text(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -272,14 +294,14 @@ class CLIP(_ImageModel):
 
 
 class SIMCLR(_ImageModel):
-    """Contrast between two augmented views of a picture (Chen et al. 2020)."""
+    """Contrast between two augmented views of an image (Chen et al. 2020)."""
 
     def __init__(self, visual: nn.Module, feature_dim: int, ssl_mlp_dim: int = 4096, ssl_emb_dim: int = 256):
         super().__init__(visual, feature_dim)
         self.image_mlp = build_ssl_head(feature_dim, ssl_mlp_dim, ssl_emb_dim)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) to the tower's features (B, feature_dim)."""
+        """Images (B, 3, H, W) to the tower's features (B, feature_dim)."""
         return self.visual(image)
 
     def towers(self, aug1: Tensor, aug2: Tensor) -> tuple[Tensor, ...]:
@@ -291,10 +313,17 @@ class SIMCLR(_ImageModel):
 
 
 class SLIP(CLIP):
-    """CLIP and SimCLR with one image tower (Mu et al. 2021, algorithm 1): three views of a picture and its caption."""
+    """CLIP and SimCLR with one image tower (Mu et al. 2021, algorithm 1): three views of an image and its caption."""
 
-    def __init__(self, visual: nn.Module, text: CLIPText, feature_dim: int, embed_dim: int = 512,
-                 ssl_mlp_dim: int = 4096, ssl_emb_dim: int = 256):
+    def __init__(
+        self,
+        visual: nn.Module,
+        text: CLIPText,
+        feature_dim: int,
+        embed_dim: int = 512,
+        ssl_mlp_dim: int = 4096,
+        ssl_emb_dim: int = 256,
+    ):
         super().__init__(visual, text, feature_dim, embed_dim)
         self.image_mlp = build_ssl_head(feature_dim, ssl_mlp_dim, ssl_emb_dim)
 
@@ -305,12 +334,15 @@ class SLIP(CLIP):
     def heads(self, features: Tensor, text_embed: Tensor, features1: Tensor, features2: Tensor) -> dict[str, Tensor]:
         # the SSL head's BatchNorm sees each view as a batch of its own
         return super().heads(features, text_embed) | {
-            "aug1_embed": self.image_mlp(features1), "aug2_embed": self.image_mlp(features2)}
+            "aug1_embed": self.image_mlp(features1),
+            "aug2_embed": self.image_mlp(features2),
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of variants
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -320,7 +352,7 @@ class ModelConfig:
     vision_tower: str  # a timm name, or medclip-swin, medclip-resnet50
     vision_kwargs: dict = field(default_factory=dict)  # passed on to the tower's constructor
     image_size: int = 224  # pixels
-    embed_dim: int = 512  # the space of pictures and captions
+    embed_dim: int = 512  # the space of images and captions
     text_tower: str = "clip"  # clip or bert
     context_length: int = 77  # tokens
     vocab_size: int = 49408
@@ -341,11 +373,14 @@ TOWERS = {
     "VITL16": dict(vision_tower="vit_large_patch16_224"),
 }
 MODELS: dict[str, ModelConfig] = {
-    **{f"{objective.upper()}_{tower}": ModelConfig(objective=objective, **settings)
-       for tower, settings in TOWERS.items() for objective in ("clip", "simclr", "slip")},
-    "MEDCLIP_VIT":    ModelConfig(objective="clip", vision_tower="medclip-swin", **_BERT_BASE),
+    **{
+        f"{objective.upper()}_{tower}": ModelConfig(objective=objective, **settings)
+        for tower, settings in TOWERS.items()
+        for objective in ("clip", "simclr", "slip")
+    },
+    "MEDCLIP_VIT": ModelConfig(objective="clip", vision_tower="medclip-swin", **_BERT_BASE),
     "MEDCLIP_RESNET": ModelConfig(objective="clip", vision_tower="medclip-resnet50", **_BERT_BASE),
-    "MEDSLIP_VIT":    ModelConfig(objective="slip", vision_tower="medclip-swin", **_BERT_BASE),
+    "MEDSLIP_VIT": ModelConfig(objective="slip", vision_tower="medclip-swin", **_BERT_BASE),
     "MEDSLIP_RESNET": ModelConfig(objective="slip", vision_tower="medclip-resnet50", **_BERT_BASE),
 }
 
@@ -379,8 +414,13 @@ def _image_tower(config: ModelConfig) -> tuple[nn.Module, int]:
 
 
 def _text_tower(config: ModelConfig) -> CLIPText:
-    sizes = dict(context_length=config.context_length, vocab_size=config.vocab_size, width=config.text_width,
-                 heads=config.text_heads, layers=config.text_layers)
+    sizes = dict(
+        context_length=config.context_length,
+        vocab_size=config.vocab_size,
+        width=config.text_width,
+        heads=config.text_heads,
+        layers=config.text_layers,
+    )
     if config.text_tower == "clip":
         return CLIPText(**sizes)
     if config.text_tower == "bert":
@@ -396,7 +436,7 @@ def is_medclip(config: dict) -> bool:
 
 
 def preprocess_of(config: ModelConfig) -> Preprocess:
-    """How pictures are prepared for this model: each family brings its own normalisation."""
+    """How images are prepared for this model: each family brings its own normalisation."""
     if config.vision_tower.startswith("medclip-"):
         return Preprocess(size=config.image_size, mean=MEDCLIP_MEAN, std=MEDCLIP_STD, prepare="medclip")
     return Preprocess(size=config.image_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, prepare="slip")
@@ -452,6 +492,7 @@ globals().update({name: partial(create_model, name) for name in MODELS})
 # Weights from files
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def resize_position_embeddings(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """`state_dict` with the ViT's position embeddings (1, 1 + h*w, d) resampled to the grid of `model`."""
     key = "visual.pos_embed"
@@ -459,8 +500,9 @@ def resize_position_embeddings(state_dict: dict[str, Tensor], model: nn.Module) 
     if wanted is None or key not in state_dict or state_dict[key].shape == wanted.shape:
         return state_dict
     prefix = model.visual.num_prefix_tokens
-    resized = resample_abs_pos_embed(state_dict[key], list(model.visual.patch_embed.grid_size),
-                                     num_prefix_tokens=prefix)
+    resized = resample_abs_pos_embed(
+        state_dict[key], list(model.visual.patch_embed.grid_size), num_prefix_tokens=prefix
+    )
     return {**state_dict, key: resized}
 
 
@@ -478,15 +520,21 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, o
         head = {k: v for k, v in own.items() if k.startswith("image_mlp.")}
         same = all(k in state_dict and state_dict[k].shape == v.shape for k, v in head.items())
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith("image_mlp.")} | (
-            {k: state_dict[k] for k in head} if same else head)
+            {k: state_dict[k] for k in head} if same else head
+        )
     missing = [k for k in own if k not in state_dict]
     unexpected = [k for k in state_dict if k not in own]
-    shapes = [f"{k} {tuple(state_dict[k].shape)} instead of {tuple(v.shape)}" for k, v in own.items()
-              if k in state_dict and state_dict[k].shape != v.shape]
+    shapes = [
+        f"{k} {tuple(state_dict[k].shape)} instead of {tuple(v.shape)}"
+        for k, v in own.items()
+        if k in state_dict and state_dict[k].shape != v.shape
+    ]
     if missing or unexpected or shapes:
-        raise ValueError(f"{source} does not fit {model.name}: missing {missing[:8] or 'none'} ({len(missing)}), "
-                         f"unexpected {unexpected[:8] or 'none'} ({len(unexpected)}), "
-                         f"other shape {shapes[:8] or 'none'} ({len(shapes)})")
+        raise ValueError(
+            f"{source} does not fit {model.name}: missing {missing[:8] or 'none'} ({len(missing)}), "
+            f"unexpected {unexpected[:8] or 'none'} ({len(unexpected)}), "
+            f"other shape {shapes[:8] or 'none'} ({len(shapes)})"
+        )
     model.load_state_dict(state_dict)
 
 
@@ -514,8 +562,9 @@ def read_pretrained(path: str | Path) -> dict:
     return utils.load_checkpoint(path)
 
 
-def load_pretrained(path: str | Path, *, model: str | None = None, bert_vocab: str | None = None,
-                    text_pooling: str | None = None) -> Pretrained:
+def load_pretrained(
+    path: str | Path, *, model: str | None = None, bert_vocab: str | None = None, text_pooling: str | None = None
+) -> Pretrained:
     """Load any weights this project reads, for evaluation.
 
     Args:
@@ -536,8 +585,10 @@ def load_pretrained(path: str | Path, *, model: str | None = None, bert_vocab: s
     elif "state_dict" in state:
         loaded, tokenizer, kind = _from_published(state, path, model)
     else:
-        raise ValueError(f"{path} is neither a checkpoint of ours, nor a published SLIP file (no state_dict), nor "
-                         f"MedCLIP weights; its keys begin {list(state)[:5]}")
+        raise ValueError(
+            f"{path} is neither a checkpoint of ours, nor a published SLIP file (no state_dict), nor "
+            f"MedCLIP weights; its keys begin {list(state)[:5]}"
+        )
     return Pretrained(loaded.eval(), loaded.preprocess, tokenizer, f"{loaded.name} from {kind} {path}")
 
 
@@ -550,8 +601,9 @@ def _from_ours(state: dict, path: str | Path, pooling: dict) -> tuple[nn.Module,
     return model, create_tokenizer(spec) if spec else None, "checkpoint"
 
 
-def _from_medclip(state: dict, path: str | Path, bert_vocab: str | None,
-                  pooling: dict) -> tuple[nn.Module, Callable | None, str]:
+def _from_medclip(
+    state: dict, path: str | Path, bert_vocab: str | None, pooling: dict
+) -> tuple[nn.Module, Callable | None, str]:
     import medclip
 
     name = {"medclip-swin": "MEDCLIP_VIT", "medclip-resnet50": "MEDCLIP_RESNET"}[medclip.tower_name(state)]
@@ -570,8 +622,9 @@ def _from_published(state: dict, path: str | Path, name: str | None) -> tuple[nn
     weights = utils.strip_wrappers(state["state_dict"])
     head = {}
     if "image_mlp.layer1.weight" in weights:
-        head = dict(ssl_mlp_dim=len(weights["image_mlp.layer1.weight"]),
-                    ssl_emb_dim=len(weights["image_mlp.layer3.weight"]))
+        head = dict(
+            ssl_mlp_dim=len(weights["image_mlp.layer1.weight"]), ssl_emb_dim=len(weights["image_mlp.layer3.weight"])
+        )
     model = create_model(name, **head)
     load_weights(model, weights, str(path))
     tokenizer = create_tokenizer({"kind": "clip-bpe"}) if model.objective.text else None
@@ -580,7 +633,7 @@ def _from_published(state: dict, path: str | Path, name: str | None) -> tuple[nn
 
 def initialise(model: nn.Module, path: str | Path) -> None:
     """Start `model` from the weights at `path` alone: towers must match, a ViT's position embeddings are resized to the
-    model's picture size, and a SimCLR head that only one side has is passed over."""
+    model's image size, and a SimCLR head that only one side has is passed over."""
     state = read_pretrained(path)
     if _is_medclip_state(state):
         import medclip

@@ -1,13 +1,13 @@
 """A small synthetic radiology world on disk, in the layouts of ROCO v1 and of CBIS-DDSM's JPEG edition.
 
 Mammogram-like phantoms carry calcifications and masses drawn after BI-RADS descriptors; x-ray-, CT- and MR-
-like pictures give the caption filters something to filter. Everything here is SYNTHETIC: it exists so that
+like images give the caption filters something to filter. Everything here is SYNTHETIC: it exists so that
 the whole pipeline can be run and tested without a download, and its numbers say nothing about patients.
 
 A patient is a number; anatomy and findings follow from (seed, number). A breast is one fixed scene in
 millimetres and a `Frame` is a window on it, so a lesion's crop and the full view show the same tissue at
 different pixel sizes. Pathology depends on a finding's descriptors alone (the rates in `CALCIFICATIONS` and
-`MASSES`) and is drawn only for the CBIS tables: pictures and captions are made without knowing it.
+`MASSES`) and is drawn only for the CBIS tables: images and captions are made without knowing it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-VERSION = 1  # raise when the same seed gives other pictures or captions
+VERSION = 1  # raise when the same seed gives other images or captions
 SIDES, VIEWS = ("LEFT", "RIGHT"), ("CC", "MLO")
 ROCO_SPLITS = {"train": 1.0, "validation": 0.1, "test": 0.1}  # share of `pairs`; ROCO v1 itself is 8 : 1 : 1
 # Row counts of the published case tables.
@@ -79,48 +79,48 @@ class Appearance:
 # segmental distribution 0.65 to 0.85; circumscribed masses 0.1 or less, obscured a little above,
 # microlobulated and ill-defined about 0.5, spiculated 0.9. Shares are loosely those of the CBIS-DDSM tables.
 CALCIFICATIONS = (  #   type                     distribution          share  malignant  unrecalled
-    Appearance("PLEOMORPHIC",           "CLUSTERED",            30,    0.40,      0.00),
-    Appearance("PLEOMORPHIC",           "SEGMENTAL",             6,    0.65,      0.00),
-    Appearance("PLEOMORPHIC",           "LINEAR",                4,    0.70,      0.00),
-    Appearance("PLEOMORPHIC",           "REGIONAL",              3,    0.45,      0.00),
-    Appearance("FINE_LINEAR_BRANCHING", "CLUSTERED",             4,    0.75,      0.00),
-    Appearance("FINE_LINEAR_BRANCHING", "LINEAR",                5,    0.80,      0.00),
-    Appearance("FINE_LINEAR_BRANCHING", "SEGMENTAL",             4,    0.85,      0.00),
-    Appearance("AMORPHOUS",             "CLUSTERED",             8,    0.20,      0.00),
-    Appearance("AMORPHOUS",             "SEGMENTAL",             2,    0.35,      0.00),
-    Appearance("AMORPHOUS",             "REGIONAL",              2,    0.20,      0.05),
-    Appearance("PUNCTATE",              "CLUSTERED",             6,    0.10,      0.15),
-    Appearance("PUNCTATE",              "SEGMENTAL",             2,    0.25,      0.05),
-    Appearance("PUNCTATE",              "DIFFUSELY_SCATTERED",   4,    0.01,      0.85),
-    Appearance("ROUND_AND_REGULAR",     "REGIONAL",              3,    0.02,      0.80),
-    Appearance("ROUND_AND_REGULAR",     "DIFFUSELY_SCATTERED",   4,    0.01,      0.95),
-    Appearance("LUCENT_CENTER",         "NA",                    9,    0.00,      0.98),
-    Appearance("VASCULAR",              "NA",                    7,    0.00,      0.98),
-    Appearance("COARSE",                "NA",                    4,    0.00,      0.92),
-    Appearance("LARGE_RODLIKE",         "DIFFUSELY_SCATTERED",   2,    0.00,      0.95),
+    Appearance("PLEOMORPHIC", "CLUSTERED", 30, 0.40, 0.00),
+    Appearance("PLEOMORPHIC", "SEGMENTAL", 6, 0.65, 0.00),
+    Appearance("PLEOMORPHIC", "LINEAR", 4, 0.70, 0.00),
+    Appearance("PLEOMORPHIC", "REGIONAL", 3, 0.45, 0.00),
+    Appearance("FINE_LINEAR_BRANCHING", "CLUSTERED", 4, 0.75, 0.00),
+    Appearance("FINE_LINEAR_BRANCHING", "LINEAR", 5, 0.80, 0.00),
+    Appearance("FINE_LINEAR_BRANCHING", "SEGMENTAL", 4, 0.85, 0.00),
+    Appearance("AMORPHOUS", "CLUSTERED", 8, 0.20, 0.00),
+    Appearance("AMORPHOUS", "SEGMENTAL", 2, 0.35, 0.00),
+    Appearance("AMORPHOUS", "REGIONAL", 2, 0.20, 0.05),
+    Appearance("PUNCTATE", "CLUSTERED", 6, 0.10, 0.15),
+    Appearance("PUNCTATE", "SEGMENTAL", 2, 0.25, 0.05),
+    Appearance("PUNCTATE", "DIFFUSELY_SCATTERED", 4, 0.01, 0.85),
+    Appearance("ROUND_AND_REGULAR", "REGIONAL", 3, 0.02, 0.80),
+    Appearance("ROUND_AND_REGULAR", "DIFFUSELY_SCATTERED", 4, 0.01, 0.95),
+    Appearance("LUCENT_CENTER", "NA", 9, 0.00, 0.98),
+    Appearance("VASCULAR", "NA", 7, 0.00, 0.98),
+    Appearance("COARSE", "NA", 4, 0.00, 0.92),
+    Appearance("LARGE_RODLIKE", "DIFFUSELY_SCATTERED", 2, 0.00, 0.95),
 )
 MASSES = (  #           shape                       margins            share  malignant  unrecalled
-    Appearance("OVAL",                     "CIRCUMSCRIBED",   12,    0.05,      0.10),
-    Appearance("ROUND",                    "CIRCUMSCRIBED",    6,    0.08,      0.10),
-    Appearance("LOBULATED",                "CIRCUMSCRIBED",   12,    0.10,      0.06),
-    Appearance("OVAL",                     "OBSCURED",         9,    0.12,      0.04),
-    Appearance("ROUND",                    "OBSCURED",         3,    0.12,      0.04),
-    Appearance("LOBULATED",                "OBSCURED",         6,    0.15,      0.04),
-    Appearance("OVAL",                     "MICROLOBULATED",   4,    0.50,      0.05),
-    Appearance("LOBULATED",                "MICROLOBULATED",   5,    0.55,      0.05),
-    Appearance("IRREGULAR",                "MICROLOBULATED",   2,    0.75,      0.00),
-    Appearance("OVAL",                     "ILL_DEFINED",      6,    0.45,      0.08),
-    Appearance("ROUND",                    "ILL_DEFINED",      3,    0.45,      0.08),
-    Appearance("LOBULATED",                "ILL_DEFINED",      5,    0.50,      0.05),
-    Appearance("IRREGULAR",                "ILL_DEFINED",     13,    0.70,      0.03),
-    Appearance("OVAL",                     "SPICULATED",       2,    0.90,      0.10),
-    Appearance("ROUND",                    "SPICULATED",       2,    0.90,      0.10),
-    Appearance("IRREGULAR",                "SPICULATED",      19,    0.90,      0.10),
-    Appearance("ARCHITECTURAL_DISTORTION", "SPICULATED",       5,    0.65,      0.25),
-    Appearance("ARCHITECTURAL_DISTORTION", "ILL_DEFINED",      2,    0.50,      0.25),
-    Appearance("LYMPH_NODE",               "CIRCUMSCRIBED",    3,    0.00,      0.97),
-    Appearance("FOCAL_ASYMMETRIC_DENSITY", "ILL_DEFINED",      2,    0.25,      0.40),
-    Appearance("ASYMMETRIC_BREAST_TISSUE", "NA",               2,    0.15,      0.70),
+    Appearance("OVAL", "CIRCUMSCRIBED", 12, 0.05, 0.10),
+    Appearance("ROUND", "CIRCUMSCRIBED", 6, 0.08, 0.10),
+    Appearance("LOBULATED", "CIRCUMSCRIBED", 12, 0.10, 0.06),
+    Appearance("OVAL", "OBSCURED", 9, 0.12, 0.04),
+    Appearance("ROUND", "OBSCURED", 3, 0.12, 0.04),
+    Appearance("LOBULATED", "OBSCURED", 6, 0.15, 0.04),
+    Appearance("OVAL", "MICROLOBULATED", 4, 0.50, 0.05),
+    Appearance("LOBULATED", "MICROLOBULATED", 5, 0.55, 0.05),
+    Appearance("IRREGULAR", "MICROLOBULATED", 2, 0.75, 0.00),
+    Appearance("OVAL", "ILL_DEFINED", 6, 0.45, 0.08),
+    Appearance("ROUND", "ILL_DEFINED", 3, 0.45, 0.08),
+    Appearance("LOBULATED", "ILL_DEFINED", 5, 0.50, 0.05),
+    Appearance("IRREGULAR", "ILL_DEFINED", 13, 0.70, 0.03),
+    Appearance("OVAL", "SPICULATED", 2, 0.90, 0.10),
+    Appearance("ROUND", "SPICULATED", 2, 0.90, 0.10),
+    Appearance("IRREGULAR", "SPICULATED", 19, 0.90, 0.10),
+    Appearance("ARCHITECTURAL_DISTORTION", "SPICULATED", 5, 0.65, 0.25),
+    Appearance("ARCHITECTURAL_DISTORTION", "ILL_DEFINED", 2, 0.50, 0.25),
+    Appearance("LYMPH_NODE", "CIRCUMSCRIBED", 3, 0.00, 0.97),
+    Appearance("FOCAL_ASYMMETRIC_DENSITY", "ILL_DEFINED", 2, 0.25, 0.40),
+    Appearance("ASYMMETRIC_BREAST_TISSUE", "NA", 2, 0.15, 0.70),
 )
 APPEARANCES = {"calc": CALCIFICATIONS, "mass": MASSES}
 
@@ -156,9 +156,17 @@ class Finding:
 
 # mm (lowest, highest), by distribution or else by type or shape; other masses are log-normal around 15 mm.
 EXTENTS = {
-    "CLUSTERED": (5, 14), "LINEAR": (12, 28), "SEGMENTAL": (18, 35), "REGIONAL": (22, 38),
-    "DIFFUSELY_SCATTERED": (25, 40), "LUCENT_CENTER": (6, 16), "VASCULAR": (18, 32), "COARSE": (8, 16),
-    "ARCHITECTURAL_DISTORTION": (18, 35), "LYMPH_NODE": (6, 13), "FOCAL_ASYMMETRIC_DENSITY": (15, 25),
+    "CLUSTERED": (5, 14),
+    "LINEAR": (12, 28),
+    "SEGMENTAL": (18, 35),
+    "REGIONAL": (22, 38),
+    "DIFFUSELY_SCATTERED": (25, 40),
+    "LUCENT_CENTER": (6, 16),
+    "VASCULAR": (18, 32),
+    "COARSE": (8, 16),
+    "ARCHITECTURAL_DISTORTION": (18, 35),
+    "LYMPH_NODE": (6, 13),
+    "FOCAL_ASYMMETRIC_DENSITY": (15, 25),
     "ASYMMETRIC_BREAST_TISSUE": (22, 40),
 }
 
@@ -257,7 +265,7 @@ def power_law(tile: np.ndarray, frame: Frame, longest: float) -> np.ndarray:
         # Power 1 / f^3 in two dimensions: the variance of an octave is proportional to its wavelength.
         field += math.sqrt(spacing / longest) * (wy @ values @ wx.T)
         spacing, octave = spacing / 2, octave + 1
-    # The spline divides deviations by 2.09; the octaves' variances 1 + 1/2 + 1/4 ... add up to 2.
+    # The spline divides std by 2.09; the octaves' variances 1 + 1/2 + 1/4 ... add up to 2.
     return field * (2.09 / math.sqrt(2.0))
 
 
@@ -268,8 +276,8 @@ def gaussian_response(shape: tuple[int, int], sigma: float) -> np.ndarray:
     return np.exp(-2.0 * (math.pi * sigma) ** 2 * (fy**2 + fx**2))
 
 
-def blur(picture: np.ndarray, sigma: float) -> np.ndarray:
-    return np.fft.irfft2(np.fft.rfft2(picture) * gaussian_response(picture.shape, sigma), s=picture.shape)
+def blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    return np.fft.irfft2(np.fft.rfft2(image) * gaussian_response(image.shape, sigma), s=image.shape)
 
 
 def deposit(points: np.ndarray, amounts: np.ndarray, frame: Frame) -> np.ndarray:
@@ -300,10 +308,15 @@ def turn(points: np.ndarray, angle: np.ndarray | float) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 
 GRAINS = {  # type: number of grains (lowest, highest), diameter in mm (lowest, highest)
-    "PLEOMORPHIC": ((8, 26), (0.25, 0.8)), "FINE_LINEAR_BRANCHING": ((4, 10), (0.15, 0.3)),
-    "AMORPHOUS": ((18, 45), (0.25, 0.5)), "PUNCTATE": ((6, 22), (0.25, 0.5)),
-    "ROUND_AND_REGULAR": ((4, 12), (0.6, 1.2)), "LUCENT_CENTER": ((1, 4), (1.5, 3.5)),
-    "VASCULAR": ((1, 1), (1.6, 2.6)), "COARSE": ((1, 2), (3.0, 7.0)), "LARGE_RODLIKE": ((4, 9), (0.5, 1.0)),
+    "PLEOMORPHIC": ((8, 26), (0.25, 0.8)),
+    "FINE_LINEAR_BRANCHING": ((4, 10), (0.15, 0.3)),
+    "AMORPHOUS": ((18, 45), (0.25, 0.5)),
+    "PUNCTATE": ((6, 22), (0.25, 0.5)),
+    "ROUND_AND_REGULAR": ((4, 12), (0.6, 1.2)),
+    "LUCENT_CENTER": ((1, 4), (1.5, 3.5)),
+    "VASCULAR": ((1, 1), (1.6, 2.6)),
+    "COARSE": ((1, 2), (3.0, 7.0)),
+    "LARGE_RODLIKE": ((4, 9), (0.5, 1.0)),
 }
 Marks = tuple[np.ndarray, np.ndarray]  # points (n, 2) of (y, x) in mm, and an area (n,) in mm^2 for each
 
@@ -329,8 +342,14 @@ def disc(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt((i + 0.5) / n), i * math.pi * (3.0 - math.sqrt(5.0))
 
 
-def rods(rng: np.random.Generator, places: np.ndarray, lengths: np.ndarray, widths: np.ndarray,
-         angles: np.ndarray, bends: np.ndarray) -> Marks:
+def rods(
+    rng: np.random.Generator,
+    places: np.ndarray,
+    lengths: np.ndarray,
+    widths: np.ndarray,
+    angles: np.ndarray,
+    bends: np.ndarray,
+) -> Marks:
     """Bent rods, k marks each; places (n, 2), the rest (n,), bends as shares of the length."""
     k = 4 * math.ceil(lengths.max() / 0.12)
     t = np.linspace(-0.5, 0.5, k)
@@ -404,7 +423,11 @@ def grains(rng: np.random.Generator, finding: Finding, axis: float) -> Marks:
 
 
 EDGES = {  # width of the soft edge, in half extents; 0.3 where the tables name no margins
-    "CIRCUMSCRIBED": 0.04, "OBSCURED": 0.04, "MICROLOBULATED": 0.06, "ILL_DEFINED": 0.22, "SPICULATED": 0.14,
+    "CIRCUMSCRIBED": 0.04,
+    "OBSCURED": 0.04,
+    "MICROLOBULATED": 0.06,
+    "ILL_DEFINED": 0.22,
+    "SPICULATED": 0.14,
 }
 FAINT = {"ARCHITECTURAL_DISTORTION": 0.3, "FOCAL_ASYMMETRIC_DENSITY": 0.6, "ASYMMETRIC_BREAST_TISSUE": 0.5}
 
@@ -502,8 +525,7 @@ def vessels(rng: np.random.Generator, patient: Patient, view: str, frame: Frame)
     return shadow
 
 
-def draw_mammogram(patient: Patient, side: str, view: str, findings: Iterable[Finding],
-                   frame: Frame) -> np.ndarray:
+def draw_mammogram(patient: Patient, side: str, view: str, findings: Iterable[Finding], frame: Frame) -> np.ndarray:
     """One view of one breast, uint8 (H, W), with its chest wall on the side that it is named after.
 
     The frame is that of a left breast; a right one is drawn in it and mirrored.
@@ -522,33 +544,33 @@ def draw_mammogram(patient: Patient, side: str, view: str, findings: Iterable[Fi
     gland = logistic(2.5 * (field + 1.6 * central + (-2.4, -1.3, -0.3, 0.8)[patient.density - 1]))
     # Ligaments: the zero lines of a second field.
     strands = np.exp(-((power_law(tiles[1], frame, 16.0) / 0.12) ** 2))
-    picture = 0.22 + 0.05 * field + (0.24 + 0.03 * field) * gland + 0.05 * strands
-    picture += 0.07 * vessels(rng, patient, view, frame)
+    image = 0.22 + 0.05 * field + (0.24 + 0.03 * field) * gland + 0.05 * strands
+    image += 0.07 * vessels(rng, patient, view, frame)
 
     for finding in findings:
         y, x = lesion_middle(patient, view, finding)
         shape = patient.stream(GEOMETRY, *which, finding.index)
         strength = 0.5 + 0.1 * finding.subtlety
         if finding.kind == "mass":
-            picture = picture + 0.38 * strength * mass_shadow(shape, finding, frame, (y, x))
+            image = image + 0.38 * strength * mass_shadow(shape, finding, frame, (y, x))
         else:
             axis = math.atan2(middle - y, patient.depth - x)
             points, amounts = grains(shape, finding, axis)
-            picture = picture - 0.75 * strength * np.expm1(-deposit(points + (y, x), amounts, frame))
+            image = image - 0.75 * strength * np.expm1(-deposit(points + (y, x), amounts, frame))
 
-    picture = picture * thickness + skin
+    image = image * thickness + skin
     if view == "MLO":
         width, length = patient.pectoral
         muscle = 1.0 - (np.maximum(frame.x / width, 0.0) ** 1.15 + np.maximum(frame.y / length, 0.0) ** 1.15)
-        picture = picture + 0.30 * logistic(25.0 * muscle) * (depth > 0)
+        image = image + 0.30 * logistic(25.0 * muscle) * (depth > 0)
     grain = patient.stream(GRAIN, *which, round(1000 * frame.mm))
-    picture = grain.uniform(0.9, 1.1) * picture + grain.uniform(-0.02, 0.02) * (depth > 0) + 0.03
-    picture = to_uint8(picture + 0.013 * grain.standard_normal(frame.shape))
-    return picture[:, ::-1] if side == "RIGHT" else picture
+    image = grain.uniform(0.9, 1.1) * image + grain.uniform(-0.02, 0.02) * (depth > 0) + 0.03
+    image = to_uint8(image + 0.013 * grain.standard_normal(frame.shape))
+    return image[:, ::-1] if side == "RIGHT" else image
 
 
-def to_uint8(picture: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(255.0 * picture), 0, 255).astype(np.uint8)
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(255.0 * image), 0, 255).astype(np.uint8)
 
 
 def full_frame(size: int) -> Frame:
@@ -573,37 +595,38 @@ def roi_mask(patient: Patient, side: str, view: str, finding: Finding, frame: Fr
 
 
 # ------------------------------------------------------------------------------------------------------------
-# X-ray-, CT- and MR-like pictures
+# X-ray-, CT- and MR-like images
 # ------------------------------------------------------------------------------------------------------------
 
 
 class Canvas:
-    """A square picture in coordinates -1 to 1 (y down), painted over with soft-edged shapes."""
+    """A square image in coordinates -1 to 1 (y down), painted over with soft-edged shapes."""
 
     def __init__(self, size: int, off: tuple[float, float]):
         position = (np.arange(size) + 0.5) / size * 2.0 - 1.0
         self.y, self.x = position[:, None] - off[0], position[None, :] - off[1]
-        self.picture = np.full((size, size), 0.02)
+        self.image = np.full((size, size), 0.02)
 
-    def ellipse(self, y: float, x: float, b: float, a: float, value: float, tilt: float = 0.0,
-                soft: float = 0.06) -> None:
+    def ellipse(
+        self, y: float, x: float, b: float, a: float, value: float, tilt: float = 0.0, soft: float = 0.06
+    ) -> None:
         """Paint an ellipse of half height b and half width a, turned by `tilt` radians."""
         dy, dx = self.y - y, self.x - x
         v, u = math.cos(tilt) * dy - math.sin(tilt) * dx, math.sin(tilt) * dy + math.cos(tilt) * dx
         self.paint(logistic((1.0 - np.hypot(v / b, u / a)) * 2.0 / soft), value)
 
     def paint(self, cover: np.ndarray, value: float) -> None:
-        self.picture = self.picture + cover * (value - self.picture)
+        self.image = self.image + cover * (value - self.image)
 
 
 def chest_xray(rng: np.random.Generator, canvas: Canvas) -> str:
     finding = rng.choice(("clear", "nodule", "effusion", "consolidation", "cardiomegaly"))
-    side = int(rng.choice((-1, 1)))  # -1: left of the picture, the patient's right
+    side = int(rng.choice((-1, 1)))  # -1: left of the image, the patient's right
     canvas.ellipse(0.5, 0.0, 1.5, 0.95, 0.55, soft=0.1)
     for lung in (-1, 1):
         canvas.ellipse(-0.05, 0.42 * lung, 0.68, rng.uniform(0.28, 0.34), 0.16, tilt=0.12 * lung, soft=0.15)
     ribs = np.cos(2 * math.pi * (5.0 * (canvas.y + 0.25 * np.abs(canvas.x)) + rng.random())) > 0.55
-    canvas.picture = canvas.picture + 0.08 * ribs * (np.abs(canvas.y) < 0.8) * (np.abs(canvas.x) < 0.85)
+    canvas.image = canvas.image + 0.08 * ribs * (np.abs(canvas.y) < 0.8) * (np.abs(canvas.x) < 0.85)
     heart = rng.uniform(0.52, 0.6) if finding == "cardiomegaly" else rng.uniform(0.26, 0.34)
     canvas.ellipse(0.32, 0.12, 0.36, heart, 0.72, tilt=-0.4, soft=0.2)
     canvas.ellipse(0.0, 0.0, 1.3, 0.11, 0.78, soft=0.4)
@@ -645,7 +668,7 @@ def abdomen_ct(rng: np.random.Generator, canvas: Canvas) -> str:
     finding = rng.choice(("normal", "liver", "cyst", "ascites"))
     canvas.ellipse(0.0, 0.0, 0.72, 0.93, 0.28)
     canvas.ellipse(0.0, 0.0, 0.64, 0.85, 0.22 if finding != "ascites" else 0.4)
-    canvas.ellipse(-0.08, -0.42, 0.42, 0.36, 0.56, tilt=0.3)  # liver, on the left of the picture
+    canvas.ellipse(-0.08, -0.42, 0.42, 0.36, 0.56, tilt=0.3)  # liver, on the left of the image
     canvas.ellipse(-0.05, 0.6, 0.24, 0.15, 0.58, tilt=-0.3)  # spleen
     canvas.ellipse(-0.25, 0.2, 0.2, 0.26, rng.uniform(0.3, 0.5))  # stomach
     for side in (-1, 1):
@@ -725,7 +748,7 @@ def spine_mr(rng: np.random.Generator, canvas: Canvas) -> str:
     return f"normal alignment of the vertebrae ({weighting}-weighted)"
 
 
-OTHER_PICTURES = (  # share, draw, how captions name the picture
+OTHER_IMAGES = (  # share, draw, how captions name the image
     (3, chest_xray, ("Chest x-ray", "Posteroanterior chest radiograph", "Plain chest radiograph", "CXR")),
     (2, bone_xray, ("Plain radiograph", "Anteroposterior X-ray", "AP radiograph of the limb", "X-ray image")),
     (2, abdomen_ct, ("Axial CT of the abdomen", "Enhanced computed tomography", "Abdominal CT scan")),
@@ -736,15 +759,15 @@ OTHER_PICTURES = (  # share, draw, how captions name the picture
 
 
 def draw_other(rng: np.random.Generator, size: int) -> tuple[np.ndarray, str]:
-    """A picture of another modality, uint8 (size, size), and its caption."""
-    shares = np.array([share for share, _, _ in OTHER_PICTURES], dtype=np.float64)
-    _, draw, names = OTHER_PICTURES[rng.choice(len(OTHER_PICTURES), p=shares / shares.sum())]
+    """An image of another modality, uint8 (size, size), and its caption."""
+    shares = np.array([share for share, _, _ in OTHER_IMAGES], dtype=np.float64)
+    _, draw, names = OTHER_IMAGES[rng.choice(len(OTHER_IMAGES), p=shares / shares.sum())]
     canvas = Canvas(size, off=rng.uniform(-0.08, 0.08, 2))  # patients lie a little off centre
     found = draw(rng, canvas)
     mottle = blur(rng.standard_normal((size, size)), 1.2)
-    picture = canvas.picture * (1.0 + 0.12 * mottle) + 0.012 * rng.standard_normal((size, size))
+    image = canvas.image * (1.0 + 0.12 * mottle) + 0.012 * rng.standard_normal((size, size))
     links = (" showing {}.", " demonstrates {}.", ": {}.", " reveals {}.", " shows {}.")
-    return to_uint8(rng.uniform(0.85, 1.1) * picture), pick(rng, names) + pick(rng, links).format(found)
+    return to_uint8(rng.uniform(0.85, 1.1) * image), pick(rng, names) + pick(rng, links).format(found)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -752,22 +775,31 @@ def draw_other(rng: np.random.Generator, size: int) -> tuple[np.ndarray, str]:
 # ------------------------------------------------------------------------------------------------------------
 
 WORDS = {  # descriptor -> ways to say it
-    "PLEOMORPHIC": ("fine pleomorphic calcifications", "pleomorphic microcalcifications",
-                    "microcalcifications of varying size and shape",
-                    "heterogeneous, irregularly shaped calcifications"),
-    "FINE_LINEAR_BRANCHING": ("fine linear branching calcifications",
-                              "branching, casting-type calcifications",
-                              "thin linear and branching microcalcifications",
-                              "fine-linear microcalcifications with branches"),
-    "AMORPHOUS": ("amorphous calcifications", "faint, hazy calcifications",
-                  "indistinct amorphous microcalcifications"),
+    "PLEOMORPHIC": (
+        "fine pleomorphic calcifications",
+        "pleomorphic microcalcifications",
+        "microcalcifications of varying size and shape",
+        "heterogeneous, irregularly shaped calcifications",
+    ),
+    "FINE_LINEAR_BRANCHING": (
+        "fine linear branching calcifications",
+        "branching, casting-type calcifications",
+        "thin linear and branching microcalcifications",
+        "fine-linear microcalcifications with branches",
+    ),
+    "AMORPHOUS": ("amorphous calcifications", "faint, hazy calcifications", "indistinct amorphous microcalcifications"),
     "PUNCTATE": ("punctate calcifications", "punctate microcalcifications", "tiny round calcifications"),
-    "ROUND_AND_REGULAR": ("round, regular calcifications", "smooth round calcifications",
-                          "round calcifications"),
-    "LUCENT_CENTER": ("lucent-centered calcifications", "ring-like calcifications with lucent centers",
-                      "smooth calcifications with a radiolucent center"),
-    "VASCULAR": ("vascular calcifications", "arterial calcifications with parallel tracks",
-                 "tram-track vascular calcifications"),
+    "ROUND_AND_REGULAR": ("round, regular calcifications", "smooth round calcifications", "round calcifications"),
+    "LUCENT_CENTER": (
+        "lucent-centered calcifications",
+        "ring-like calcifications with lucent centers",
+        "smooth calcifications with a radiolucent center",
+    ),
+    "VASCULAR": (
+        "vascular calcifications",
+        "arterial calcifications with parallel tracks",
+        "tram-track vascular calcifications",
+    ),
     "COARSE": ("coarse calcifications", "large popcorn-like calcifications", "coarse, dense calcifications"),
     "LARGE_RODLIKE": ("large rod-like calcifications", "thick, smooth rod-shaped calcifications"),
     "CLUSTERED": ("in a cluster", "grouped", "tightly clustered"),
@@ -799,12 +831,23 @@ VIEW_WORDS = {
     "CC": ("craniocaudal", "CC", "cranio-caudal"),
     "MLO": ("mediolateral oblique", "MLO", "oblique"),
 }
-CLOSE_OPENINGS = ("Magnification mammogram", "Spot compression mammography", "Mammogram, magnified view,",
-                  "Magnified {view} mammogram", "Detail of a {side} breast mammogram",
-                  "Spot magnification view")
-FULL_OPENINGS = ("Mammogram", "{side} mammogram", "{view} mammogram of the {side} breast",
-                 "Mammography of the {side} breast in {view} view", "{view} view of the {side} breast",
-                 "Mammographic image ({view} view)", "Screening mammogram, {side} {view} view,")
+CLOSE_OPENINGS = (
+    "Magnification mammogram",
+    "Spot compression mammography",
+    "Mammogram, magnified view,",
+    "Magnified {view} mammogram",
+    "Detail of a {side} breast mammogram",
+    "Spot magnification view",
+)
+FULL_OPENINGS = (
+    "Mammogram",
+    "{side} mammogram",
+    "{view} mammogram of the {side} breast",
+    "Mammography of the {side} breast in {view} view",
+    "{view} view of the {side} breast",
+    "Mammographic image ({view} view)",
+    "Screening mammogram, {side} {view} view,",
+)
 
 
 def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
@@ -841,8 +884,9 @@ def place_phrase(rng: np.random.Generator, finding: Finding, side: str, view: st
     return pick(rng, ("", "", f" in the {half} {side.lower()} breast", f" in the {half} half of the breast"))
 
 
-def mammogram_caption(rng: np.random.Generator, patient: Patient, side: str, view: str,
-                      finding: Finding | None, close: bool) -> str:
+def mammogram_caption(
+    rng: np.random.Generator, patient: Patient, side: str, view: str, finding: Finding | None, close: bool
+) -> str:
     """One caption for a full or a close view, with or without a finding."""
     opening = pick(rng, CLOSE_OPENINGS if close else FULL_OPENINGS)
     opening = opening.format(side=side.lower(), view=pick(rng, VIEW_WORDS[view]))
@@ -867,10 +911,10 @@ def mammogram_caption(rng: np.random.Generator, patient: Patient, side: str, vie
 # Layouts on disk
 # ------------------------------------------------------------------------------------------------------------
 
-README = """SYNTHETIC radiology world, drawn by phantoms.py. No real picture, no patient.
+README = """SYNTHETIC radiology world, drawn by phantoms.py. No real image, no patient.
 
-roco/          picture-caption pairs in the layout of ROCO v1
-cbis/          case tables and pictures in the layout of CBIS-DDSM's JPEG edition;
+roco/          image-caption pairs in the layout of ROCO v1
+cbis/          case tables and images in the layout of CBIS-DDSM's JPEG edition;
                next: python make_dataset.py cbis --root cbis
 patients.csv   which phantom patient is in which part and split; none is in two
 demo.json      the settings that drew this folder, and counts
@@ -882,7 +926,7 @@ OTHER_SHARE = 0.25  # of the ROCO pairs are no mammograms;
 NOTHING_SHARE = 0.06  # of the others this share shows no finding,
 CLOSE_SHARE = 0.5  # and of those with a finding this share is a close view
 SECOND_VIEW, SECOND_FINDING = 0.75, 0.12  # shares of CBIS patients seen in both views, with two findings
-NO_DESCRIPTION = 0.05  # of the CBIS pictures have an empty SeriesDescription
+NO_DESCRIPTION = 0.05  # of the CBIS images have an empty SeriesDescription
 APART = 0.03  # of the CBIS lesions have crop and mask in two series
 ABNORMALITY = {"calc": "calcification", "mass": "mass"}
 TABLES = (("calc", "train"), ("calc", "test"), ("mass", "train"), ("mass", "test"))
@@ -906,8 +950,8 @@ def cbis_number(kind: str, split: str, index: int) -> int:
     return 2 * (len(TABLES) * index + TABLES.index((kind, split)) + 1)
 
 
-def save(picture: np.ndarray, path: Path) -> None:
-    Image.fromarray(picture).save(path, quality=95)
+def save(image: np.ndarray, path: Path) -> None:
+    Image.fromarray(image).save(path, quality=95)
 
 
 def roco_id(split: str, index: int) -> str:
@@ -915,7 +959,7 @@ def roco_id(split: str, index: int) -> str:
 
 
 def roco_pair(seed: int, size: int, split: str, index: int) -> tuple[np.ndarray, str]:
-    """Picture and caption number `index` of a split of the ROCO part."""
+    """Image and caption number `index` of a split of the ROCO part."""
     patient = make_patient(seed, roco_number(split, index))
     rng = patient.stream(CAPTION)
     if rng.random() < OTHER_SHARE:
@@ -924,15 +968,15 @@ def roco_pair(seed: int, size: int, split: str, index: int) -> tuple[np.ndarray,
     finding = make_finding(patient, 0, pick(rng, ("calc", "mass"))) if rng.random() >= NOTHING_SHARE else None
     close = finding is not None and rng.random() < CLOSE_SHARE
     frame = crop_frame(patient, view, finding, size) if close else full_frame(size)
-    picture = draw_mammogram(patient, side, view, [finding] if finding else [], frame)
-    return picture, mammogram_caption(rng, patient, side, view, finding, close)
+    image = draw_mammogram(patient, side, view, [finding] if finding else [], frame)
+    return image, mammogram_caption(rng, patient, side, view, finding, close)
 
 
 def write_roco_pair(root: Path, seed: int, size: int, job: tuple[str, int]) -> str:
-    """Write one picture; returns its line of captions.txt."""
-    picture, caption = roco_pair(seed, size, *job)
+    """Write one image; returns its line of captions.txt."""
+    image, caption = roco_pair(seed, size, *job)
     name = roco_id(*job)
-    save(picture, root / job[0] / "radiology" / "images" / f"{name}.jpg")
+    save(image, root / job[0] / "radiology" / "images" / f"{name}.jpg")
     return f"{name}\t {caption}\n"
 
 
@@ -963,24 +1007,24 @@ def draw_assessment(rng: np.random.Generator, finding: Finding, pathology: str) 
 
 
 class CaseWriter:
-    """Writes the pictures of one CBIS patient and keeps what dicom_info.csv says of them in `pictures`."""
+    """Writes the images of one CBIS patient and keeps what dicom_info.csv says of them in `images`."""
 
     def __init__(self, root: Path, rng: np.random.Generator):
-        self.root, self.rng, self.pictures = root, rng, []
+        self.root, self.rng, self.images = root, rng, []
 
     def uid(self) -> str:
         """A UID under 2.25, the root for random ones (ITU-T X.667)."""
         return f"2.25.{int.from_bytes(self.rng.bytes(15), 'big') + 10**35}"
 
-    def add(self, picture: np.ndarray, series: str, title: str, description: str, number: int) -> None:
+    def add(self, image: np.ndarray, series: str, title: str, description: str, number: int) -> None:
         path = f"jpeg/{series}/{self.rng.integers(1, 3)}-{number:03d}.jpg"
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
-        save(picture, self.root / path)
+        save(image, self.root / path)
         if self.rng.random() < NO_DESCRIPTION:
             description = ""
         dicom = f"CBIS-DDSM/dicom/{series}/1-{number:03d}.dcm"
         row = (dicom, f"CBIS-DDSM/{path}", title, description, series)
-        self.pictures.append(dict(zip(DICOM_COLUMNS, row, strict=True)))
+        self.images.append(dict(zip(DICOM_COLUMNS, row, strict=True)))
 
     def add_lesion(self, crop: np.ndarray, mask: np.ndarray, title: str) -> tuple[str, str]:
         """Crop and mask, most often in one series; returns their paths as the case tables write them.
@@ -998,7 +1042,7 @@ class CaseWriter:
 
 
 def write_case(root: Path, seed: int, size: int, job: tuple[str, str, int]) -> tuple[list[dict], list[dict]]:
-    """Write the pictures of one patient; returns its rows of the case table and of dicom_info.csv."""
+    """Write the images of one patient; returns its rows of the case table and of dicom_info.csv."""
     kind, split, _ = job
     case = make_case(seed, *job)
     patient, side = case.patient, case.side
@@ -1024,11 +1068,24 @@ def write_case(root: Path, seed: int, size: int, job: tuple[str, str, int]) -> t
                 crop_path += "\n"
             else:
                 mask_path += "\n"
-            row = (name, patient.density, side, view, finding.index + 1, ABNORMALITY[kind],
-                   finding.appearance.first, finding.appearance.second, assessment, pathology,
-                   finding.subtlety, full_path, crop_path, mask_path)
+            row = (
+                name,
+                patient.density,
+                side,
+                view,
+                finding.index + 1,
+                ABNORMALITY[kind],
+                finding.appearance.first,
+                finding.appearance.second,
+                assessment,
+                pathology,
+                finding.subtlety,
+                full_path,
+                crop_path,
+                mask_path,
+            )
             rows.append(dict(zip(CASE_COLUMNS[kind], row, strict=True)))
-    return rows, writer.pictures
+    return rows, writer.images
 
 
 def plan_cases(seed: int, kind: str, split: str, lesions: int) -> list[tuple[str, str, int]]:
@@ -1048,13 +1105,14 @@ def write_table(path: Path, columns: Iterable[str], rows: Iterable[dict], line_e
         writer.writerows(rows)
 
 
-def draw_all(root: Path, seed: int, size: int, pairs: list, cases: list, workers: int,
-             progress: bool) -> tuple[list[str], list[tuple[list[dict], list[dict]]]]:
+def draw_all(
+    root: Path, seed: int, size: int, pairs: list, cases: list, workers: int, progress: bool
+) -> tuple[list[str], list[tuple[list[dict], list[dict]]]]:
     """Run the jobs of both parts; returns what write_roco_pair and write_case return, in the jobs' order."""
-    bar = tqdm(total=len(pairs) + len(cases), desc="drawing SYNTHETIC phantoms", unit="patient",
-               disable=not progress)
-    pair, case = (partial(write, root / part, seed, size)
-                  for write, part in ((write_roco_pair, "roco"), (write_case, "cbis")))
+    bar = tqdm(total=len(pairs) + len(cases), desc="drawing SYNTHETIC phantoms", unit="patient", disable=not progress)
+    pair, case = (
+        partial(write, root / part, seed, size) for write, part in ((write_roco_pair, "roco"), (write_case, "cbis"))
+    )
 
     def collect(results: Iterable) -> list:
         done = []
@@ -1076,8 +1134,7 @@ def draw_world(root: Path, settings: dict, workers: int, progress: bool) -> dict
     seed = settings["seed"]
     splits = {split: max(1, round(share * settings["pairs"])) for split, share in ROCO_SPLITS.items()}
     pairs = [(split, i) for split, n in splits.items() for i in range(n)]
-    cases = [job for kind, split in TABLES
-             for job in plan_cases(seed, kind, split, settings["lesions"][kind][split])]
+    cases = [job for kind, split in TABLES for job in plan_cases(seed, kind, split, settings["lesions"][kind][split])]
     for split in splits:
         (root / "roco" / split / "radiology" / "images").mkdir(parents=True)
     tables = root / "cbis" / "csv"
@@ -1089,8 +1146,9 @@ def draw_world(root: Path, settings: dict, workers: int, progress: bool) -> dict
         text = "".join(line for line, job in zip(lines, pairs, strict=True) if job[0] == split)
         (root / "roco" / split / "radiology" / "captions.txt").write_text(text, encoding="utf-8")
     for kind, split in TABLES:
-        rows = [row for (found, _), job in zip(written, cases, strict=True)
-                if job[:2] == (kind, split) for row in found]
+        rows = [
+            row for (found, _), job in zip(written, cases, strict=True) if job[:2] == (kind, split) for row in found
+        ]
         write_table(tables / f"{kind}_case_description_{split}_set.csv", CASE_COLUMNS[kind], rows, "\r\n")
         counts[f"CBIS {kind} {split} lesions"] = len(rows)
     write_table(tables / "dicom_info.csv", DICOM_COLUMNS, [row for _, found in written for row in found])
@@ -1102,18 +1160,24 @@ def draw_world(root: Path, settings: dict, workers: int, progress: bool) -> dict
     return counts
 
 
-def make_demo(root: str | Path, seed: int = 0, pairs: int = 6000,
-              lesions: dict[str, dict[str, int]] = LESIONS, size: int = 64, workers: int = 2,
-              progress: bool = True) -> dict[str, int]:
+def make_demo(
+    root: str | Path,
+    seed: int = 0,
+    pairs: int = 6000,
+    lesions: dict[str, dict[str, int]] = LESIONS,
+    size: int = 64,
+    workers: int = 2,
+    progress: bool = True,
+) -> dict[str, int]:
     """Draw the SYNTHETIC world into `root`, or keep what an earlier call with the same settings drew there.
 
-    Every picture depends on (seed, part, split, index) alone, so `workers` changes nothing but the time.
+    Every image depends on (seed, part, split, index) alone, so `workers` changes nothing but the time.
 
     Args:
         root: folder that will hold roco/ and cbis/; absent, empty, or from a call with equal settings.
         pairs: training pairs of the ROCO part; validation and test get a tenth of it each.
         lesions: kind -> split -> rows of that case table, or a few more: a patient's rows stay together.
-        size: pixels along the short side of every picture; crops are square, full views 5/4 as high.
+        size: pixels along the short side of every image; crops are square, full views 5/4 as high.
         workers: processes that draw.
 
     Returns:
@@ -1128,8 +1192,7 @@ def make_demo(root: str | Path, seed: int = 0, pairs: int = 6000,
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    settings = {"synthetic": True, "version": VERSION, "seed": seed, "pairs": pairs, "lesions": lesions,
-                "size": size}
+    settings = {"synthetic": True, "version": VERSION, "seed": seed, "pairs": pairs, "lesions": lesions, "size": size}
     manifest = root / "demo.json"
     if root.exists() and any(root.iterdir()):
         found = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}

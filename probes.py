@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import models
 import utils
-from transforms import BrokenPicture, Preprocess
+from transforms import Preprocess, UnreadableImage
 
 # ----------------------------------------------------------------------------------------------------------
 # The tower
@@ -37,7 +37,7 @@ from transforms import BrokenPicture, Preprocess
 
 @dataclass
 class Backbone:
-    """A frozen image tower: pictures (B, 3, S, S) prepared by `preprocess` to features (B, d)."""
+    """A frozen image tower: images (B, 3, S, S) prepared by `preprocess` to features (B, d)."""
 
     encode: Callable[[Tensor], Tensor]
     model: nn.Module  # what holds the weights
@@ -65,7 +65,7 @@ def load_backbone(
     """The tower that --pretrained, --model or --arch names, in eval mode.
 
     `features` projection gives the tower's features in the space shared with captions; `size` is the side of
-    the pictures where it is not the model's own.
+    the images where it is not the model's own.
     """
     untrained = f"untrained (seed {args.seed})"
     if args.pretrained:
@@ -98,7 +98,7 @@ def rebuilt(model: nn.Module, seed: int, **changes) -> nn.Module:
 
 
 def at_size(model: nn.Module, size: int) -> nn.Module:
-    """The same weights for pictures of `size` pixels; a ViT's position embeddings are resampled."""
+    """The same weights for images of `size` pixels; a ViT's position embeddings are resampled."""
     resized = rebuilt(model, seed=0, image_size=size)
     weights = models.resize_position_embeddings(model.state_dict(), resized)
     models.load_weights(resized, weights, f"{model.name} at {size} pixels")
@@ -127,8 +127,8 @@ class Samples:
         return Samples(self.features[index], self.labels[index], rows)
 
 
-class Pictures(Dataset):
-    """The pictures of a data set by number: (i, tensor), or (i, None) for a broken one that may be skipped."""
+class Images(Dataset):
+    """The images of a dataset by number: (i, tensor), or (i, None) for an unreadable one that may be skipped."""
 
     def __init__(self, dataset: Dataset, numbers: range, skip_broken: bool):
         self.dataset, self.numbers, self.skip_broken = dataset, numbers, skip_broken
@@ -140,15 +140,15 @@ class Pictures(Dataset):
         number = self.numbers[i]
         try:
             return number, self.dataset[number][0]
-        except (BrokenPicture, FileNotFoundError):
+        except (UnreadableImage, FileNotFoundError):
             if not self.skip_broken:
                 raise
             return number, None
 
 
 def collate(samples: list[tuple[int, Tensor | None]]) -> tuple[list[int], Tensor | None]:
-    kept = [(number, picture) for number, picture in samples if picture is not None]
-    return [number for number, _ in kept], torch.stack([picture for _, picture in kept]) if kept else None
+    kept = [(number, image) for number, image in samples if image is not None]
+    return [number for number, _ in kept], torch.stack([image for _, image in kept]) if kept else None
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ class Loading:
     """How features are extracted and where they are kept."""
 
     output_dir: Path
-    batch_size: int  # pictures in one pass, a process
+    batch_size: int  # images in one pass, a process
     workers: int  # loader processes of the node
-    skip_broken: bool = False  # leave out pictures that cannot be decoded, instead of an error
+    skip_broken: bool = False  # leave out images that cannot be decoded, instead of an error
 
     def workers_of(self, processes: utils.Distributed) -> int:
         """Loader processes for this one among the node's processes; no more than there are cores."""
@@ -171,22 +171,22 @@ def extract(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features (n, d) in float32 and the numbers (n,) of the samples they are of, in order, on every process.
 
-    Each process encodes every world_size-th picture. Numbers are missing only where broken pictures are
-    skipped; otherwise a broken picture is a BrokenPicture that names it.
+    Each process encodes every world_size-th image. Numbers are missing only where unreadable images are
+    skipped; otherwise an unreadable image is an UnreadableImage that names it.
     """
-    mine = Pictures(dataset, range(processes.rank, len(dataset), processes.world_size), loading.skip_broken)
+    mine = Images(dataset, range(processes.rank, len(dataset), processes.world_size), loading.skip_broken)
     workers = loading.workers_of(processes)
     loader = DataLoader(mine, loading.batch_size, num_workers=workers, collate_fn=collate)
     numbers, features = [], []
     backbone.model.eval()
-    for batch, pictures in tqdm(loader, desc=title, disable=None if processes.is_main else True, leave=False):
-        if pictures is not None:
+    for batch, images in tqdm(loader, desc=title, disable=None if processes.is_main else True, leave=False):
+        if images is not None:
             numbers += batch
-            features.append(backbone.encode(pictures.to(processes.device)).float().cpu().numpy())
+            features.append(backbone.encode(images.to(processes.device)).float().cpu().numpy())
     parts = utils.gather_objects(processes, (numbers, features))
     numbers = np.array([number for part, _ in parts for number in part], dtype=np.int64)
     if len(numbers) == 0:
-        raise ValueError(f"{title}: none of the {len(dataset)} pictures can be decoded")
+        raise ValueError(f"{title}: none of the {len(dataset)} images can be decoded")
     order = np.argsort(numbers)
     return np.concatenate([batch for _, part in parts for batch in part])[order], numbers[order]
 
@@ -194,16 +194,21 @@ def extract(
 def extract_or_reuse(
     backbone: Backbone, dataset: Dataset, title: str, loading: Loading, processes: utils.Distributed
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `extract`, or from the output directory where the same weights have seen the same pictures before.
+    """As `extract`, or from the output directory where the same weights have seen the same images before.
 
-    The file's name carries a hash of the weights, the preparation, the kind of features and the pictures
+    The file's name carries a hash of the weights, the preparation, the kind of features and the images
     (path, size and time of each, or the bytes of those in memory): another run's features are never taken.
     """
     key = hashlib.sha256()
     # Equal weights compute something else with another number of heads, or under another release.
     architecture = (getattr(backbone.model, "config", None), timm.__version__)
-    settings = (backbone.fingerprint(), architecture, backbone.features, backbone.preprocess.to_dict(),
-                loading.skip_broken)
+    settings = (
+        backbone.fingerprint(),
+        architecture,
+        backbone.features,
+        backbone.preprocess.to_dict(),
+        loading.skip_broken,
+    )
     key.update(json.dumps(settings).encode())
     for part in identify(dataset):
         key.update(part)
@@ -219,12 +224,12 @@ def extract_or_reuse(
 
 
 def identify(dataset: Dataset) -> Iterator[bytes]:
-    """What tells this data set's pictures, in their order, from any others."""
-    if hasattr(dataset, "pixels"):  # downstream.PictureArray
+    """What tells this dataset's images, in their order, from any others."""
+    if hasattr(dataset, "pixels"):  # downstream.ImageArray
         yield f"{dataset.pixels.shape} {dataset.upsample}".encode()
         yield np.ascontiguousarray(dataset.pixels).tobytes()
         return
-    for i in range(len(dataset)):  # CbisLesions has whole paths, downstream.PictureFiles relative ones
+    for i in range(len(dataset)):  # CbisLesions has whole paths, downstream.ImageFiles relative ones
         path = Path(getattr(dataset, "root", ""), dataset.paths[i]).absolute()
         status = path.stat() if path.exists() else None  # absent: extraction says so, or leaves it out
         yield f"{path} {status and (status.st_size, status.st_mtime_ns)}\n".encode()
@@ -250,7 +255,7 @@ class Head:
     validation: list[dict[str, float]]  # score and loss of each setting on the validation samples
 
 
-def judge(labels: np.ndarray, prob: np.ndarray, score: Score) -> dict[str, float]:
+def score_setting(labels: np.ndarray, prob: np.ndarray, score: Score) -> dict[str, float]:
     own = prob[np.arange(len(labels)), labels]
     return {"score": score(labels, prob), "loss": float(-np.log(own.clip(min=1e-12)).mean())}
 
@@ -268,7 +273,7 @@ def fit_logistic(train: Samples, val: Samples, num_classes: int, score: Score, s
     """
     path = logistic_path(train, LAMBDAS, num_classes)
     sweep = [
-        {"lambda": penalty, **judge(val.labels, predict(val.features), score)}
+        {"lambda": penalty, **score_setting(val.labels, predict(val.features), score)}
         for penalty, predict in zip(LAMBDAS, path, strict=True)
     ]
     best = best_of(sweep)["lambda"]
@@ -294,7 +299,7 @@ def logistic_path(
     if len(classes) < 2:
         raise ValueError(f"logistic regression needs samples of two classes; all are of class {classes.tolist()}")
     if not np.isfinite(samples.features).all():
-        raise ValueError("the features are not finite: the tower's weights, or a picture, must be broken")
+        raise ValueError("the features are not finite: the tower's weights, or an image, must be broken")
     scaler = StandardScaler().fit(samples.features.astype(np.float64))
     x, variance, axes = _on_principal_axes(scaler.transform(samples.features.astype(np.float64)))
     shape = (len(variance) + 1, len(classes))  # the last row is the bias
@@ -322,7 +327,7 @@ def logistic_path(
 def _on_principal_axes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centred features (n, d) on their principal axes (n, r), the variances (r,) and the axes (d, r).
 
-    A penalised solution lies in the span of the samples, so directions without variance are left out. The
+    A penalised solution lies in the span of the samples, so directions without variance are skipped. The
     smaller of the two Gram matrices is decomposed.
     """
     n, d = x.shape
@@ -379,14 +384,12 @@ def fit_medslip(train: Samples, val: Samples, num_classes: int, score: Score, se
     sweep = []
     for rate in MEDSLIP_RATES:
         predict = train_medslip(train, num_classes, rate, seed)
-        sweep.append({"lr": rate, **judge(val.labels, predict(val.features), score)})
+        sweep.append({"lr": rate, **score_setting(val.labels, predict(val.features), score)})
     best = best_of(sweep)["lr"]
     return Head(train_medslip(train + val, num_classes, best, seed), {"lr": best}, sweep)
 
 
-def train_medslip(
-    samples: Samples, num_classes: int, rate: float, seed: int
-) -> Callable[[np.ndarray], np.ndarray]:
+def train_medslip(samples: Samples, num_classes: int, rate: float, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     """50 epochs over shuffled batches of 16, one cosine over the whole run; returns features -> probabilities."""
     torch.manual_seed(seed)
     scaler = StandardScaler().fit(samples.features)

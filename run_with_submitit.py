@@ -6,6 +6,7 @@ Takes every flag of main.py and those of the job. A job that reaches its time li
 within the epoch, goes back into the queue and continues from there. --dry-run shows what would be submitted; --local
 runs the same job on this machine.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,24 +31,51 @@ def add_job_arguments(parser: argparse.ArgumentParser, timeout: int, nodes: int)
     job = parser.add_argument_group("job")
     job.add_argument("--ngpus", default=8, type=int, help="tasks on each node, one for each GPU")
     job.add_argument("--nodes", default=nodes, type=int, help="nodes; with --local always one")
-    job.add_argument("--timeout", default=timeout, type=int, metavar="MINUTES",
-                     help="time limit of one start; the run continues after it, so ask for what starts soon. submitit "
-                          "takes a preemption in the last 10 minutes or 20%% of it for a time-out, of which "
-                          f"{MAX_TIMEOUTS} are allowed")
-    job.add_argument("--signal-delay", "--signal_delay", default=120, type=int, metavar="SECONDS",
-                     help="warning before the end: longer than --print-freq steps and writing a checkpoint take")
-    job.add_argument("--job_dir", "--job-dir", default="", type=str, metavar="DIR",
-                     help="folder for the job's files and, unless --output-dir is given, the run's; every node must "
-                          "see it, %%j stands for the job id (default: jobs/%%j here). One without %%j can be "
-                          "submitted again to continue its run")
-    job.add_argument("--seeds", default=[], type=int, nargs="+", metavar="SEED",
-                     help="an array of jobs, one for each seed, each writing to its own folder seed<SEED>")
+    job.add_argument(
+        "--timeout",
+        default=timeout,
+        type=int,
+        metavar="MINUTES",
+        help="time limit of one start; the run continues after it, so ask for what starts soon. submitit "
+        "takes a preemption in the last 10 minutes or 20%% of it for a time-out, of which "
+        f"{MAX_TIMEOUTS} are allowed",
+    )
+    job.add_argument(
+        "--signal-delay",
+        "--signal_delay",
+        default=120,
+        type=int,
+        metavar="SECONDS",
+        help="warning before the end: longer than --print-freq steps and writing a checkpoint take",
+    )
+    job.add_argument(
+        "--job_dir",
+        "--job-dir",
+        default="",
+        type=str,
+        metavar="DIR",
+        help="folder for the job's files and, unless --output-dir is given, the run's; every node must "
+        "see it, %%j stands for the job id (default: jobs/%%j here). One without %%j can be "
+        "submitted again to continue its run",
+    )
+    job.add_argument(
+        "--seeds",
+        default=[],
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="an array of jobs, one for each seed, each writing to its own folder seed<SEED>",
+    )
     job.add_argument("--partition", default="", type=str, help="where to queue (default: the cluster's)")
     job.add_argument("--account", default="", type=str, help="whom to charge, where the cluster asks for it")
     job.add_argument("--qos", default="", type=str, help="quality of service")
     job.add_argument("--constraint", default="", type=str, help="features that the nodes must have")
-    job.add_argument("--use_volta32", "--use-volta32", action="store_true",
-                     help="only nodes whose V100s have 32 GB: the constraint volta32gb")
+    job.add_argument(
+        "--use_volta32",
+        "--use-volta32",
+        action="store_true",
+        help="only nodes whose V100s have 32 GB: the constraint volta32gb",
+    )
     job.add_argument("--comment", default="", type=str, help="what some clusters demand of urgent jobs")
     job.add_argument("--mem", default=40, type=int, metavar="GB", help="memory for each task")
     job.add_argument("--cpus", default=10, type=int, help="processor cores for each task; --workers fits in them")
@@ -58,6 +86,7 @@ def add_job_arguments(parser: argparse.ArgumentParser, timeout: int, nodes: int)
 # ---------------------------------------------------------------------------------------------------------------------
 # Inside the job
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class ScriptJob:
@@ -79,8 +108,11 @@ class ScriptJob:
         output_dir = Path(self.output_dir.replace("%j", env.job_id))
         output_dir.mkdir(parents=True, exist_ok=True)
         start = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
-        tell(env, output_dir, f"{env.cluster} job {env.job_id}, start {start}: {env.num_tasks} task(s) on "
-                              f"{', '.join(env.hostnames)}")
+        tell(
+            env,
+            output_dir,
+            f"{env.cluster} job {env.job_id}, start {start}: {env.num_tasks} task(s) on {', '.join(env.hostnames)}",
+        )
         result = importlib.import_module(self.script).main([*self.argv, "--output-dir", str(output_dir)])
         stopped_by = result.get("stopped_by") if isinstance(result, dict) else None
         if not stopped_by:
@@ -89,11 +121,19 @@ class ScriptJob:
             raise SystemExit(0)  # leaves no result file: rank 0 says how it goes on
         goes_on, why = after_stop(env, stopped_by)
         if not goes_on:
-            tell(env, output_dir, f"job {env.job_id} ends here: {why}. Its checkpoint is in {output_dir}; submitted "
-                                  f"again with --output-dir {output_dir}, the run continues from it")
+            tell(
+                env,
+                output_dir,
+                f"job {env.job_id} ends here: {why}. Its checkpoint is in {output_dir}; submitted "
+                f"again with --output-dir {output_dir}, the run continues from it",
+            )
             raise UncompletedJobError(f"stopped by {stopped_by}: {why}")
-        tell(env, output_dir, f"job {env.job_id}: {why}. It goes back into the queue and continues from the "
-                              "checkpoint when it starts again")
+        tell(
+            env,
+            output_dir,
+            f"job {env.job_id}: {why}. It goes back into the queue and continues from the "
+            "checkpoint when it starts again",
+        )
         return requeue()  # ends the process
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -132,10 +172,15 @@ def guard_requeue(env: submitit.JobEnvironment):
 
 def rank_environment(env: submitit.JobEnvironment) -> dict[str, str]:
     """What torch's env:// rendezvous and utils.init_distributed read, as torchrun would set it."""
-    return {"RANK": str(env.global_rank), "WORLD_SIZE": str(env.num_tasks), "LOCAL_RANK": str(env.local_rank),
-            "LOCAL_WORLD_SIZE": str(env.num_tasks // env.num_nodes), "MASTER_ADDR": env.hostnames[0],
-            # One port a job, below those that systems hand out themselves.
-            "MASTER_PORT": str(10000 + int(env.raw_job_id) % 20000)}
+    return {
+        "RANK": str(env.global_rank),
+        "WORLD_SIZE": str(env.num_tasks),
+        "LOCAL_RANK": str(env.local_rank),
+        "LOCAL_WORLD_SIZE": str(env.num_tasks // env.num_nodes),
+        "MASTER_ADDR": env.hostnames[0],
+        # One port a job, below those that systems hand out themselves.
+        "MASTER_PORT": str(10000 + int(env.raw_job_id) % 20000),
+    }
 
 
 def after_stop(env: submitit.JobEnvironment, stopped_by: str) -> tuple[bool, str]:
@@ -143,8 +188,9 @@ def after_stop(env: submitit.JobEnvironment, stopped_by: str) -> tuple[bool, str
     warned = stopped_by == f"SIG{env.USR_SIG}"
     if env.cluster != "slurm":
         return warned, "its time limit is near" if warned else f"it was asked to stop by {stopped_by}"
-    shown = subprocess.run(["scontrol", "--oneliner", "show", "job", env.job_id], capture_output=True, text=True,
-                           check=True, timeout=60).stdout
+    shown = subprocess.run(
+        ["scontrol", "--oneliner", "show", "job", env.job_id], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
     job = dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)
     if job.get("JobState") != "RUNNING":
         # Requeueing now would bring a cancelled job back; one that Slurm requeues returns without us.
@@ -165,6 +211,7 @@ def tell(env: submitit.JobEnvironment, output_dir: Path, text: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Submission
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class Sbatch(submitit.SlurmExecutor):
     """submitit's executor with the sbatch file readable beforehand, also where there is no Slurm."""
@@ -196,8 +243,13 @@ def split_arguments(script: ModuleType, argv: list[str] | None, timeout: int, no
 def sbatch_settings(args: argparse.Namespace, name: str) -> dict:
     """Keyword arguments of submitit's SlurmExecutor, which are named after sbatch's options."""
     settings = {
-        "job_name": name, "time": args.timeout, "nodes": args.nodes, "ntasks_per_node": args.ngpus,
-        "cpus_per_task": args.cpus, "mem": f"{args.mem * args.ngpus}GB", "signal_delay_s": args.signal_delay,
+        "job_name": name,
+        "time": args.timeout,
+        "nodes": args.nodes,
+        "ntasks_per_node": args.ngpus,
+        "cpus_per_task": args.cpus,
+        "mem": f"{args.mem * args.ngpus}GB",
+        "signal_delay_s": args.signal_delay,
         "setup": [f"export PYTHONPATH={shlex.quote(str(HERE))}${{PYTHONPATH:+:$PYTHONPATH}}"],
         # srun no longer takes the number of cores over from sbatch (Slurm 22.05); a rank that dies ends the others.
         "srun_args": [f"--cpus-per-task={args.cpus}", "--kill-on-bad-exit=1"],
@@ -206,14 +258,23 @@ def sbatch_settings(args: argparse.Namespace, name: str) -> dict:
     if args.gpu != -1:
         settings["gpus_per_node"] = args.ngpus
     constraint = "&".join(["volta32gb"] * args.use_volta32 + [args.constraint] * bool(args.constraint))
-    chosen = {"partition": args.partition, "account": args.account, "qos": args.qos, "constraint": constraint,
-              "comment": args.comment}
+    chosen = {
+        "partition": args.partition,
+        "account": args.account,
+        "qos": args.qos,
+        "constraint": constraint,
+        "comment": args.comment,
+    }
     return settings | {key: value for key, value in chosen.items() if value}
 
 
 def local_settings(args: argparse.Namespace) -> dict:
-    return {"timeout_min": args.timeout, "tasks_per_node": args.ngpus, "signal_delay_s": args.signal_delay,
-            "gpus_per_node": 0 if args.gpu == -1 else args.ngpus}
+    return {
+        "timeout_min": args.timeout,
+        "tasks_per_node": args.ngpus,
+        "signal_delay_s": args.signal_delay,
+        "gpus_per_node": 0 if args.gpu == -1 else args.ngpus,
+    }
 
 
 def submit(script: str, argv: list[str] | None = None, timeout: int = 2800, nodes: int = 8) -> list[submitit.Job]:
@@ -226,11 +287,15 @@ def submit(script: str, argv: list[str] | None = None, timeout: int = 2800, node
     output_dir = str(Path(args.output_dir).absolute() if args.output_dir else folder)
     jobs = [ScriptJob(script, script_argv, output_dir)]
     if args.seeds:
-        jobs = [ScriptJob(script, [*script_argv, "--seed", str(seed)], f"{output_dir}/seed{seed}")
-                for seed in args.seeds]
+        jobs = [
+            ScriptJob(script, [*script_argv, "--seed", str(seed)], f"{output_dir}/seed{seed}") for seed in args.seeds
+        ]
     if args.dry_run:
-        print(f"on this machine: {local_settings(args)}\n" if args.local
-              else cluster_executor(args, folder, script, Sbatch).text(len(jobs)))
+        print(
+            f"on this machine: {local_settings(args)}\n"
+            if args.local
+            else cluster_executor(args, folder, script, Sbatch).text(len(jobs))
+        )
         for job in jobs:
             print(f"# {script}.py {shlex.join(job.argv)} --output-dir {job.output_dir}")
         return []
@@ -262,8 +327,9 @@ def run_here(args: argparse.Namespace, folder: Path, jobs: list[ScriptJob]) -> l
 
 
 def announce(job: submitit.Job, what: ScriptJob) -> None:
-    print(f"job {job.job_id}: files in {job.paths.folder}, run in {what.output_dir.replace('%j', job.job_id)}",
-          flush=True)
+    print(
+        f"job {job.job_id}: files in {job.paths.folder}, run in {what.output_dir.replace('%j', job.job_id)}", flush=True
+    )
 
 
 def main(argv: list[str] | None = None) -> list[submitit.Job]:

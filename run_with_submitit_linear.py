@@ -4,6 +4,7 @@
 
 A job that reaches its time limit or is preempted goes back into the queue and starts again.
 """
+
 from __future__ import annotations
 
 import submitit

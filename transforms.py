@@ -1,11 +1,11 @@
-"""Pictures to tensors: reading at 8 bits, a model's own preparation, the views of training and evaluation.
+"""Images to tensors: reading at 8 bits, a model's own preparation, the views of training and evaluation.
 
 The views follow SLIP (Mu et al. 2021), whose pipeline was torchvision's first transforms on Pillow
-pictures: the same distribution, and once the random numbers are drawn the same values, to one of 256 levels
+images: the same distribution, and once the random numbers are drawn the same values, to one of 256 levels
 where the crop is resized and to the bit in everything after. Every random number comes from the generator
 that the caller passes, so that a sample depends on nothing but its seed, epoch and index.
 
-Views of training are computed on uint8 planes (C, H, W), C = 1 where a picture is grey: three equal channels
+Views of training are computed on uint8 planes (C, H, W), C = 1 where an image is grey: three equal channels
 would take three times the work. Colours are changed by the loader's worker (`apply_colour`) or for a whole
 batch on the accelerator (`apply_colour_batch`), to the same bits.
 """
@@ -37,12 +37,12 @@ WINDOW_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")  # DICOM PS3.3, C.11.2.
 View = Callable[[Image.Image, np.random.Generator | None], Tensor]
 
 
-# ------------------------------------------------------------------------------------------- reading pictures
-class BrokenPicture(ValueError):
-    """A picture that cannot be decoded; the message names it."""
+# ------------------------------------------------------------------------------------------- reading images
+class UnreadableImage(ValueError):
+    """An image that cannot be decoded; the message names it."""
 
 
-# What the decoders of Pillow and pydicom raise on damaged files, and on files too large to be pictures.
+# What the decoders of Pillow and pydicom raise on damaged files, and on files too large to be images.
 _DECODE_ERRORS = (
     ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError,
     ValueError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -60,7 +60,7 @@ def window_to_8bit(
 
     With `center` and `width` by that DICOM VOI window and its `function` (one of WINDOW_FUNCTIONS), else
     linearly from the 0.5 to the 99.5 percentile of the finite values. `invert` is for MONOCHROME1, whose
-    low values are bright. A picture of one value gives zeros; a value that is not finite gives 0. Inversion
+    low values are bright. An image of one value gives zeros; a value that is not finite gives 0. Inversion
     comes last.
     """
     if function not in WINDOW_FUNCTIONS:
@@ -83,7 +83,7 @@ def window_to_8bit(
 
 
 def to_rgb8(img: Image.Image) -> Image.Image:
-    """Any Pillow picture as RGB with 8 bits.
+    """Any Pillow image as RGB with 8 bits.
 
     Modes with more than 8 bits are windowed (Pillow's own conversion clips them to white); transparent
     parts lie on white, the page on which a figure is printed.
@@ -98,10 +98,10 @@ def to_rgb8(img: Image.Image) -> Image.Image:
     return img.convert("RGB")
 
 
-def decode_picture(data: bytes, name: str) -> Image.Image:
-    """The picture in `data` (anything Pillow reads; DICOM where `name` ends in .dcm) as RGB with 8 bits.
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The image in `data` (anything Pillow reads; DICOM where `name` ends in .dcm) as RGB with 8 bits.
 
-    Raises BrokenPicture with `name` in the message.
+    Raises UnreadableImage with `name` in the message.
     """
     if name.lower().endswith(".dcm"):
         return _decode_dicom(data, name)
@@ -110,24 +110,24 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
         img.load()
         return to_rgb8(img)
     except _DECODE_ERRORS as error:
-        raise BrokenPicture(f"cannot decode the picture {name}: {error}") from error
+        raise UnreadableImage(f"cannot decode the image {name}: {error}") from error
 
 
 def decode_pixels(data: bytes, name: str) -> Tensor:
-    """What `decode_picture` reads, as uint8 planes (3, H, W), the channels innermost; (1, H, W) of a grey JPEG."""
+    """What `decode_image` reads, as uint8 planes (3, H, W), the channels innermost; (1, H, W) of a grey JPEG."""
     from torchvision.io import decode_jpeg  # here, because a process that only reads captions needs 0.2 GB less
 
     try:
-        img = Image.open(io.BytesIO(data))  # the header alone: refuses pictures too large to be one
+        img = Image.open(io.BytesIO(data))  # the header alone: refuses images too large to be one
         if img.format == "JPEG" and img.mode in ("L", "RGB"):
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except _DECODE_ERRORS:
         pass  # Pillow decides below whether it is broken, and says why
-    return pixels_of(decode_picture(data, name))
+    return pixels_of(decode_image(data, name))
 
 
 def pixels_of(img: Image.Image) -> Tensor:
-    """An RGB or grey picture as uint8 planes (3 or 1, H, W), the channels innermost."""
+    """An RGB or grey image as uint8 planes (3 or 1, H, W), the channels innermost."""
     pixels = torch.from_numpy(np.array(img))  # (H, W, 3) or (H, W)
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
@@ -137,7 +137,7 @@ def grey_if_equal(pixels: Tensor) -> Tensor:
     if len(pixels) == 1:
         return pixels
     lines = pixels.permute(1, 2, 0).numpy()  # (H, W, 3), contiguous from decoders and from resizing
-    for part in (lines[::32], lines):  # a few lines tell of most pictures that they have colours
+    for part in (lines[::32], lines):  # a few lines tell of most images that they have colours
         flat = part.ravel()
         same = flat[1:] == flat[:-1]
         same[2::3] = True  # the blue of one pixel beside the red of the next
@@ -147,18 +147,21 @@ def grey_if_equal(pixels: Tensor) -> Tensor:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """A picture's file. Raises FileNotFoundError, or BrokenPicture where it cannot be read."""
+    """An image's file. Raises FileNotFoundError, or UnreadableImage where it cannot be read."""
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:  # a folder, or what the disk cannot read
-        raise BrokenPicture(f"cannot read the picture {path}: {error}") from error
+        raise UnreadableImage(f"cannot read the image {path}: {error}") from error
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """The picture at `path` as RGB with 8 bits; raises as `read_bytes` and `decode_picture` do."""
-    return decode_picture(read_bytes(path), str(path))
+def read_image(path: str | Path) -> Image.Image:
+    """The image at `path` as RGB with 8 bits; raises as `read_bytes` and `decode_image` do."""
+    return decode_image(read_bytes(path), str(path))
+
+
+read_picture = read_image  # the name that scripts of others know it by
 
 
 def _decode_dicom(data: bytes, name: str) -> Image.Image:
@@ -181,7 +184,7 @@ def _decode_dicom(data: bytes, name: str) -> Image.Image:
         function = dataset.get("VOILUTFunction") or "LINEAR"
         grey = window_to_8bit(apply_rescale(frame, dataset), center, width, inverted, function)
     except (*_DECODE_ERRORS, InvalidDicomError) as error:
-        raise BrokenPicture(f"cannot decode the picture {name}: {error}") from error
+        raise UnreadableImage(f"cannot decode the image {name}: {error}") from error
     return Image.fromarray(grey).convert("RGB")
 
 
@@ -195,7 +198,7 @@ def _first(value: object) -> float | None:
 # ------------------------------------------------------------------------------------------------ preparation
 @dataclass(frozen=True)
 class Preprocess:
-    """What an image tower expects: side in pixels, normalisation per channel, how a picture becomes a square.
+    """What an image tower expects: side in pixels, normalisation per channel, how an image becomes a square.
 
     `prepare="slip"`: RGB; evaluation resizes the short side to `size` and takes the centre.
     `prepare="medclip"`: grey, centred on a black square of at least `size`, in three equal channels.
@@ -227,14 +230,14 @@ class Preprocess:
         return cls(**values)
 
     def open(self, img: Image.Image) -> Image.Image:
-        """The whole picture as the views take it: RGB ("slip") or a grey square ("medclip"); idempotent."""
+        """The whole image as the views take it: RGB ("slip") or a grey square ("medclip"); idempotent."""
         if self.prepare == "slip":
             return to_rgb8(img)
         return pad_to_square(img if img.mode == "L" else to_rgb8(img).convert("L"), self.size)
 
-    def pixels(self, picture: Image.Image | Tensor) -> Tensor:
+    def pixels(self, image: Image.Image | Tensor) -> Tensor:
         """`open` for uint8 planes (1 or 3, H, W), which the training views take; idempotent."""
-        pixels = pixels_of(to_rgb8(picture)) if isinstance(picture, Image.Image) else picture
+        pixels = pixels_of(to_rgb8(image)) if isinstance(image, Image.Image) else image
         if self.prepare == "slip":
             return pixels
         pixels = grey_if_equal(pixels)
@@ -267,7 +270,7 @@ def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tenso
 
 
 def pad_to_square(img: Image.Image, least: int) -> Image.Image:
-    """The picture in the middle of a black square of `least` pixels or more (MedCLIP's preparation)."""
+    """The image in the middle of a black square of `least` pixels or more (MedCLIP's preparation)."""
     side = max(least, *img.size)
     if img.size == (side, side):
         return img
@@ -277,9 +280,7 @@ def pad_to_square(img: Image.Image, least: int) -> Image.Image:
 
 
 # ---------------------------------------------------------------------------------------------- random crops
-def random_resized_crop(
-    pixels: Tensor, size: int, scale: tuple[float, float], rng: np.random.Generator
-) -> Tensor:
+def random_resized_crop(pixels: Tensor, size: int, scale: tuple[float, float], rng: np.random.Generator) -> Tensor:
     """A part of random area (share in `scale`) and aspect (3/4 to 4/3, log-uniform): uint8 (C, size, size).
 
     Resized with the antialiased triangle that Pillow calls bilinear, on 8 bits. C is 1 where the part is grey: what
@@ -343,7 +344,7 @@ def apply_colour(pixels: np.ndarray, colour: Colour) -> np.ndarray:
     pixels = np.ascontiguousarray(pixels)
     if colour.jitter:
         for operation in colour.order:
-            if len(pixels) == 3 or operation < SATURATION:  # a grey picture has no colour to change
+            if len(pixels) == 3 or operation < SATURATION:  # a grey image has no colour to change
                 pixels = _JITTER[operation](pixels, colour.factors[operation])
     if colour.grey and len(pixels) == 3:
         pixels = luma(pixels)
@@ -491,15 +492,13 @@ def _along(x: np.ndarray, axis: int, start: int, stop: int | None) -> np.ndarray
 def apply_colour_batch(pixels: Tensor, colours: Tensor) -> Tensor:
     """`apply_colour` for uint8 (B, 3, H, W) on any device and rows of `Colour.row` (B, 14) in host memory.
 
-    The pictures that undergo one operation are gathered by the host, so nothing waits for the device.
+    The images that undergo one operation are gathered by the host, so nothing waits for the device.
     """
     jitter, grey, flip = colours[:, :3].bool().unbind(1)
     order, values, reach = colours[:, 3:7], colours[:, [7, 8, 9, 10, 12, 13]], colours[:, 11]
     values[:, HUE] = (255 * values[:, HUE]).trunc()
     groups = [
-        (operation, jitter & (order[:, place] == i))
-        for place in range(4)
-        for i, operation in enumerate(_JITTER_BATCH)
+        (operation, jitter & (order[:, place] == i)) for place in range(4) for i, operation in enumerate(_JITTER_BATCH)
     ]
     groups.append((_grey_batch, grey))
     groups += [(partial(_blur_batch, r), reach == r) for r in range(int(reach.max()) + 1)]
@@ -576,7 +575,7 @@ def _flip_batch(x: Tensor, _values: Tensor) -> Tensor:
 
 
 def _blur_batch(r: int, x: Tensor, values: Tensor) -> Tensor:
-    """`box_blur` of pictures whose boxes all reach as far; int32 wraps around at 2^32, and its top byte is right."""
+    """`box_blur` of images whose boxes all reach as far; int32 wraps around at 2^32, and its top byte is right."""
     w, v = (_column(values, i).int() for i in (4, 5))
     x = x.int()
     for axis in (-1, -2):
@@ -592,47 +591,47 @@ def _blur_batch(r: int, x: Tensor, values: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------ views
-# A view is called as view(picture, rng) -> (3, size, size): a partial, which a spawned worker can receive.
-def train_view(pre: Preprocess) -> View:
-    """SLIP's view for image and text: a crop of half to all of the picture; no flip: captions name sides."""
-    return partial(_train, pre)
+# A view is called as view(image, rng) -> (3, size, size): a partial, which a spawned worker can receive.
+def train_view(preprocess: Preprocess) -> View:
+    """SLIP's view for image and text: a crop of half to all of the image; no flip: captions name sides."""
+    return partial(_train, preprocess)
 
 
-def ssl_view(pre: Preprocess) -> View:
-    """SLIP's view for SimCLR, drawn twice for each picture: crop, colour jitter, grey, blur and flip."""
-    return partial(_ssl, pre)
+def ssl_view(preprocess: Preprocess) -> View:
+    """SLIP's view for SimCLR, drawn twice for each image: crop, colour jitter, grey, blur and flip."""
+    return partial(_ssl, preprocess)
 
 
-def eval_view(pre: Preprocess) -> View:
-    """The picture without chance: its centre ("slip") or all of it ("medclip"). Takes no generator."""
-    return partial(_eval, pre)
+def eval_view(preprocess: Preprocess) -> View:
+    """The image without chance: its centre ("slip") or all of it ("medclip"). Takes no generator."""
+    return partial(_eval, preprocess)
 
 
-def train_pixels(pre: Preprocess, pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """`train_view` before normalisation: `pre.pixels(...)` to uint8 (1 or 3, size, size)."""
-    return random_resized_crop(pixels, pre.size, (0.5, 1.0), rng)
+def train_pixels(preprocess: Preprocess, pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """`train_view` before normalisation: `preprocess.pixels(...)` to uint8 (1 or 3, size, size)."""
+    return random_resized_crop(pixels, preprocess.size, (0.5, 1.0), rng)
 
 
-def ssl_pixels(pre: Preprocess, pixels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Colour]:
+def ssl_pixels(preprocess: Preprocess, pixels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Colour]:
     """The crop of `ssl_view` (1 or 3, size, size), and what has to happen to its colours."""
-    return random_resized_crop(pixels, pre.size, (0.08, 1.0), rng), draw_colour(rng)
+    return random_resized_crop(pixels, preprocess.size, (0.08, 1.0), rng), draw_colour(rng)
 
 
-def _train(pre: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tensor:
-    return pre.normalise(train_pixels(pre, pre.pixels(img), rng))
+def _train(preprocess: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tensor:
+    return preprocess.normalise(train_pixels(preprocess, preprocess.pixels(img), rng))
 
 
-def _ssl(pre: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tensor:
-    pixels, colour = ssl_pixels(pre, pre.pixels(img), rng)
-    return pre.normalise(torch.from_numpy(apply_colour(pixels.numpy(), colour).copy()))
+def _ssl(preprocess: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tensor:
+    pixels, colour = ssl_pixels(preprocess, preprocess.pixels(img), rng)
+    return preprocess.normalise(torch.from_numpy(apply_colour(pixels.numpy(), colour).copy()))
 
 
-def _eval(pre: Preprocess, img: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
-    img = pre.open(img)
-    if pre.prepare == "medclip":
-        return pre.tensor(img.resize((pre.size, pre.size), Image.Resampling.BICUBIC))
-    short, size = min(img.size), pre.size
+def _eval(preprocess: Preprocess, img: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
+    img = preprocess.open(img)
+    if preprocess.prepare == "medclip":
+        return preprocess.tensor(img.resize((preprocess.size, preprocess.size), Image.Resampling.BICUBIC))
+    short, size = min(img.size), preprocess.size
     width, height = (size if side == short else int(size * side / short) for side in img.size)
     img = img.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return pre.tensor(img.crop((left, top, left + size, top + size)))
+    return preprocess.tensor(img.crop((left, top, left + size, top + size)))

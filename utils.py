@@ -1,4 +1,5 @@
 """Shared by the scripts: processes and devices, checkpoints, schedule, reproducibility, logging."""
+
 from __future__ import annotations
 
 import argparse
@@ -80,18 +81,37 @@ def cores() -> int:
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("processes and device")
-    group.add_argument("--world-size", default=1, type=int,
-                       help="number of processes; torchrun and submitit set it, so leave it alone")
+    group.add_argument(
+        "--world-size", default=1, type=int, help="number of processes; torchrun and submitit set it, so leave it alone"
+    )
     group.add_argument("--rank", default=0, type=int, help="rank of this process; set by the launcher")
-    group.add_argument("--local_rank", "--local-rank", default=0, type=int,
-                       help="rank of this process on its node; set by the launcher")
-    group.add_argument("--dist-url", default="env://", type=str,
-                       help="rendezvous; env:// reads MASTER_ADDR and MASTER_PORT, which torchrun sets")
+    group.add_argument(
+        "--local_rank",
+        "--local-rank",
+        default=0,
+        type=int,
+        help="rank of this process on its node; set by the launcher",
+    )
+    group.add_argument(
+        "--dist-url",
+        default="env://",
+        type=str,
+        help="rendezvous; env:// reads MASTER_ADDR and MASTER_PORT, which torchrun sets",
+    )
     group.add_argument("--dist-backend", default="nccl", type=str, help="nccl on GPUs; on the CPU gloo is always used")
-    group.add_argument("--dist-timeout", default=600, type=float, metavar="SECONDS",
-                       help="a collective that hangs longer than this ends the run")
-    group.add_argument("--gpu", default=None, type=int,
-                       help="index of the GPU to use; by default the local rank's. -1 computes on the CPU")
+    group.add_argument(
+        "--dist-timeout",
+        default=600,
+        type=float,
+        metavar="SECONDS",
+        help="a collective that hangs longer than this ends the run",
+    )
+    group.add_argument(
+        "--gpu",
+        default=None,
+        type=int,
+        help="index of the GPU to use; by default the local rank's. -1 computes on the CPU",
+    )
 
 
 def init_distributed(args: argparse.Namespace) -> Distributed:
@@ -117,8 +137,9 @@ def init_distributed(args: argparse.Namespace) -> Distributed:
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun on one node may keep its store over a restart, with the dead processes' addresses in it.
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(args.dist_backend if use_gpu else "gloo", store=store, rank=rank,
-                                world_size=world_size, timeout=timeout)
+        dist.init_process_group(
+            args.dist_backend if use_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     return Distributed(rank, world_size, local_rank, device)
 
 
@@ -149,8 +170,10 @@ def ending_together(processes: Distributed, say: Callable[[str], None] = print) 
         lost = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE)
         mine = f"rank {processes.rank} failed: {type(error).__name__}: {error}"
         if lost:
-            mine = (f"rank {processes.rank} has lost another rank, which was killed or hangs (--dist-timeout is how "
-                    f"long it may): {str(error).partition('. ')[0]}")
+            mine = (
+                f"rank {processes.rank} has lost another rank, which was killed or hangs (--dist-timeout is how "
+                f"long it may): {str(error).partition('. ')[0]}"
+            )
         first, store = _first_failure(mine)
         say(f"all ranks end: {first}")
         traceback.clear_frames(error.__traceback__)  # what they hold must not outlive the group
@@ -246,8 +269,9 @@ def synchronise_batchnorm(model: nn.Module, processes: Distributed) -> nn.Module
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                new = CollectiveBatchNorm(child.num_features, child.eps, child.momentum, child.affine,
-                                          child.track_running_stats)
+                new = CollectiveBatchNorm(
+                    child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+                )
                 new._parameters, new._buffers, new.training = child._parameters, child._buffers, child.training
                 setattr(module, name, new)
     return model
@@ -351,8 +375,9 @@ def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, weig
         optimizer.load_state_dict(state)
 
 
-def autocast_of(device: torch.device, disabled: bool = False
-                ) -> tuple[Callable[[], AbstractContextManager], torch.amp.GradScaler]:
+def autocast_of(
+    device: torch.device, disabled: bool = False
+) -> tuple[Callable[[], AbstractContextManager], torch.amp.GradScaler]:
     """Context and gradient scaler for mixed precision: bf16 where the GPU has it, else fp16; float32 on the CPU."""
     if disabled or device.type != "cuda":
         return nullcontext, torch.amp.GradScaler(device.type, enabled=False)
@@ -365,11 +390,16 @@ def autocast_of(device: torch.device, disabled: bool = False
 # Compilation
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def compilation_pays(device: torch.device) -> bool:
     """Whether torch.compile is worth its start: on GPUs that Triton supports, where it and a C compiler are there."""
     compilers = (os.environ.get("CC") or "cc", "gcc", "clang")
-    return (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-            and importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers)))
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (7, 0)
+        and importlib.util.find_spec("triton") is not None
+        and any(map(shutil.which, compilers))
+    )
 
 
 def compile_towers(model: nn.Module, **options) -> None:
@@ -534,8 +564,14 @@ def cosine_lr(step: int, total: int, base: float, final: float, warmup: int = 0,
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
 
 
-def cosine_scheduler(base_value: float, final_value: float, epochs: int, niter_per_ep: int, warmup_epochs: int = 0,
-                     start_warmup_value: float = 0) -> np.ndarray:
+def cosine_scheduler(
+    base_value: float,
+    final_value: float,
+    epochs: int,
+    niter_per_ep: int,
+    warmup_epochs: int = 0,
+    start_warmup_value: float = 0,
+) -> np.ndarray:
     """The whole schedule as an array of epochs * niter_per_ep values, as SLIP's users import it."""
     total, warmup = epochs * niter_per_ep, warmup_epochs * niter_per_ep
     return np.array([cosine_lr(i, total, base_value, final_value, warmup, start_warmup_value) for i in range(total)])
@@ -555,13 +591,23 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         if is_sharded(model) and not isinstance(parameter, DTensor):
             title += ", whole"  # an optimizer cannot update sharded and whole parameters together
         members.setdefault(title, []).append((name, parameter))
-    return [{"name": title, "names": [n for n, _ in group], "params": [p for _, p in group],
-             "weight_decay": weight_decay if title.startswith("decay") else 0.0} for title, group in members.items()]
+    return [
+        {
+            "name": title,
+            "names": [n for n, _ in group],
+            "params": [p for _, p in group],
+            "weight_decay": weight_decay if title.startswith("decay") else 0.0,
+        }
+        for title, group in members.items()
+    ]
 
 
 def describe_groups(groups: list[dict]) -> str:
-    return "; ".join(f"{g['name']} {g['weight_decay']:g}: {len(g['params'])} tensors, "
-                     f"{sum(p.numel() for p in g['params']):,} parameters" for g in groups)
+    return "; ".join(
+        f"{g['name']} {g['weight_decay']:g}: {len(g['params'])} tensors, "
+        f"{sum(p.numel() for p in g['params']):,} parameters"
+        for g in groups
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -571,7 +617,7 @@ def describe_groups(groups: list[dict]) -> str:
 
 def seed_everything(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed % 2 ** 32)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -599,12 +645,22 @@ def versions() -> dict[str, str]:
 
     here = Path(__file__).parent
     try:
-        sha = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
-                             capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        sha = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         sha = "unknown"
-    return {"commit": sha, "python": sys.version.split()[0], "torch": str(torch.__version__),
-            "torchvision": str(torchvision.__version__), "timm": str(timm.__version__)}
+    return {
+        "commit": sha,
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "timm": str(timm.__version__),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,12 +716,19 @@ class Logger:
 
         self._rows = open(self._output_dir / "log.jsonl", "a", buffering=1, encoding="utf8")
         self._board = board = SummaryWriter(str(self._output_dir / "tensorboard"))
-        self._sinks.append(lambda row, step: [
-            board.add_scalar(k, v, step) for k, v in row.items() if isinstance(v, (int, float))])
+        self._sinks.append(
+            lambda row, step: [board.add_scalar(k, v, step) for k, v in row.items() if isinstance(v, (int, float))]
+        )
         if self._wandb is not None:
             folder = self._output_dir.resolve()
-            run = self._wandb.init(project="medslip", config=self._settings, dir=str(folder), resume="allow",
-                                   name=folder.name, id=hashlib.sha256(str(folder).encode()).hexdigest()[:16])
+            run = self._wandb.init(
+                project="medslip",
+                config=self._settings,
+                dir=str(folder),
+                resume="allow",
+                name=folder.name,
+                id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+            )
             self._sinks.append(lambda row, step: run.log(row, step=step))
 
     def close(self) -> None:

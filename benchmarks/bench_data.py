@@ -1,6 +1,6 @@
 """Samples per CPU second of one core: SLIP's input pipeline as published, and ours.
 
-    python benchmarks/bench_data.py                       three kinds of pictures; about five minutes
+    python benchmarks/bench_data.py                       three kinds of images; about five minutes
     python benchmarks/bench_data.py --samples 20 --draws 0
 
 A sample is one JPEG from memory to three views of 224 pixels: one crop for image and text, two with SLIP's colour
@@ -12,9 +12,10 @@ operations. The methods take turns, sample by sample, in one process on one thre
 
 In the row `shrunk` ours reads the copy that make_dataset.py shrink --short-side 448 writes, the published method the
 original. Before anything is timed, statistics of many views of the first two methods are compared by
-Kolmogorov-Smirnov tests, beside the published method with itself; on smooth and on grainy pictures, because a blur that
+Kolmogorov-Smirnov tests, beside the published method with itself; on smooth and on grainy images, because a blur that
 is only nearly Pillow's shows on the latter.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,13 +42,13 @@ from transforms import (  # noqa: E402
     IMAGENET_STD,
     Preprocess,
     apply_colour,
-    decode_picture,
+    decode_image,
     decode_pixels,
     ssl_pixels,
     train_pixels,
 )
 
-PRE = Preprocess(224)
+PREPROCESS = Preprocess(224)
 KINDS = {  # width, height, colour or grey, short side of the shrunk copy
     "photo 640x480": (640, 480, "RGB", None),
     "photo 1024x1024": (1024, 1024, "RGB", None),
@@ -61,7 +62,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=300, help="timed samples of each kind and method")
     parser.add_argument("--draws", type=int, default=1500, help="views in each Kolmogorov-Smirnov test; 0: none")
-    parser.add_argument("--pictures", type=int, default=12, help="different pictures of each kind")
+    parser.add_argument("--images", type=int, default=12, help="different images of each kind")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEG files")
     parser.add_argument("--seed", type=int, default=0)
     return parser
@@ -85,7 +86,7 @@ def synthetic(width: int, height: int, grain: float, rng: np.random.Generator) -
 
 
 def files(kind: str, n: int, quality: int, seed: int, grain: float = 4.0) -> list[tuple[bytes, bytes]]:
-    """n pictures: the JPEG as it came, which the published method reads, and the file that ours reads."""
+    """n images: the JPEG as it came, which the published method reads, and the file that ours reads."""
     width, height, colour, short_side = KINDS[kind]
     rng, out = np.random.default_rng(seed), []
     for _ in range(n):
@@ -97,7 +98,7 @@ def files(kind: str, n: int, quality: int, seed: int, grain: float = 4.0) -> lis
         buffer = io.BytesIO()
         img.save(buffer, "JPEG", quality=quality)
         whole = buffer.getvalue()
-        small = shrink(decode_picture(whole, "a sample"), short_side) if short_side else None
+        small = shrink(decode_image(whole, "a sample"), short_side) if short_side else None
         out.append((whole, encode(small, "JPEG") if small else whole))
     return out
 
@@ -127,8 +128,12 @@ def published(data: bytes, _rng: np.random.Generator) -> list[Tensor]:
 
 
 def crops_only(data: bytes, rng: np.random.Generator) -> list:
-    pixels = PRE.pixels(decode_pixels(data, "a sample"))
-    return [train_pixels(PRE, pixels, rng), ssl_pixels(PRE, pixels, rng), ssl_pixels(PRE, pixels, rng)]
+    pixels = PREPROCESS.pixels(decode_pixels(data, "a sample"))
+    return [
+        train_pixels(PREPROCESS, pixels, rng),
+        ssl_pixels(PREPROCESS, pixels, rng),
+        ssl_pixels(PREPROCESS, pixels, rng),
+    ]
 
 
 def all_on_cpu(data: bytes, rng: np.random.Generator) -> list[Tensor]:
@@ -141,7 +146,7 @@ METHODS: dict[str, Callable] = {"published": published, "all on CPU": all_on_cpu
 
 # ------------------------------------------------------------------------------------------------- checks
 def statistics(view: Tensor) -> list[float]:
-    """Of one normalised view: mean and deviation of each channel, high-frequency energy, tilt."""
+    """Of one normalised view: mean and std of each channel, high-frequency energy, tilt."""
     grey = view.mean(0)
     tilt = torch.linspace(-1, 1, view.shape[-1])
     return [
@@ -154,19 +159,21 @@ def statistics(view: Tensor) -> list[float]:
 
 
 def compare(data: bytes, draws: int, seed: int) -> dict[str, float]:
-    """Least p-value over the statistics: the published SSL view with itself, and with ours, for one picture."""
+    """Least p-value over the statistics: the published SSL view with itself, and with ours, for one image."""
     torch.manual_seed(seed)
     np.random.seed(seed)
-    img, pixels = Image.open(io.BytesIO(data)).convert("RGB"), PRE.pixels(decode_pixels(data, "a sample"))
+    img, pixels = Image.open(io.BytesIO(data)).convert("RGB"), PREPROCESS.pixels(decode_pixels(data, "a sample"))
 
     def ours(i: int) -> Tensor:
-        crop, colour = ssl_pixels(PRE, pixels, np.random.default_rng((seed, i)))
-        return PRE.normalise(torch.from_numpy(apply_colour(crop.numpy(), colour).copy()))
+        crop, colour = ssl_pixels(PREPROCESS, pixels, np.random.default_rng((seed, i)))
+        return PREPROCESS.normalise(torch.from_numpy(apply_colour(crop.numpy(), colour).copy()))
 
     first, again = (np.array([statistics(SSL(img)) for _ in range(draws)]) for _ in range(2))
     mine = np.array([statistics(ours(i)) for i in range(draws)])
-    return {name: min(ks_2samp(a, b, method="asymp").pvalue for a, b in zip(first.T, other.T, strict=True))
-            for name, other in (("control", again), ("ours", mine))}
+    return {
+        name: min(ks_2samp(a, b, method="asymp").pvalue for a, b in zip(first.T, other.T, strict=True))
+        for name, other in (("control", again), ("ours", mine))
+    }
 
 
 def shrunk_difference(n: int, quality: int, seed: int) -> dict[str, float]:
@@ -177,8 +184,8 @@ def shrunk_difference(n: int, quality: int, seed: int) -> dict[str, float]:
             rng = np.random.default_rng(seed)  # the same parts of both
             for _ in range(20):
                 first, (second, _colour), _third = crops_only(data, rng)
-                energy["train"][which] += PRE.normalise(first).diff(dim=1).square().mean().item()
-                energy["ssl"][which] += PRE.normalise(second).diff(dim=1).square().mean().item()
+                energy["train"][which] += PREPROCESS.normalise(first).diff(dim=1).square().mean().item()
+                energy["ssl"][which] += PREPROCESS.normalise(second).diff(dim=1).square().mean().item()
     return {name: small / whole for name, (whole, small) in energy.items()}
 
 
@@ -205,18 +212,26 @@ def main(argv: list[str] | None = None) -> dict:
         for title, grain in (("smooth", 0.0), ("grainy", 25.0)):
             p = compare(files("photo 640x480", 1, args.quality, args.seed, grain)[0][0], args.draws, args.seed)
             out["p"][title] = p
-            print(f"{title} picture, {args.draws} SSL views, least p of nine statistics: published with itself "
-                  f"{p['control']:.3f}, with ours {p['ours']:.3f}")
-    out["shrunk_energy"] = shrunk_difference(args.pictures, args.quality, args.seed)
-    print("high-frequency energy of views of a shrunk copy, relative to the original: "
-          + ", ".join(f"{name} {value:.2f}" for name, value in out["shrunk_energy"].items()))
+            print(
+                f"{title} image, {args.draws} SSL views, least p of nine statistics: published with itself "
+                f"{p['control']:.3f}, with ours {p['ours']:.3f}"
+            )
+    out["shrunk_energy"] = shrunk_difference(args.images, args.quality, args.seed)
+    print(
+        "high-frequency energy of views of a shrunk copy, relative to the original: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in out["shrunk_energy"].items())
+    )
     print(f"{'samples per CPU second':<36} " + " ".join(f"{name:>17}" for name in METHODS))
     for kind in KINDS:
-        seconds = measure(files(kind, args.pictures, args.quality, args.seed), args.samples, args.seed)
-        out["rows"][kind] = {name: {"per_second": 1 / s, "ratio": seconds["published"] / s}
-                             for name, s in seconds.items()}
-        print(f"{kind:<36} " + " ".join(f"{row['per_second']:9.1f} {row['ratio']:6.2f}x"
-                                        for row in out["rows"][kind].values()), flush=True)
+        seconds = measure(files(kind, args.images, args.quality, args.seed), args.samples, args.seed)
+        out["rows"][kind] = {
+            name: {"per_second": 1 / s, "ratio": seconds["published"] / s} for name, s in seconds.items()
+        }
+        print(
+            f"{kind:<36} "
+            + " ".join(f"{row['per_second']:9.1f} {row['ratio']:6.2f}x" for row in out["rows"][kind].values()),
+            flush=True,
+        )
     return out
 
 

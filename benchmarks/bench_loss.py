@@ -8,6 +8,7 @@ and gradients of the two are compared before anything is timed. Each measurement
 the peak above the inputs during forward and backward (resident set on a CPU, the allocator's count on a GPU).
 `minimum` is what any method must hold beside the inputs: the gradients of the four embeddings.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -46,13 +47,17 @@ def full_matrices(outputs: dict[str, Tensor], temperature: float = 0.1, ssl_scal
     dtype = torch.promote_types(outputs["image_embed"].dtype, torch.float32)
     image, text, a, b = (F.normalize(outputs[name].to(dtype), dim=-1) for name in NAMES)
     labels = torch.arange(len(image), device=image.device)
-    clip = (F.cross_entropy(outputs["logit_scale"] * image @ text.T, labels)
-            + F.cross_entropy(outputs["logit_scale"] * text @ image.T, labels)) / 2
+    clip = (
+        F.cross_entropy(outputs["logit_scale"] * image @ text.T, labels)
+        + F.cross_entropy(outputs["logit_scale"] * text @ image.T, labels)
+    ) / 2
     itself = torch.eye(len(a), dtype=torch.bool, device=a.device)
     aa = (a @ a.T).masked_fill(itself, -torch.inf)
     bb = (b @ b.T).masked_fill(itself, -torch.inf)
-    ssl = (F.cross_entropy(torch.cat([a @ b.T, aa], 1) / temperature, labels)
-           + F.cross_entropy(torch.cat([b @ a.T, bb], 1) / temperature, labels)) / 2
+    ssl = (
+        F.cross_entropy(torch.cat([a @ b.T, aa], 1) / temperature, labels)
+        + F.cross_entropy(torch.cat([b @ a.T, bb], 1) / temperature, labels)
+    ) / 2
     return {"loss": clip + ssl_scale * ssl}
 
 
@@ -105,27 +110,45 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print(common.describe(device, args.runs))
     print(f"largest relative difference of loss and gradients at batch 1,024: {compare(device, args.dim):.1e}")
     rows = []
-    print(f"{'batch':>7} {'tiles s':>9} {'full s':>9} {'ratio':>6} {'tiles MiB':>10} {'full MiB':>10} {'ratio':>6} "
-          f"{'minimum MiB':>12}")
+    print(
+        f"{'batch':>7} {'tiles s':>9} {'full s':>9} {'ratio':>6} {'tiles MiB':>10} {'full MiB':>10} {'ratio':>6} "
+        f"{'minimum MiB':>12}"
+    )
     for batch in args.batches:
         row = {"batch": batch, "minimum": 4 * batch * args.dim * 4}
         for method in ("tiles",) if args.skip_full else ("tiles", "full"):
-            command = [sys.executable, __file__, "--one", f"{method}:{batch}", "--dim", str(args.dim), "--runs",
-                       str(args.runs), *(["--cpu"] if args.cpu else [])]
+            command = [
+                sys.executable,
+                __file__,
+                "--one",
+                f"{method}:{batch}",
+                "--dim",
+                str(args.dim),
+                "--runs",
+                str(args.runs),
+                *(["--cpu"] if args.cpu else []),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
                 row |= {f"{method}_{k}": v for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
             else:
                 print(f"{method} at batch {batch} ended with {done.returncode}: {done.stderr.strip()[-200:]}")
         rows.append(row)
-        cell = {k: f"{row[k]:.3f}" if k.endswith("seconds") else f"{row[k] / 2 ** 20:.0f}"
-                for k in row if k != "batch"}
-        ratios = [f"{row[f'full_{k}'] / max(row[f'tiles_{k}'], 1):.1f}" if f"full_{k}" in row and k == "peak"
-                  else f"{row[f'full_{k}'] / row[f'tiles_{k}']:.2f}" if f"full_{k}" in row else "-"
-                  for k in ("seconds", "peak")]
-        print(f"{batch:>7} {cell.get('tiles_seconds', '-'):>9} {cell.get('full_seconds', '-'):>9} {ratios[0]:>6} "
-              f"{cell.get('tiles_peak', '-'):>10} {cell.get('full_peak', '-'):>10} {ratios[1]:>6} "
-              f"{cell['minimum']:>12}", flush=True)
+        cell = {k: f"{row[k]:.3f}" if k.endswith("seconds") else f"{row[k] / 2**20:.0f}" for k in row if k != "batch"}
+        ratios = [
+            f"{row[f'full_{k}'] / max(row[f'tiles_{k}'], 1):.1f}"
+            if f"full_{k}" in row and k == "peak"
+            else f"{row[f'full_{k}'] / row[f'tiles_{k}']:.2f}"
+            if f"full_{k}" in row
+            else "-"
+            for k in ("seconds", "peak")
+        ]
+        print(
+            f"{batch:>7} {cell.get('tiles_seconds', '-'):>9} {cell.get('full_seconds', '-'):>9} {ratios[0]:>6} "
+            f"{cell.get('tiles_peak', '-'):>10} {cell.get('full_peak', '-'):>10} {ratios[1]:>6} "
+            f"{cell['minimum']:>12}",
+            flush=True,
+        )
     return rows
 
 

@@ -1,14 +1,15 @@
-"""How much memory do the captions of a large data set take once parent and workers have read them all?
+"""How much memory do the captions of a large dataset take once parent and workers have read them all?
 
     python benchmarks/bench_memory.py                  15 million rows, about 2.5 GB of text; some minutes
     python benchmarks/bench_memory.py --rows 100000    seconds; the interpreter's own memory then outweighs the text
 
-Builds a reader of synthetic rows, a title of 30 bytes and a caption each, through the index of the large data sets;
+Builds a reader of synthetic rows, a title of 30 bytes and a caption each, through the index of the large datasets;
 then the parent and 4 forked workers read every caption of every row, and the proportional set sizes of the five
 processes are summed: a page that n processes share counts 1/n in each. Below 1.3 times the bytes of the text, the texts
 are neither wrapped in objects nor copied by the processes that touch them. The same sum for a reader of a single row,
 which is what Python and torch take, is given beside it. Linux only: reads /proc/<pid>/smaps_rollup.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,10 +39,14 @@ TOP_QUANTILES = ((0.97, 370), (0.98, 409), (0.99, 489), (0.995, 568))  # the las
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=15_000_000, help="rows of the data set (default: 15 million)")
+    parser.add_argument("--rows", type=int, default=15_000_000, help="rows of the dataset (default: 15 million)")
     parser.add_argument("--workers", type=int, default=4, help="forked processes beside the parent (default: 4)")
-    parser.add_argument("--folder", type=Path, default=None,
-                        help="the index is written here, about 190 bytes a row, and removed (default: a temporary one)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=None,
+        help="the index is written here, about 190 bytes a row, and removed (default: a temporary one)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="draws the captions' lengths")
     return parser
 
@@ -110,12 +115,18 @@ def measure(reader: Reader, workers: int) -> dict:
         process.join()
     if totals - {text}:
         raise RuntimeError(f"the parent read {text} bytes, the workers {totals}")
-    return {"rows": len(reader), "text_bytes": text, "pss_bytes": sum(sizes), "pss_parent": sizes[0],
-            "pss_workers": sizes[1:], "ratio": round(sum(sizes) / text, 3)}
+    return {
+        "rows": len(reader),
+        "text_bytes": text,
+        "pss_bytes": sum(sizes),
+        "pss_parent": sizes[0],
+        "pss_workers": sizes[1:],
+        "ratio": round(sum(sizes) / text, 3),
+    }
 
 
 def build(folder: str, rows: int, seed: int) -> str:
-    """Write the data set and its index; returns its metadata file. The memory that building takes ends with a process
+    """Write the dataset and its index; returns its metadata file. The memory that building takes ends with a process
     of its own, as it does for all runs but the first."""
     metadata = Path(folder) / f"synthetic_{rows}.json"
     metadata.write_text(json.dumps({"rows": rows, "seed": seed}))
@@ -141,9 +152,11 @@ def main(argv: list[str] | None = None) -> dict:
     text = result["text_bytes"]
     result |= {"pss_of_one_row": alone, "ratio_without": round((result["pss_bytes"] - alone) / text, 3)}
     print(json.dumps(result, indent=2))
-    print(f"{result['pss_bytes'] / 1e9:.2f} GB for {text / 1e9:.2f} GB of text: {result['ratio']} times, "
-          f"{'below' if result['ratio'] < LIMIT else 'NOT below'} {LIMIT}; "
-          f"without the {alone / 1e9:.2f} GB of Python and torch {result['ratio_without']} times")
+    print(
+        f"{result['pss_bytes'] / 1e9:.2f} GB for {text / 1e9:.2f} GB of text: {result['ratio']} times, "
+        f"{'below' if result['ratio'] < LIMIT else 'NOT below'} {LIMIT}; "
+        f"without the {alone / 1e9:.2f} GB of Python and torch {result['ratio_without']} times"
+    )
     return result
 
 

@@ -1,18 +1,19 @@
-"""The probe on features extracted once, beside the published method, on the same pictures, tower and machine.
+"""The probe on features extracted once, beside the published method, on the same images, tower and machine.
 
     python make_dataset.py demo --root phantoms
     python benchmarks/bench_probe.py --root phantoms/cbis       CBIS-DDSM's layout (phantoms) and scikit-learn's digits
     python benchmarks/bench_probe.py --root phantoms/cbis --pretrained checkpoint.pt
 
-The published method sends every picture, decoded anew, through the frozen tower in each of --epochs epochs, with a
+The published method sends every image, decoded anew, through the frozen tower in each of --epochs epochs, with a
 linear layer trained by SGD on top. All epochs are run, none is extrapolated. Both minimise the same loss: features are
 standardised (there by batch normalisation without weights), and the weights decay by the penalty that the sweep chose,
-a choice which the published method is thus spared. Both see the same test pictures once, after everything is chosen.
+a choice which the published method is thus spared. Both see the same test images once, after everything is chosen.
 
-Printed are the seconds of each method from pictures to test probabilities (and its CPU seconds, for machines that are
+Printed are the seconds of each method from images to test probabilities (and its CPU seconds, for machines that are
 not idle), those of a second run that finds the features on disk, and those of one fit beside the sweep over the
-penalties; then the test metrics with 95% intervals over patients (digits: over pictures) and the paired difference.
+penalties; then the test metrics with 95% intervals over patients (digits: over images) and the paired difference.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -62,33 +63,39 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.3, help="of the published method, for a batch of 256")
     parser.add_argument("-j", "--workers", type=int, default=0, help="loader processes, of both methods")
-    parser.add_argument("--fits", type=int, default=5, help="timed runs of what is fast (cached method, fits, sweeps); "
-                        "their median is printed")
+    parser.add_argument(
+        "--fits",
+        type=int,
+        default=5,
+        help="timed runs of what is fast (cached method, fits, sweeps); their median is printed",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The labelled pictures of one set, each split an indexable of (tensor (3, S, S), class number)."""
+    """The labelled images of one set, each split an indexable of (tensor (3, S, S), label)."""
 
     train: Dataset
     val: Dataset
     test: Dataset
     labels: dict[str, np.ndarray]  # of each split, (n,)
-    groups: list[str]  # what the bootstrap draws: the patient of each test picture, or the picture itself
+    groups: list[str]  # what the bootstrap draws: the patient of each test image, or the image itself
     classes: list[str]
     score: Callable[[np.ndarray, np.ndarray], float]  # what chooses the penalty, as in main_linear.py
 
 
-def open_set(name: str, root: Path | None, pre: Preprocess, seed: int) -> Splits:
+def open_set(name: str, root: Path | None, preprocess: Preprocess, seed: int) -> Splits:
     if name == "digits":
         whole = downstream.create_downstream(name, True, None)
         held_out = probes.stratified_part(whole.labels, 0.1, 1, np.random.default_rng(seed))
         fitted = np.setdiff1d(np.arange(len(whole)), held_out)
-        view = partial(view_of, pre)
-        parts = [downstream.PictureArray(whole.pixels[rows], whole.classes, whole.labels[rows], view, whole.upsample)
-                 for rows in (fitted, held_out)]
+        view = partial(view_of, preprocess)
+        parts = [
+            downstream.ImageArray(whole.pixels[rows], whole.classes, whole.labels[rows], view, whole.upsample)
+            for rows in (fitted, held_out)
+        ]
         parts.append(downstream.create_downstream(name, False, view))
         groups, classes = [str(i) for i in range(len(parts[2]))], whole.classes
         score = top1
@@ -96,7 +103,7 @@ def open_set(name: str, root: Path | None, pre: Preprocess, seed: int) -> Splits
         if root is None:
             raise ValueError(f"{name} needs --root: `python make_dataset.py demo --root DIR` draws DIR/cbis")
         kind = name.removeprefix("cbis_")
-        parts = [CbisLesions(root, kind, split, "crop", pre) for split in ("train", "val", "test")]
+        parts = [CbisLesions(root, kind, split, "crop", preprocess) for split in ("train", "val", "test")]
         groups, classes = [row["patient"] for row in parts[2].rows], list(CBIS_CLASSES)
         score = main_linear.macro_auroc
     names = ("train", "val", "test")
@@ -105,11 +112,11 @@ def open_set(name: str, root: Path | None, pre: Preprocess, seed: int) -> Splits
 
 
 def top1(labels: np.ndarray, prob: np.ndarray) -> float:
-    return main_linear.scores("digits", labels, prob)["score"]
+    return main_linear.score_set("digits", labels, prob)["score"]
 
 
-def view_of(pre: Preprocess, picture) -> torch.Tensor:
-    return eval_view(pre)(picture, None)
+def view_of(preprocess: Preprocess, image) -> torch.Tensor:
+    return eval_view(preprocess)(image, None)
 
 
 def published(backbone: probes.Backbone, splits: Splits, penalty: float, args: argparse.Namespace) -> np.ndarray:
@@ -117,10 +124,11 @@ def published(backbone: probes.Backbone, splits: Splits, penalty: float, args: a
     torch.manual_seed(args.seed)
     labelled = ConcatDataset([splits.train, splits.val])
     loading = dict(batch_size=args.batch_size, num_workers=args.workers)
-    # Batch normalisation cannot standardise a lone picture, so a last batch of one is left out of its epoch.
+    # Batch normalisation cannot standardise a lone image, so a last batch of one is left out of its epoch.
     lone = len(labelled) % args.batch_size == 1
-    loader = DataLoader(labelled, shuffle=True, drop_last=lone, collate_fn=first_two,
-                        persistent_workers=args.workers > 0, **loading)
+    loader = DataLoader(
+        labelled, shuffle=True, drop_last=lone, collate_fn=first_two, persistent_workers=args.workers > 0, **loading
+    )
     linear = nn.Linear(backbone.width(), len(splits.classes))
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
@@ -131,9 +139,9 @@ def published(backbone: probes.Backbone, splits: Splits, penalty: float, args: a
     for epoch in range(args.epochs):
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
-        for pictures, labels in loader:
+        for images, labels in loader:
             with torch.no_grad():
-                features = backbone.encode(pictures.to(args.device)).float()  # (B, d)
+                features = backbone.encode(images.to(args.device)).float()  # (B, d)
             loss = F.cross_entropy(layer(features), labels.to(args.device))
             optimizer.zero_grad()
             loss.backward()
@@ -141,8 +149,8 @@ def published(backbone: probes.Backbone, splits: Splits, penalty: float, args: a
     layer.eval()
     prob = []
     with torch.no_grad():
-        for pictures, _ in DataLoader(splits.test, collate_fn=first_two, **loading):
-            prob.append(layer(backbone.encode(pictures.to(args.device)).float()).softmax(1).cpu())
+        for images, _ in DataLoader(splits.test, collate_fn=first_two, **loading):
+            prob.append(layer(backbone.encode(images.to(args.device)).float()).softmax(1).cpu())
     return torch.cat(prob).numpy()
 
 
@@ -156,8 +164,10 @@ def cached(
     """Test probabilities (n, k) as main_linear.py gets them, the seconds of its parts, and what was fitted on."""
     loading = probes.Loading(folder, args.batch_size, args.workers)
     start = time.perf_counter()
-    features = {name: probes.extract_or_reuse(backbone, getattr(splits, name), name, loading, args.processes)[0]
-                for name in ("train", "val", "test")}
+    features = {
+        name: probes.extract_or_reuse(backbone, getattr(splits, name), name, loading, args.processes)[0]
+        for name in ("train", "val", "test")
+    }
     extracted = time.perf_counter()
     train, val = (probes.Samples(features[name], splits.labels[name]) for name in ("train", "val"))
     head = probes.fit_logistic(train, val, len(splits.classes), splits.score)
@@ -168,6 +178,7 @@ def cached(
 
 def time_fits(train: probes.Samples, penalty: float, num_classes: int, fits: int) -> dict[str, float]:
     """Median seconds of one fit, of the sweep over all penalties, and of scikit-learn's fit as it comes."""
+
     def scikit_learn() -> None:
         x = StandardScaler().fit_transform(train.features)
         LogisticRegression(C=1 / (penalty * len(x)), max_iter=5000).fit(x, train.labels)
@@ -202,29 +213,41 @@ def measure(name: str, backbone: probes.Backbone, args: argparse.Namespace) -> d
             seconds |= {"cpu": cpu_seconds() - start}
             again, seconds_again, _ = cached(backbone, splits, args, Path(folder))
             runs.append((seconds, seconds_again))
-    seconds, seconds_again = ({part: float(np.median([run[i][part] for run in runs])) for part in runs[0][i]}
-                              for i in (0, 1))
+    seconds, seconds_again = (
+        {part: float(np.median([run[i][part] for run in runs])) for part in runs[0][i]} for i in (0, 1)
+    )
     start, start_cpu = time.perf_counter(), cpu_seconds()
     theirs = published(backbone, splits, head.chosen["lambda"], args)
     seconds_published = {"all": time.perf_counter() - start, "cpu": cpu_seconds() - start_cpu}
     last = dict(malignant=splits.classes[-1], seed=args.seed)
     of_test = splits.labels["test"]
-    both = {method: metrics.patient_bootstrap(of_test, prob, splits.groups, splits.classes, **last)
-            for method, prob in (("published", theirs), ("cached", ours))}
+    both = {
+        method: metrics.patient_bootstrap(of_test, prob, splits.groups, splits.classes, **last)
+        for method, prob in (("published", theirs), ("cached", ours))
+    }
     difference = metrics.paired_patient_bootstrap(of_test, ours, theirs, splits.groups, splits.classes, **last)
     return {
-        "set": name, "tower": backbone.name, "size": backbone.preprocess.size, "feature_dim": train.features.shape[1],
-        "samples": {split: len(labels) for split, labels in splits.labels.items()}, "epochs": args.epochs,
-        "seconds_published": seconds_published, "seconds_cached": seconds, "seconds_again": seconds_again,
-        "ratio": seconds_published["all"] / seconds["all"], "ratio_cpu": seconds_published["cpu"] / seconds["cpu"],
+        "set": name,
+        "tower": backbone.name,
+        "size": backbone.preprocess.size,
+        "feature_dim": train.features.shape[1],
+        "samples": {split: len(labels) for split, labels in splits.labels.items()},
+        "epochs": args.epochs,
+        "seconds_published": seconds_published,
+        "seconds_cached": seconds,
+        "seconds_again": seconds_again,
+        "ratio": seconds_published["all"] / seconds["all"],
+        "ratio_cpu": seconds_published["cpu"] / seconds["cpu"],
         "ratio_again": seconds_published["all"] / seconds_again["all"],
-        "same_again": bool(np.array_equal(ours, again)), "penalties": len(probes.LAMBDAS),
+        "same_again": bool(np.array_equal(ours, again)),
+        "penalties": len(probes.LAMBDAS),
         "penalty": head.chosen["lambda"],
         "seconds_fit": time_fits(train, head.chosen["lambda"], len(splits.classes), args.fits),
         "metrics": {method: {m: asdict(values[m]) for m in SHOWN} for method, values in both.items()},
         "difference": {m: asdict(difference[m]) for m in SHOWN},
-        "text": {m: [both["published"][m].percent(), both["cached"][m].percent(), difference[m].percent()]
-                 for m in SHOWN},
+        "text": {
+            m: [both["published"][m].percent(), both["cached"][m].percent(), difference[m].percent()] for m in SHOWN
+        },
     }
 
 

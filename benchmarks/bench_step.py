@@ -7,7 +7,7 @@
 
 Ours is main.update as training calls it, from 8-bit views on; on a GPU it changes their colours, too. The plain step
 gets normalised floats, runs the image tower once for each view and the text tower over all 77 tokens, writes every
-attention score and every logit to memory, keeps pictures and convolutions contiguous, uses AdamW one parameter at a
+attention score and every logit to memory, keeps images and convolutions contiguous, uses AdamW one parameter at a
 time and fp16 with loss scaling (float32 on a CPU), and reads its loss after each step. Before anything is timed, loss
 and gradients of the two are compared, dropout off, in float32, and in float64, which tells rounding from a real
 difference. Runs of the two alternate.
@@ -17,6 +17,7 @@ step's matrix and convolution FLOPs, counted by torch, over the step's time. Our
 skips padding. Captions have the lengths of ROCO's. Memory is the peak of two steps in a process of their own, with
 weights and optimizer state (resident set on a CPU, the allocator's count on a GPU).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -48,8 +49,16 @@ import models  # noqa: E402
 import utils  # noqa: E402
 from transforms import draw_colour  # noqa: E402
 
-SMALL = ["--image-size", "64", "--ssl-mlp-dim", "1024",
-         "--override", "vision.patch_size=8", "vision.depth=6", "text_layers=4"]  # 65 tokens a picture
+SMALL = [
+    "--image-size",
+    "64",
+    "--ssl-mlp-dim",
+    "1024",
+    "--override",
+    "vision.patch_size=8",
+    "vision.depth=6",
+    "text_layers=4",
+]  # 65 tokens an image
 DEFAULTS = {  # models, batch size, steps in a run, and flags of main.py for each kind of device
     "cuda": (["SLIP_VITB16", "MEDSLIP_VIT", "MEDSLIP_RESNET"], 128, 10, []),
     "cpu": (["SLIP_VITT16"], 16, 2, SMALL),
@@ -60,19 +69,31 @@ SENTENCE = "axial contrast enhanced computed tomography of the chest with a roun
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("--models", nargs="+", metavar="NAME",
-                        choices=[name for name, config in models.MODELS.items() if config.objective == "slip"],
-                        help="SLIP_* and MEDSLIP_* models; naming one leaves the CPU's small sizes out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        choices=[name for name, config in models.MODELS.items() if config.objective == "slip"],
+        help="SLIP_* and MEDSLIP_* models; naming one leaves the CPU's small sizes out",
+    )
     parser.add_argument("--batch-size", type=utils.positive_int, help="pairs a step (default: 128, on a CPU 16)")
     parser.add_argument("--runs", type=utils.positive_int, default=5, help="timed runs of each; the median is printed")
     parser.add_argument("--steps", type=utils.positive_int, help="steps in a run (default: 10, on a CPU 2)")
-    parser.add_argument("--largest-batch", action="store_true",
-                        help="also double our batch until memory ends, with --grad-checkpointing where the tower can")
-    parser.add_argument("--memory-limit", type=float, metavar="GIB",
-                        help="memory a step may take; --largest-batch needs it on a CPU, where the batch that exceeds "
-                        "it is still run: leave half of the machine free")
+    parser.add_argument(
+        "--largest-batch",
+        action="store_true",
+        help="also double our batch until memory ends, with --grad-checkpointing where the tower can",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=float,
+        metavar="GIB",
+        help="memory a step may take; --largest-batch needs it on a CPU, where the batch that exceeds "
+        "it is still run: leave half of the machine free",
+    )
     parser.add_argument("--cpu", action="store_true", help="measure on the CPU although there is a GPU")
     parser.add_argument("--one", choices=list(METHODS), help=argparse.SUPPRESS)  # memory, in a process of its own
     return parser
@@ -81,6 +102,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------------------------------------
 # The two steps
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class Ours:
     """main.py's own step: its model, optimizer, precision, and update."""
@@ -92,9 +114,21 @@ class Ours:
         utils.seed_everything(args.seed)
         model, self.tokenizer = training.build_model(args, say=lambda line: None)
         model, trained, optimizer, autocast, scaler = training.prepare_training(args, model, processes)
-        self.run = training.Run(args, processes, model, trained.train(), self.tokenizer, model.objective.loss(
-            args.ssl_temp, args.ssl_scale, args.gather_with_grad), optimizer, autocast, scaler, loader=None,
-            steps_per_epoch=1000, logger=None, settings={})
+        self.run = training.Run(
+            args,
+            processes,
+            model,
+            trained.train(),
+            self.tokenizer,
+            model.objective.loss(args.ssl_temp, args.ssl_scale, args.gather_with_grad),
+            optimizer,
+            autocast,
+            scaler,
+            loader=None,
+            steps_per_epoch=1000,
+            logger=None,
+            settings={},
+        )
         self.model, self.trim = model, not model.text.reads_padding
         self.totals = torch.zeros(len(model.objective.metrics) + 2, device=device)
         with autocast():
@@ -104,8 +138,10 @@ class Ours:
     def backward(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss without mixed precision, with gradients left on the model."""
         run = replace(self.run, autocast=nullcontext, scaler=torch.amp.GradScaler(enabled=False))
-        inputs = [training.to_device(batch, key, self.model.preprocess, run.processes.device)
-                  for key in self.model.objective.inputs]
+        inputs = [
+            training.to_device(batch, key, self.model.preprocess, run.processes.device)
+            for key in self.model.objective.inputs
+        ]
         (metrics,) = training.accumulate_micro(run, [inputs])
         return metrics["loss"].detach()
 
@@ -131,15 +167,22 @@ class Plain:
         args = argparse.Namespace(**{**vars(args), "grad_checkpointing": False})
         model, self.tokenizer = training.build_model(args, say=lambda line: None)
         self.model, self.device, self.args = write_scores_out(model).to(device).train(), device, args
-        self.optimizer = torch.optim.AdamW(utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas),
-                                           eps=args.eps, foreach=False, fused=False)
+        self.optimizer = torch.optim.AdamW(
+            utils.parameter_groups(model, args.wd),
+            lr=args.lr,
+            betas=tuple(args.betas),
+            eps=args.eps,
+            foreach=False,
+            fused=False,
+        )
         half = device.type == "cuda" and not args.disable_amp
         self.dtype = torch.float16 if half else torch.float32
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        image, text, view1, view2 = (batch[key].to(self.device, non_blocking=True)
-                                     for key in self.model.objective.inputs)
+        image, text, view1, view2 = (
+            batch[key].to(self.device, non_blocking=True) for key in self.model.objective.inputs
+        )
         features, text_embed = self.model.visual(image), self.model.encode_text(text)
         features1, features2 = self.model.visual(view1), self.model.visual(view2)
         outputs = self.model.heads(features, text_embed, features1, features2)
@@ -191,7 +234,7 @@ def causal_attention(attention: models.CausalSelfAttention, x: Tensor) -> Tensor
 
 
 def make_batch(method: Ours | Plain, batch_size: int, device: torch.device | None = None) -> dict[str, Tensor]:
-    """Random pictures, and captions of ROCO's lengths, as each method's loader delivers them for `device`.
+    """Random images, and captions of ROCO's lengths, as each method's loader delivers them for `device`.
 
     The plain one delivers normalised floats; ours 8 bits, on a GPU with colours still to be changed.
     """
@@ -200,12 +243,19 @@ def make_batch(method: Ours | Plain, batch_size: int, device: torch.device | Non
     side = method.model.preprocess.size
     views = [key for key in method.model.objective.inputs if key != "text"]
     lengths = bench_memory.caption_lengths(batch_size, seed=0)
-    samples = [{**{key: torch.randint(256, (3, side, side), generator=g, dtype=torch.uint8) for key in views},
-                "index": i, "text": (SENTENCE * (1 + length // len(SENTENCE)))[:length]}
-               for i, length in enumerate(lengths)]
+    samples = [
+        {
+            **{key: torch.randint(256, (3, side, side), generator=g, dtype=torch.uint8) for key in views},
+            "index": i,
+            "text": (SENTENCE * (1 + length // len(SENTENCE)))[:length],
+        }
+        for i, length in enumerate(lengths)
+    ]
     if on_gpu and not method.floats:
-        samples = [{**sample, **{f"{key}_colour": draw_colour(rng).row() for key in views if key != "image"}}
-                   for sample in samples]
+        samples = [
+            {**sample, **{f"{key}_colour": draw_colour(rng).row() for key in views if key != "image"}}
+            for sample in samples
+        ]
     batch = datasets.Collate(method.tokenizer, method.trim)(samples)
     if method.floats:
         batch = as_floats(method, batch)
@@ -214,19 +264,27 @@ def make_batch(method: Ours | Plain, batch_size: int, device: torch.device | Non
 
 def as_floats(method: Ours | Plain, batch: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     normalise = method.model.preprocess.normalise
-    return {key: (normalise(x) if x.dtype == torch.uint8 else x).to(dtype).contiguous() if x.ndim == 4 else x
-            for key, x in batch.items()}
+    return {
+        key: (normalise(x) if x.dtype == torch.uint8 else x).to(dtype).contiguous() if x.ndim == 4 else x
+        for key, x in batch.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 @contextmanager
 def without_dropout(*steps: Ours | Plain):
     """No random numbers in the towers inside the block."""
-    rates = [(module, name, getattr(module, name)) for step in steps for module in step.model.modules()
-             for name in ("p", "drop_prob", "attention_dropout") if isinstance(getattr(module, name, None), float)]
+    rates = [
+        (module, name, getattr(module, name))
+        for step in steps
+        for module in step.model.modules()
+        for name in ("p", "drop_prob", "attention_dropout")
+        if isinstance(getattr(module, name, None), float)
+    ]
     for module, name, _ in rates:
         setattr(module, name, 0.0)
     try:
@@ -264,7 +322,7 @@ def count_flops(plain: Plain, batch_size: int) -> float:
         counts.append(counter.get_total_flops())
         plain.model.zero_grad()
     per_pair = (counts[1] - 2 * counts[0]) / 8
-    return (counts[0] / 2 - 2 * per_pair) * batch_size + per_pair * batch_size ** 2
+    return (counts[0] / 2 - 2 * per_pair) * batch_size + per_pair * batch_size**2
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -278,7 +336,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
         a @ b
         common.synchronise(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * n ** 3 / min(seconds[3:])
+    return 2 * n**3 / min(seconds[3:])
 
 
 def time_run(method: Ours | Plain, batch: dict[str, Tensor], steps: int, device: torch.device) -> float:
@@ -292,13 +350,15 @@ def time_run(method: Ours | Plain, batch: dict[str, Tensor], steps: int, device:
     return (time.perf_counter() - start) / steps
 
 
-def measure_one(method: str, flags: argparse.Namespace, batch_size: int, limit: float | None,
-                device: torch.device) -> dict:
+def measure_one(
+    method: str, flags: argparse.Namespace, batch_size: int, limit: float | None, device: torch.device
+) -> dict:
     """Peak memory and time of a few steps in this process, or {"out_of_memory": True}."""
     before = common.memory_now(device)
     if limit and device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(
-            limit * 2 ** 30 / torch.cuda.get_device_properties(device).total_memory)
+            limit * 2**30 / torch.cuda.get_device_properties(device).total_memory
+        )
     try:
         step = METHODS[method](flags, device)
         batch = make_batch(step, batch_size, device)
@@ -310,15 +370,25 @@ def measure_one(method: str, flags: argparse.Namespace, batch_size: int, limit: 
         return {"out_of_memory": True}
     peak = common.peak_memory(device) - before
     # Measured, not enforced, on a CPU: its kernels have no common way to say that an allocation was refused.
-    if limit and peak > limit * 2 ** 30:
+    if limit and peak > limit * 2**30:
         return {"out_of_memory": True}
     return {"peak": peak, "seconds": seconds}
 
 
 def in_own_process(method: str, name: str, batch_size: int, args: argparse.Namespace, rest: list[str]) -> dict:
-    command = [sys.executable, __file__, "--one", method, "--models", name, "--batch-size", str(batch_size), *rest,
-               *(["--cpu"] if args.cpu else []),
-               *(["--memory-limit", str(args.memory_limit)] if args.memory_limit else [])]
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        method,
+        "--models",
+        name,
+        "--batch-size",
+        str(batch_size),
+        *rest,
+        *(["--cpu"] if args.cpu else []),
+        *(["--memory-limit", str(args.memory_limit)] if args.memory_limit else []),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
@@ -329,21 +399,30 @@ def largest_batch(name: str, batch_size: int, args: argparse.Namespace, rest: li
     """Our step at the largest power-of-two multiple of `batch_size` that fits, {} where none does."""
     best, n = {}, batch_size
     while not (found := in_own_process("ours", name, n, args, rest)).get("out_of_memory"):
-        best = {"largest_batch": n, "largest_batch_peak": found["peak"],
-                "largest_batch_samples_per_second": n / found["seconds"]}
+        best = {
+            "largest_batch": n,
+            "largest_batch_peak": found["peak"],
+            "largest_batch_samples_per_second": n / found["seconds"],
+        }
         n *= 2
     return best
 
 
 def bench(name: str, batch_size: int, args: argparse.Namespace, rest: list[str], device: torch.device) -> dict:
-    """All figures of one model; `rest` are flags of main.py."""
+    """All rows of one model; `rest` are flags of main.py."""
     flags = training_flags(name, rest)
     steps = {"ours": Ours(flags, device), "plain": Plain(flags, device)}
-    differences = {str(dtype).removeprefix("torch."): compare(steps["ours"], steps["plain"], min(batch_size, COMPARED),
-                                                              dtype) for dtype in (torch.float32, torch.float64)}
+    differences = {
+        str(dtype).removeprefix("torch."): compare(steps["ours"], steps["plain"], min(batch_size, COMPARED), dtype)
+        for dtype in (torch.float32, torch.float64)
+    }
     torch.compiler.reset()  # the comparison's batch size and type must not leave kernels for variable ones
-    row = {"model": name, "batch": batch_size, "differences": differences,
-           "flops": count_flops(steps["plain"], batch_size)}
+    row = {
+        "model": name,
+        "batch": batch_size,
+        "differences": differences,
+        "flops": count_flops(steps["plain"], batch_size),
+    }
     batches = {key: make_batch(step, batch_size, device) for key, step in steps.items()}
     row |= {f"{key}_tokens": batch["text"].shape[1] for key, batch in batches.items()}
     seconds: dict[str, list[float]] = {key: [] for key in steps}
@@ -373,24 +452,34 @@ def training_flags(name: str, rest: list[str]) -> argparse.Namespace:
 
 
 def show(row: dict) -> None:
-    print(f"\n{row['model']}, batch {row['batch']}, {row['flops'] / 1e9:.1f} GFLOP a step, "
-          f"{'compiled' if row['compiled'] else 'not compiled'}")
+    print(
+        f"\n{row['model']}, batch {row['batch']}, {row['flops'] / 1e9:.1f} GFLOP a step, "
+        f"{'compiled' if row['compiled'] else 'not compiled'}"
+    )
     for dtype, (loss, gradient) in row["differences"].items():
-        print(f"in {dtype} the loss differs by {loss:.1e}, the gradients by {gradient:.1e} (relative)"
-              + (f": ABOVE {EQUAL:g}" if max(loss, gradient) > EQUAL else ""))
-    print(f"{'step':>6} {'type':>9} {'tokens':>7} {'samples/s':>10} {'ms a step':>10} {'TFLOP/s':>8} {'of peak':>8} "
-          f"{'peak TFLOP/s':>13} {'MiB':>8}")
+        print(
+            f"in {dtype} the loss differs by {loss:.1e}, the gradients by {gradient:.1e} (relative)"
+            + (f": ABOVE {EQUAL:g}" if max(loss, gradient) > EQUAL else "")
+        )
+    print(
+        f"{'step':>6} {'type':>9} {'tokens':>7} {'samples/s':>10} {'ms a step':>10} {'TFLOP/s':>8} {'of peak':>8} "
+        f"{'peak TFLOP/s':>13} {'MiB':>8}"
+    )
     for key in METHODS:
         speed, memory = row["flops"] / row[f"{key}_seconds"], row[f"{key}_peak"]
-        print(f"{key:>6} {row[f'{key}_dtype']:>9} {row[f'{key}_tokens']:>7} "
-              f"{row['batch'] / row[f'{key}_seconds']:>10.1f} {1e3 * row[f'{key}_seconds']:>10.1f} "
-              f"{speed / 1e12:>8.3f} "
-              f"{speed / row[f'{key}_matrix_peak']:>8.1%} {row[f'{key}_matrix_peak'] / 1e12:>13.3f} "
-              f"{memory / 2 ** 20 if memory else math.nan:>8.0f}")
+        print(
+            f"{key:>6} {row[f'{key}_dtype']:>9} {row[f'{key}_tokens']:>7} "
+            f"{row['batch'] / row[f'{key}_seconds']:>10.1f} {1e3 * row[f'{key}_seconds']:>10.1f} "
+            f"{speed / 1e12:>8.3f} "
+            f"{speed / row[f'{key}_matrix_peak']:>8.1%} {row[f'{key}_matrix_peak'] / 1e12:>13.3f} "
+            f"{memory / 2**20 if memory else math.nan:>8.0f}"
+        )
     print(f"ours is {row['plain_seconds'] / row['ours_seconds']:.2f} times as fast")
     if "largest_batch" in row:
-        print(f"largest batch that fits: {row['largest_batch']} at {row['largest_batch_samples_per_second']:.1f} "
-              f"samples/s, {row['largest_batch_peak'] / 2 ** 20:.0f} MiB")
+        print(
+            f"largest batch that fits: {row['largest_batch']} at {row['largest_batch_samples_per_second']:.1f} "
+            f"samples/s, {row['largest_batch_peak'] / 2**20:.0f} MiB"
+        )
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

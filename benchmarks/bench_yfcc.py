@@ -2,9 +2,10 @@
 
     python benchmarks/bench_yfcc.py --folder /tmp/yfcc
 
-The table has YFCC100M's 25 columns; of its rows 96% are on the list of downloaded pictures and 15% on that of the
+The table has YFCC100M's 25 columns; of its rows 96% are on the list of downloaded images and 15% on that of the
 captioned ones, as in the real files. The command runs as a process of its own, whose peak the kernel reports.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,8 +21,10 @@ import numpy as np
 
 SCRIPT = Path(__file__).resolve().parent.parent / "make_dataset.py"
 TITLE = "Sunset+over+the+bay%2C+<b>evening</b>"
-DESCRIPTION = ("We+walked+<a+href%3D%22http%3A%2F%2Fexample.org%2Fpath%22>along+the+shore</a>+for+two+hours+and+saw+"
-               "nothing+but+%C3%A9normous+gulls.+More+at+http%3A%2F%2Fexample.org%2Fgulls")
+DESCRIPTION = (
+    "We+walked+<a+href%3D%22http%3A%2F%2Fexample.org%2Fpath%22>along+the+shore</a>+for+two+hours+and+saw+"
+    "nothing+but+%C3%A9normous+gulls.+More+at+http%3A%2F%2Fexample.org%2Fgulls"
+)
 REST = "\t".join(["x" * 24] * 15)  # 650 bytes a row, the real table's mean
 
 
@@ -37,8 +40,8 @@ def write_sources(folder: Path, size: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     row = f"{{}}\t1234567890\thash\tuser@N00\tnick\tdate\tdate\tcamera\t{TITLE}\t{DESCRIPTION}\t{REST}\n"
-    rows = max(1, size // len(row.format(10 ** 7)))
-    numbers = np.arange(rows, dtype=np.int64) * (10 ** 8 // rows)
+    rows = max(1, size // len(row.format(10**7)))
+    numbers = np.arange(rows, dtype=np.int64) * (10**8 // rows)
     np.save(folder / "flickr_unique_ids.npy", rng.permutation(numbers[rng.random(rows) < 0.96]))
     with open(folder / "yfcc100m_subset_data.tsv", "w") as file:
         file.writelines(f"{n}\t1234567890\thash\n" for n in numbers[rng.random(rows) < 0.15])
@@ -53,11 +56,16 @@ def main(argv: list[str] | None = None) -> dict:
     start = time.monotonic()
     subprocess.run([sys.executable, str(SCRIPT)], cwd=args.folder, check=True)
     seconds = time.monotonic() - start
-    result = {"table_gb": (args.folder / "yfcc100m_dataset.txt").stat().st_size / 1e9, "rows": rows,
-              "seconds": round(seconds, 1), "rows_per_second": round(rows / seconds),
-              "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
-              "written": {name: os.path.getsize(args.folder / name)
-                          for name in ("yfcc15m.pkl", "yfcc15m.pkl.rows", "yfcc100m.pkl")}}
+    result = {
+        "table_gb": (args.folder / "yfcc100m_dataset.txt").stat().st_size / 1e9,
+        "rows": rows,
+        "seconds": round(seconds, 1),
+        "rows_per_second": round(rows / seconds),
+        "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+        "written": {
+            name: os.path.getsize(args.folder / name) for name in ("yfcc15m.pkl", "yfcc15m.pkl.rows", "yfcc100m.pkl")
+        },
+    }
     print(json.dumps(result, indent=2))
     return result
 

@@ -1,4 +1,5 @@
 """What several benchmarks share: where they run, and how much memory a stretch of code takes."""
+
 from __future__ import annotations
 
 import platform
@@ -15,8 +16,11 @@ def choose_device(cpu: bool) -> torch.device:
 
 def describe(device: torch.device, runs: int) -> str:
     """Hardware, versions, commit and number of runs, for the head of a table."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"{platform.machine()}, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
     return f"{where}; " + ", ".join(f"{k} {v}" for k, v in utils.versions().items()) + f"; {runs} runs, median"
 
 

@@ -1,11 +1,12 @@
-"""Does SLIP learn something real from scratch on a CPU? Two small checks on pictures that people made.
+"""Does SLIP learn something real from scratch on a CPU? Two small checks on images that people made.
 
     python benchmarks/real_check.py digits                      scikit-learn's 1,797 scanned digits, no download
-    python benchmarks/real_check.py pairs --root /path/to/roco  pictures with captions in ROCO's layout
+    python benchmarks/real_check.py pairs --root /path/to/roco  images with captions in ROCO's layout
 
 Both hold 20% out, train SLIP on the rest, and print retrieval on the held-out pairs against chance; digits also prints
 zero-shot accuracy on the held-out digits, whose chance is 10%.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,11 +25,28 @@ import downstream  # noqa: E402
 import main  # noqa: E402
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-WORDINGS = ("a scan of the handwritten digit {}", "the number {}", "someone wrote the digit {}", "a handwritten {}",
-            "a small grey picture of the number {}", 'a photo of the number: "{}".')
-# A ConvNet: with so few pictures a ViT of this size is still near chance when the ConvNet is done.
-TOWERS = ("--context-length", "32", "--vision-tower", "convnext_atto", "--override", "vision.dims=(16,32,64,96)",
-          "vision.depths=(1,1,1,1)", "text_width=96", "text_heads=3", "text_layers=2", "embed_dim=64")
+WORDINGS = (
+    "a scan of the handwritten digit {}",
+    "the number {}",
+    "someone wrote the digit {}",
+    "a handwritten {}",
+    "a small grey image of the number {}",
+    'a photo of the number: "{}".',
+)
+# A ConvNet: with so few images a ViT of this size is still near chance when the ConvNet is done.
+TOWERS = (
+    "--context-length",
+    "32",
+    "--vision-tower",
+    "convnext_atto",
+    "--override",
+    "vision.dims=(16,32,64,96)",
+    "vision.depths=(1,1,1,1)",
+    "text_width=96",
+    "text_heads=3",
+    "text_layers=2",
+    "embed_dim=64",
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -48,9 +66,9 @@ def write_digits(folder: Path, seed: int) -> None:
     for split, train in (("train", True), ("validation", False)):
         digits = downstream.create_downstream("digits", train, None)
         for i in range(len(digits)):
-            picture, label = digits[i]
+            image, label = digits[i]
             name = f"{split}_{i:04d}.png"
-            picture.save(folder / name)
+            image.save(folder / name)
             word = NAMES[label] if rng.random() < 0.5 else str(label)
             rows.append((name, WORDINGS[rng.integers(len(WORDINGS))].format(word), split))
     write_table(folder, rows)
@@ -60,8 +78,17 @@ def write_pairs(folder: Path, root: Path, seed: int) -> None:
     """The reader's pairs as a table, a random fifth of them for validation."""
     reader = datasets.create_reader("roco", root)
     held_out = set(np.random.default_rng(seed).permutation(len(reader))[: len(reader) // 5].tolist())
-    write_table(folder, [(Path(reader.name(i)).relative_to(root.resolve()).as_posix(), reader.captions(i)[0],
-                          "validation" if i in held_out else "train") for i in range(len(reader))])
+    write_table(
+        folder,
+        [
+            (
+                Path(reader.name(i)).relative_to(root.resolve()).as_posix(),
+                reader.captions(i)[0],
+                "validation" if i in held_out else "train",
+            )
+            for i in range(len(reader))
+        ],
+    )
 
 
 def write_table(folder: Path, rows: list[tuple[str, str, str]]) -> None:
@@ -82,16 +109,53 @@ def run(argv: list[str] | None = None) -> dict:
         write_pairs(data, args.root, args.seed)
         root, size, epochs, patch = args.root, "64", args.epochs or 60, 4
     start = time.process_time()
-    row = main.main([
-        "--dataset", "csv", "--root", str(root), "--metadata", str((data / "pairs.csv").resolve()),
-        "--model", "SLIP_VITT16", "--output-dir", str(output), "--image-size", size,
-        *TOWERS, f"vision.patch_size={patch}", "--ssl-mlp-dim", "256", "--ssl-emb-dim", "64", "--batch-size", "64",
-        "--epochs", str(epochs), "--lr", "1e-3", "--wd", "0.1", "--eval-freq", str(epochs),
-        "--zeroshot-set", "digits", "-j", "0", "--seed", str(args.seed)])
+    row = main.main(
+        [
+            "--dataset",
+            "csv",
+            "--root",
+            str(root),
+            "--metadata",
+            str((data / "pairs.csv").resolve()),
+            "--model",
+            "SLIP_VITT16",
+            "--output-dir",
+            str(output),
+            "--image-size",
+            size,
+            *TOWERS,
+            f"vision.patch_size={patch}",
+            "--ssl-mlp-dim",
+            "256",
+            "--ssl-emb-dim",
+            "64",
+            "--batch-size",
+            "64",
+            "--epochs",
+            str(epochs),
+            "--lr",
+            "1e-3",
+            "--wd",
+            "0.1",
+            "--eval-freq",
+            str(epochs),
+            "--zeroshot-set",
+            "digits",
+            "-j",
+            "0",
+            "--seed",
+            str(args.seed),
+        ]
+    )
     pool = row["val_pool"]
-    result = {"check": args.check, "seed": args.seed, "cpu_seconds": round(time.process_time() - start), "pool": pool,
-              "chance_r10": round(100 * min(10 / pool, 1), 2),
-              **{k: round(v, 2) for k, v in row.items() if k.startswith("val_")}}
+    result = {
+        "check": args.check,
+        "seed": args.seed,
+        "cpu_seconds": round(time.process_time() - start),
+        "pool": pool,
+        "chance_r10": round(100 * min(10 / pool, 1), 2),
+        **{k: round(v, 2) for k, v in row.items() if k.startswith("val_")},
+    }
     if args.check == "digits":
         result |= {"zero_shot_top1": round(row["digits_top1"], 2), "chance_top1": 10.0}
     print(json.dumps(result, indent=2))

@@ -6,6 +6,7 @@ The input is a folder of `<subreddit>_<year>.json`, each an object with a list `
 list of all annotations, unchanged, in the order of the files' names. Annotations pass through one by one: memory does
 not grow with their number. The output appears when it is complete.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,9 +29,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="folder of the downloaded annotation files")
     parser.add_argument("--output", type=Path, required=True, help="file to write, e.g. redcaps_v1.json")
-    parser.add_argument("--subreddits", nargs="+", default=[], metavar="NAME",
-                        help="keep the annotations of these alone, e.g. itap birding (default: all); names are "
-                             "compared without regard to case")
+    parser.add_argument(
+        "--subreddits",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="keep the annotations of these alone, e.g. itap birding (default: all); names are "
+        "compared without regard to case",
+    )
     return parser
 
 
@@ -85,8 +91,10 @@ def main(argv: list[str] | None = None) -> None:
     found, kept = combine(files, args.output, args.subreddits)
     for name in sorted(kept) if args.subreddits else ():
         print(f"{name}: {kept[name]:,}")
-    print(f"{args.output}: {kept.total():,} of {found.total():,} annotations, {len(kept):,} of {len(found):,} "
-          f"subreddits, {len(files):,} files")
+    print(
+        f"{args.output}: {kept.total():,} of {found.total():,} annotations, {len(kept):,} of {len(found):,} "
+        f"subreddits, {len(files):,} files"
+    )
 
 
 if __name__ == "__main__":

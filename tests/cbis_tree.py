@@ -1,6 +1,6 @@
-"""CBIS-DDSM in its published layouts with tiny pictures: the four case tables, the series folders, the lists.
+"""CBIS-DDSM in its published layouts with tiny images: the four case tables, the series folders, the lists.
 
-Pictures are named so that neither order nor prefix helps: in half of the series the mask comes first.
+Images are named so that neither order nor prefix helps: in half of the series the mask comes first.
 """
 
 from __future__ import annotations
@@ -87,25 +87,25 @@ def read_case_table(path: Path) -> list[dict[str, str]]:
         return [{k: v.strip() for k, v in row.items()} for row in csv.DictReader(file)]
 
 
-def crop_picture(rng: np.random.Generator, label: int = 0, size: int = 24) -> np.ndarray:
+def crop_image(rng: np.random.Generator, label: int = 0, size: int = 24) -> np.ndarray:
     """Grey noise whose brightness tells the class, so that a probe has something to find."""
     return rng.normal(60 + 50 * label, 25, (size, size)).clip(0, 255).astype(np.uint8)
 
 
-def mask_picture(rng: np.random.Generator, size: int = 48) -> np.ndarray:
+def mask_image(rng: np.random.Generator, size: int = 48) -> np.ndarray:
     mask = np.zeros((size, size), np.uint8)
     x, y = rng.integers(4, size - 20, 2)
     mask[y : y + 16, x : x + 16] = 255
     return mask
 
 
-def write_pictures(
+def write_images(
     root: Path,
     save: Callable[[Path, np.ndarray, str], None],
     folder: Callable[[str, str, str], Path],
     file_name: str,
 ) -> dict[Path, str]:
-    """A picture for each path of the case tables; returns path relative to the root -> description.
+    """An image for each path of the case tables; returns path relative to the root -> description.
 
     `folder(case, study, series)` places a series, `file_name` formats the number within its folder.
     """
@@ -113,22 +113,22 @@ def write_pictures(
     for (kind, split), name in TABLES.items():
         for number, row in enumerate(read_case_table(root / "csv" / name)):
             rng = np.random.default_rng((len(kind + split), number))
-            pictures = {
-                "full": ("image file path", mask_picture(rng) // 2 + 60),
-                "crop": ("cropped image file path", crop_picture(rng, CLASSES.index(row["pathology"]))),
-                "mask": ("ROI mask file path", mask_picture(rng)),
+            images = {
+                "full": ("image file path", mask_image(rng) // 2 + 60),
+                "crop": ("cropped image file path", crop_image(rng, CLASSES.index(row["pathology"]))),
+                "mask": ("ROI mask file path", mask_image(rng)),
             }
-            for picture in ("full", "crop", "mask") if number % 2 else ("full", "mask", "crop"):
-                column, pixels = pictures[picture]
+            for image in ("full", "crop", "mask") if number % 2 else ("full", "mask", "crop"):
+                column, pixels = images[image]
                 case, study, series, _ = row[column].split("/")
-                if (series, picture) in done:  # lesions of one view share its full picture
+                if (series, image) in done:  # lesions of one view share its full image
                     continue
-                done.add((series, picture))
+                done.add((series, image))
                 target = root / folder(case, study, series)
                 target.mkdir(parents=True, exist_ok=True)
                 target /= file_name.format(len(list(target.iterdir())) + 1)
-                save(target, pixels, DESCRIPTIONS[picture])
-                written[target.relative_to(root)] = DESCRIPTIONS[picture]
+                save(target, pixels, DESCRIPTIONS[image])
+                written[target.relative_to(root)] = DESCRIPTIONS[image]
     return written
 
 
@@ -141,7 +141,7 @@ def make_jpeg_edition(root: Path, undescribed: float = 0.2) -> dict[Path, str]:
     def save(path: Path, pixels: np.ndarray, description: str) -> None:
         Image.fromarray(pixels).save(path, quality=90)
 
-    written = write_pictures(root, save, lambda case, study, series: Path("jpeg", series), "1-{:03d}.jpg")
+    written = write_images(root, save, lambda case, study, series: Path("jpeg", series), "1-{:03d}.jpg")
     rng = np.random.default_rng(0)
     with open(root / "csv" / "dicom_info.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -161,19 +161,15 @@ def make_dicom_edition(root: Path, by_uid: bool = True) -> dict[Path, str]:
     """
 
     def folder(case: str, study: str, series: str) -> Path:
-        names = (
-            (study, series) if by_uid else (f"08-29-2017-DDSM-NA-{study[-5:]}", f"1.000000-NA-{series[-9:]}")
-        )
+        names = (study, series) if by_uid else (f"08-29-2017-DDSM-NA-{study[-5:]}", f"1.000000-NA-{series[-9:]}")
         folders[series] = Path("CBIS-DDSM", case, *names)
         return folders[series]
 
     folders: dict[str, Path] = {}
-    written = write_pictures(root, save_dicom, folder, "1-{}.dcm")
+    written = write_images(root, save_dicom, folder, "1-{}.dcm")
     with open(root / "metadata.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["Series UID", "Collection", "Series Description", "Number of Images", "File Location"]
-        )
+        writer.writerow(["Series UID", "Collection", "Series Description", "Number of Images", "File Location"])
         for series, path in folders.items():
             writer.writerow([series, "CBIS-DDSM", "ROI mask images", 1, ".\\" + str(path).replace("/", "\\")])
     return written

@@ -1,4 +1,5 @@
 """Flat scripts are imported by name; helpers of the tests too. Tests use one or two threads and no network."""
+
 import os
 import sys
 from pathlib import Path

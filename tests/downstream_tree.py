@@ -1,7 +1,7 @@
 """Small trees in the layouts that the publishers, torchvision and VISSL's scripts make: all 26 sets.
 
-A picture's first pixel states its class (red + 256 * green) in the published class order, so that a reader
-which numbers the classes differently is caught. Each class has one picture for training and one for testing.
+An image's first pixel states its class (red + 256 * green) in the published class order, so that a reader
+which numbers the classes differently is caught. Each class has one image for training and one for testing.
 """
 
 import gzip
@@ -81,9 +81,7 @@ def write_file_list(root: Path, split: str, labels: np.ndarray, numbers: list[in
     folder.mkdir(parents=True)
     for i, label in enumerate(numbers):
         Image.fromarray(pixels(label)).save(folder / f"{i:06d}.png")
-    np.save(
-        root / f"{split}_images.npy", np.array([str(folder / f"{i:06d}.png") for i in range(len(labels))])
-    )
+    np.save(root / f"{split}_images.npy", np.array([str(folder / f"{i:06d}.png") for i in range(len(labels))]))
     np.save(root / f"{split}_labels.npy", labels)
 
 
@@ -113,9 +111,9 @@ def write_stl10(root: Path, patch: pytest.MonkeyPatch) -> None:
     kind = torchvision.datasets.STL10
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
-    pictures = np.stack([pixels(label, 96).transpose(2, 1, 0) for label in range(10)])  # column-major planes
+    images = np.stack([pixels(label, 96).transpose(2, 1, 0) for label in range(10)])  # column-major planes
     for split in ("train", "test", "unlabeled"):
-        (folder / f"{split}_X.bin").write_bytes(pictures.tobytes())
+        (folder / f"{split}_X.bin").write_bytes(images.tobytes())
         (folder / f"{split}_y.bin").write_bytes(bytes(range(1, 11)))
     for listing in ("train_list", "test_list"):
         patch.setattr(kind, listing, [[file, md5(folder / file)] for file, _ in getattr(kind, listing)])
@@ -125,10 +123,10 @@ def write_mnist(root: Path) -> None:
     """idx files, gzipped as published and unpacked as torchvision does; the grey value is the class."""
     folder = root / "MNIST" / "raw"
     folder.mkdir(parents=True)
-    pictures = np.repeat(np.arange(10, dtype=np.uint8), 28 * 28)
+    images = np.repeat(np.arange(10, dtype=np.uint8), 28 * 28)
     for split in ("train", "t10k"):
         for file, header, data in (
-            (f"{split}-images-idx3-ubyte", struct.pack(">IIII", 0x803, 10, 28, 28), pictures.tobytes()),
+            (f"{split}-images-idx3-ubyte", struct.pack(">IIII", 0x803, 10, 28, 28), images.tobytes()),
             (f"{split}-labels-idx1-ubyte", struct.pack(">II", 0x801, 10), bytes(range(10))),
         ):
             (folder / file).write_bytes(header + data)
@@ -150,7 +148,7 @@ def write_world(root: Path, patch: pytest.MonkeyPatch) -> dict[str, dict]:
         elif name == "sun397":
             for split in (entry["train"], entry["test"]):
                 write_file_list(path, split, np.arange(397), list(range(397)))
-        elif name == "clevr_counts":  # 3 to 10 things in a picture; the strings sort as the labels stand
+        elif name == "clevr_counts":  # 3 to 10 things in an image; the strings sort as the labels stand
             for split in (entry["train"], entry["test"]):
                 names = np.array([f"count_{n}" for n in range(3, 11)])
                 write_file_list(path, split, names, [LABELS[name].index(str(n)) for n in range(3, 11)])

@@ -1,11 +1,16 @@
-"""A small tree in ROCO v1's layout, with pictures whose content goes with their caption."""
+"""A small tree in ROCO v1's layout, with images whose content goes with their caption."""
+
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-KINDS = {"Mammogram showing a round mass": 40, "Chest radiograph, posteroanterior view": 100,
-         "Axial CT of the abdomen": 160, "Sagittal MRI of the knee": 220}
+KINDS = {
+    "Mammogram showing a round mass": 40,
+    "Chest radiograph, posteroanterior view": 100,
+    "Axial CT of the abdomen": 160,
+    "Sagittal MRI of the knee": 220,
+}
 
 
 def make_roco(root: Path, train: int = 24, validation: int = 8, size: int = 40) -> Path:

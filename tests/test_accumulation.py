@@ -1,4 +1,5 @@
 """Gradient accumulation against the one big batch, on one process and on several, and gradient checkpointing."""
+
 import json
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -18,17 +19,23 @@ OBJECTIVES = ("CLIP", "SIMCLR", "SLIP")
 
 def batches(model, n, seed=0, size=32):
     g = torch.Generator().manual_seed(seed)
-    tensors = {key: torch.randn(n, 3, size, size, generator=g, dtype=torch.float64)
-               for key in ("image", "view1", "view2")}
+    tensors = {
+        key: torch.randn(n, 3, size, size, generator=g, dtype=torch.float64) for key in ("image", "view1", "view2")
+    }
     tokens = torch.randint(1, 50, (n, 10), generator=g)
     tokens[torch.arange(n), torch.randint(4, 10, (n,), generator=g)] = 127 if model.config["vocab_size"] > 127 else 49
     return [({**tensors, "text": tokens})[key] for key in model.objective.inputs]
 
 
 def gradients(model, micro_batches, accumulate, processes=utils.Distributed()):  # noqa: B008
-    run = SimpleNamespace(model=model, trained=model, processes=processes, autocast=nullcontext,
-                          scaler=torch.amp.GradScaler("cpu", enabled=False),
-                          loss=model.objective.loss(ssl_temp=0.1, ssl_scale=0.7, gather_with_grad=True))
+    run = SimpleNamespace(
+        model=model,
+        trained=model,
+        processes=processes,
+        autocast=nullcontext,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        loss=model.objective.loss(ssl_temp=0.1, ssl_scale=0.7, gather_with_grad=True),
+    )
     metrics = list(accumulate(run, micro_batches))
     return metrics, {n: p.grad for n, p in model.named_parameters()}
 
@@ -61,8 +68,10 @@ def test_full_negatives_give_the_gradient_of_the_big_batch(objective):
 def test_full_negatives_repeat_the_same_dropout():
     """Both passes through a tower with drop-path draw the same numbers: a step equals itself without accumulation."""
     torch.manual_seed(0)
-    model = tiny_model("SLIP", vision_kwargs=dict(patch_size=8, embed_dim=64, depth=2, num_heads=4, drop_path_rate=0.5,
-                                                  proj_drop_rate=0.3)).double()
+    model = tiny_model(
+        "SLIP",
+        vision_kwargs=dict(patch_size=8, embed_dim=64, depth=2, num_heads=4, drop_path_rate=0.5, proj_drop_rate=0.3),
+    ).double()
     inputs = batches(model, 8)
     torch.manual_seed(5)
     _, theirs = gradients(model, [inputs], main.accumulate_micro)
@@ -104,7 +113,7 @@ def _full_rank(rank, world, objective):
     mine = tiny_model(objective).double()
     mine.load_state_dict(big.state_dict())
     mine = utils.synchronise_batchnorm(mine, processes)
-    part = [x[rank * 6:(rank + 1) * 6] for x in inputs]
+    part = [x[rank * 6 : (rank + 1) * 6] for x in inputs]
     (metrics,), ours = gradients(mine, split(part, 3), main.accumulate_full, processes)
     loss = metrics["loss"].detach().clone()
     torch.distributed.all_reduce(loss)
@@ -133,7 +142,7 @@ def _ddp_rank(rank, world, objective):
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     values = []
     for step in range(3):
-        part = [x[rank * 4:(rank + 1) * 4] for x in batches(model, 4 * world, step)]
+        part = [x[rank * 4 : (rank + 1) * 4] for x in batches(model, 4 * world, step)]
         value = loss(wrapped(*part))["loss"]
         optimizer.zero_grad()
         value.backward()
@@ -152,8 +161,9 @@ def _ddp_rank(rank, world, objective):
     ours = model.state_dict()
     for name, value in single.state_dict().items():
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
-    assert_equal_gradients({n: p.grad for n, p in model.named_parameters()},
-                           {n: p.grad for n, p in single.named_parameters()})
+    assert_equal_gradients(
+        {n: p.grad for n, p in model.named_parameters()}, {n: p.grad for n, p in single.named_parameters()}
+    )
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -185,11 +195,14 @@ def test_main_accumulates_over_the_whole_step(tmp_path):
     roco = make_roco(tmp_path / "roco")
     eps = ["--eps", "1e-2", "--epochs", "1"]  # AdamW divides rounding noise by itself where gradients vanish
     main.main(command(roco, tmp_path / "big", "--batch-size", "8", *eps))
-    main.main(command(roco, tmp_path / "cached", "--batch-size", "4", "--update-freq", "2", "--accum-negatives", "full",
-                      *eps))
+    main.main(
+        command(roco, tmp_path / "cached", "--batch-size", "4", "--update-freq", "2", "--accum-negatives", "full", *eps)
+    )
     a, b = weights(tmp_path / "big"), weights(tmp_path / "cached")
     for key in a:
         torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
-    rows = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
-            for run in ("big", "cached")]
+    rows = [
+        [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        for run in ("big", "cached")
+    ]
     assert rows[0][0]["loss"] == pytest.approx(rows[1][0]["loss"], rel=1e-5)

@@ -8,7 +8,7 @@ import bench_data  # noqa: E402
 
 def test_the_input_benchmark_compares_methods_that_draw_from_one_distribution(monkeypatch):
     monkeypatch.setattr(bench_data.torch, "set_num_threads", lambda n: None)
-    out = bench_data.main(["--samples", "1", "--draws", "120", "--pictures", "1"])
+    out = bench_data.main(["--samples", "1", "--draws", "120", "--images", "1"])
     assert set(out["rows"]) == set(bench_data.KINDS)
     assert all(set(row) == set(bench_data.METHODS) for row in out["rows"].values())
     assert all(row["published"]["ratio"] == 1 for row in out["rows"].values())

@@ -1,4 +1,4 @@
-"""bench_probe.py in miniature: both methods on the same pictures, and what it reports. No time is asserted."""
+"""bench_probe.py in miniature: both methods on the same images, and what it reports. No time is asserted."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def test_both_methods_find_the_same_on_cbis(tmp_path, capsys):
     assert set(row["seconds_fit"]) == {"one_fit", "sweep", "one_fit_scikit_learn"}
 
 
-def test_every_picture_passes_the_tower_in_every_epoch_of_the_published_method(monkeypatch):
+def test_every_image_passes_the_tower_in_every_epoch_of_the_published_method(monkeypatch):
     """1,437 labelled digits an epoch and 360 test digits once; the cached method sees each of the 1,797 once."""
     opened, seen = [], {"published": [], "cached": []}
-    picture = downstream.PictureArray.picture
-    monkeypatch.setattr(downstream.PictureArray, "picture", lambda *args: opened.append(1) or picture(*args))
+    image = downstream.ImageArray.image
+    monkeypatch.setattr(downstream.ImageArray, "image", lambda *args: opened.append(1) or image(*args))
 
     def counting(method):
         def call(*args):

@@ -1,4 +1,5 @@
 """Benchmarks on tiny settings: that they run, compare equal things, and count what they say. Never how fast."""
+
 import sys
 from pathlib import Path
 
@@ -10,8 +11,18 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_step  # noqa: E402
 
-TINY = ["--image-size", "64", "--ssl-mlp-dim", "16", "--ssl-emb-dim", "8", "--override", "text_width=32",
-        "text_heads=2", "text_layers=2"]
+TINY = [
+    "--image-size",
+    "64",
+    "--ssl-mlp-dim",
+    "16",
+    "--ssl-emb-dim",
+    "8",
+    "--override",
+    "text_width=32",
+    "text_heads=2",
+    "text_layers=2",
+]
 VIT = ["vision.patch_size=16", "vision.embed_dim=32", "vision.depth=2", "vision.num_heads=2"]
 SWIN = ["vision.embed_dim=12", "vision.depths=[1,1]", "vision.num_heads=[2,2]"]
 CASES = [("SLIP_VITT16", VIT), ("MEDSLIP_VIT", SWIN), ("MEDSLIP_RESNET", [])]
@@ -49,26 +60,27 @@ def test_the_plain_step_has_no_fused_attention(monkeypatch):
 
 
 def test_flops_are_those_of_the_formulas():
-    """A forward pass and two of its size back, except that nothing flows back to the pictures."""
+    """A forward pass and two of its size back, except that nothing flows back to the images."""
     _, plain = steps("SLIP_VITT16", VIT)
     B, tokens, width, dim, head, out = 6, 17, 32, 256, 16, 8
     patches = 3 * 16 * width * 3 * 16 * 16  # 3 views of 16 patches of 3 x 16 x 16
-    block = 12 * width ** 2 + 2 * width * tokens  # qkv, projection and MLP; scores and their use
+    block = 12 * width**2 + 2 * width * tokens  # qkv, projection and MLP; scores and their use
     vision = 3 * 2 * tokens * block
-    text = 2 * 77 * (12 * 32 ** 2 + 2 * 32 * 77)
+    text = 2 * 77 * (12 * 32**2 + 2 * 32 * 77)
     heads = width * dim + 32 * dim + 2 * (width * head + head * head + head * out)
-    loss = 2 * B * B * dim + 4 * B * B * out  # image-text both ways; four quarters of the views
+    loss = 2 * B * B * dim + 4 * B * B * out  # image-text in both directions; four quarters of the views
     expected = 6 * B * (vision + text + heads) + 4 * B * patches + 6 * loss
     assert bench_step.count_flops(plain, B) == expected
 
 
 def test_a_whole_benchmark(capsys):
-    (row,) = bench_step.main(["--cpu", "--models", "SLIP_VITT16", "--batch-size", "8", "--runs", "2", "--steps", "1",
-                              *TINY, *VIT])
+    (row,) = bench_step.main(
+        ["--cpu", "--models", "SLIP_VITT16", "--batch-size", "8", "--runs", "2", "--steps", "1", *TINY, *VIT]
+    )
     assert row["differences"]["float32"][0] < bench_step.EQUAL and max(row["differences"]["float64"]) < 1e-9
     assert row["ours_tokens"] <= row["plain_tokens"] == 77
     for key in ("ours", "plain"):
-        assert row[f"{key}_seconds"] > 0 and row[f"{key}_matrix_peak"] > 0 and row[f"{key}_peak"] > 2 ** 20
+        assert row[f"{key}_seconds"] > 0 and row[f"{key}_matrix_peak"] > 0 and row[f"{key}_peak"] > 2**20
     out = capsys.readouterr().out
     assert "times as fast" in out and "commit" in out
     with pytest.raises(ValueError, match="--memory-limit"):
@@ -85,4 +97,4 @@ def test_the_largest_batch_within_a_limit():
         args = bench_step.get_args_parser().parse_args(["--cpu", "--memory-limit", str(limit)])
         results[limit] = bench_step.largest_batch("SLIP_VITT16", 32, args, rest)
     assert results[0.05] == {} and 32 <= results[0.2]["largest_batch"] < results[0.4]["largest_batch"]
-    assert results[0.4]["largest_batch_peak"] <= 0.4 * 2 ** 30
+    assert results[0.4]["largest_batch_peak"] <= 0.4 * 2**30

@@ -20,11 +20,7 @@ TEMPLATES = eval_zeroshot.read_prompts("templates.json")
 
 def digest(value):
     """First 8 hex digits of sha256, keeping nested lists of synonyms."""
-    return (
-        [digest(v) for v in value]
-        if isinstance(value, list)
-        else hashlib.sha256(value.encode()).hexdigest()[:8]
-    )
+    return [digest(v) for v in value] if isinstance(value, list) else hashlib.sha256(value.encode()).hexdigest()[:8]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -18,7 +18,7 @@ import phantoms
 from datasets import CBIS_CLASSES, CbisLesions
 from transforms import Preprocess
 
-# Counted in the published tables: rows, pathologies in the order of CBIS_CLASSES, patients, full pictures.
+# Counted in the published tables: rows, pathologies in the order of CBIS_CLASSES, patients, full images.
 PUBLISHED = {
     ("calc", "train"): (1546, (528, 474, 544), 602, 1227),
     ("calc", "test"): (326, (130, 67, 129), 151, 284),
@@ -32,8 +32,8 @@ def read_table(root: Path, kind: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def wrong_pictures(root: Path, truth: dict[Path, str]) -> list[str]:
-    """Lesions whose row names a picture of another kind, or one of another lesion's series."""
+def wrong_images(root: Path, truth: dict[Path, str]) -> list[str]:
+    """Lesions whose row names an image of another kind, or one of another lesion's series."""
     wrong = []
     for kind in ("calc", "mass"):
         published = [
@@ -47,10 +47,10 @@ def wrong_pictures(root: Path, truth: dict[Path, str]) -> list[str]:
                 "full": case["image file path"],
                 "mask": case["ROI mask file path"],
             }
-            for picture, path in series.items():
-                right_series = Path(row[picture]).parts[-2][-9:] == path.split("/")[2][-9:]
-                if truth[Path(row[picture])] != cbis_tree.DESCRIPTIONS[picture] or not right_series:
-                    wrong.append(f"{row['lesion']} {picture}")
+            for image, path in series.items():
+                right_series = Path(row[image]).parts[-2][-9:] == path.split("/")[2][-9:]
+                if truth[Path(row[image])] != cbis_tree.DESCRIPTIONS[image] or not right_series:
+                    wrong.append(f"{row['lesion']} {image}")
     return wrong
 
 
@@ -64,13 +64,11 @@ def small(tmp_path_factory) -> tuple[Path, dict[Path, str]]:
 
 def test_jpeg_edition(small):
     root, truth = small
-    assert wrong_pictures(root, truth) == []
+    assert wrong_images(root, truth) == []
     rows = read_table(root, "calc")
     assert {row["type"] for row in rows} == {"calc"}
     assert {
-        (row["patient"], row["side"], row["view"], row["abnormality"])
-        for row in rows
-        if row["split"] == "test"
+        (row["patient"], row["side"], row["view"], row["abnormality"]) for row in rows if row["split"] == "test"
     } == {
         (patient, side, view, str(abnormality))
         for patient, side, view, abnormality, _ in cbis_tree.make_lesions(20, 1001)
@@ -82,7 +80,7 @@ def test_no_descriptions_at_all(tmp_path):
     truth = cbis_tree.make_small_cbis(tmp_path)
     (tmp_path / "csv" / "dicom_info.csv").unlink()
     make_dataset.main(["cbis", "--root", str(tmp_path)])
-    assert wrong_pictures(tmp_path, truth) == []
+    assert wrong_images(tmp_path, truth) == []
 
 
 @pytest.mark.parametrize("by_uid", [True, False])
@@ -93,21 +91,19 @@ def test_dicom_edition(tmp_path, by_uid):
         cbis_tree.write_case_table(tmp_path, kind, "test", cbis_tree.make_lesions(6, 1001 + 2000 * i))
     truth = cbis_tree.make_dicom_edition(tmp_path, by_uid)
     make_dataset.main(["cbis", "--root", str(tmp_path)])
-    assert wrong_pictures(tmp_path, truth) == []
+    assert wrong_images(tmp_path, truth) == []
     pixels, label, row = CbisLesions(tmp_path, "mass", "test", "crop", Preprocess(size=16))[0]
     assert pixels.shape == (3, 16, 16) and CBIS_CLASSES[label] == row["pathology"]
 
 
-@pytest.mark.skipif(
-    "CBIS_TABLES" not in os.environ, reason="CBIS_TABLES names the folder of the published tables"
-)
+@pytest.mark.skipif("CBIS_TABLES" not in os.environ, reason="CBIS_TABLES names the folder of the published tables")
 def test_published_tables(tmp_path, capsys):
     cbis_tree.copy_published_tables(tmp_path, Path(os.environ["CBIS_TABLES"]))
     truth = cbis_tree.make_jpeg_edition(tmp_path)
     assert len(truth) == 10239  # "Number of Images" of the collection
     make_dataset.main(["cbis", "--root", str(tmp_path)])
-    assert capsys.readouterr().out.count("\n0 pictures could not be resolved") == 2
-    assert wrong_pictures(tmp_path, truth) == []
+    assert capsys.readouterr().out.count("\n0 images could not be resolved") == 2
+    assert wrong_images(tmp_path, truth) == []
     for (kind, split), expected in PUBLISHED.items():
         rows = [row for row in read_table(tmp_path, kind) if (row["split"] == "test") == (split == "test")]
         pathology = Counter(row["pathology"] for row in rows)
@@ -122,8 +118,7 @@ def test_validation_split_keeps_patients_whole_and_pathologies_in_proportion(sma
     for kind in ("calc", "mass"):
         rows = read_table(root, kind)
         patients = {
-            split: {row["patient"] for row in rows if row["split"] == split}
-            for split in ("train", "val", "test")
+            split: {row["patient"] for row in rows if row["split"] == split} for split in ("train", "val", "test")
         }
         assert not patients["train"] & patients["val"]
         assert not (patients["train"] | patients["val"]) & patients["test"]
@@ -156,7 +151,7 @@ def test_counts_are_printed(small, capsys):
     ]  # fmt: skip
 
 
-def test_missing_pictures_are_named_and_left_empty(tmp_path, capsys):
+def test_missing_images_are_named_and_left_empty(tmp_path, capsys):
     truth = cbis_tree.make_small_cbis(tmp_path)
     make_dataset.make_cbis(tmp_path)
     lost = next(row for row in read_table(tmp_path, "mass") if row["split"] == "test")
@@ -178,7 +173,7 @@ def test_missing_pictures_are_named_and_left_empty(tmp_path, capsys):
     assert fewer.dropped == 1 and whole.dropped == 0 and len(fewer) == len(whole) - 1
 
 
-def test_two_pictures_that_nothing_tells_apart_stay_unresolved(tmp_path):
+def test_two_images_that_nothing_tells_apart_stay_unresolved(tmp_path):
     cbis_tree.make_small_cbis(tmp_path)
     (tmp_path / "csv" / "dicom_info.csv").unlink()
     make_dataset.make_cbis(tmp_path)
@@ -198,7 +193,7 @@ def test_types_merge_only_where_no_patient_leaks(tmp_path):
 
     (tmp_path / "both.csv").unlink()
     cbis_tree.write_case_table(tmp_path, "mass", "test", cbis_tree.make_lesions(20, first=39))
-    make_dataset.make_cbis(tmp_path)  # apart they are fine; the pictures of the new rows are missing
+    make_dataset.make_cbis(tmp_path)  # apart they are fine; the images of the new rows are missing
     with pytest.raises(ValueError, match="2 patients in both training and test.*P_00039, P_00040"):
         make_dataset.main(["cbis", "--root", str(tmp_path), "--merge-types"])
     assert not (tmp_path / "both.csv").exists()
@@ -241,9 +236,7 @@ def test_nothing_to_join(tmp_path):
 def test_metadata_that_leaves_the_root(tmp_path):
     cbis_tree.make_small_cbis(tmp_path)
     (tmp_path / "CBIS-DDSM").mkdir()
-    (tmp_path / "metadata.csv").write_text(
-        "Series UID,File Location\n1.2.3,./CBIS-DDSM/a\n1.2.4,../../elsewhere\n"
-    )
+    (tmp_path / "metadata.csv").write_text("Series UID,File Location\n1.2.3,./CBIS-DDSM/a\n1.2.4,../../elsewhere\n")
     with pytest.raises(ValueError, match="row 2: .*elsewhere is outside"):
         make_dataset.make_cbis(tmp_path)
 
@@ -259,22 +252,20 @@ def test_too_few_patients_for_a_validation_split(tmp_path):
         make_dataset.make_cbis(tmp_path, val_folds=2)
 
 
-def test_reader_gives_picture_label_and_row(small):
+def test_reader_gives_image_label_and_row(small):
     root, _ = small
-    pre = Preprocess(size=16)
-    for picture in ("crop", "full", "mask"):
-        lesions = CbisLesions(root, "calc", "val", picture, pre)
+    preprocess = Preprocess(size=16)
+    for image in ("crop", "full", "mask"):
+        lesions = CbisLesions(root, "calc", "val", image, preprocess)
         pixels, label, row = lesions[3]
-        grey = np.asarray(
-            Image.open(root / row[picture]).convert("L").resize((16, 16), Image.Resampling.BILINEAR)
-        )
+        grey = np.asarray(Image.open(root / row[image]).convert("L").resize((16, 16), Image.Resampling.BILINEAR))
         expected = (grey / 255 - 0.485) / 0.229
         assert np.abs(pixels[0].numpy() - expected).max() < 0.02
         assert label == CBIS_CLASSES.index(row["pathology"]) == lesions.labels[3]
         assert lesions.patients[3] == row["patient"]
 
 
-@pytest.mark.parametrize("wrong", [{"kind": "masses"}, {"split": "validation"}, {"picture": "lesion"}])
+@pytest.mark.parametrize("wrong", [{"kind": "masses"}, {"split": "validation"}, {"image": "lesion"}])
 def test_reader_lists_the_choices(small, wrong):
     with pytest.raises(ValueError, match=f"unknown {next(iter(wrong))} .* choose from"):
         CbisLesions(**{"root": small[0], "kind": "calc", "split": "test", **wrong})
@@ -298,9 +289,7 @@ def test_reader_refuses_foreign_tables(tmp_path, small):
 def test_demo_is_drawn_and_joined(tmp_path, capsys, monkeypatch):
     few = {"calc": {"train": 150, "test": 20}, "mass": {"train": 150, "test": 20}}
     monkeypatch.setattr(phantoms, "make_demo", partial(phantoms.make_demo, lesions=few))
-    make_dataset.main(
-        ["demo", "--root", str(tmp_path / "demo"), "--pairs", "4", "--size", "16", "--workers", "1"]
-    )
+    make_dataset.main(["demo", "--root", str(tmp_path / "demo"), "--pairs", "4", "--size", "16", "--workers", "1"])
     assert "SYNTHETIC" in capsys.readouterr().out
     lesions = CbisLesions(tmp_path / "demo" / "cbis", "mass", "test", "crop", Preprocess(size=16))
     assert len(lesions) >= 20 and lesions[0][0].shape == (3, 16, 16)

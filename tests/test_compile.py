@@ -1,4 +1,5 @@
 """Compiled towers against the same towers uncompiled: losses, gradients, names, whole runs."""
+
 import json
 import subprocess
 import sys
@@ -48,12 +49,20 @@ def compare(model, accumulate, groups, size=32, **options):
     return abs(loss - compiled_loss) / loss, ((grad - compiled_grad).norm() / grad.norm()).item()
 
 
-@pytest.mark.parametrize("make, parts", [
-    (lambda: tiny_model("SLIP"),
-     {"visual.blocks.0", "visual.blocks.1", "transformer.resblocks.0", "transformer.resblocks.1"}),
-    (lambda: tiny_model("SLIP", vision_kwargs=DROPPING),  # each block drops another share of the paths
-     {"visual", "transformer.resblocks.0", "transformer.resblocks.1"}),
-    (tiny_medslip, {"visual", *(f"bert.encoder.layer.{i}" for i in range(3))})])
+@pytest.mark.parametrize(
+    "make, parts",
+    [
+        (
+            lambda: tiny_model("SLIP"),
+            {"visual.blocks.0", "visual.blocks.1", "transformer.resblocks.0", "transformer.resblocks.1"},
+        ),
+        (
+            lambda: tiny_model("SLIP", vision_kwargs=DROPPING),  # each block drops another share of the paths
+            {"visual", "transformer.resblocks.0", "transformer.resblocks.1"},
+        ),
+        (tiny_medslip, {"visual", *(f"bert.encoder.layer.{i}" for i in range(3))}),
+    ],
+)
 def test_losses_gradients_and_names_equal_the_uncompiled(make, parts):
     """Traced and differentiated ahead of time, with the kernels left as they are: seconds on a CPU."""
     torch.manual_seed(0)
@@ -116,11 +125,35 @@ def test_a_compiled_run_resumes_and_equals_the_uncompiled(roco, tmp_path, monkey
 def test_two_compiled_processes_equal_one_that_is_not(roco, tmp_path, extra):
     main.main(command(roco, tmp_path / "one", "--eps", "1e-2", "--epochs", "1"))
     # Started anew: a forked process cannot use the compiler's workers of its parent.
-    argv = command(roco, tmp_path / "two", "--batch-size", "4", "--eps", "1e-2", "--epochs", "1", "--gpu", "-1",
-                   "--compile", *extra)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           f"--master-port={free_port()}", ROOT / "main.py", *argv], env=environment(),
-                          capture_output=True, text=True, timeout=500)
+    argv = command(
+        roco,
+        tmp_path / "two",
+        "--batch-size",
+        "4",
+        "--eps",
+        "1e-2",
+        "--epochs",
+        "1",
+        "--gpu",
+        "-1",
+        "--compile",
+        *extra,
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            f"--master-port={free_port()}",
+            ROOT / "main.py",
+            *argv,
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert a.keys() == b.keys()

@@ -29,9 +29,9 @@ from datasets import (
 )
 from metadata import RefusedPickle, iter_json, read_pickle
 from tokenizer import SimpleTokenizer
-from transforms import BrokenPicture, Preprocess, eval_view, read_picture, ssl_view, train_view
+from transforms import Preprocess, UnreadableImage, eval_view, read_image, ssl_view, train_view
 
-PRE = Preprocess(size=16)
+PREPROCESS = Preprocess(size=16)
 
 
 def jpeg(grey: int = 100) -> bytes:
@@ -134,9 +134,7 @@ OTHER = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name, kept", [("all", MAMMO + XRAY + OTHER), ("mammo-xray", MAMMO + XRAY), ("mammo", MAMMO)]
-)
+@pytest.mark.parametrize("name, kept", [("all", MAMMO + XRAY + OTHER), ("mammo-xray", MAMMO + XRAY), ("mammo", MAMMO)])
 def test_named_filters_keep_what_their_name_says(name, kept):
     pattern = caption_pattern(name)
     assert [text for text in MAMMO + XRAY + OTHER if pattern is None or pattern.search(text)] == kept
@@ -158,7 +156,7 @@ CAPTIONS = {
 
 
 def make_roco(folder: Path, captions=None, name: str = "captions.txt", gap: str = "\t ") -> Path:
-    """A folder of captions; picture i has the grey value 50 * i."""
+    """A folder of captions; image i has the grey value 50 * i."""
     captions = CAPTIONS if captions is None else captions
     for i, key in enumerate(captions, 1):
         save_jpeg(folder / "images" / f"{key}.jpg", 50 * i)
@@ -170,14 +168,12 @@ def all_captions(reader) -> list[str]:
     return [caption for i in range(len(reader)) for caption in reader.captions(i)]
 
 
-@pytest.mark.parametrize(
-    "name, gap", [("captions.txt", "\t "), ("captions.txt", "\t   "), ("selected_pairs.txt", " ")]
-)
+@pytest.mark.parametrize("name, gap", [("captions.txt", "\t "), ("captions.txt", "\t   "), ("selected_pairs.txt", " ")])
 def test_roco_reads_both_files_of_captions(tmp_path, name, gap):
     folder = make_roco(tmp_path / "train" / "radiology", name=name, gap=gap)
     reader = create_reader("roco", tmp_path)
     assert all_captions(reader) == list(CAPTIONS.values())
-    assert [grey_of(reader.picture(i)) for i in range(4)] == [50, 100, 150, 200]
+    assert [grey_of(reader.image(i)) for i in range(4)] == [50, 100, 150, 200]
     assert reader.name(2) == str(folder / "images" / "ROCO_00003.jpg")
     assert reader.dropped == 0
     for i in (-1, 4):
@@ -194,9 +190,7 @@ def roco(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-@pytest.mark.parametrize(
-    "deeper", ["", "train", "train/radiology", "test/radiology", "validation/non-radiology"]
-)
+@pytest.mark.parametrize("deeper", ["", "train", "train/radiology", "test/radiology", "validation/non-radiology"])
 def test_roco_finds_every_split_from_any_root(roco, split, deeper):
     assert all_captions(create_reader("roco", roco / deeper, split=split)) == [f"{split} radiology"]
 
@@ -210,7 +204,7 @@ def test_roco_parts(roco):
     assert all_captions(create_reader("roco_nonradiology", roco)) == ["train non-radiology"]
     both = create_reader("roco_all", roco)
     assert all_captions(both) == ["train radiology", "train non-radiology"]
-    assert both.picture(1).size == (24, 20)
+    assert both.image(1).size == (24, 20)
 
 
 def test_a_lone_folder_of_captions_is_the_training_split_only(tmp_path):
@@ -238,19 +232,19 @@ def test_metadata_names_another_file_of_captions(tmp_path):
         create_reader("roco", tmp_path, str(folder / "captions.txt"))  # it would serve for every split
 
 
-def test_absent_pictures_and_rows_without_caption_are_counted_and_named(tmp_path):
+def test_absent_images_and_rows_without_caption_are_counted_and_named(tmp_path):
     folder = make_roco(tmp_path / "train" / "radiology")
     with open(folder / "captions.txt", "a") as file:
         file.write("ROCO_00005\t gone\n\nROCO_00001\t  \nROCO_00002\nROCO_00006\t gone too\n")
     reader = create_reader("roco", tmp_path)
     assert len(reader) == 4 and reader.dropped == 2
     log = "\n".join(reader.log)
-    assert "4 pictures" in log
-    assert "2 rows dropped because their picture is absent" in log and "ROCO_00005.jpg" in log
+    assert "4 images" in log
+    assert "2 rows dropped because their image is absent" in log and "ROCO_00005.jpg" in log
     assert "2 rows dropped because they have no caption" in log and "captions.txt line 7" in log
 
 
-def test_a_folder_is_listed_once_and_no_picture_is_asked_for(tmp_path, monkeypatch):
+def test_a_folder_is_listed_once_and_no_image_is_asked_for(tmp_path, monkeypatch):
     make_roco(tmp_path / "train" / "radiology", {f"R_{i}": "text" for i in range(50)})
     listed, asked = [], []
     scandir, stat_of = os.scandir, os.stat
@@ -278,16 +272,16 @@ def test_clear_errors_for_roots_and_files(tmp_path):
     folder = make_roco(tmp_path / "train" / "radiology")
     with pytest.raises(ValueError, match="'val'.*train, validation, test"):
         create_reader("roco", tmp_path, split="val")
-    with pytest.raises(ValueError, match="unknown data set 'rocco'.*roco, .*csv"):
+    with pytest.raises(ValueError, match="unknown dataset 'rocco'.*roco, .*csv"):
         create_reader("rocco", tmp_path)
     (folder / "captions.txt").write_bytes(b"ROCO_00001\t caf\xe9\n")
     with pytest.raises(ValueError, match="captions.txt line 1 is not UTF-8"):
         create_reader("roco", tmp_path)
     (folder / "captions.txt").write_bytes(b"")
-    with pytest.raises(ValueError, match="captions.txt: 0 pictures with captions"):
+    with pytest.raises(ValueError, match="captions.txt: 0 images with captions"):
         create_reader("roco", tmp_path)
     (folder / "captions.txt").write_text("gone\t text\n")
-    with pytest.raises(FileNotFoundError, match="1 rows dropped because their picture is absent.*gone.jpg"):
+    with pytest.raises(FileNotFoundError, match="1 rows dropped because their image is absent.*gone.jpg"):
         create_reader("roco", tmp_path)
 
 
@@ -302,10 +296,10 @@ def test_the_caption_filter_chooses_rows_and_says_how_many(tmp_path):
     make_roco(tmp_path / "train" / "radiology")
     reader = create_reader("roco", tmp_path, caption_filter="mammo-xray")
     assert all_captions(reader) == list(CAPTIONS.values())[:2]
-    assert grey_of(reader.picture(1)) == 100
-    assert "'mammo-xray' keeps 2 of 4 pictures" in reader.log[-1]
+    assert grey_of(reader.image(1)) == 100
+    assert "'mammo-xray' keeps 2 of 4 images" in reader.log[-1]
     axial = create_reader("roco", tmp_path, caption_filter="^axial")
-    assert len(axial) == 2 and grey_of(axial.picture(0)) == 150 and axial.name(1).endswith("ROCO_00004.jpg")
+    assert len(axial) == 2 and grey_of(axial.image(0)) == 150 and axial.name(1).endswith("ROCO_00004.jpg")
     with pytest.raises(ValueError, match="'mamo' keeps 0 of 4.*mammo-xray, mammo"):
         create_reader("roco", tmp_path, caption_filter="mamo")
 
@@ -316,12 +310,10 @@ def test_the_caption_filter_chooses_rows_and_says_how_many(tmp_path):
 def test_rocov2_layouts(tmp_path, layout, split, short):
     name = f"ROCOv2_2023_{short}_000001"
     save_jpeg(tmp_path / layout.format(short) / f"{name}.jpg", 77)
-    (tmp_path / f"{short}_captions.csv").write_text(
-        f'ID,Caption\n{name},"CT, ""axial"",\nsecond line"\ngone,text\n'
-    )
+    (tmp_path / f"{short}_captions.csv").write_text(f'ID,Caption\n{name},"CT, ""axial"",\nsecond line"\ngone,text\n')
     reader = create_reader("rocov2", tmp_path, split=split)
     assert all_captions(reader) == ['CT, "axial",\nsecond line']
-    assert grey_of(reader.picture(0)) == 77 and reader.dropped == 1
+    assert grey_of(reader.image(0)) == 77 and reader.dropped == 1
 
 
 def test_rocov2_says_what_is_missing(tmp_path):
@@ -346,7 +338,7 @@ def test_csv_finds_delimiter_and_columns(tmp_path, text):
     (tmp_path / "pairs.txt").write_text(text, encoding="utf-8")
     reader = create_reader("csv", tmp_path, "pairs.txt")
     assert all_captions(reader) == ["one, two", "three"]
-    assert [grey_of(reader.picture(i)) for i in range(2)] == [60, 120]
+    assert [grey_of(reader.image(i)) for i in range(2)] == [60, 120]
 
 
 def test_csv_splits_by_column_or_by_file(tmp_path):
@@ -365,11 +357,11 @@ def test_csv_splits_by_column_or_by_file(tmp_path):
     "text, message",
     [
         ("image,words\na.jpg,x\n", "no column caption or title.*image, words"),
-        ("picture_id,caption\na.jpg,x\n", "no column image or"),
+        ("image_id,caption\na.jpg,x\n", "no column image or"),
         ("image,caption\na.jpg,x\nb.jpg\n", "line 3 has 1 fields, the header 2"),
         ("image,caption\na.jpg,x\n../b.jpg,y\n", r"line 3: the path '\.\./b\.jpg'"),
         ("image,caption\n/etc/b.jpg,y\n", "line 2: the path '/etc/b.jpg'"),
-        ("image,caption\n", "0 pictures"),
+        ("image,caption\n", "0 images"),
         ("", "no column"),
         ("image,caption\na.jpg,caf\xe9\n", "not UTF-8"),
     ],
@@ -383,7 +375,7 @@ def test_csv_errors_name_file_and_line(tmp_path, text, message):
 
 # ---------------------------------------------------------------------------------------------- large sources
 def make_yfcc(root: Path, rows=None) -> Path:
-    """Pictures 12345678, 12345679 and 5; rows beside them name one absent member and one absent archive."""
+    """Images 12345678, 12345679 and 5; rows beside them name one absent member and one absent archive."""
     for archive, members in {"12/345": (678, 679), "00/000": (5,)}.items():
         path = root / "images" / f"{archive}.zip"
         path.parent.mkdir(parents=True)
@@ -408,9 +400,7 @@ def make_coco(root: Path) -> Path:
         annotations = []
         for image in ids:
             save_jpeg(root / folder / f"{image:012d}.jpg", image % 250)
-            annotations += [
-                {"image_id": image, "id": 2 * image + k, "caption": f"{image} {k}"} for k in range(2)
-            ]
+            annotations += [{"image_id": image, "id": 2 * image + k, "caption": f"{image} {k}"} for k in range(2)]
         annotations += [
             {"image_id": 404, "id": 1, "caption": "gone"},
             {"image_id": ids[0], "id": 0, "caption": "x"},
@@ -476,13 +466,13 @@ def test_large_sources_in_their_published_layout(tmp_path, name):
     make, captions, greys, dropped = LARGE[name]
     reader = create_reader(name, make(tmp_path))
     assert [reader.captions(i) for i in range(len(reader))] == captions
-    assert [grey_of(reader.picture(i)) for i in range(len(reader))] == pytest.approx(greys, abs=1)
+    assert [grey_of(reader.image(i)) for i in range(len(reader))] == pytest.approx(greys, abs=1)
     assert reader.dropped == dropped
-    assert f"{dropped} rows dropped because their picture is absent" in "\n".join(reader.log)
+    assert f"{dropped} rows dropped because their image is absent" in "\n".join(reader.log)
     filtered = create_reader(name, tmp_path, caption_filter=captions[-1][-1])
     assert filtered.captions(len(filtered) - 1) == captions[-1]
     again = pickle.loads(pickle.dumps(reader))  # as a spawned worker gets it
-    assert again.captions(0) == captions[0] and grey_of(again.picture(0)) == pytest.approx(greys[0], abs=1)
+    assert again.captions(0) == captions[0] and grey_of(again.image(0)) == pytest.approx(greys[0], abs=1)
 
 
 def test_every_reader_is_tested_here():
@@ -493,7 +483,7 @@ def test_yfcc_numbers_become_folder_archive_and_member(tmp_path):
     reader = create_reader("yfcc15m", make_yfcc(tmp_path))
     assert reader.name(0) == str(tmp_path / "images" / "12" / "345.zip" / "678.jpg")
     assert reader.name(1) == str(tmp_path / "images" / "00" / "000.zip" / "005.jpg")
-    assert reader.pictures.tolist() == [12345678, 5]
+    assert reader.images.tolist() == [12345678, 5]
 
 
 def test_coco_validation_lies_beside_the_training_file(tmp_path):
@@ -505,17 +495,19 @@ def test_coco_validation_lies_beside_the_training_file(tmp_path):
 
 
 def test_redcaps_in_slips_layout(tmp_path):
-    assert grey_of(create_reader("redcaps", make_redcaps(tmp_path, "")).picture(0)) == 90
+    assert grey_of(create_reader("redcaps", make_redcaps(tmp_path, "")).image(0)) == 90
 
 
 def test_redcaps_with_a_subreddit_in_each_layout(tmp_path):
     make_redcaps(tmp_path, "images")
     save_jpeg(tmp_path / "birding" / "b1.jpg", 60)
-    rows = [{"image_id": image, "caption": image, "subreddit": subreddit}
-            for image, subreddit in (("abc1", "itap"), ("b1", "birding"))]
+    rows = [
+        {"image_id": image, "caption": image, "subreddit": subreddit}
+        for image, subreddit in (("abc1", "itap"), ("b1", "birding"))
+    ]
     (tmp_path / "redcaps_v1.json").write_text(json.dumps(rows))
     reader = create_reader("redcaps", tmp_path)
-    assert [grey_of(reader.picture(i)) for i in range(len(reader))] == [90, 60] and reader.dropped == 0
+    assert [grey_of(reader.image(i)) for i in range(len(reader))] == [90, 60] and reader.dropped == 0
 
 
 @pytest.mark.parametrize("name", ["yfcc15m", "cc3m", "cc12m", "redcaps"])
@@ -560,16 +552,16 @@ def test_damaged_archives_and_members_are_named(tmp_path):
     reader = create_reader("yfcc15m", tmp_path)
     path = tmp_path / "images" / "12" / "345.zip"
     path.write_bytes(path.read_bytes().replace(jpeg(678 % 200), jpeg(678 % 200)[::-1]))
-    with pytest.raises(BrokenPicture, match="12/345.zip/678.jpg"):
-        reader.picture(0)  # the checksum fails
+    with pytest.raises(UnreadableImage, match="12/345.zip/678.jpg"):
+        reader.image(0)  # the checksum fails
     path.write_bytes(b"no archive")
     reader.archives = ZipPool()
-    with pytest.raises(BrokenPicture, match="12/345.zip"):
-        reader.picture(0)
+    with pytest.raises(UnreadableImage, match="12/345.zip"):
+        reader.image(0)
     path.unlink()
     reader.archives = ZipPool()
     with pytest.raises(FileNotFoundError, match="12/345.zip"):
-        reader.picture(0)
+        reader.image(0)
 
 
 def test_open_archives_are_bounded_and_reused(tmp_path):
@@ -709,17 +701,13 @@ def test_the_published_npy_files_are_read(tmp_path, module):
     ]
     np.save(tmp_path / "a.npy", np.array(rows, dtype=object))
     data = (tmp_path / "a.npy").read_bytes()
-    old, new = (
-        struct.pack("<B", len(name)) + name for name in (b"numpy._core.multiarray", b"numpy.core.multiarray")
-    )
+    old, new = (struct.pack("<B", len(name)) + name for name in (b"numpy._core.multiarray", b"numpy.core.multiarray"))
     if module == "numpy.core" and old in data:
         data = data.replace(old, new)
     frame = data.find(b"\x95")  # the frame of protocol 4 states its length: written anew
     if frame > 0:
         data = data[: frame + 1] + struct.pack("<Q", len(data) - frame - 9) + data[frame + 9 :]
-    (tmp_path / "a.npy").write_bytes(
-        data.replace(b"numpy._core.multiarray", module.encode() + b".multiarray")
-    )
+    (tmp_path / "a.npy").write_bytes(data.replace(b"numpy._core.multiarray", module.encode() + b".multiarray"))
     assert read_pickle(tmp_path / "a.npy") == rows
 
 
@@ -768,9 +756,7 @@ def test_an_array_cannot_take_addresses_from_the_file(tmp_path):
         read_pickle(tmp_path / "b.pkl")
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"\x80\x04", b"no pickle", b"\x93NUMPY", b"\x93NUMPY\x01\x00\x05\x00{}   "]
-)
+@pytest.mark.parametrize("data", [b"", b"\x80\x04", b"no pickle", b"\x93NUMPY", b"\x93NUMPY\x01\x00\x05\x00{}   "])
 def test_damaged_pickles_are_named(tmp_path, data):
     (tmp_path / "bad.pkl").write_bytes(data)
     with pytest.raises(ValueError, match="bad.pkl"):
@@ -787,17 +773,13 @@ def test_json_lists_are_read_piece_by_piece(tmp_path, monkeypatch, piece, indent
     path = tmp_path / "a.json"
     path.write_text(json.dumps(VALUES, indent=indent) + "\n")
     assert list(iter_json(path)) == VALUES
-    path.write_text(
-        json.dumps({"info": {"annotations": 1}, "n": 12, "annotations": VALUES, "z": 3}, indent=indent)
-    )
+    path.write_text(json.dumps({"info": {"annotations": 1}, "n": 12, "annotations": VALUES, "z": 3}, indent=indent))
     assert list(iter_json(path, "annotations")) == VALUES
     path.write_text("[]")
     assert list(iter_json(path)) == []
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[1, 2", "[1 2]", '{"a": [1]}', '{"annotations": 3}', "7", '[{"a": }]', "[1,]"]
-)
+@pytest.mark.parametrize("text", ["", "[1, 2", "[1 2]", '{"a": [1]}', '{"annotations": 3}', "7", '[{"a": }]', "[1,]"])
 def test_damaged_json_is_named(tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ValueError, match="bad.json near character"):
@@ -820,62 +802,66 @@ INPUTS = ("image", "text", "view1", "view2")
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(reader):
-    samples = ContrastiveDataset(reader, INPUTS, PRE, seed=3)
+    samples = ContrastiveDataset(reader, INPUTS, PREPROCESS, seed=3)
     first = samples[2, 5]
     assert first["index"] == 5 and first["text"] == "caption 5"
-    assert torch.equal(first["view1"], ContrastiveDataset(reader, INPUTS, PRE, 3)[2, 5]["view1"])
+    assert torch.equal(first["view1"], ContrastiveDataset(reader, INPUTS, PREPROCESS, 3)[2, 5]["view1"])
     assert not torch.equal(first["view1"], first["view2"])
-    for other in (samples[1, 5], ContrastiveDataset(reader, INPUTS, PRE, 4)[2, 5]):
+    for other in (samples[1, 5], ContrastiveDataset(reader, INPUTS, PREPROCESS, 4)[2, 5]):
         assert not torch.equal(first["image"], other["image"])
         assert not torch.equal(first["view2"], other["view2"])
 
 
 def test_a_sample_holds_the_views_of_its_objective(reader):
-    sample = ContrastiveDataset(reader, INPUTS, PRE, seed=3)[2, 5]
-    rng, img = np.random.default_rng((3, 2, 5)), read_picture(reader.name(5))
+    sample = ContrastiveDataset(reader, INPUTS, PREPROCESS, seed=3)[2, 5]
+    rng, img = np.random.default_rng((3, 2, 5)), read_image(reader.name(5))
     rng.integers(1)  # the caption is drawn first
-    for name, view in (("image", train_view(PRE)), ("view1", ssl_view(PRE)), ("view2", ssl_view(PRE))):
-        assert torch.equal(PRE.normalise(sample[name]), view(img, rng))
-    clip = ContrastiveDataset(reader, ("image", "text"), PRE, seed=3)[2, 5]
+    for name, view in (
+        ("image", train_view(PREPROCESS)),
+        ("view1", ssl_view(PREPROCESS)),
+        ("view2", ssl_view(PREPROCESS)),
+    ):
+        assert torch.equal(PREPROCESS.normalise(sample[name]), view(img, rng))
+    clip = ContrastiveDataset(reader, ("image", "text"), PREPROCESS, seed=3)[2, 5]
     assert set(clip) == {"image", "text", "index"}
     assert torch.equal(clip["image"], sample["image"])  # CLIP and SLIP see the same training view
-    assert set(ContrastiveDataset(reader, ("view1", "view2"), PRE, seed=3)[0, 0]) == {
+    assert set(ContrastiveDataset(reader, ("view1", "view2"), PREPROCESS, seed=3)[0, 0]) == {
         "view1",
         "view2",
         "index",
     }
     with pytest.raises(ValueError, match="unknown inputs images; choose from text, image, view1, view2"):
-        ContrastiveDataset(reader, ("images", "text"), PRE, seed=3)
+        ContrastiveDataset(reader, ("images", "text"), PREPROCESS, seed=3)
 
 
-@pytest.mark.parametrize("pre", [PRE, Preprocess(size=16, prepare="medclip")], ids=["colour", "grey"])
-def test_colours_changed_on_the_device_are_those_that_a_worker_makes(reader, pre):
+@pytest.mark.parametrize("preprocess", [PREPROCESS, Preprocess(size=16, prepare="medclip")], ids=["colour", "grey"])
+def test_colours_changed_on_the_device_are_those_that_a_worker_makes(reader, preprocess):
     keys, collate = [(0, i) for i in range(8)], Collate(SimpleTokenizer(context_length=9))
     early, late = (
-        collate([ContrastiveDataset(reader, INPUTS, pre, seed=3, colour_later=later)[key] for key in keys])
+        collate([ContrastiveDataset(reader, INPUTS, preprocess, seed=3, colour_later=later)[key] for key in keys])
         for later in (False, True)
     )
     assert not torch.equal(early["view1"], late["view1"])  # bare crops
     for name in ("image", "view1", "view2"):
         assert early[name].dtype == torch.uint8 and early[name].shape == (8, 3, 16, 16)
-        finished = main.to_device(late, name, pre, torch.device("cpu"))
-        assert torch.equal(finished, main.to_device(early, name, pre, torch.device("cpu")))
-        assert torch.equal(finished, pre.normalise(early[name]))
-    assert torch.equal(main.to_device(late, "text", pre, torch.device("cpu")), early["text"])
+        finished = main.to_device(late, name, preprocess, torch.device("cpu"))
+        assert torch.equal(finished, main.to_device(early, name, preprocess, torch.device("cpu")))
+        assert torch.equal(finished, preprocess.normalise(early[name]))
+    assert torch.equal(main.to_device(late, "text", preprocess, torch.device("cpu")), early["text"])
 
 
 def test_one_of_several_captions_is_drawn(tmp_path):
     reader = create_reader("coco", make_coco(tmp_path))
-    samples = ContrastiveDataset(reader, ("image", "text"), PRE, seed=0)
+    samples = ContrastiveDataset(reader, ("image", "text"), PREPROCESS, seed=0)
     drawn = [samples[epoch, 0]["text"] for epoch in range(300)]
     counts = [drawn.count(text) for text in reader.captions(0)]
-    assert sum(counts) == 300 and min(counts) > 70  # 100 each, deviation 8
+    assert sum(counts) == 300 and min(counts) > 70  # 100 each, std 8
 
 
 def batches(reader, workers: int, epoch: int, context: str | None = None) -> list[dict]:
     sampler = GlobalBatchSampler(len(reader), 4, seed=1)
     sampler.set_epoch(epoch)
-    samples = ContrastiveDataset(reader, INPUTS, PRE, seed=1)
+    samples = ContrastiveDataset(reader, INPUTS, PREPROCESS, seed=1)
     return list(
         DataLoader(
             samples,
@@ -894,7 +880,7 @@ def test_the_number_and_kind_of_workers_changes_nothing(reader, workers, context
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_batches_hold_stacked_pictures_and_token_ids(reader):
+def test_batches_hold_stacked_images_and_token_ids(reader):
     batch = batches(reader, 0, 0)[0]
     assert batch["image"].shape == batch["view1"].shape == (4, 3, 16, 16)
     assert batch["text"].shape == (4, 9) and batch["index"].shape == (4,)
@@ -913,10 +899,10 @@ def test_trimmed_captions_lose_padding_alone():
 
 
 def test_eval_pairs_take_the_evaluation_view(reader):
-    pairs = pickle.loads(pickle.dumps(EvalPairs(reader, PRE)))
+    pairs = pickle.loads(pickle.dumps(EvalPairs(reader, PREPROCESS)))
     tensor, index = pairs[4]
     assert len(pairs) == 12 and index == 4
-    assert torch.equal(tensor, eval_view(PRE)(read_picture(reader.name(4))))
+    assert torch.equal(tensor, eval_view(PREPROCESS)(read_image(reader.name(4))))
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -960,29 +946,29 @@ def test_too_few_pairs_name_both_numbers():
         GlobalBatchSampler(300, 64, world_size=8)
 
 
-# -------------------------------------------------------------------------------------------- broken pictures
+# -------------------------------------------------------------------------------------------- unreadable images
 @pytest.fixture
-def broken_reader(reader):
+def corrupt_reader(reader):
     for i in (2, 7):
-        Path(reader.name(i)).write_bytes(b"no picture")
+        Path(reader.name(i)).write_bytes(b"no image")
     Path(reader.name(9)).unlink()
     return reader
 
 
-def test_a_broken_picture_is_an_error_that_names_it(broken_reader):
-    samples = ContrastiveDataset(broken_reader, INPUTS, PRE, seed=0)
-    with pytest.raises(BrokenPicture, match="ROCO_00002.jpg"):
+def test_a_broken_image_is_an_error_that_names_it(corrupt_reader):
+    samples = ContrastiveDataset(corrupt_reader, INPUTS, PREPROCESS, seed=0)
+    with pytest.raises(UnreadableImage, match="ROCO_00002.jpg"):
         samples[0, 2]
     with pytest.raises(FileNotFoundError, match="ROCO_00009.jpg"):
         samples[0, 9]
-    with pytest.raises(BrokenPicture, match="ROCO_00007.jpg"):
-        EvalPairs(broken_reader, PRE)[7]
+    with pytest.raises(UnreadableImage, match="ROCO_00007.jpg"):
+        EvalPairs(corrupt_reader, PREPROCESS)[7]
 
 
-def test_broken_pictures_are_named_and_replaced_from_seed_epoch_and_index(broken_reader, tmp_path):
+def test_broken_images_are_named_and_replaced_from_seed_epoch_and_index(corrupt_reader, tmp_path):
     def epoch_of(file, epoch=4):
         samples = ContrastiveDataset(
-            broken_reader, INPUTS, PRE, 0, bad_samples=tmp_path / file, max_bad_share=0.5
+            corrupt_reader, INPUTS, PREPROCESS, 0, bad_samples=tmp_path / file, max_bad_share=0.5
         )
         return [samples[epoch, i] for i in range(12)]
 
@@ -990,44 +976,40 @@ def test_broken_pictures_are_named_and_replaced_from_seed_epoch_and_index(broken
     for i, (one, other) in enumerate(zip(first, again, strict=True)):
         assert one["index"] == other["index"] and torch.equal(one["image"], other["image"])
         assert one["index"] not in (2, 7, 9) and (one["index"] == i or i in (2, 7, 9))
-        assert one["text"] == f"caption {one['index']}"  # picture and caption stay together
+        assert one["text"] == f"caption {one['index']}"  # image and caption stay together
     assert {tuple(s["index"] for s in epoch_of("a.txt", epoch)) for epoch in range(5)} != {tuple(range(12))}
     lines = (tmp_path / "a.txt").read_text().splitlines()
-    assert sorted(line.split("\t")[0] for line in lines) == sorted(broken_reader.name(i) for i in (2, 7, 9))
+    assert sorted(line.split("\t")[0] for line in lines) == sorted(corrupt_reader.name(i) for i in (2, 7, 9))
     assert all(line.split("\t")[1] for line in lines)
 
 
-def test_workers_name_a_broken_picture_once(broken_reader, tmp_path):
+def test_workers_name_a_broken_image_once(corrupt_reader, tmp_path):
     path = tmp_path / "bad.txt"
-    samples = ContrastiveDataset(
-        broken_reader, ("view1", "view2"), PRE, 0, bad_samples=path, max_bad_share=0.5
-    )
+    samples = ContrastiveDataset(corrupt_reader, ("view1", "view2"), PREPROCESS, 0, bad_samples=path, max_bad_share=0.5)
     sampler = GlobalBatchSampler(12, 2)
     loader = DataLoader(samples, batch_sampler=sampler, collate_fn=Collate(), num_workers=2)
     for epoch in range(3):
         sampler.set_epoch(epoch)
         assert len(list(loader)) == 6
     names = [line.split("\t")[0] for line in path.read_text().splitlines()]
-    assert set(names) == {broken_reader.name(i) for i in (2, 7, 9)}
+    assert set(names) == {corrupt_reader.name(i) for i in (2, 7, 9)}
 
 
-def test_too_many_broken_pictures_end_the_run(broken_reader, tmp_path):
+def test_too_many_broken_images_end_the_run(corrupt_reader, tmp_path):
     path = tmp_path / "bad.txt"
-    samples = ContrastiveDataset(
-        broken_reader, INPUTS, PRE, 0, bad_samples=path, max_bad_share=0.2
-    )  # 2 of 12
+    samples = ContrastiveDataset(corrupt_reader, INPUTS, PREPROCESS, 0, bad_samples=path, max_bad_share=0.2)  # 2 of 12
     samples[0, 2]
-    with pytest.raises(BrokenPicture, match="3 pictures cannot be read.*bad.txt"):
+    with pytest.raises(UnreadableImage, match="3 images cannot be read.*bad.txt"):
         for i in range(12):
             samples[0, i]
-    later = ContrastiveDataset(broken_reader, INPUTS, PRE, 0, bad_samples=path, max_bad_share=0.1)
-    with pytest.raises(BrokenPicture, match="pictures cannot be read"):  # a resumed run counts on
+    later = ContrastiveDataset(corrupt_reader, INPUTS, PREPROCESS, 0, bad_samples=path, max_bad_share=0.1)
+    with pytest.raises(UnreadableImage, match="images cannot be read"):  # a resumed run counts on
         later[0, 2]
 
 
 def test_when_nothing_can_be_read_the_search_ends(reader, tmp_path):
     for i in range(12):
         Path(reader.name(i)).write_bytes(b"")
-    samples = ContrastiveDataset(reader, INPUTS, PRE, 0, bad_samples=tmp_path / "bad.txt", max_bad_share=1)
-    with pytest.raises(BrokenPicture, match="10 pictures in a row cannot be read"):
+    samples = ContrastiveDataset(reader, INPUTS, PREPROCESS, 0, bad_samples=tmp_path / "bad.txt", max_bad_share=1)
+    with pytest.raises(UnreadableImage, match="10 images in a row cannot be read"):
         samples[0, 0]

@@ -59,8 +59,9 @@ def test_the_demo_trains_probes_and_reruns(tmp_path, capsys):
     before = checkpoint.stat().st_mtime_ns
     again = demo.main(argv)
     assert checkpoint.stat().st_mtime_ns == before and "keeping the SYNTHETIC" in capsys.readouterr().out
-    assert all(again[kind][name]["metrics"] == results[kind][name]["metrics"]
-               for kind in results for name in results[kind])
+    assert all(
+        again[kind][name]["metrics"] == results[kind][name]["metrics"] for kind in results for name in results[kind]
+    )
 
     with pytest.raises(ValueError, match="was drawn with"):  # other settings do not mix with what is there
         demo.main(["--pairs", "301", "--epochs", "1", "--output-dir", str(tmp_path / "out")])

@@ -1,4 +1,5 @@
 """The demo as a newcomer runs it: its own settings, one command, a process of its own."""
+
 import json
 import subprocess
 import sys

@@ -18,11 +18,11 @@ import real_check  # noqa: E402
 
 def pixels(train: bool) -> set[bytes]:
     digits = downstream.create_downstream("digits", train, None)
-    return {digits.picture(i).tobytes() for i in range(len(digits))}
+    return {digits.image(i).tobytes() for i in range(len(digits))}
 
 
 def test_the_held_out_digits_are_in_no_training_pair(tmp_path):
-    """What is trained on is the train split, and no picture of the test split occurs in it."""
+    """What is trained on is the train split, and no image of the test split occurs in it."""
     assert not pixels(True) & pixels(False)
     real_check.write_digits(tmp_path, seed=0)
     rows = [line.split(",")[0] for line in (tmp_path / "pairs.csv").read_text().splitlines() if line.endswith(",train")]
@@ -44,6 +44,6 @@ def test_zero_shot_on_unseen_digits_is_well_above_chance(tmp_path):
         "--resume", str(tmp_path / "run" / "checkpoint.pt"), "--datasets", "digits",
         "--output-dir", str(tmp_path / "zeroshot"), "-j", "0", "--gpu", "-1",
     ])  # fmt: skip
-    figures = report["zero_shot"]["digits"]
-    assert figures["samples"] == 360 and figures["classes"] == 10
-    assert figures["top1"] > 60 and figures["mean_per_class"] > 60
+    scores = report["zero_shot"]["digits"]
+    assert scores["samples"] == 360 and scores["classes"] == 10
+    assert scores["top1"] > 60 and scores["mean_per_class"] > 60

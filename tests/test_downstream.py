@@ -15,9 +15,7 @@ import datasets
 import downstream
 import transforms
 
-ALL_26 = [
-    n for n, e in downstream.read_catalog().items() if n in LABELS and not n.startswith(("digits", "cbis"))
-]
+ALL_26 = [n for n, e in downstream.read_catalog().items() if n in LABELS and not n.startswith(("digits", "cbis"))]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +24,8 @@ def world(tmp_path_factory):
         yield write_world(tmp_path_factory.mktemp("world"), patch)
 
 
-def stated_class(picture: Image.Image, grey: bool) -> int:
-    red, green, _ = picture.getpixel((0, 0))
+def stated_class(image: Image.Image, grey: bool) -> int:
+    red, green, _ = image.getpixel((0, 0))
     return red if grey else red + 256 * green
 
 
@@ -45,16 +43,14 @@ def test_each_layout_is_numbered_in_the_published_order(world, name, train):
     dataset = downstream.create_downstream(name, train, None, world)
     assert len(dataset.classes) == len(LABELS[name])
     samples = [dataset[i] for i in range(len(dataset))]
-    assert {picture.mode for picture, _ in samples} == {"RGB"}
+    assert {image.mode for image, _ in samples} == {"RGB"}
     assert sorted(label for _, label in samples) == list(range(len(LABELS[name])))
-    assert [stated_class(picture, name == "mnist") for picture, _ in samples] == [
-        label for _, label in samples
-    ]
+    assert [stated_class(image, name == "mnist") for image, _ in samples] == [label for _, label in samples]
 
 
 def test_folders_that_are_numbers_are_sorted_as_numbers(tmp_path):
     write_folders(tmp_path / "train", folder_names("flowers"))
-    dataset = downstream.picture_folders(tmp_path / "train", None)
+    dataset = downstream.image_folders(tmp_path / "train", None)
     assert dataset.classes == [str(i) for i in range(1, 103)]
     assert sorted(dataset.classes) != dataset.classes  # what a plain sort would do
 
@@ -63,16 +59,16 @@ def test_the_transform_is_applied_and_workers_receive_the_set(world):
     view = transforms.eval_view(transforms.Preprocess(size=8))
     dataset = downstream.create_downstream("dtd", False, view, world)
     loader = DataLoader(dataset, batch_size=10, num_workers=1, multiprocessing_context="spawn")
-    pictures, labels = next(iter(loader))
-    assert pictures.shape == (10, 3, 8, 8) and labels.tolist() == list(range(10))
-    torch.testing.assert_close(pictures[3], view(Image.fromarray(pixels(3))))
+    images, labels = next(iter(loader))
+    assert images.shape == (10, 3, 8, 8) and labels.tolist() == list(range(10))
+    torch.testing.assert_close(images[3], view(Image.fromarray(pixels(3))))
 
 
 def test_nested_folders_other_files_and_hidden_folders(tmp_path):
     write_folders(tmp_path / "test", ["b", "a"])
     shutil.move(tmp_path / "test" / "a" / "0001.png", tmp_path / "test" / "a" / "z.PNG")
     write_folders(tmp_path / "test" / "a", ["inner"])
-    (tmp_path / "test" / "a" / "notes.txt").write_text("not a picture")
+    (tmp_path / "test" / "a" / "notes.txt").write_text("not an image")
     (tmp_path / "test" / ".cache").mkdir()
     dataset = downstream.create_downstream("thing", False, None, entry_at(tmp_path))
     assert dataset.classes == ["a", "b"]
@@ -80,18 +76,18 @@ def test_nested_folders_other_files_and_hidden_folders(tmp_path):
     assert dataset.labels.tolist() == [0, 0, 1]
 
 
-def test_a_broken_picture_is_named(tmp_path):
+def test_a_broken_image_is_named(tmp_path):
     write_folders(tmp_path / "test", ["a"])
     (tmp_path / "test" / "a" / "0001.png").write_bytes(b"\x89PNG torn")
     dataset = downstream.create_downstream("thing", False, None, entry_at(tmp_path))
-    with pytest.raises(transforms.BrokenPicture, match=r"a/0001\.png"):
+    with pytest.raises(transforms.UnreadableImage, match=r"a/0001\.png"):
         dataset[0]
 
 
 def test_an_empty_class_folder_is_an_error(tmp_path):
     write_folders(tmp_path / "test", ["a", "c"])
     (tmp_path / "test" / "b").mkdir()
-    with pytest.raises(ValueError, match=r"class folder .*b holds no pictures"):
+    with pytest.raises(ValueError, match=r"class folder .*b holds no images"):
         downstream.create_downstream("thing", False, None, entry_at(tmp_path))
 
 
@@ -102,7 +98,7 @@ def test_a_split_without_class_folders_is_an_error(tmp_path):
 
 
 def test_unknown_and_absent_sets(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown data set 'petz'; choose from food101, .*roco"):
+    with pytest.raises(ValueError, match=r"unknown dataset 'petz'; choose from food101, .*roco"):
         downstream.create_downstream("petz", False, None)
     with pytest.raises(FileNotFoundError, match=r"thing: .*nowhere does not exist"):
         downstream.create_downstream("thing", False, None, entry_at(tmp_path / "nowhere"))
@@ -137,16 +133,14 @@ def test_a_listed_path_that_leaves_its_folders_is_refused_with_its_row(tmp_path,
 
 
 def test_absolute_paths_elsewhere_work_where_the_catalog_names_their_folder(tmp_path):
-    lists, pictures = tmp_path / "lists", tmp_path / "pictures"
-    write_file_list(pictures, "test", np.array([0, 1]), [0, 1])
+    lists, images = tmp_path / "lists", tmp_path / "images"
+    write_file_list(images, "test", np.array([0, 1]), [0, 1])
     lists.mkdir()
-    for file in pictures.glob("*.npy"):
+    for file in images.glob("*.npy"):
         shutil.move(file, lists / file.name)
     with pytest.raises(ValueError, match='name its folder as "images"'):
         downstream.create_downstream("thing", False, None, entry_at(lists, "filelist"))
-    dataset = downstream.create_downstream(
-        "thing", False, None, entry_at(lists, "filelist", images=str(pictures))
-    )
+    dataset = downstream.create_downstream("thing", False, None, entry_at(lists, "filelist", images=str(images)))
     assert [stated_class(*dataset[i][:1], False) for i in range(2)] == [0, 1]
 
 
@@ -216,8 +210,8 @@ def test_digits_are_all_there_once_and_the_split_is_fixed():
 
     whole = (load_digits().images / 16 * 255).round().astype(np.uint8)
     assert rows(np.concatenate([train.pixels, test.pixels])) == rows(whole)
-    picture, label = test[0]
-    assert picture.size == (32, 32) and picture.mode == "RGB" and label == test.labels[0]
+    image, label = test[0]
+    assert image.size == (32, 32) and image.mode == "RGB" and label == test.labels[0]
 
 
 def test_a_cifar_file_with_another_checksum_is_not_opened(tmp_path):
@@ -260,9 +254,7 @@ def test_download_is_left_to_torchvision(tmp_path, monkeypatch):
 
 def test_cbis_crops_through_the_catalog(tmp_path):
     rows = []
-    for i, (pathology, split) in enumerate(
-        zip(datasets.CBIS_CLASSES * 2, ["train"] * 3 + ["test"] * 3, strict=True)
-    ):
+    for i, (pathology, split) in enumerate(zip(datasets.CBIS_CLASSES * 2, ["train"] * 3 + ["test"] * 3, strict=True)):
         Image.fromarray(pixels(i % 3)).save(tmp_path / f"{i}.png")
         cells = dict.fromkeys(datasets.CBIS_COLUMNS, "")
         cells |= {
@@ -278,7 +270,7 @@ def test_cbis_crops_through_the_catalog(tmp_path):
     for train in (True, False):
         dataset = downstream.create_downstream("cbis_calc", train, None, catalog)
         assert dataset.classes == list(datasets.CBIS_CLASSES)
-        assert [stated_class(picture, False) for picture, _ in (dataset[i] for i in range(3))] == [0, 1, 2]
+        assert [stated_class(image, False) for image, _ in (dataset[i] for i in range(3))] == [0, 1, 2]
         assert dataset.labels.tolist() == [0, 1, 2]
     with pytest.raises(FileNotFoundError, match=r"mass\.csv"):
         downstream.create_downstream("cbis_mass", False, None, {"cbis_mass": catalog["cbis_calc"]})

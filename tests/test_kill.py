@@ -1,4 +1,5 @@
 """SIGKILL at any moment: a two-process training that is killed again and again ends with the unbroken run's weights."""
+
 import io
 import multiprocessing
 import os
@@ -23,8 +24,9 @@ EPOCHS = 40  # of three steps: more than the kills leave time for
 
 def _rank(rank: int, port: int, argv: list[str], log: str, writing) -> None:
     """One rank of the training. Where `writing` is given, a checkpoint takes 0.1 s to write and that flag is up."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2",
-                      LOCAL_RANK=str(rank))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)
+    )
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     torch.set_num_threads(1)
     if writing is not None:
@@ -40,7 +42,7 @@ def slow_writes(atomic_write, writing):
             data = whole.getvalue()
             writing.value = Path(path).name.startswith("checkpoint_step")
             for part in range(10):
-                file.write(data[part * len(data) // 10:(part + 1) * len(data) // 10])
+                file.write(data[part * len(data) // 10 : (part + 1) * len(data) // 10])
                 file.flush()
                 time.sleep(0.01)
             writing.value = 0
@@ -68,9 +70,10 @@ class Training:
     def start(self, slow: bool = True) -> None:
         self.writing = self.context.Value("i", 0, lock=False) if slow else None
         port = free_port()
-        self.ranks = [self.context.Process(target=_rank, daemon=True,
-                                           args=(rank, port, self.argv, self.log(rank), self.writing))
-                      for rank in range(2)]
+        self.ranks = [
+            self.context.Process(target=_rank, daemon=True, args=(rank, port, self.argv, self.log(rank), self.writing))
+            for rank in range(2)
+        ]
         for process in self.ranks:
             process.start()
 

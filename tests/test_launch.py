@@ -1,4 +1,5 @@
 """Starting main.py the ways users do: plainly, also inside a Slurm shell, and with torchrun; and how ranks end."""
+
 import json
 import os
 import re
@@ -59,10 +60,23 @@ def wait_for(condition, seconds: float, what: str):
 
 def test_plain_python_inside_a_slurm_shell_is_one_process(roco, tmp_path):
     """srun --pty bash leaves these behind; the published code took them for a launcher and waited for peers."""
-    shell = dict(SLURM_JOB_ID="77", SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_LOCALID="0", SLURM_NNODES="2",
-                 SLURM_JOB_NODELIST="n[1-2]", SLURM_NODEID="0", SLURM_STEP_ID="0")
-    done = subprocess.run([sys.executable, ROOT / "main.py", *command(roco, tmp_path, "--epochs", "1", "--gpu", "-1")],
-                          env=environment(**shell), capture_output=True, text=True, timeout=120)
+    shell = dict(
+        SLURM_JOB_ID="77",
+        SLURM_PROCID="0",
+        SLURM_NTASKS="8",
+        SLURM_LOCALID="0",
+        SLURM_NNODES="2",
+        SLURM_JOB_NODELIST="n[1-2]",
+        SLURM_NODEID="0",
+        SLURM_STEP_ID="0",
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", *command(roco, tmp_path, "--epochs", "1", "--gpu", "-1")],
+        env=environment(**shell),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "settings.json").read_text())["derived"]["world_size"] == 1
 
@@ -73,15 +87,38 @@ def _train_rank(rank, world, argv):
 
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_worker_and_resumes_by_itself(roco, tmp_path):
-    argv = [*DROPOUT, "--batch-size", "4", "--epochs", "12", "--eval-freq", "12", "--save-every-minutes", "0",
-            "--gpu", "-1"]
+    argv = [
+        *DROPOUT,
+        "--batch-size",
+        "4",
+        "--epochs",
+        "12",
+        "--eval-freq",
+        "12",
+        "--save-every-minutes",
+        "0",
+        "--gpu",
+        "-1",
+    ]
     run_ranks(_train_rank, 2, command(roco, tmp_path / "unbroken", *argv))
     out = tmp_path / "elastic"
     # With a port torchrun keeps its store over the restart, and the first start's addresses in it.
     torchrun = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1",
-         f"--master-port={free_port()}", ROOT / "main.py", *command(roco, out, *argv)],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--max-restarts=1",
+            f"--master-port={free_port()}",
+            ROOT / "main.py",
+            *command(roco, out, *argv),
+        ],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         wait_for(lambda: steps_saved(out) >= 4 or torchrun.poll() is not None, 120, "training")
         os.kill(ranks_pids(str(out))[1], signal.SIGKILL)
@@ -98,23 +135,35 @@ def test_torchrun_restarts_after_a_killed_worker_and_resumes_by_itself(roco, tmp
 def test_torchrun_asked_to_end_leaves_a_checkpoint(roco, tmp_path):
     argv = ["--batch-size", "4", "--epochs", "400", "--gpu", "-1", "--save-every-minutes", "1000"]
     torchrun = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "main.py",
-         *command(roco, tmp_path, *argv)],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            ROOT / "main.py",
+            *command(roco, tmp_path, *argv),
+        ],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         wait_for(lambda: steps_saved(tmp_path) >= 3 or torchrun.poll() is not None, 120, "an epoch")
         torchrun.send_signal(signal.SIGTERM)
         output, _ = torchrun.communicate(timeout=60)
     finally:
         torchrun.kill()
-    stopped = re.search(r"stopped by SIGTERM: checkpoint written at epoch (\d+), step (\d+)",
-                        (tmp_path / "log.txt").read_text())
+    stopped = re.search(
+        r"stopped by SIGTERM: checkpoint written at epoch (\d+), step (\d+)", (tmp_path / "log.txt").read_text()
+    )
     assert stopped, output
     state = utils.load_checkpoint(tmp_path / "checkpoint.pt")
     assert (state["epoch"], state["step_in_epoch"]) == tuple(map(int, stopped.groups()))
 
 
 # --- the end of one rank is the end of all ---------------------------------------------------------------------------
+
 
 def _rank_of_three(rank, port, folder, what):
     """Rank 1 fails as `what` says while the others wait for it in a collective; each writes down how it ended."""
@@ -125,7 +174,7 @@ def _rank_of_three(rank, port, folder, what):
         with utils.ending_together(processes, said.append):
             utils.gather_objects(processes, "all are there")
             if rank == 1 and what == "raises":
-                raise ValueError("picture 7.jpg is broken")
+                raise ValueError("image 7.jpg is broken")
             if rank == 1 and what == "hangs":
                 time.sleep(6)
             if rank == 1 and what == "is killed":
@@ -139,8 +188,9 @@ def _rank_of_three(rank, port, folder, what):
 
 @pytest.mark.parametrize("what", ["raises", "is killed", "hangs"])
 def test_one_rank_failing_ends_all_with_one_message(tmp_path, what):
-    ranks = mp.start_processes(_rank_of_three, (free_port(), str(tmp_path), what), nprocs=3, join=False,
-                               start_method="fork").processes
+    ranks = mp.start_processes(
+        _rank_of_three, (free_port(), str(tmp_path), what), nprocs=3, join=False, start_method="fork"
+    ).processes
     for process in ranks:
         process.join(60)
     assert [p.exitcode for p in ranks] == [0, -signal.SIGKILL if what == "is killed" else 0, 0]
@@ -149,7 +199,7 @@ def test_one_rank_failing_ends_all_with_one_message(tmp_path, what):
     message = said[0].removeprefix("all ranks end: ")
     assert ended == tuple(f"SystemExit: rank {rank} ends: {message}" for rank in (0, 2))
     if what == "raises":
-        assert message == "rank 1 failed: ValueError: picture 7.jpg is broken"
-        assert (tmp_path / "rank1").read_text().startswith("ValueError: picture 7.jpg is broken")
+        assert message == "rank 1 failed: ValueError: image 7.jpg is broken"
+        assert (tmp_path / "rank1").read_text().startswith("ValueError: image 7.jpg is broken")
     else:
         assert re.match("rank [02] has lost another rank", message)

@@ -31,9 +31,7 @@ QUICK = ("-j", "0", "--gpu", "-1")
 def write_checkpoint(path: Path, tower: str, seed: int = 0, name: str = "CLIP_VITT16", **overrides) -> Path:
     """A checkpoint of ours with random weights and, where there is BatchNorm, running statistics."""
     torch.manual_seed(seed)
-    small = dict(
-        vision_tower=TOWERS[tower], image_size=32, text_layers=1, text_width=64, vocab_size=64, embed_dim=32
-    )
+    small = dict(vision_tower=TOWERS[tower], image_size=32, text_layers=1, text_width=64, vocab_size=64, embed_dim=32)
     model = models.create_model(name, **{**small, **overrides})
     model.visual.train()(torch.rand(16, 3, 32, 32))
     state = {
@@ -109,24 +107,17 @@ def test_printed_row_is_the_published_table(cbis, checkpoint, tmp_path, capsys):
     results = probe(cbis, tmp_path, "--pretrained", str(checkpoint), "--picture", "full")
     out = capsys.readouterr().out
     header, row = (line for line in out.splitlines() if line.startswith("|") and "---" not in line)
-    assert (
-        header
-        == "| Model | AUROC | F1-Score | Precision | Recall | Precision (Malignant) | Recall (Malignant) |"
-    )
+    assert header == "| Model | AUROC | F1-Score | Precision | Recall | Precision (Malignant) | Recall (Malignant) |"
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert "CLIP_VITT16" in cells[0] and len(cells) == 1 + len(METRICS)
     for cell, entry in zip(cells[1:], results["metrics"].values(), strict=True):
         assert float(cell.split()[0]) == pytest.approx(100 * entry["value"], abs=0.006)
         assert float(cell.split("(")[1].split()[0]) == pytest.approx(100 * entry["low"], abs=0.06)
-    assert "full pictures" in out and results["picture"] == "full"
+    assert "full images" in out and results["image_kind"] == "full"
 
 
 def image_side(path: Path) -> dict[str, torch.Tensor]:
-    return {
-        k: v
-        for k, v in utils.load_checkpoint(path)["state_dict"].items()
-        if k.startswith(("visual.", "image_"))
-    }
+    return {k: v for k, v in utils.load_checkpoint(path)["state_dict"].items() if k.startswith(("visual.", "image_"))}
 
 
 def test_the_backbone_does_not_move(cbis, tmp_path, monkeypatch):
@@ -185,9 +176,7 @@ def test_the_test_table_is_read_once_and_last(cbis, checkpoint, tmp_path, monkey
     assert order == ["train", "val", "chosen", "test"]
 
 
-def test_kept_features_are_used_only_for_the_same_weights_and_pictures(
-    cbis, checkpoint, tmp_path, monkeypatch
-):
+def test_kept_features_are_used_only_for_the_same_weights_and_images(cbis, checkpoint, tmp_path, monkeypatch):
     root = tmp_path / "cbis"
     shutil.copytree(cbis, root)
     extracted = []
@@ -252,9 +241,7 @@ def test_baseline_gives_the_paired_difference(run, cbis, tmp_path, capsys):
     )
     got = probe(cbis, tmp_path / "out", *flags)
     for name, entry in got["difference"].items():
-        assert entry["value"] == pytest.approx(
-            got["metrics"][name]["value"] - results["metrics"][name]["value"]
-        )
+        assert entry["value"] == pytest.approx(got["metrics"][name]["value"] - results["metrics"][name]["value"])
         assert entry["low"] <= entry["value"] <= entry["high"]
     assert "paired over patients" in capsys.readouterr().out
     same = probe(cbis, tmp_path / "same", *flags[:2], "--baseline", str(tmp_path / "out" / "predictions.csv"),
@@ -273,7 +260,7 @@ def test_baseline_gives_the_paired_difference(run, cbis, tmp_path, capsys):
         probe(cbis, tmp_path / "x", *flags[:4], "--baseline", str(cbis / "mass.csv"))
 
 
-def test_broken_and_missing_pictures(cbis, checkpoint, tmp_path, capsys):
+def test_broken_and_missing_images(cbis, checkpoint, tmp_path, capsys):
     root = tmp_path / "cbis"
     shutil.copytree(cbis, root)
     test_rows = [row for row in read_csv(root / "calc.csv") if row["split"] == "test"]
@@ -284,9 +271,9 @@ def test_broken_and_missing_pictures(cbis, checkpoint, tmp_path, capsys):
         probe(root, tmp_path / "out", *flags)
     assert not (tmp_path / "out" / "results.json").exists()
     results = probe(root, tmp_path / "out", *flags, "--skip-broken")
-    assert results["lesions_left_out"] == {"train": 0, "val": 0, "test": 1}
+    assert results["lesions_skipped"] == {"train": 0, "val": 0, "test": 1}
     assert results["lesions"]["test"] == len(test_rows) - 1
-    assert "1 MORE LEFT OUT" in capsys.readouterr().out
+    assert "1 MORE SKIPPED" in capsys.readouterr().out
     lesions = [row["lesion"] for row in read_csv(tmp_path / "out" / "predictions.csv")]
     assert lesions == [row["lesion"] for row in test_rows if row is not test_rows[5]]
 
@@ -296,14 +283,12 @@ def test_errors_name_the_thing(cbis, checkpoint, tmp_path):
         probe(cbis, tmp_path, "--pretrained", str(tmp_path / "nowhere.pt"))
     with pytest.raises(FileNotFoundError, match="make_dataset.py cbis"):
         probe(tmp_path / "empty", tmp_path, "--pretrained", str(checkpoint))
-    simclr = write_checkpoint(
-        tmp_path / "simclr.pt", "vit", name="SIMCLR_VITT16", ssl_mlp_dim=16, ssl_emb_dim=8
-    )
+    simclr = write_checkpoint(tmp_path / "simclr.pt", "vit", name="SIMCLR_VITT16", ssl_mlp_dim=16, ssl_emb_dim=8)
     with pytest.raises(ValueError, match="no projection: use --features backbone"):
         probe(cbis, tmp_path, "--pretrained", str(simclr), "--features", "projection")
     with pytest.raises(ValueError, match="unknown vision tower 'vit_gigantic'"):
         probe(cbis, tmp_path, "--arch", "vit_gigantic")
-    with pytest.raises(ValueError, match="unknown data set 'cbis_calcification'; choose from cbis_calc, cbis_mass"):
+    with pytest.raises(ValueError, match="unknown dataset 'cbis_calcification'; choose from cbis_calc, cbis_mass"):
         main_linear.main(["--dataset", "cbis_calcification"])
     with pytest.raises(FileNotFoundError, match="no_such.csv"):
         probe(cbis, tmp_path, "--pretrained", str(checkpoint), "--baseline", str(tmp_path / "no_such.csv"))

@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory) -> Path:
-    """Three colours as class folders (24 pictures to train, 9 to test), entered as `pets` (mean per class)."""
+    """Three colours as class folders (24 images to train, 9 to test), entered as `pets` (mean per class)."""
     root = tmp_path_factory.mktemp("colours")
     rng = np.random.default_rng(0)
     for split, n in (("train", 8), ("test", 3)):
@@ -138,9 +138,11 @@ def test_two_processes_train_what_one_trains(catalog, checkpoint, tmp_path):
 def test_views_are_the_published_ones():
     """Resize(256), CenterCrop(224) to evaluate; to train, crops that depend on seed, epoch and index alone."""
     pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-    img, pre = Image.fromarray(pixels), Preprocess()
-    published = T.Compose([T.Resize(256), T.CenterCrop(224), T.ToTensor(), T.Normalize(pre.mean, pre.std)])
-    assert torch.allclose(main_linear.linear_eval_view(pre, img), published(img), atol=1e-6)
+    img, preprocess = Image.fromarray(pixels), Preprocess()
+    published = T.Compose(
+        [T.Resize(256), T.CenterCrop(224), T.ToTensor(), T.Normalize(preprocess.mean, preprocess.std)]
+    )
+    assert torch.allclose(main_linear.linear_eval_view(preprocess, img), published(img), atol=1e-6)
     medclip = Preprocess(prepare="medclip")  # whole squares: there is nothing to cut off
     assert torch.equal(main_linear.linear_eval_view(medclip, img), eval_view(medclip)(img, None))
 
@@ -151,11 +153,13 @@ def test_views_are_the_published_ones():
         def __len__(self):
             return 2
 
-    views = main_linear.TrainViews(One(), pre, seed=0)
+    views = main_linear.TrainViews(One(), preprocess, seed=0)
     assert views[0, 1][1] == 7 and torch.equal(views[3, 1][0], views[3, 1][0])
     assert not torch.equal(views[3, 1][0], views[4, 1][0]) and not torch.equal(views[3, 0][0], views[3, 1][0])
     ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))).convert("RGB")
-    slopes = [main_linear.linear_train_view(pre, ramp, np.random.default_rng(i))[0, 0].diff().sum() for i in range(60)]
+    slopes = [
+        main_linear.linear_train_view(preprocess, ramp, np.random.default_rng(i))[0, 0].diff().sum() for i in range(60)
+    ]
     assert 15 < sum(float(slope) < 0 for slope in slopes) < 45  # half of the crops are flipped
     spans = sorted(abs(float(slope)) * 0.229 for slope in slopes)
     assert spans[0] < 0.45 and spans[-1] > 0.85  # from small parts to nearly all of the width
@@ -182,7 +186,7 @@ def test_cached_features_fractions_and_neighbours(catalog, checkpoint, tmp_path,
 
 
 def test_errors_name_the_thing(catalog, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="unknown data set 'imagnet'; choose from .*digits"):
+    with pytest.raises(ValueError, match="unknown dataset 'imagnet'; choose from .*digits"):
         run(catalog, checkpoint, tmp_path, "--dataset", "imagnet")
     with pytest.raises(ValueError, match="do not fill one global batch of 128"):
         run(catalog, checkpoint, tmp_path, "-b", "128")

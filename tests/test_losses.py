@@ -1,4 +1,5 @@
-"""Losses against the reference implementation's figures, against NumPy formulas, and over several processes."""
+"""Losses against the reference implementation's scores, against NumPy formulas, and over several processes."""
+
 import json
 from pathlib import Path
 
@@ -146,6 +147,7 @@ def test_losses_do_not_change_what_they_were_given():
 
 # --- tiles ----------------------------------------------------------------------------------------------------------
 
+
 def full_matrices(inputs, temperature, ssl_scale):
     """SLIP's loss as its papers write it: every logit matrix at once. Returns values and gradients."""
     x = {k: v.clone().requires_grad_() for k, v in inputs.items()}
@@ -159,9 +161,13 @@ def full_matrices(inputs, temperature, ssl_scale):
     from_b = torch.cat([b @ a.T, b @ b.T - self_mask], 1) / temperature
     ssl = (cross_entropy(from_a, labels) + cross_entropy(from_b, labels)) / 2
     (clip + ssl_scale * ssl).backward()
-    values = {"loss": clip + ssl_scale * ssl, "clip_loss": clip, "ssl_loss": ssl,
-              "clip_acc": 100 * (logits.argmax(1) == labels).float().mean(),
-              "ssl_acc": 100 * (from_a.argmax(1) == labels).float().mean()}
+    values = {
+        "loss": clip + ssl_scale * ssl,
+        "clip_loss": clip,
+        "ssl_loss": ssl,
+        "clip_acc": 100 * (logits.argmax(1) == labels).float().mean(),
+        "ssl_acc": 100 * (from_a.argmax(1) == labels).float().mean(),
+    }
     return {k: v.detach() for k, v in values.items()}, {k: v.grad for k, v in x.items()}
 
 

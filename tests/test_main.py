@@ -1,4 +1,5 @@
 """main.py end to end on small data: training, validation, resuming, two processes, errors."""
+
 import json
 import os
 import signal
@@ -14,9 +15,25 @@ import main
 import models
 import utils
 
-TINY = ["--image-size", "32", "--ssl-mlp-dim", "32", "--ssl-emb-dim", "16", "--context-length", "24",
-        "--override", "vision.patch_size=8", "vision.embed_dim=32", "vision.depth=2", "vision.num_heads=2",
-        "text_width=32", "text_layers=1", "text_heads=2", "embed_dim=16"]
+TINY = [
+    "--image-size",
+    "32",
+    "--ssl-mlp-dim",
+    "32",
+    "--ssl-emb-dim",
+    "16",
+    "--context-length",
+    "24",
+    "--override",
+    "vision.patch_size=8",
+    "vision.embed_dim=32",
+    "vision.depth=2",
+    "vision.num_heads=2",
+    "text_width=32",
+    "text_layers=1",
+    "text_heads=2",
+    "embed_dim=16",
+]
 DROPOUT = ["vision.proj_drop_rate=0.1", "vision.drop_path_rate=0.1"]  # makes every step draw random numbers
 
 
@@ -26,8 +43,28 @@ def roco(tmp_path_factory):
 
 
 def command(roco, output_dir, *extra, model="SLIP_VITT16"):
-    return ["--dataset", "roco", "--root", str(roco), "--model", model, "--output-dir", str(output_dir), "-j", "0",
-            "--batch-size", "8", "--epochs", "2", "--lr", "1e-3", "--print-freq", "1", *TINY, *extra]
+    return [
+        "--dataset",
+        "roco",
+        "--root",
+        str(roco),
+        "--model",
+        model,
+        "--output-dir",
+        str(output_dir),
+        "-j",
+        "0",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "2",
+        "--lr",
+        "1e-3",
+        "--print-freq",
+        "1",
+        *TINY,
+        *extra,
+    ]
 
 
 def weights(output_dir):
@@ -125,8 +162,10 @@ def test_accumulation_has_a_correct_tail(roco, tmp_path):
     assert len([r for r in rows if r["kind"] == "train"]) == 2
 
 
-@pytest.mark.parametrize("model, extra, length", [
-    ("CLIP_VITT16", [], 16), ("MEDCLIP_RESNET", [], 16), ("MEDCLIP_RESNET", ["--text-pooling", "medclip"], 24)])
+@pytest.mark.parametrize(
+    "model, extra, length",
+    [("CLIP_VITT16", [], 16), ("MEDCLIP_RESNET", [], 16), ("MEDCLIP_RESNET", ["--text-pooling", "medclip"], 24)],
+)
 def test_the_text_tower_is_given_what_it_reads(roco, tmp_path, monkeypatch, model, extra, length):
     """Captions of 9 to 12 tokens in a context of 24; MedCLIP's own pooling reads the padding too."""
     seen, original = set(), main.accumulate_micro
@@ -164,21 +203,54 @@ def test_the_other_objectives_train(roco, tmp_path, model):
 def test_medslip_fine_tunes_and_exports_what_medclip_loads(roco, tmp_path):
     import medclip
 
-    tiny_bert = ["vision.embed_dim=12", "vision.depths=[1,1]", "vision.num_heads=[2,2]", "text_width=32",
-                 "text_heads=2", "text_layers=3"]
+    tiny_bert = [
+        "vision.embed_dim=12",
+        "vision.depths=[1,1]",
+        "vision.num_heads=[2,2]",
+        "text_width=32",
+        "text_heads=2",
+        "text_layers=3",
+    ]
     vocab = tmp_path / "vocab.txt"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "mammogram", "chest", "ct", "mri", "mass", "case", "of"]
     vocab.write_text("\n".join(words) + "\n")
-    argv = ["--dataset", "roco", "--root", str(roco), "--model", "MEDSLIP_VIT", "--output-dir", str(tmp_path / "run"),
-            "-j", "0", "--batch-size", "8", "--epochs", "1", "--lr", "5e-5", "--image-size", "64",
-            "--ssl-mlp-dim", "32", "--ssl-emb-dim", "16", "--bert-vocab", str(vocab), "--override", *tiny_bert]
+    argv = [
+        "--dataset",
+        "roco",
+        "--root",
+        str(roco),
+        "--model",
+        "MEDSLIP_VIT",
+        "--output-dir",
+        str(tmp_path / "run"),
+        "-j",
+        "0",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "1",
+        "--lr",
+        "5e-5",
+        "--image-size",
+        "64",
+        "--ssl-mlp-dim",
+        "32",
+        "--ssl-emb-dim",
+        "16",
+        "--bert-vocab",
+        str(vocab),
+        "--override",
+        *tiny_bert,
+    ]
     main.main(argv)
     exported = medclip.read_weights(tmp_path / "run" / "medclip_export")
     best = models.load_pretrained(tmp_path / "run" / "checkpoint_best.pt")
     assert best.tokenizer.vocab == words and best.model.config["vocab_size"] == len(words)
     assert torch.equal(exported["text_model.projection_head.weight"], best.model.text_projection.T)
-    assert torch.equal(exported["vision_model.model.encoder.layers.0.blocks.0.attention.self.query.weight"],
-                       best.model.visual.encoder.layers[0].blocks[0].attention.q_proj.weight)
+    assert torch.equal(
+        exported["vision_model.model.encoder.layers.0.blocks.0.attention.self.query.weight"],
+        best.model.visual.encoder.layers[0].blocks[0].attention.q_proj.weight,
+    )
     other = models.create_model("MEDCLIP_VIT", **{k: v for k, v in best.model.config.items() if k != "objective"})
     models.initialise(other, tmp_path / "run" / "medclip_export")
     image = torch.randn(1, 3, 64, 64)
@@ -186,8 +258,26 @@ def test_medslip_fine_tunes_and_exports_what_medclip_loads(roco, tmp_path):
 
 
 def test_init_starts_anew_from_weights_alone(roco, unbroken, tmp_path):
-    row = main.main(command(roco, tmp_path, "--init", str(unbroken / "checkpoint.pt"), "--epochs", "1", "--lr", "0",
-                            "--lr-start", "0", "--lr-end", "0", "--wd", "0", "--image-size", "48"))
+    row = main.main(
+        command(
+            roco,
+            tmp_path,
+            "--init",
+            str(unbroken / "checkpoint.pt"),
+            "--epochs",
+            "1",
+            "--lr",
+            "0",
+            "--lr-start",
+            "0",
+            "--lr-end",
+            "0",
+            "--wd",
+            "0",
+            "--image-size",
+            "48",
+        )
+    )
     assert row["epoch"] == 0
     then, now = weights(unbroken), weights(tmp_path)
     assert torch.equal(then["token_embedding.weight"], now["token_embedding.weight"])
@@ -195,10 +285,10 @@ def test_init_starts_anew_from_weights_alone(roco, unbroken, tmp_path):
 
 
 def test_evaluate_only_validates(roco, unbroken, tmp_path):
-    figures = main.main(command(roco, tmp_path, "--evaluate", "--resume", str(unbroken / "checkpoint.pt")))
+    scores = main.main(command(roco, tmp_path, "--evaluate", "--resume", str(unbroken / "checkpoint.pt")))
     rows = [json.loads(line) for line in (unbroken / "log.jsonl").read_text().splitlines()]
     last = [r for r in rows if r["kind"] == "epoch"][-1]
-    assert figures["val_i2t_r5"] == last["val_i2t_r5"] and not (tmp_path / "checkpoint.pt").exists()
+    assert scores["val_i2t_r5"] == last["val_i2t_r5"] and not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_caption_filter_applies_to_validation_and_reports_the_full_pool(roco, tmp_path):
@@ -227,6 +317,7 @@ def test_two_processes_equal_one(roco, tmp_path, model):
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
+
 
 def test_errors_name_the_thing(roco, tmp_path):
     with pytest.raises(FileNotFoundError, match="no-such-folder"):
@@ -269,26 +360,56 @@ def test_a_loss_that_stays_not_finite_ends_the_run(roco, tmp_path, monkeypatch):
 def test_published_defaults():
     """The defaults of the published script, as users' command lines rely on them."""
     args = vars(main.get_args_parser().parse_args([]))
-    published = dict(dataset="yfcc15m", root="", metadata="yfcc15m.pkl", output_dir="./", model="SLIP_VITB16",
-                     ssl_mlp_dim=4096, ssl_emb_dim=256, ssl_scale=1.0, ssl_temp=0.1, resume="", epochs=25,
-                     warmup_epochs=1, start_epoch=0, batch_size=64, lr=3e-3, lr_start=1e-6, lr_end=1e-5, update_freq=1,
-                     wd=0.1, betas=(0.9, 0.98), eps=1e-8, eval_freq=1, disable_amp=False, print_freq=10, workers=10,
-                     evaluate=False, world_size=1, rank=0, local_rank=0, dist_url="env://", dist_backend="nccl", seed=0,
-                     gpu=None, wandb=False)
+    published = dict(
+        dataset="yfcc15m",
+        root="",
+        metadata="yfcc15m.pkl",
+        output_dir="./",
+        model="SLIP_VITB16",
+        ssl_mlp_dim=4096,
+        ssl_emb_dim=256,
+        ssl_scale=1.0,
+        ssl_temp=0.1,
+        resume="",
+        epochs=25,
+        warmup_epochs=1,
+        start_epoch=0,
+        batch_size=64,
+        lr=3e-3,
+        lr_start=1e-6,
+        lr_end=1e-5,
+        update_freq=1,
+        wd=0.1,
+        betas=(0.9, 0.98),
+        eps=1e-8,
+        eval_freq=1,
+        disable_amp=False,
+        print_freq=10,
+        workers=10,
+        evaluate=False,
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        dist_url="env://",
+        dist_backend="nccl",
+        seed=0,
+        gpu=None,
+        wandb=False,
+    )
     assert {k: args[k] for k in published} == published
 
 
-def test_broken_pictures_are_named_replaced_and_limited(tmp_path):
+def test_broken_images_are_named_replaced_and_limited(tmp_path):
     root = make_roco(tmp_path / "roco")
     bad = root / "train" / "radiology" / "images" / "ROCO_00003.jpg"
     bad.write_bytes(bad.read_bytes()[:200])
     main.main(command(root, tmp_path / "run", "--epochs", "1", "--max-bad-share", "0.2"))
     assert "ROCO_00003.jpg" in (tmp_path / "run" / "bad_samples.txt").read_text()
-    with pytest.raises(ValueError, match="1 pictures.*more than.*bad_samples.txt"):
+    with pytest.raises(ValueError, match="1 images.*more than.*bad_samples.txt"):
         main.main(command(root, tmp_path / "strict", "--epochs", "1"))
 
 
-def test_a_broken_validation_picture_is_an_error_or_left_out(tmp_path):
+def test_a_broken_validation_image_is_an_error_or_left_out(tmp_path):
     root = make_roco(tmp_path / "roco")
     bad = root / "validation" / "radiology" / "images" / "ROCO_00026.jpg"
     bad.write_bytes(bad.read_bytes()[:200])
@@ -302,8 +423,8 @@ def test_evaluate_takes_the_runs_own_best_and_its_settings(roco, unbroken, tmp_p
     before = (unbroken / "settings.json").read_bytes()
     best = utils.load_checkpoint(unbroken / "checkpoint_best.pt")["best_acc1"]
     argv = ["--dataset", "roco", "--root", str(roco), "--output-dir", str(unbroken), "-j", "0", "--evaluate"]
-    figures = main.main(argv)  # no model flags: the checkpoint says what it is
-    recalls = [v for k, v in figures.items() if k.startswith(("val_i2t_r", "val_t2i_r"))]
+    scores = main.main(argv)  # no model flags: the checkpoint says what it is
+    recalls = [v for k, v in scores.items() if k.startswith(("val_i2t_r", "val_t2i_r"))]
     assert sum(recalls) / 6 == pytest.approx(best)
     assert (unbroken / "settings.json").read_bytes() == before
     with pytest.raises(ValueError, match="--evaluate needs weights"):
@@ -339,7 +460,7 @@ def test_one_bad_step_spoils_neither_weights_nor_statistics_nor_meters(roco, tmp
 
     monkeypatch.setattr(main, "accumulate_micro", poisoned)
     argv = command(roco, tmp_path, "--epochs", "1", "--print-freq", "3")
-    argv[argv.index("--override") + 1:argv.index("text_width=32")] = []
+    argv[argv.index("--override") + 1 : argv.index("text_width=32")] = []
     main.main([*argv, "--vision-tower", "resnet10t"])
     state = weights(tmp_path)
     assert [k for k, v in state.items() if not v.isfinite().all()] == []
@@ -348,8 +469,9 @@ def test_one_bad_step_spoils_neither_weights_nor_statistics_nor_meters(roco, tmp
 
 
 def test_a_filter_that_leaves_no_validation_pair_validates_on_the_whole_pool(roco, tmp_path):
-    row = main.main(command(roco, tmp_path, "--caption-filter", "case 1?[0-9]\\b", "--batch-size", "4", "--epochs",
-                            "1"))
+    row = main.main(
+        command(roco, tmp_path, "--caption-filter", "case 1?[0-9]\\b", "--batch-size", "4", "--epochs", "1")
+    )
     assert row["val_full_pool"] == 8 and "val_pool" not in row
     assert "the whole pool chooses" in (tmp_path / "log.txt").read_text()
 
@@ -364,8 +486,9 @@ def test_contradictory_and_empty_commands_are_refused(roco, tmp_path):
     with pytest.raises(SystemExit):
         main.main(command(roco, tmp_path, "--print-freq", "0"))
     with pytest.raises(ValueError, match="512"):
-        main.main(command(roco, tmp_path, "--context-length", "600", "--override", "text_layers=2",
-                          model="MEDCLIP_RESNET"))
+        main.main(
+            command(roco, tmp_path, "--context-length", "600", "--override", "text_layers=2", model="MEDCLIP_RESNET")
+        )
     published = tmp_path / "published.pt"
     torch.save({"state_dict": {}, "args": {"model": "SLIP_VITT16"}}, published)
     with pytest.raises(ValueError, match="--init starts a new run"):
@@ -373,11 +496,33 @@ def test_contradictory_and_empty_commands_are_refused(roco, tmp_path):
 
 
 def test_freezing_and_published_gather_reach_the_run(roco, tmp_path):
-    main.main(command(roco, tmp_path, "--epochs", "1", "--freeze", "image", "--no-gather-with-grad",
-                      "--accum-negatives", "full", "--update-freq", "2", "--batch-size", "4", model="SLIP_VITT16"))
+    main.main(
+        command(
+            roco,
+            tmp_path,
+            "--epochs",
+            "1",
+            "--freeze",
+            "image",
+            "--no-gather-with-grad",
+            "--accum-negatives",
+            "full",
+            "--update-freq",
+            "2",
+            "--batch-size",
+            "4",
+            model="SLIP_VITT16",
+        )
+    )
     torch.manual_seed(0)
-    fresh = models.create_model("SLIP_VITT16", **{k: v for k, v in utils.load_checkpoint(
-        tmp_path / "checkpoint.pt")["model"]["config"].items() if k != "objective"})
+    fresh = models.create_model(
+        "SLIP_VITT16",
+        **{
+            k: v
+            for k, v in utils.load_checkpoint(tmp_path / "checkpoint.pt")["model"]["config"].items()
+            if k != "objective"
+        },
+    )
     trained = weights(tmp_path)
     assert torch.equal(trained["visual.blocks.0.attn.qkv.weight"], fresh.visual.blocks[0].attn.qkv.weight)
     assert not torch.equal(trained["image_projection"], fresh.image_projection)

@@ -103,7 +103,7 @@ def test_index_is_built_where_the_archives_are(tmp_path, capsys):
     flags = [f"--{flag}={tmp_path / name}" for flag, name in zip(("ids", "subset", "dataset"), names, strict=True)]
     make_dataset.main(["yfcc15m", *flags, "--output-dir", str(tmp_path / "out"), "--root", str(tmp_path)])
     assert list((tmp_path / "out").glob("*.index"))
-    assert "5 pictures with captions" in capsys.readouterr().out
+    assert "5 images with captions" in capsys.readouterr().out
 
 
 def test_errors_name_the_file_and_the_line(tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_errors_name_the_file_and_the_line(tmp_path, monkeypatch):
     write_sources(tmp_path, 20)
     table = tmp_path / "yfcc100m_dataset.txt"
     lines = table.read_text().splitlines(keepends=True)
-    for bad, message in (("x\ty\n", "line 3: b'x' is not a picture number"), ("123456789\t\n", "line 3: b'123456789'")):
+    for bad, message in (("x\ty\n", "line 3: b'x' is not an image number"), ("123456789\t\n", "line 3: b'123456789'")):
         table.write_text("".join([*lines[:2], bad, *lines[2:]]))
         with pytest.raises(ValueError, match=message):
             make_dataset.main([])
@@ -125,6 +125,6 @@ def test_errors_name_the_file_and_the_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="found -5..1"):
         make_dataset.main([])
     np.save("flickr_unique_ids.npy", np.array([1, None]), allow_pickle=True)
-    with pytest.raises(ValueError, match="flickr_unique_ids.npy is no array of picture numbers"):
+    with pytest.raises(ValueError, match="flickr_unique_ids.npy is no array of image numbers"):
         make_dataset.main([])
     assert not list(tmp_path.glob("*.pkl*"))

@@ -1,4 +1,5 @@
-"""MedCLIP's towers against the outputs of MedCLIP itself (transformers 4.24), and its weight files both ways."""
+"""MedCLIP's towers against the outputs of MedCLIP itself (transformers 4.24), and its weight files."""
+
 import zipfile
 import zlib
 from pathlib import Path
@@ -121,9 +122,20 @@ def test_folder_without_weights_is_named(tmp_path):
 
 
 def tiny_medslip(**overrides):
-    return models.create_model("MEDSLIP_VIT", **{
-        "image_size": 64, "vision_kwargs": dict(embed_dim=12, depths=[1, 1], num_heads=[2, 2]), "text_width": 32,
-        "text_heads": 2, "text_layers": 3, "vocab_size": 50, "ssl_mlp_dim": 16, "ssl_emb_dim": 8, **overrides})
+    return models.create_model(
+        "MEDSLIP_VIT",
+        **{
+            "image_size": 64,
+            "vision_kwargs": dict(embed_dim=12, depths=[1, 1], num_heads=[2, 2]),
+            "text_width": 32,
+            "text_heads": 2,
+            "text_layers": 3,
+            "vocab_size": 50,
+            "ssl_mlp_dim": 16,
+            "ssl_emb_dim": 8,
+            **overrides,
+        },
+    )
 
 
 def test_masked_pooling_ignores_padding_and_medclip_pooling_does_not():
@@ -141,8 +153,20 @@ def test_masked_pooling_ignores_padding_and_medclip_pooling_does_not():
 
 @pytest.mark.parametrize("name", ["MEDSLIP_VIT", "MEDSLIP_RESNET"])
 def test_every_parameter_receives_a_gradient(name):
-    model = tiny_medslip() if name == "MEDSLIP_VIT" else models.create_model(
-        name, image_size=64, text_width=32, text_heads=2, text_layers=3, vocab_size=50, ssl_mlp_dim=16, ssl_emb_dim=8)
+    model = (
+        tiny_medslip()
+        if name == "MEDSLIP_VIT"
+        else models.create_model(
+            name,
+            image_size=64,
+            text_width=32,
+            text_heads=2,
+            text_layers=3,
+            vocab_size=50,
+            ssl_mlp_dim=16,
+            ssl_emb_dim=8,
+        )
+    )
     views = [torch.randn(4, 3, 64, 64) for _ in range(3)]
     tokens = torch.randint(1, 50, (4, 6))
     loss = model.objective.loss(ssl_temp=0.1, ssl_scale=1.0, gather_with_grad=True)

@@ -100,7 +100,7 @@ def test_recall_interval_is_the_binomial_one_for_one_lesion_a_patient():
     assert got.high == pytest.approx(p + half, abs=0.1 * half)
 
 
-def delong_deviation(pos: np.ndarray, neg: np.ndarray) -> float:
+def delong_std(pos: np.ndarray, neg: np.ndarray) -> float:
     """Standard error of the AUROC (DeLong, DeLong & Clarke-Pearson 1988, equations 4 to 6)."""
     wins = (pos[:, None] > neg) + 0.5 * (pos[:, None] == neg)
     return np.sqrt(wins.mean(1).var(ddof=1) / len(pos) + wins.mean(0).var(ddof=1) / len(neg))
@@ -111,8 +111,8 @@ def test_auroc_interval_agrees_with_delong():
     labels = np.repeat([0, 1], 400)
     score = 1 / (1 + np.exp(-(rng.normal(size=800) + labels)))
     got = patient_bootstrap(labels, np.stack([1 - score, score], 1), np.arange(800), PAIR)["auroc"]
-    deviation = delong_deviation(score[labels == 1], score[labels == 0])
-    assert (got.high - got.low) / (2 * 1.96) == pytest.approx(deviation, rel=0.1)
+    std = delong_std(score[labels == 1], score[labels == 0])
+    assert (got.high - got.low) / (2 * 1.96) == pytest.approx(std, rel=0.1)
 
 
 def test_copies_of_a_lesion_within_the_patient_add_no_certainty():

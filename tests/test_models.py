@@ -1,4 +1,5 @@
 """Models against the published constructors and the reference implementation's outputs and gradients."""
+
 import gzip
 import json
 import math
@@ -20,12 +21,22 @@ TINY = torch.load(GOLDENS / "models_tiny.pt", weights_only=True)
 def tiny_model(objective: str, **overrides):
     """The goldens' small towers, in the notation of our overrides."""
     c = TINY["config"]
-    return models.create_model(f"{objective}_VITT16", **{
-        "image_size": c["img"], "vision_kwargs": dict(patch_size=c["patch"], embed_dim=c["width"], depth=c["depth"],
-                                                      num_heads=c["heads"]),
-        "embed_dim": c["embed_dim"], "context_length": c["ctx"], "vocab_size": c["vocab"], "text_width": c["twidth"],
-        "text_heads": c["theads"], "text_layers": c["tlayers"], "ssl_mlp_dim": c["mlp"], "ssl_emb_dim": c["emb"],
-        **overrides})
+    return models.create_model(
+        f"{objective}_VITT16",
+        **{
+            "image_size": c["img"],
+            "vision_kwargs": dict(patch_size=c["patch"], embed_dim=c["width"], depth=c["depth"], num_heads=c["heads"]),
+            "embed_dim": c["embed_dim"],
+            "context_length": c["ctx"],
+            "vocab_size": c["vocab"],
+            "text_width": c["twidth"],
+            "text_heads": c["theads"],
+            "text_layers": c["tlayers"],
+            "ssl_mlp_dim": c["mlp"],
+            "ssl_emb_dim": c["emb"],
+            **overrides,
+        },
+    )
 
 
 def golden_model(objective: str):
@@ -100,24 +111,32 @@ def test_initial_distributions_are_the_published_ones():
     assert std(vit.blocks[3].mlp.fc2.weight) == pytest.approx(0.02, rel=0.02)
     fan_in = 3 * 16 * 16
     assert std(vit.patch_embed.proj.weight) == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.02)  # Conv2d's own
-    assert std(model.image_projection) == pytest.approx(384 ** -0.5, rel=0.02)
-    assert std(model.text_projection) == pytest.approx(512 ** -0.5, rel=0.02)
+    assert std(model.image_projection) == pytest.approx(384**-0.5, rel=0.02)
+    assert std(model.text_projection) == pytest.approx(512**-0.5, rel=0.02)
     assert std(model.token_embedding.weight) == pytest.approx(0.02, rel=0.02)
     assert std(model.positional_embedding) == pytest.approx(0.01, rel=0.02)
-    assert std(text[5].attn.in_proj_weight) == pytest.approx(512 ** -0.5, rel=0.02)
+    assert std(text[5].attn.in_proj_weight) == pytest.approx(512**-0.5, rel=0.02)
     assert std(text[5].attn.out_proj.weight) == pytest.approx((512 * 24) ** -0.5, rel=0.02)
-    assert std(text[5].mlp.c_fc.weight) == pytest.approx(1024 ** -0.5, rel=0.02)
+    assert std(text[5].mlp.c_fc.weight) == pytest.approx(1024**-0.5, rel=0.02)
     assert std(text[5].mlp.c_proj.weight) == pytest.approx((512 * 24) ** -0.5, rel=0.02)
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     assert not text[5].attn.in_proj_bias.any() and not text[5].attn.out_proj.bias.any()
-    assert text[5].mlp.c_fc.bias.abs().max() <= 512 ** -0.5  # nn.Linear's own
+    assert text[5].mlp.c_fc.bias.abs().max() <= 512**-0.5  # nn.Linear's own
 
 
 def test_any_timm_tower_and_image_size():
-    model = models.create_model("SLIP_VITT16", vision_tower="resnet10t", image_size=64, text_layers=1, embed_dim=32,
-                                ssl_mlp_dim=16, ssl_emb_dim=8)
-    outputs = model(*(torch.randn(2, 3, 64, 64), torch.randint(1, 99, (2, 9)), torch.randn(2, 3, 64, 64),
-                      torch.randn(2, 3, 64, 64)))
+    model = models.create_model(
+        "SLIP_VITT16",
+        vision_tower="resnet10t",
+        image_size=64,
+        text_layers=1,
+        embed_dim=32,
+        ssl_mlp_dim=16,
+        ssl_emb_dim=8,
+    )
+    outputs = model(
+        *(torch.randn(2, 3, 64, 64), torch.randint(1, 99, (2, 9)), torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64))
+    )
     assert outputs["image_embed"].shape == (2, 32) and outputs["aug1_embed"].shape == (2, 8)
     assert not model.joint_views  # its BatchNorm sees each view as a batch of its own
     assert model.visual(torch.randn(2, 3, 64, 64)).shape == (2, model.feature_dim)
@@ -154,7 +173,7 @@ def test_embeddings_and_gradients_do_not_depend_on_how_far_captions_are_padded(t
     results = []
     for length in (24, 8, 4):
         padded = torch.zeros(2, length, dtype=torch.long)
-        padded[:, :min(length, 6)] = tokens[:, :length]
+        padded[:, : min(length, 6)] = tokens[:, :length]
         model.zero_grad()
         embedded = model.encode_text(padded)
         (embedded * towards).sum().backward()
@@ -187,8 +206,15 @@ def test_published_files_load_safely(tmp_path):
     model = tiny_model("SLIP")
     args = Namespace(model="SLIP_VITT16", output_dir=PosixPath("/runs/slip"), lr=3e-3)
     path = tmp_path / "slip.pt"
-    torch.save({"epoch": 25, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
-                "best_acc1": 42.8, "args": args}, path)
+    torch.save(
+        {
+            "epoch": 25,
+            "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
+            "best_acc1": 42.8,
+            "args": args,
+        },
+        path,
+    )
     other = tiny_model("SLIP")
     models.initialise(other, path)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
@@ -197,8 +223,13 @@ def test_published_files_load_safely(tmp_path):
 def test_published_full_size_file_is_recognised(tmp_path):
     model = models.SIMCLR_VITS16(ssl_mlp_dim=64, ssl_emb_dim=16)
     path = tmp_path / "simclr_small.pt"
-    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
-                "args": Namespace(model="SIMCLR_VITS16")}, path)
+    torch.save(
+        {
+            "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
+            "args": Namespace(model="SIMCLR_VITS16"),
+        },
+        path,
+    )
     loaded = models.load_pretrained(path)
     assert loaded.model.name == "SIMCLR_VITS16" and loaded.tokenizer is None and not loaded.model.training
     assert loaded.preprocess.size == 224
@@ -221,9 +252,15 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
 def test_checkpoint_round_trip_restores_model_and_settings(tmp_path):
     model = tiny_model("SLIP")
     path = tmp_path / "ours.pt"
-    utils.save_checkpoint({"model": {"name": model.name, "config": model.config}, "state_dict": model.state_dict(),
-                           "preprocess": model.preprocess.to_dict(), "tokenizer": {"kind": "clip-bpe",
-                                                                                   "context_length": 16}}, path)
+    utils.save_checkpoint(
+        {
+            "model": {"name": model.name, "config": model.config},
+            "state_dict": model.state_dict(),
+            "preprocess": model.preprocess.to_dict(),
+            "tokenizer": {"kind": "clip-bpe", "context_length": 16},
+        },
+        path,
+    )
     loaded = models.load_pretrained(path)
     assert loaded.model.config == model.config and loaded.preprocess == model.preprocess
     assert loaded.tokenizer(["a"]).shape == (1, 16)

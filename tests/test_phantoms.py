@@ -1,5 +1,5 @@
 """phantoms.py: the layouts are read back by our own readers, the anatomy and the rates checked against their
-definitions, and that no pathology reaches a picture or a caption."""
+definitions, and that no pathology reaches an image or a caption."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LESIONS = {"calc": {"train": 60, "test": 30}, "mass": {"train": 110, "test": 30}
 # The first lines of the tables as published.
 HEADERS = {
     "calc": "patient_id,breast density,left or right breast,image view,abnormality id,abnormality type,calc type,"
-            "calc distribution,assessment,pathology,subtlety,image file path,cropped image file path,"
-            "ROI mask file path",
+    "calc distribution,assessment,pathology,subtlety,image file path,cropped image file path,"
+    "ROI mask file path",
     "mass": "patient_id,breast_density,left or right breast,image view,abnormality id,abnormality type,mass shape,"
-            "mass margins,assessment,pathology,subtlety,image file path,cropped image file path,ROI mask file path",
+    "mass margins,assessment,pathology,subtlety,image file path,cropped image file path,ROI mask file path",
 }
 TABLES = [(kind, split) for kind in LESIONS for split in ("train", "test")]
 
@@ -55,7 +55,7 @@ def case_table(root: Path, kind: str, split: str) -> list[dict[str, str]]:
 
 
 def captions(n: int) -> list[str]:
-    """Captions of mammograms, by the hundred without their pictures, and of other pictures."""
+    """Captions of mammograms, by the hundred without their images, and of other images."""
     out = []
     for i in range(n):
         patient = phantoms.make_patient(1, i)
@@ -75,20 +75,21 @@ def test_the_same_settings_draw_the_same_bytes_in_any_number_of_processes(world,
     assert digests(tmp_path / "two") == digests(world)
 
 
-def test_another_seed_draws_other_pictures_and_captions():
+def test_another_seed_draws_other_images_and_captions():
     for i in range(4):
         one, other = phantoms.roco_pair(0, 32, "train", i), phantoms.roco_pair(1, 32, "train", i)
         assert one[0].shape != other[0].shape or not np.array_equal(one[0], other[0])
     assert [phantoms.roco_pair(0, 16, "train", i)[1] for i in range(20)] != [
-        phantoms.roco_pair(1, 16, "train", i)[1] for i in range(20)]
+        phantoms.roco_pair(1, 16, "train", i)[1] for i in range(20)
+    ]
 
 
-def test_a_picture_depends_on_its_place_and_not_on_how_many_there_are(world, tmp_path):
+def test_an_image_depends_on_its_place_and_not_on_how_many_there_are(world, tmp_path):
     few = {kind: {split: 4 for split in splits} for kind, splits in LESIONS.items()}
     draw(tmp_path / "few", pairs=10, lesions=few)
     few, many = digests(tmp_path / "few"), digests(world)
-    pictures = [name for name in few if name.endswith(".jpg")]
-    assert len(pictures) > 30 and all(few[name] == many[name] for name in pictures)
+    images = [name for name in few if name.endswith(".jpg")]
+    assert len(images) > 30 and all(few[name] == many[name] for name in images)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -102,14 +103,16 @@ def test_the_roco_part_is_read_by_the_roco_reader(world):
         assert all(re.fullmatch(r"ROCO_\d{5}\t [A-Z].*\.", line) for line in lines)
         reader = datasets.create_reader("roco", world / "roco", split=split)
         assert len(reader) == expected == len(lines) and reader.dropped == 0
-        assert min(reader.picture(0).size) == 32
+        assert min(reader.image(0).size) == 32
         ids += [line[:10] for line in lines]
     assert len(set(ids)) == len(ids) == 72
 
 
 def test_the_caption_filters_have_something_to_filter(world):
-    kept = {name: len(datasets.create_reader("roco", world / "roco", caption_filter=name))
-            for name in ("mammo", "mammo-xray", "all")}
+    kept = {
+        name: len(datasets.create_reader("roco", world / "roco", caption_filter=name))
+        for name in ("mammo", "mammo-xray", "all")
+    }
     assert 20 < kept["mammo"] < kept["mammo-xray"] < kept["all"] == 60
 
 
@@ -134,8 +137,7 @@ def test_every_lesion_is_joined_with_its_crop_mask_and_full_view(world, tmp_path
             rows = list(csv.DictReader(file))
         assert len(rows) == sum(len(case_table(world, kind, split)) for split in ("train", "test"))
         for row in rows:
-            crop, full, mask = (np.asarray(Image.open(world / "cbis" / row[name]))
-                                for name in ("crop", "full", "mask"))
+            crop, full, mask = (np.asarray(Image.open(world / "cbis" / row[name])) for name in ("crop", "full", "mask"))
             assert crop.shape == (32, 32) and full.shape == mask.shape == (40, 32)
             assert np.mean((mask < 30) | (mask > 225)) > 0.8 > np.mean((crop < 30) | (crop > 225))
     for kind in LESIONS:  # the tables above must not linger in a world that other tests compare
@@ -145,17 +147,16 @@ def test_every_lesion_is_joined_with_its_crop_mask_and_full_view(world, tmp_path
 def test_series_and_descriptions_have_the_published_faults(tmp_path):
     jobs = [("calc", "train", i) for i in range(60)]
     cases = [phantoms.write_case(tmp_path, 0, 16, job) for job in jobs]
-    rows, pictures = (list(chain.from_iterable(parts)) for parts in zip(*cases,
-                                                      strict=True))
+    rows, images = (list(chain.from_iterable(parts)) for parts in zip(*cases, strict=True))
     series = [[row[name].split("/")[2] for name in ("cropped image file path", "ROI mask file path")] for row in rows]
     shared = np.mean([crop == mask for crop, mask in series])
     assert 0.9 < shared < 1.0
-    empty = np.mean([picture["SeriesDescription"] == "" for picture in pictures])
+    empty = np.mean([image["SeriesDescription"] == "" for image in images])
     assert 0.01 < empty < 0.1
     found = defaultdict(dict)  # series -> description -> path
-    for picture in pictures:
-        if picture["SeriesDescription"] in ("cropped images", "ROI mask images"):
-            found[picture["SeriesInstanceUID"]][picture["SeriesDescription"]] = picture["image_path"]
+    for image in images:
+        if image["SeriesDescription"] in ("cropped images", "ROI mask images"):
+            found[image["SeriesInstanceUID"]][image["SeriesDescription"]] = image["image_path"]
     order = [both["cropped images"] < both["ROI mask images"] for both in found.values() if len(both) == 2]
     assert 0.3 < np.mean(order) < 0.7
 
@@ -195,7 +196,9 @@ def test_two_views_of_a_lesion_agree_on_what_it_is(world):
 
 PATHOLOGY = re.compile(
     r"benign|malign|cancer|carcin|tumou?r|neoplas|metasta|bi-?rads|suspicio|worris|biops|histolog|patholog|dcis|"
-    r"in situ|recall|callback|call-back|assess|categor|probabl|fibroaden|lymphoma", re.IGNORECASE)
+    r"in situ|recall|callback|call-back|assess|categor|probabl|fibroaden|lymphoma",
+    re.IGNORECASE,
+)
 
 
 def test_no_caption_states_a_pathology_or_an_assessment():
@@ -214,7 +217,7 @@ def test_every_descriptor_has_its_words():
         assert all(word.lower() in told for word in words)
 
 
-def test_pictures_and_captions_do_not_know_the_pathology(monkeypatch):
+def test_images_and_captions_do_not_know_the_pathology(monkeypatch):
     assert not {"pathology", "label"} & {field.name for field in fields(Finding)}
     before = [phantoms.roco_pair(0, 32, "train", i) for i in range(12)]
 
@@ -222,12 +225,14 @@ def test_pictures_and_captions_do_not_know_the_pathology(monkeypatch):
         raise AssertionError("the pathology was drawn")
 
     monkeypatch.setattr(phantoms, "draw_pathology", forbidden)
-    turned = {kind: tuple(replace(a, malignant=1.0 - a.malignant) for a in table)
-              for kind, table in phantoms.APPEARANCES.items()}
+    turned = {
+        kind: tuple(replace(a, malignant=1.0 - a.malignant) for a in table)
+        for kind, table in phantoms.APPEARANCES.items()
+    }
     monkeypatch.setattr(phantoms, "APPEARANCES", turned)
-    for i, (picture, caption) in enumerate(before):
+    for i, (image, caption) in enumerate(before):
         again = phantoms.roco_pair(0, 32, "train", i)
-        assert np.array_equal(picture, again[0]) and caption == again[1]
+        assert np.array_equal(image, again[0]) and caption == again[1]
 
 
 @pytest.mark.parametrize("kind", ["calc", "mass"])
@@ -263,8 +268,7 @@ def test_a_right_breast_is_the_mirror_image_of_a_left_one():
     patient = phantoms.make_patient(0, 4)
     frame = phantoms.full_frame(64)
     for view in phantoms.VIEWS:
-        left, right = (phantoms.draw_mammogram(patient, side, view, [], frame) > 30
-                       for side in phantoms.SIDES)
+        left, right = (phantoms.draw_mammogram(patient, side, view, [], frame) > 30 for side in phantoms.SIDES)
         assert left[40, 0] and not left[40, -1] and right[40, -1] and not right[40, 0]  # chest wall
         assert np.mean(left == right[:, ::-1]) > 0.97 > np.mean(left == right)
 
@@ -306,8 +310,9 @@ def test_a_crop_shows_what_the_full_view_shows():
     finding = phantoms.make_finding(patient, 0, "mass")
     whole = phantoms.full_frame(256)  # 0.5 mm
     part = Frame((90, 100), 0.5, top=60 * 0.5, left=40 * 0.5)
-    full, crop = (phantoms.draw_mammogram(patient, "LEFT", "CC", [finding], frame).astype(float)
-                  for frame in (whole, part))
+    full, crop = (
+        phantoms.draw_mammogram(patient, "LEFT", "CC", [finding], frame).astype(float) for frame in (whole, part)
+    )
     assert np.corrcoef(full[60:150, 40:140].ravel(), crop.ravel())[0, 1] > 0.98
     assert np.corrcoef(full[62:152, 40:140].ravel(), crop.ravel())[0, 1] < 0.98
 
@@ -324,8 +329,7 @@ def test_margins_look_as_their_names_say():
     rim, slope = {}, {}
     for margins in ("CIRCUMSCRIBED", "ILL_DEFINED", "SPICULATED"):
         finding = with_appearance("ROUND", margins, "mass")
-        shadows = [phantoms.mass_shadow(np.random.default_rng(i), finding, frame, (20.0, 20.0))
-                   for i in range(8)]
+        shadows = [phantoms.mass_shadow(np.random.default_rng(i), finding, frame, (20.0, 20.0)) for i in range(8)]
         rim[margins] = np.mean([shadow[(distance > 1.3) & (distance < 1.6)].max() for shadow in shadows])
         slope[margins] = np.mean([np.abs(np.diff(shadow, axis=0)).max() for shadow in shadows])
     assert rim["CIRCUMSCRIBED"] < 0.01 and rim["SPICULATED"] > 0.2
@@ -343,8 +347,10 @@ def test_calcifications_look_as_their_names_say():
         small, large = np.linalg.eigvalsh(np.cov(points.T))
         return np.sqrt(large / small)
 
-    stretch = {second: np.median([elongation(seen("PLEOMORPHIC", second, i)) for i in range(20)])
-               for second in ("CLUSTERED", "LINEAR")}
+    stretch = {
+        second: np.median([elongation(seen("PLEOMORPHIC", second, i)) for i in range(20)])
+        for second in ("CLUSTERED", "LINEAR")
+    }
     assert stretch["LINEAR"] > 3 > 2 > stretch["CLUSTERED"]
 
     # A ring is darker in its middle than on its rim, a round grain is not.
@@ -392,8 +398,16 @@ def test_an_interrupted_drawing_leaves_nothing_that_looks_finished(tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["world"]
 
 
-@pytest.mark.parametrize("change", [{"pairs": 0}, {"size": 0}, {"workers": 0}, {"seed": -1},
-                                    {"lesions": {**LESIONS, "mass": {"train": 5, "test": 0}}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pairs": 0},
+        {"size": 0},
+        {"workers": 0},
+        {"seed": -1},
+        {"lesions": {**LESIONS, "mass": {"train": 5, "test": 0}}},
+    ],
+)
 def test_settings_without_sense_are_named(tmp_path, change):
     with pytest.raises(ValueError, match=next(iter(change))):
         draw(tmp_path / "world", **change)

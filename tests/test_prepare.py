@@ -1,4 +1,5 @@
 """make_dataset.py and redcaps/combine_captions.py: YFCC's and RedCaps' lists, tar shards, shrunk trees."""
+
 import importlib.util
 import io
 import json
@@ -19,13 +20,13 @@ from test_make_yfcc import reference, write_sources
 import datasets
 import make_dataset
 from datasets import create_reader
-from transforms import decode_picture, read_picture, to_rgb8
+from transforms import decode_image, read_image, to_rgb8
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_webdataset = pytest.mark.skipif(importlib.util.find_spec("webdataset") is None, reason="pip install webdataset")
 
 
-def picture_bytes(size, file_format="JPEG", mode="RGB", seed=0, **options) -> bytes:
+def image_bytes(size, file_format="JPEG", mode="RGB", seed=0, **options) -> bytes:
     """Smooth noise, so that JPEG keeps it well."""
     rng = np.random.default_rng(seed)
     channels = {"L": 1, "RGB": 3, "RGBA": 4, "I;16": 1}[mode]
@@ -41,13 +42,13 @@ def picture_bytes(size, file_format="JPEG", mode="RGB", seed=0, **options) -> by
 
 # --------------------------------------------------------------------------------------------------- YFCC15M
 def yfcc_tree(folder: Path, present: int = 40) -> list[tuple[int, str, str]]:
-    """The three sources and the archives of the first captioned pictures; returns those pictures' rows."""
+    """The three sources and the archives of the first captioned images; returns those images' rows."""
     captioned, _ = reference(folder, write_sources(folder, 400))
     for number, _, _ in captioned[:present]:
         path = folder / "images" / f"{number // 10**6:02d}" / f"{number // 1000 % 1000:03d}.zip"
         path.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(path, "a") as file:
-            file.writestr(f"{number % 1000:03d}.jpg", picture_bytes((30, 20)))
+            file.writestr(f"{number % 1000:03d}.jpg", image_bytes((30, 20)))
     return captioned[:present]
 
 
@@ -58,22 +59,22 @@ def test_the_yfcc_reader_starts_from_the_arrays_without_unpickling(tmp_path, mon
     by_pickle = datasets.read_list(tmp_path / "yfcc15m.pkl")
     columns = datasets.load_index(*datasets.rows_index(tmp_path / "yfcc15m.pkl"))
     texts = [columns.texts[i] for i in range(len(columns.texts))]
-    from_arrays = zip(columns.pictures.tolist(), texts[::2], texts[1::2], strict=True)
+    from_arrays = zip(columns.images.tolist(), texts[::2], texts[1::2], strict=True)
     assert list(from_arrays) == [tuple(row) for row in by_pickle] and len(by_pickle) > len(rows)
 
     monkeypatch.setattr(datasets, "read_pickle", None)  # unpickling would fail
     reader = create_reader("yfcc15m", tmp_path)
     kept = [(n, [t.strip() for t in (title, text) if t.strip()]) for n, title, text in rows]
     kept = [(n, captions) for n, captions in kept if captions]
-    assert [(int(reader.pictures[i]), reader.captions(i)) for i in range(len(reader))] == kept
-    assert reader.picture(0).size == (30, 20)
+    assert [(int(reader.images[i]), reader.captions(i)) for i in range(len(reader))] == kept
+    assert reader.image(0).size == (30, 20)
 
 
 def test_arrays_of_another_list_are_not_used(tmp_path, monkeypatch):
     yfcc_tree(tmp_path)
     monkeypatch.chdir(tmp_path)
     make_dataset.main([])
-    number = create_reader("yfcc15m", tmp_path).pictures[0]
+    number = create_reader("yfcc15m", tmp_path).images[0]
     (tmp_path / "yfcc15m.pkl").write_bytes(pickle.dumps([(int(number), "another", "list")]))
     assert create_reader("yfcc15m", tmp_path).captions(0) == ["another", "list"]
 
@@ -93,7 +94,7 @@ def test_sources_that_do_not_belong_together_leave_nothing(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     write_sources(tmp_path, 50)
     (tmp_path / "yfcc100m_subset_data.tsv").write_text("99999999\tx\ty\n")
-    with pytest.raises(ValueError, match="holds no picture that is in both"):
+    with pytest.raises(ValueError, match="holds no image that is in both"):
         make_dataset.main(["yfcc15m", "--output-dir", "out"])
     assert not list((tmp_path / "out").iterdir())
 
@@ -111,8 +112,17 @@ def combine_captions():
 
 
 def annotation(subreddit: str, key: str, caption: str = "a cat") -> dict:
-    return {"image_id": key, "author": "x", "url": "u", "raw_caption": caption.upper(), "caption": caption,
-            "subreddit": subreddit, "score": 3, "created_utc": 1, "crosspost_parents": None}
+    return {
+        "image_id": key,
+        "author": "x",
+        "url": "u",
+        "raw_caption": caption.upper(),
+        "caption": caption,
+        "subreddit": subreddit,
+        "score": 3,
+        "created_utc": 1,
+        "crosspost_parents": None,
+    }
 
 
 @pytest.fixture
@@ -120,8 +130,11 @@ def redcaps(tmp_path) -> tuple[Path, list[dict]]:
     folder = tmp_path / "annotations"
     folder.mkdir()
     birds = [annotation("birding", "b1", "ein Vögelchen \U0001f426"), annotation("birding", "b2")]
-    files = {"birding_2017.json": birds,
-             "itap_2016.json": [annotation("itap", "i1", 'a "quoted" \\ one')], "empty_2020.json": []}
+    files = {
+        "birding_2017.json": birds,
+        "itap_2016.json": [annotation("itap", "i1", 'a "quoted" \\ one')],
+        "empty_2020.json": [],
+    }
     for name, rows in files.items():
         (folder / name).write_text(json.dumps({"info": {"start_date": "x"}, "annotations": rows}))
     return folder, birds + files["itap_2016.json"]
@@ -137,7 +150,7 @@ def test_redcaps_annotations_are_merged_unchanged_into_one_list(redcaps, tmp_pat
     for row in rows:
         path = tmp_path / "images" / row["subreddit"] / f"{row['image_id']}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture_bytes((20, 20)))
+        path.write_bytes(image_bytes((20, 20)))
     reader = create_reader("redcaps", tmp_path, str(output))
     assert [reader.captions(i)[0] for i in range(3)] == [row["caption"] for row in rows]
 
@@ -154,10 +167,15 @@ def test_redcaps_subreddits_are_selected(redcaps, tmp_path, capsys):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("text, message", [
-    ('{"annotations": [{"image_id": "a"', "character"),
-    ('{"annotations": [{"image_id": "a", "caption": "x"}]}', "annotation 0 has no proper field 'subreddit'"),
-    ('{"info": 1}', "no list 'annotations'"), ("", "character")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"annotations": [{"image_id": "a"', "character"),
+        ('{"annotations": [{"image_id": "a", "caption": "x"}]}', "annotation 0 has no proper field 'subreddit'"),
+        ('{"info": 1}', "no list 'annotations'"),
+        ("", "character"),
+    ],
+)
 def test_a_malformed_redcaps_file_is_named_and_nothing_written(redcaps, tmp_path, text, message):
     folder, _ = redcaps
     (folder / "cats_2018.json").write_text(text)
@@ -212,14 +230,25 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 def test_any_reader_becomes_shards_that_read_the_same(tmp_path, name):
     make, captions, greys, _ = LARGE[name]
     make(tmp_path / "in")
-    argv = ["shards", "--dataset", name, "--root", str(tmp_path / "in"), "--output", str(tmp_path / "out"),
-            "--shard-size", "1", "-j", "1"]
+    argv = [
+        "shards",
+        "--dataset",
+        name,
+        "--root",
+        str(tmp_path / "in"),
+        "--output",
+        str(tmp_path / "out"),
+        "--shard-size",
+        "1",
+        "-j",
+        "1",
+    ]
     make_dataset.main(argv)
     source, reader = create_reader(name, tmp_path / "in"), create_reader("webdataset", tmp_path / "out")
     assert len(reader) == len(source) == len(captions) == len(list((tmp_path / "out").glob("*.tar")))
     assert [reader.captions(i) for i in range(len(reader))] == captions
     assert [reader.data(i) for i in range(len(reader))] == [source.data(i) for i in range(len(source))]
-    assert [grey_of(reader.picture(i)) for i in range(len(reader))] == pytest.approx(greys, abs=1)
+    assert [grey_of(reader.image(i)) for i in range(len(reader))] == pytest.approx(greys, abs=1)
 
 
 @needs_webdataset
@@ -227,8 +256,21 @@ def test_shards_have_img2datasets_form_for_the_webdataset_library(tmp_path):
     import webdataset
 
     make_coco(tmp_path / "in")
-    make_dataset.main(["shards", "--dataset", "coco", "--root", str(tmp_path / "in"), "--output", str(tmp_path / "out"),
-                       "--shard-size", "10", "-j", "1"])
+    make_dataset.main(
+        [
+            "shards",
+            "--dataset",
+            "coco",
+            "--root",
+            str(tmp_path / "in"),
+            "--output",
+            str(tmp_path / "out"),
+            "--shard-size",
+            "10",
+            "-j",
+            "1",
+        ]
+    )
     samples = list(webdataset.WebDataset(str(tmp_path / "out" / "00000.tar"), shardshuffle=False))
     reader = create_reader("coco", tmp_path / "in")
     assert [sample["__key__"] for sample in samples] == ["000000000", "000000001"]
@@ -239,14 +281,14 @@ def test_shards_have_img2datasets_form_for_the_webdataset_library(tmp_path):
 
 
 FILES = {  # name, what is in it
-    "small.jpg": picture_bytes((70, 50)),
-    "large.jpg": picture_bytes((301, 200), seed=1),
-    "grey.jpg": picture_bytes((90, 160), mode="L", seed=2),
-    "alpha.png": picture_bytes((120, 100), "PNG", "RGBA", seed=3),
-    "deep.png": picture_bytes((160, 110), "PNG", "I;16", seed=4),
-    "really_a_png.jpg": picture_bytes((120, 80), "PNG", seed=5),
-    "web.webp": picture_bytes((100, 90), "WEBP", seed=6, lossless=True),
-    "scan.tif": picture_bytes((40, 30), "TIFF", seed=7),
+    "small.jpg": image_bytes((70, 50)),
+    "large.jpg": image_bytes((301, 200), seed=1),
+    "grey.jpg": image_bytes((90, 160), mode="L", seed=2),
+    "alpha.png": image_bytes((120, 100), "PNG", "RGBA", seed=3),
+    "deep.png": image_bytes((160, 110), "PNG", "I;16", seed=4),
+    "really_a_png.jpg": image_bytes((120, 80), "PNG", seed=5),
+    "web.webp": image_bytes((100, 90), "WEBP", seed=6, lossless=True),
+    "scan.tif": image_bytes((40, 30), "TIFF", seed=7),
 }
 
 
@@ -257,18 +299,19 @@ def table(tmp_path) -> Path:
     root.mkdir()
     for name, data in FILES.items():
         (root / name).write_bytes(data)
-    (root / "train.csv").write_text("".join(f"{name},{name}\n" for name in ("image", *FILES)).replace("image,image",
-                                                                                                    "image,caption"))
+    (root / "train.csv").write_text(
+        "".join(f"{name},{name}\n" for name in ("image", *FILES)).replace("image,image", "image,caption")
+    )
     return root
 
 
 @needs_webdataset
-def test_pictures_are_shrunk_to_the_short_side_or_copied_byte_for_byte(table, tmp_path):
+def test_images_are_shrunk_to_the_short_side_or_copied_byte_for_byte(table, tmp_path):
     make_dataset.make_shards(create_reader("csv", table), tmp_path / "out", short_side=60)
     reader = create_reader("webdataset", tmp_path / "out")
     for i, (name, data) in enumerate(FILES.items()):
         assert reader.captions(i) == [name]
-        before, after = decode_picture(data, name), Image.open(io.BytesIO(reader.data(i)))
+        before, after = decode_image(data, name), Image.open(io.BytesIO(reader.data(i)))
         if min(before.size) <= 60:
             assert reader.data(i) == data
             continue
@@ -311,21 +354,21 @@ def test_what_needs_another_decoder_becomes_a_png(table, tmp_path):
     make_dataset.make_shards(source, tmp_path / "out")
     reader = create_reader("webdataset", tmp_path / "out")
     assert reader.name(0).endswith(".png")
-    assert np.array_equal(np.asarray(reader.picture(0)), np.asarray(source.picture(0)))
+    assert np.array_equal(np.asarray(reader.image(0)), np.asarray(source.image(0)))
 
 
 def test_every_extension_that_is_written_is_read():
-    assert set(make_dataset.EXTENSIONS.values()) <= set(datasets.SHARD_PICTURES)
+    assert set(make_dataset.EXTENSIONS.values()) <= set(datasets.SHARD_IMAGES)
 
 
 @needs_webdataset
-def test_broken_pictures_are_left_out_and_named(table, tmp_path, capsys):
+def test_broken_images_are_left_out_and_named(table, tmp_path, capsys):
     (table / "grey.jpg").write_bytes(FILES["grey.jpg"][:300])
     assert make_dataset.make_shards(create_reader("csv", table), tmp_path / "out", shard_size=3) == 1
     reader = create_reader("webdataset", tmp_path / "out")
     assert [reader.captions(i)[0] for i in range(len(reader))] == [name for name in FILES if name != "grey.jpg"]
     assert str(table / "grey.jpg") in (tmp_path / "out" / "bad_samples.txt").read_text()
-    assert "1 pictures cannot be decoded" in capsys.readouterr().out
+    assert "1 images cannot be decoded" in capsys.readouterr().out
 
 
 @needs_webdataset
@@ -384,7 +427,7 @@ def tree(tmp_path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     (root / "train" / "captions.txt").write_text("R_1\t text\n")
-    (root / "train" / "BIG.JPEG").write_bytes(picture_bytes((200, 100), seed=9))
+    (root / "train" / "BIG.JPEG").write_bytes(image_bytes((200, 100), seed=9))
     (root / "broken.png").write_bytes(FILES["alpha.png"][:200])
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "linked.jpg").write_bytes(FILES["large.jpg"])
@@ -397,22 +440,34 @@ def tree_bytes(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_tree_is_copied_with_its_pictures_shrunk(tree, tmp_path, capsys):
+def test_a_tree_is_copied_with_its_images_shrunk(tree, tmp_path, capsys):
     output = tmp_path / "out"
     make_dataset.main(["shrink", "--root", str(tree), "--output", str(output), "--short-side", "60", "-j", "1"])
     copy = tree_bytes(output)
-    shrunk = {"train/images/large.jpg", "train/images/grey.jpg", "train/images/alpha.png", "train/images/deep.png",
-              "train/images/really_a_png.jpg", "train/BIG.JPEG", "linked/linked.jpg"}
-    kept = {"train/images/small.jpg", "train/images/web.webp", "train/images/scan.tif", "train/captions.txt",
-            "broken.png"}
+    shrunk = {
+        "train/images/large.jpg",
+        "train/images/grey.jpg",
+        "train/images/alpha.png",
+        "train/images/deep.png",
+        "train/images/really_a_png.jpg",
+        "train/BIG.JPEG",
+        "linked/linked.jpg",
+    }
+    kept = {
+        "train/images/small.jpg",
+        "train/images/web.webp",
+        "train/images/scan.tif",
+        "train/captions.txt",
+        "broken.png",
+    }
     assert set(copy) == shrunk | kept | {"shrink.json", "bad_samples.txt"}
     for name in kept:
         assert copy[name] == (tree / name).read_bytes()
     for name in shrunk:
         before, after = Image.open(tree / name), Image.open(io.BytesIO(copy[name]))
         assert min(after.size) == 60 and after.format == before.format
-    deep = read_picture(tree / "train/images/deep.png").resize((87, 60), Image.Resampling.LANCZOS)
-    assert np.array_equal(np.asarray(read_picture(output / "train/images/deep.png")), np.asarray(deep))
+    deep = read_image(tree / "train/images/deep.png").resize((87, 60), Image.Resampling.LANCZOS)
+    assert np.array_equal(np.asarray(read_image(output / "train/images/deep.png")), np.asarray(deep))
     assert str(tree / "broken.png") in copy["bad_samples.txt"].decode()
     assert "7 shrunk, 4 copied, 1 broken" in capsys.readouterr().out
 
@@ -468,6 +523,7 @@ def test_the_yfcc_benchmark_makes_the_lists_it_reports(tmp_path):
     assert result["rows"] > 1000 and result["table_gb"] == pytest.approx(0.001, rel=0.01)
     rows = datasets.read_list(tmp_path / "yfcc15m.pkl")
     assert 0.1 * result["rows"] < len(rows) < 0.2 * result["rows"]
-    assert rows[0][1:] == ("Sunset over the bay, evening",
-                           "We walked along the shore for two hours and saw nothing but "
-                           "\u00e9normous gulls. More at ")
+    assert rows[0][1:] == (
+        "Sunset over the bay, evening",
+        "We walked along the shore for two hours and saw nothing but \u00e9normous gulls. More at ",
+    )

@@ -167,7 +167,7 @@ def test_stratified_part_takes_its_share_of_each_class():
 
 
 @pytest.mark.parametrize("name", ["CLIP_VITT16", "MEDCLIP_RESNET"])
-def test_larger_pictures_keep_the_weights(name):
+def test_larger_images_keep_the_weights(name):
     """A ViT's position embeddings are resampled; everything else, and a ResNet as a whole, stays."""
     small = dict(text_layers=2, text_width=64, vocab_size=64, text_heads=4)
     tower = dict(vision_tower="test_vit", image_size=32) if name == "CLIP_VITT16" else {}

@@ -1,4 +1,5 @@
 """One epoch of pre-training on each publisher's layout, through main.py."""
+
 import math
 
 import pytest
@@ -22,8 +23,17 @@ def test_an_epoch_on_each_source(name, tmp_path):
     root = tmp_path / name
     root.mkdir()
     make(root)
-    argv = command(root, tmp_path / "run", "--metadata", str(root / metadata), "--batch-size", "1", "--epochs", "1",
-                   model="CLIP_VITT16")  # without BatchNorm, which needs two rows: some trees hold one picture
+    argv = command(
+        root,
+        tmp_path / "run",
+        "--metadata",
+        str(root / metadata),
+        "--batch-size",
+        "1",
+        "--epochs",
+        "1",
+        model="CLIP_VITT16",
+    )  # without BatchNorm, which needs two rows: some trees hold one image
     argv[argv.index("--dataset") + 1] = name
     row = main.main(argv)
     assert math.isfinite(row["loss"]) and weights(tmp_path / "run")

@@ -1,4 +1,5 @@
 """Fully sharded training against DistributedDataParallel: losses, weights, checkpoints, resuming."""
+
 import pytest
 import torch
 from distributed_helpers import run_ranks
@@ -69,7 +70,7 @@ def _scale_gradient(rank, world):
     model = utils.shard(model, processes)
     assert model.logit_scale.shape == () and not isinstance(model.logit_scale, utils.DTensor)
     loss = model.objective.loss(0.1, 1.0, True)
-    loss(model(*[x[rank * 4:(rank + 1) * 4] for x in inputs]))["loss"].backward()
+    loss(model(*[x[rank * 4 : (rank + 1) * 4] for x in inputs]))["loss"].backward()
     utils.average_gradients([model.logit_scale], processes)
     grad = model.logit_scale.grad.clone()
     torch.distributed.destroy_process_group()

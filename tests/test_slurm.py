@@ -2,6 +2,7 @@
 
 Without Slurm on the machine the latter are skipped; REQUIRE_SLURM=1 installs it and makes a skip a failure.
 """
+
 import contextlib
 import json
 import multiprocessing
@@ -44,46 +45,105 @@ def wait_for(condition, seconds: float, what: str):
 
 # --- anywhere --------------------------------------------------------------------------------------------------------
 
+
 def dry_run(capsys, *argv, launcher=run_with_submitit) -> tuple[set[str], list[str], str]:
     """(#SBATCH options, the scripts' command lines, the whole text) of --dry-run."""
     assert launcher.main([*argv, "--dry-run"]) == []
     text = capsys.readouterr().out
     lines = text.splitlines()
-    return ({line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")},
-            [line[2:] for line in lines if line.startswith("# main")], text)
+    return (
+        {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")},
+        [line[2:] for line in lines if line.startswith("# main")],
+        text,
+    )
 
 
 def test_slurm_published_command_asks_for_the_published_job(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    options, commands, text = dry_run(capsys, "--root", "/path/to/yfcc100m", "--model", "SLIP_VITB16", "--lr", "3e-3",
-                                      "--wd", "0.1")
-    assert {"nodes=8", "ntasks-per-node=8", "gpus-per-node=8", "time=2800", "mem=320GB", "cpus-per-task=10",
-            "signal=USR2@120", "requeue"} <= options
+    options, commands, text = dry_run(
+        capsys, "--root", "/path/to/yfcc100m", "--model", "SLIP_VITB16", "--lr", "3e-3", "--wd", "0.1"
+    )
+    assert {
+        "nodes=8",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "time=2800",
+        "mem=320GB",
+        "cpus-per-task=10",
+        "signal=USR2@120",
+        "requeue",
+    } <= options
     assert not any(o.startswith(("partition", "account", "constraint", "qos", "comment", "array")) for o in options)
     folder = f"{tmp_path}/jobs/%j"
-    assert commands == [f"main.py --root /path/to/yfcc100m --model SLIP_VITB16 --lr 3e-3 --wd 0.1 "
-                        f"--output-dir {folder}"]
+    assert commands == [
+        f"main.py --root /path/to/yfcc100m --model SLIP_VITB16 --lr 3e-3 --wd 0.1 --output-dir {folder}"
+    ]
     assert "--kill-on-bad-exit=1" in text and "--cpus-per-task=10 " in text.split("srun")[1]
     assert not (tmp_path / "jobs").exists()
 
 
 def test_slurm_flags_reach_sbatch_and_the_others_the_script(capsys):
     options, commands, _ = dry_run(
-        capsys, "--ngpus", "2", "--nodes", "3", "--job_dir", "/shared/%j/x", "--partition", "learn", "--account", "me",
-        "--qos", "q", "--constraint", "a100", "--use_volta32", "--comment", "a deadline", "--mem", "20", "--cpus", "5",
-        "--seeds", "1", "2", "--override", "text_layers=2", "embed_dim=16", "--gpu", "-1", "--signal_delay", "60",
-        "--output-dir", "/runs/slip", "-j", "4")
-    assert {"nodes=3", "ntasks-per-node=2", "mem=40GB", "cpus-per-task=5", "partition=learn", "account=me", "qos=q",
-            "constraint='volta32gb&a100'", "comment='a deadline'", "array=0-1%2", "signal=USR2@60",
-            "output=/shared/%A_%a/x/%A_%a_0_log.out"} <= options
+        capsys,
+        "--ngpus",
+        "2",
+        "--nodes",
+        "3",
+        "--job_dir",
+        "/shared/%j/x",
+        "--partition",
+        "learn",
+        "--account",
+        "me",
+        "--qos",
+        "q",
+        "--constraint",
+        "a100",
+        "--use_volta32",
+        "--comment",
+        "a deadline",
+        "--mem",
+        "20",
+        "--cpus",
+        "5",
+        "--seeds",
+        "1",
+        "2",
+        "--override",
+        "text_layers=2",
+        "embed_dim=16",
+        "--gpu",
+        "-1",
+        "--signal_delay",
+        "60",
+        "--output-dir",
+        "/runs/slip",
+        "-j",
+        "4",
+    )
+    assert {
+        "nodes=3",
+        "ntasks-per-node=2",
+        "mem=40GB",
+        "cpus-per-task=5",
+        "partition=learn",
+        "account=me",
+        "qos=q",
+        "constraint='volta32gb&a100'",
+        "comment='a deadline'",
+        "array=0-1%2",
+        "signal=USR2@60",
+        "output=/shared/%A_%a/x/%A_%a_0_log.out",
+    } <= options
     assert not any(o.startswith("gpus") for o in options)  # --gpu -1: the job computes on processors
     rest = "--override text_layers=2 embed_dim=16 --gpu -1 --output-dir /runs/slip -j 4"
     assert commands == [f"main.py {rest} --seed {seed} --output-dir /runs/slip/seed{seed}" for seed in (1, 2)]
 
 
 def test_slurm_linear_launcher_has_its_own_defaults(capsys):
-    options, commands, _ = dry_run(capsys, "--pretrained", "checkpoint.pt", "--arch", "vit_base_patch16_224",
-                                   launcher=run_with_submitit_linear)
+    options, commands, _ = dry_run(
+        capsys, "--pretrained", "checkpoint.pt", "--arch", "vit_base_patch16_224", launcher=run_with_submitit_linear
+    )
     assert {"nodes=1", "ntasks-per-node=8", "time=1800"} <= options
     assert commands[0].startswith("main_linear.py --pretrained checkpoint.pt --arch vit_base_patch16_224 --output-dir")
 
@@ -96,8 +156,17 @@ def test_slurm_wrong_flags_are_refused_before_the_queue(wrong, capsys):
 
 
 def fake_env(**changes):
-    values = dict(USR_SIG="USR2", cluster="slurm", job_id="12_3", raw_job_id="15", global_rank=5, local_rank=1,
-                  num_tasks=8, num_nodes=2, hostnames=["gpu07", "gpu09"])
+    values = dict(
+        USR_SIG="USR2",
+        cluster="slurm",
+        job_id="12_3",
+        raw_job_id="15",
+        global_rank=5,
+        local_rank=1,
+        num_tasks=8,
+        num_nodes=2,
+        hostnames=["gpu07", "gpu09"],
+    )
     return SimpleNamespace(**values | changes)
 
 
@@ -109,15 +178,22 @@ def test_slurm_rank_environment_is_what_torchrun_would_set():
     assert int(run_with_submitit.rank_environment(fake_env(raw_job_id="16"))["MASTER_PORT"]) != port
 
 
-@pytest.mark.parametrize(("shown", "signal_name", "goes_on"), [
-    ("JobState=RUNNING PreemptTime=None", "SIGUSR2", True),  # the warning before the time limit
-    ("JobState=RUNNING PreemptTime=2026-01-01T00:00:00", "SIGUSR2", True),
-    ("JobState=RUNNING PreemptTime=2026-01-01T00:00:00", "SIGTERM", True),  # clusters that preempt without the warning
-    ("JobState=RUNNING PreemptTime=None", "SIGTERM", False),  # somebody asked it to stop
-    ("JobState=CANCELLED PreemptTime=None", "SIGTERM", False),  # requeueing would bring it back
-    ("JobState=COMPLETING PreemptTime=None", "SIGUSR2", False),
-    ("JobState=PENDING PreemptTime=None", "SIGTERM", False),  # requeued by Slurm or an administrator
-])
+@pytest.mark.parametrize(
+    ("shown", "signal_name", "goes_on"),
+    [
+        ("JobState=RUNNING PreemptTime=None", "SIGUSR2", True),  # the warning before the time limit
+        ("JobState=RUNNING PreemptTime=2026-01-01T00:00:00", "SIGUSR2", True),
+        (
+            "JobState=RUNNING PreemptTime=2026-01-01T00:00:00",
+            "SIGTERM",
+            True,
+        ),  # clusters that preempt without the warning
+        ("JobState=RUNNING PreemptTime=None", "SIGTERM", False),  # somebody asked it to stop
+        ("JobState=CANCELLED PreemptTime=None", "SIGTERM", False),  # requeueing would bring it back
+        ("JobState=COMPLETING PreemptTime=None", "SIGUSR2", False),
+        ("JobState=PENDING PreemptTime=None", "SIGTERM", False),  # requeued by Slurm or an administrator
+    ],
+)
 def test_slurm_decides_on_requeueing(tmp_path, monkeypatch, shown, signal_name, goes_on):
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$4" = 12_3 ] && echo "JobId=12 {shown} Reason=None"\n')
     (tmp_path / "scontrol").chmod(0o755)
@@ -127,8 +203,15 @@ def test_slurm_decides_on_requeueing(tmp_path, monkeypatch, shown, signal_name, 
 
 
 def test_slurm_plain_command_inside_an_allocation_stays_one_process(tmp_path, monkeypatch):
-    for key, value in dict(SLURM_JOB_ID="7", SLURM_PROCID="1", SLURM_NTASKS="4", SLURM_LOCALID="1", SLURM_NNODES="2",
-                           SLURM_JOB_NODELIST="n[1-2]", SLURM_STEP_ID="0").items():
+    for key, value in dict(
+        SLURM_JOB_ID="7",
+        SLURM_PROCID="1",
+        SLURM_NTASKS="4",
+        SLURM_LOCALID="1",
+        SLURM_NNODES="2",
+        SLURM_JOB_NODELIST="n[1-2]",
+        SLURM_STEP_ID="0",
+    ).items():
         monkeypatch.setenv(key, value)
     args = main.get_args_parser().parse_args(["--gpu", "-1"])
     assert utils.init_distributed(args) == utils.Distributed(0, 1, 0, torch.device("cpu"))
@@ -141,7 +224,8 @@ def test_slurm_warning_is_heeded_by_the_rank_and_not_by_its_loader_workers():
     try:
         requeue = run_with_submitit.guard_requeue(fake_env())
         worker = multiprocessing.get_context("fork").Process(
-            target=lambda: (os.kill(os.getpid(), signal.SIGUSR2), os._exit(len(heeded))))
+            target=lambda: (os.kill(os.getpid(), signal.SIGUSR2), os._exit(len(heeded)))
+        )
         worker.start()
         worker.join(30)
         assert worker.exitcode == 0
@@ -200,7 +284,9 @@ def test_slurm_local_job_stopped_by_the_warning_starts_again(tmp_path, local_stu
     signal_ranks(tmp_path, tmp_path / "seed3", signal.SIGUSR2)
     (job,) = job.result(60)
     assert [(r["RANK"], r["LOCAL_RANK"], r["WORLD_SIZE"], r["seed"]) for r in job.results()] == [
-        ("0", "0", "2", 3), ("1", "1", "2", 3)]  # and not the error that rank 1 left in the first start
+        ("0", "0", "2", 3),
+        ("1", "1", "2", 3),
+    ]  # and not the error that rank 1 left in the first start
     assert "continues from the checkpoint" in (tmp_path / "seed3" / "log.txt").read_text()
 
 
@@ -213,6 +299,7 @@ def test_slurm_local_job_asked_to_stop_stays_stopped(tmp_path, local_stub):
 
 
 # --- on a real Slurm -------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
@@ -244,8 +331,25 @@ def roco(tmp_path_factory):
 
 
 def command(roco, *extra) -> list[str]:
-    return ["--dataset", "roco", "--root", str(roco), "--model", "SLIP_VITT16", "-j", "0", "--lr", "1e-3",
-            "--print-freq", "1", "--gpu", "-1", *TINY, *DROPOUT, *extra]
+    return [
+        "--dataset",
+        "roco",
+        "--root",
+        str(roco),
+        "--model",
+        "SLIP_VITT16",
+        "-j",
+        "0",
+        "--lr",
+        "1e-3",
+        "--print-freq",
+        "1",
+        "--gpu",
+        "-1",
+        *TINY,
+        *DROPOUT,
+        *extra,
+    ]
 
 
 def submit(script: str, folder: Path, *argv):
@@ -254,15 +358,19 @@ def submit(script: str, folder: Path, *argv):
 
 
 def shown(job) -> dict[str, str]:
-    text = subprocess.run(["scontrol", "--oneliner", "show", "job", job.job_id], capture_output=True, text=True,
-                          check=True).stdout
+    text = subprocess.run(
+        ["scontrol", "--oneliner", "show", "job", job.job_id], capture_output=True, text=True, check=True
+    ).stdout
     return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
 
 
 def wait_for_end(job, seconds: float) -> str:
     """The job's last state. Asked of Slurm and not of submitit: there a rank's result may come before a requeue."""
-    wait_for(lambda: shown(job)["JobState"] in ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL"), seconds,
-             f"an end of job {job.job_id}")
+    wait_for(
+        lambda: shown(job)["JobState"] in ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL"),
+        seconds,
+        f"an end of job {job.job_id}",
+    )
     return shown(job)["JobState"]
 
 
@@ -278,8 +386,10 @@ def logs(folder: Path) -> str:
 @pytest.mark.slow
 def test_slurm_gives_gpus_ranks_and_seeds(cluster, tmp_path):
     folder = tmp_path / "%j"
-    jobs = run_with_submitit.submit("stub", ["--ngpus", "2", "--nodes", "2", "--seeds", "5", "6", "--mem", "1",
-                                             "--cpus", "1", "--job_dir", str(folder)])
+    jobs = run_with_submitit.submit(
+        "stub",
+        ["--ngpus", "2", "--nodes", "2", "--seeds", "5", "6", "--mem", "1", "--cpus", "1", "--job_dir", str(folder)],
+    )
     for job, seed in zip(jobs, (5, 6), strict=True):
         assert wait_for_end(job, 60) == "COMPLETED"
         ranks = job.results()
@@ -303,9 +413,18 @@ def test_slurm_result_of_an_earlier_start_is_forgotten(cluster, tmp_path):
 @pytest.mark.slow
 def test_slurm_two_nodes_equal_one_process(cluster, roco, tmp_path):
     sgd_like = ["--eps", "1e-2", "--epochs", "2"]  # AdamW divides rounding noise by itself where gradients vanish
-    plain = ["--override", *TINY[TINY.index("--override") + 1:]]  # no dropout, which draws per rank
-    job = submit("main", tmp_path / "four", *command(roco, "--batch-size", "2", *sgd_like, *plain), "--nodes", "2",
-                 "--ngpus", "2", "--timeout", "10")
+    plain = ["--override", *TINY[TINY.index("--override") + 1 :]]  # no dropout, which draws per rank
+    job = submit(
+        "main",
+        tmp_path / "four",
+        *command(roco, "--batch-size", "2", *sgd_like, *plain),
+        "--nodes",
+        "2",
+        "--ngpus",
+        "2",
+        "--timeout",
+        "10",
+    )
     main.main([*command(roco, "--batch-size", "8", *sgd_like, *plain), "--output-dir", str(tmp_path / "one")])
     assert wait_for_end(job, 240) == "COMPLETED", logs(tmp_path / "four")
     assert [r["epoch"] for r in job.results()] == [1] * 4
@@ -335,8 +454,9 @@ def unbroken(roco, tmp_path_factory):
 
 def steps_done(folder: Path) -> list[tuple[int, int]]:
     """(epoch, step in it) at each point where a run stopped or went on."""
-    return [tuple(map(int, m)) for m in re.findall(r"(?:written|continuing) at epoch (\d+), step (\d+)",
-                                                  logged(folder))]
+    return [
+        tuple(map(int, m)) for m in re.findall(r"(?:written|continuing) at epoch (\d+), step (\d+)", logged(folder))
+    ]
 
 
 @pytest.mark.slow
@@ -357,9 +477,21 @@ def test_slurm_time_out_requeues_and_continues_exactly(cluster, roco, unbroken, 
 def test_slurm_preempted_job_returns_and_continues_exactly(cluster, roco, unbroken, tmp_path):
     job = submit("paced", tmp_path, *command(roco, *LONG), *TWO_NODES, "--timeout", "30")
     wait_for(lambda: "epoch 1 [1/3]" in logged(tmp_path), 90, "training")
-    urgent = subprocess.run(["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive",
-                             "--output=/dev/null", "--wrap", "sleep 3"], capture_output=True, text=True,
-                            check=True).stdout.strip()
+    urgent = subprocess.run(
+        [
+            "sbatch",
+            "--parsable",
+            "--partition=high",
+            "--nodes=2",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap",
+            "sleep 3",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     wait_for(lambda: shown(job)["Restarts"] != "0", 90, "a requeue")
     assert wait_for_end(job, 180) == "COMPLETED", logs(tmp_path)
     assert shown(SimpleNamespace(job_id=urgent))["JobState"] == "COMPLETED"

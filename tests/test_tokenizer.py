@@ -70,9 +70,7 @@ SUFFIXES = ["##ray", "##s", "##ing", "##graph", "##ic"]
 SIGNS = string.ascii_lowercase + string.digits
 SPECIAL = ["[PAD]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCAB = list(
-    dict.fromkeys(
-        [*SPECIAL, *WORDS, *SIGNS, *string.punctuation, *SUFFIXES, *("##" + sign for sign in SIGNS)]
-    )
+    dict.fromkeys([*SPECIAL, *WORDS, *SIGNS, *string.punctuation, *SUFFIXES, *("##" + sign for sign in SIGNS)])
 )
 TEXTS = [
     "Chest X-ray shows the MASS.",

@@ -13,9 +13,9 @@ from transforms import (
     IMAGENET_STD,
     MEDCLIP_MEAN,
     MEDCLIP_STD,
-    BrokenPicture,
     Colour,
     Preprocess,
+    UnreadableImage,
     _crop_box,
     adjust_brightness,
     adjust_contrast,
@@ -24,7 +24,7 @@ from transforms import (
     apply_colour,
     apply_colour_batch,
     box_blur,
-    decode_picture,
+    decode_image,
     decode_pixels,
     draw_colour,
     eval_view,
@@ -33,7 +33,7 @@ from transforms import (
     pad_to_square,
     pixels_of,
     random_resized_crop,
-    read_picture,
+    read_image,
     ssl_pixels,
     ssl_view,
     to_rgb8,
@@ -46,7 +46,7 @@ MEDCLIP = Preprocess(size=32, mean=MEDCLIP_MEAN, std=MEDCLIP_STD, prepare="medcl
 NORMALIZE = T.Normalize(IMAGENET_MEAN, IMAGENET_STD)
 
 
-def picture(width: int = 80, height: int = 60) -> Image.Image:
+def image(width: int = 80, height: int = 60) -> Image.Image:
     """Red grows to the right, green downwards, blue is a fine pattern: every step leaves its mark."""
     y, x = np.mgrid[:height, :width]
     channels = (255 * x / (width - 1), 255 * y / (height - 1), 255 * ((x // 2 + y // 2) % 2))
@@ -65,14 +65,14 @@ def planes(img: Image.Image) -> np.ndarray:
 
 
 def resized(img: Image.Image, size: int = 32) -> Image.Image:
-    """The whole picture as our crop resizes it, for torchvision's colour operations to start from."""
+    """The whole image as our crop resizes it, for torchvision's colour operations to start from."""
     script = Script(1.0, np.log(img.width / img.height), 0, 0)
     pixels = random_resized_crop(pixels_of(img), size, (0.08, 1), script)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def statistics(view: torch.Tensor) -> list[float]:
-    """Means and deviations of the channels, asymmetry left to right and high-frequency energy."""
+    """Means and std of the channels, asymmetry left to right and high-frequency energy."""
     columns = torch.arange(view.shape[-1], dtype=torch.float32) - (view.shape[-1] - 1) / 2
     return [
         *view.mean((1, 2)).tolist(),
@@ -106,7 +106,7 @@ class Script:
 def test_train_view_has_the_distribution_of_torchvisions_pipeline():
     torch.manual_seed(0)
     theirs = T.Compose([T.RandomResizedCrop(32, scale=(0.5, 1.0)), T.ToTensor(), NORMALIZE])
-    img, view = picture(), train_view(SLIP)
+    img, view = image(), train_view(SLIP)
     ours = draws(lambda i: view(img, np.random.default_rng(i)))
     assert least_p(ours, draws(lambda i: theirs(img))) > 1e-3
     wider = T.Compose([T.RandomResizedCrop(32, scale=(0.4, 1.0)), T.ToTensor(), NORMALIZE])
@@ -127,7 +127,7 @@ def torchvisions_ssl_view(blur):
     )
 
 
-@pytest.mark.parametrize("img", [picture(), grainy()], ids=["smooth", "grainy"])
+@pytest.mark.parametrize("img", [image(), grainy()], ids=["smooth", "grainy"])
 def test_ssl_view_has_the_distribution_of_torchvisions_pipeline(img):
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
@@ -144,7 +144,7 @@ def test_ssl_view_has_the_distribution_of_torchvisions_pipeline(img):
 @pytest.mark.parametrize("size", [(80, 60), (37, 41), (200, 12), (12, 200), (3, 3)])
 def test_crops_are_sampled_by_torchvisions_rule(size):
     torch.manual_seed(0)
-    rng, img = np.random.default_rng(0), picture(*size)
+    rng, img = np.random.default_rng(0), image(*size)
     ours = np.array([_crop_box(*size, (0.08, 1.0), rng) for _ in range(2000)])
     theirs = [T.RandomResizedCrop.get_params(img, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(2000)]
     assert least_p(ours, np.array(theirs)) > 1e-3
@@ -155,14 +155,14 @@ def test_crops_are_sampled_by_torchvisions_rule(size):
 
 @pytest.mark.parametrize("size", [(90, 20), (20, 90), (40, 40), (40, 31)])
 def test_a_crop_that_never_fits_is_the_largest_centred_part(size):
-    scale = (50.0, 50.0)  # fifty times the picture
+    scale = (50.0, 50.0)  # fifty times the image
     ours = _crop_box(*size, scale, np.random.default_rng(0))
-    assert ours == T.RandomResizedCrop.get_params(picture(*size), list(scale), [3 / 4, 4 / 3])
+    assert ours == T.RandomResizedCrop.get_params(image(*size), list(scale), [3 / 4, 4 / 3])
 
 
 def test_color_jitter_has_the_distribution_of_torchvisions():
     torch.manual_seed(0)
-    img, theirs = picture(24, 24), T.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    img, theirs = image(24, 24), T.ColorJitter(0.4, 0.4, 0.4, 0.1)
 
     def jittered(i):
         rng = np.random.default_rng(i)
@@ -191,7 +191,7 @@ def test_what_happens_to_colours_has_the_published_probabilities():
 
 
 # ---------------------------------------------------------------------------- what follows the random numbers
-@pytest.mark.parametrize("make", [picture, grainy])
+@pytest.mark.parametrize("make", [image, grainy])
 def test_a_crop_equals_torchvisions_to_rounding(make):
     img, differences = make(200, 150), []
     for seed in range(100):
@@ -204,7 +204,7 @@ def test_a_crop_equals_torchvisions_to_rounding(make):
     assert abs(differences.mean()) < 0.02  # neither brighter nor darker
 
 
-@pytest.mark.parametrize("make", [picture, grainy])
+@pytest.mark.parametrize("make", [image, grainy])
 def test_jitter_equals_torchvisions_to_the_bit(make):
     img, f = make(), T.functional
     for factor in (0.6, 0.85, 1.0, 1.13, 1.4):
@@ -223,7 +223,7 @@ def test_blur_equals_pillows_to_the_bit(size):
         assert np.array_equal(box_blur(planes(grainy(*size)), sigma), expected)
 
 
-@pytest.mark.parametrize("make", [picture, grainy])
+@pytest.mark.parametrize("make", [image, grainy])
 def test_a_batch_gets_the_colours_of_its_views_to_the_bit(make):
     views = [ssl_pixels(SLIP, pixels_of(make()), np.random.default_rng(i)) for i in range(200)]
     crops, colours = zip(*views, strict=True)
@@ -239,29 +239,29 @@ def test_the_ssl_view_equals_its_steps_in_torchvision():
     crop, jitter = (1.0, np.log(4 / 3), 0, 0), (0.79, 0.5, -0.25, 1.0, -1.0, (2, 0, 3, 1))
     grey, blur, flip = (0.2,), (0.49, 1.3), (0.49,)
     f = T.functional
-    img = f.adjust_brightness(f.adjust_saturation(resized(picture()), 1.4), 1.2)
+    img = f.adjust_brightness(f.adjust_saturation(resized(image()), 1.4), 1.2)
     img = f.adjust_contrast(f.adjust_hue(img, -0.1), 0.9)
     expected = NORMALIZE(f.to_tensor(f.hflip(img.filter(ImageFilter.GaussianBlur(1.3)))))
     script = Script(*crop, *jitter, *grey, *blur, *flip)
-    torch.testing.assert_close(ssl_view(SLIP)(picture(), script), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ssl_view(SLIP)(image(), script), expected, rtol=0, atol=1e-6)
     assert script.numbers == []
 
 
 def test_nothing_is_applied_beyond_its_probability():
     untouched = Script(1.0, np.log(4 / 3), 0, 0, 0.8, 0.2, 0.5, 0.5)
-    expected = NORMALIZE(T.functional.to_tensor(resized(picture())))
-    torch.testing.assert_close(ssl_view(SLIP)(picture(), untouched), expected, rtol=0, atol=1e-6)
+    expected = NORMALIZE(T.functional.to_tensor(resized(image())))
+    torch.testing.assert_close(ssl_view(SLIP)(image(), untouched), expected, rtol=0, atol=1e-6)
 
 
 def test_grey_views_have_three_equal_channels_before_normalisation():
     grey = Script(1.0, np.log(4 / 3), 0, 0, 0.8, 0.19, 0.5, 0.5)
-    expected = T.functional.to_grayscale(resized(picture()), 3)
+    expected = T.functional.to_grayscale(resized(image()), 3)
     expected = NORMALIZE(T.functional.to_tensor(expected))
-    torch.testing.assert_close(ssl_view(SLIP)(picture(), grey), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ssl_view(SLIP)(image(), grey), expected, rtol=0, atol=1e-6)
 
 
-def test_views_of_a_grey_picture_in_colour_are_one_plane_and_those_of_the_grey_picture():
-    grey = picture().convert("L")
+def test_views_of_a_grey_image_in_colour_are_one_plane_and_those_of_the_grey_image():
+    grey = image().convert("L")
     in_colour = pixels_of(grey.convert("RGB"))
     assert in_colour.shape == (3, 60, 80)
     for seed in range(40):
@@ -273,9 +273,9 @@ def test_views_of_a_grey_picture_in_colour_are_one_plane_and_those_of_the_grey_p
         assert np.array_equal(np.broadcast_to(got, (3, 32, 32)), planes_of_three(three, colour))
 
 
-def test_one_coloured_pixel_makes_a_picture_coloured():
-    img = picture().convert("L").convert("RGB")
-    assert grey_if_equal(pixels_of(img)).shape == (1, 60, 80) and grey_if_equal(pixels_of(picture())).shape[0] == 3
+def test_one_coloured_pixel_makes_a_image_coloured():
+    img = image().convert("L").convert("RGB")
+    assert grey_if_equal(pixels_of(img)).shape == (1, 60, 80) and grey_if_equal(pixels_of(image())).shape[0] == 3
     img.putpixel((79, 59), (1, 1, 2))
     assert grey_if_equal(pixels_of(img)).shape == (3, 60, 80)
 
@@ -287,17 +287,17 @@ def planes_of_three(pixels: np.ndarray, colour: Colour) -> np.ndarray:
 @pytest.mark.parametrize("size", [(80, 60), (33, 90), (32, 32), (10, 14)])
 def test_eval_view_is_resize_and_centre_crop(size):
     theirs = T.Compose([T.Resize(32), T.CenterCrop(32), T.ToTensor(), NORMALIZE])
-    expected = theirs(picture(*size))
-    torch.testing.assert_close(eval_view(SLIP)(picture(*size)), expected, rtol=0, atol=1e-6)
+    expected = theirs(image(*size))
+    torch.testing.assert_close(eval_view(SLIP)(image(*size)), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [train_view, ssl_view, eval_view])
-@pytest.mark.parametrize("pre", [SLIP, MEDCLIP])
-def test_views_are_reproducible_picklable_and_leave_global_randomness_alone(make, pre):
-    view = make(pre)
+@pytest.mark.parametrize("preprocess", [SLIP, MEDCLIP])
+def test_views_are_reproducible_picklable_and_leave_global_randomness_alone(make, preprocess):
+    view = make(preprocess)
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first = view(picture(), np.random.default_rng((0, 1, 2)))
-    again = pickle.loads(pickle.dumps(view))(picture(), np.random.default_rng((0, 1, 2)))
+    first = view(image(), np.random.default_rng((0, 1, 2)))
+    again = pickle.loads(pickle.dumps(view))(image(), np.random.default_rng((0, 1, 2)))
     assert first.shape == (3, 32, 32) and first.dtype == torch.float32
     assert torch.equal(first, again)
     assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == np.random.get_state()[1]).all()
@@ -306,45 +306,45 @@ def test_views_are_reproducible_picklable_and_leave_global_randomness_alone(make
 # -------------------------------------------------------------------------------------- MedCLIP's preparation
 @pytest.mark.parametrize("size", [(20, 31), (31, 20), (7, 7), (40, 13), (32, 32)])
 def test_medclip_pads_to_a_centred_black_square_and_resizes(size):
-    grey = picture(*size).convert("L")
+    grey = image(*size).convert("L")
     side = max(32, *size)
     square = np.zeros((side, side), dtype=np.uint8)
     left, top = (side - size[0]) // 2, (side - size[1]) // 2
     square[top : top + size[1], left : left + size[0]] = np.asarray(grey)
     square = np.asarray(Image.fromarray(square).resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float32)
     expected = (square / 255 - 0.5862785803043838) / 0.27950088968644304
-    got = eval_view(MEDCLIP)(picture(*size))
+    got = eval_view(MEDCLIP)(image(*size))
     np.testing.assert_allclose(got, np.stack([expected] * 3), rtol=0, atol=2e-6)
 
 
 def test_medclips_square_has_at_least_224_pixels():
-    assert pad_to_square(picture(100, 50), 224).size == (224, 224)
-    assert pad_to_square(picture(100, 300), 224).size == (300, 300)
+    assert pad_to_square(image(100, 50), 224).size == (224, 224)
+    assert pad_to_square(image(100, 300), 224).size == (300, 300)
 
 
 @pytest.mark.parametrize("make", [train_view, ssl_view])
 def test_medclip_views_are_those_of_the_grey_square_in_colour(make):
     """Working on one channel changes nothing but the time it takes."""
-    square = pad_to_square(picture().convert("L"), 32).convert("RGB")
+    square = pad_to_square(image().convert("L"), 32).convert("RGB")
     in_colour = make(Preprocess(size=32, mean=MEDCLIP_MEAN, std=MEDCLIP_STD))
     for seed in range(20):
-        got = make(MEDCLIP)(picture(), np.random.default_rng(seed))
+        got = make(MEDCLIP)(image(), np.random.default_rng(seed))
         expected = in_colour(square, np.random.default_rng(seed))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("pre", [SLIP, MEDCLIP])
-def test_preparing_twice_is_preparing_once(pre):
-    once = pre.open(picture())
-    assert np.array_equal(pre.open(once), once)
+@pytest.mark.parametrize("preprocess", [SLIP, MEDCLIP])
+def test_preparing_twice_is_preparing_once(preprocess):
+    once = preprocess.open(image())
+    assert np.array_equal(preprocess.open(once), once)
 
 
 # --------------------------------------------------------------------------------------------------- settings
 def test_preprocess_survives_the_checkpoint():
-    for pre in (SLIP, MEDCLIP, Preprocess(96, (0.1, 0.2, 0.3), (1, 1, 1))):
-        values = pre.to_dict()
+    for preprocess in (SLIP, MEDCLIP, Preprocess(96, (0.1, 0.2, 0.3), (1, 1, 1))):
+        values = preprocess.to_dict()
         assert all(isinstance(value, int | str | list) for value in values.values())
-        assert Preprocess.from_dict(values) == pre
+        assert Preprocess.from_dict(values) == preprocess
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_windows_equal_pydicoms(function):
     assert np.abs(got - expected).max() <= 0.51
 
 
-def test_flat_masked_and_empty_pictures():
+def test_flat_masked_and_empty_images():
     assert (window_to_8bit(np.full((3, 3), 700, dtype=np.uint16)) == 0).all()
     mask = np.zeros((100, 100), dtype=np.uint16)
     mask[0, 0] = 4095  # fewer than 0.5 percent: both percentiles are 0
@@ -404,14 +404,14 @@ def test_impossible_windows_are_refused(width, function):
 def test_a_16_bit_png_keeps_its_contrast(tmp_path):
     array = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)  # 12 bits, as detectors give
     Image.fromarray(array).save(tmp_path / "deep.png")
-    got = np.asarray(read_picture(tmp_path / "deep.png"))
+    got = np.asarray(read_image(tmp_path / "deep.png"))
     assert got.shape == (64, 64, 3)
-    assert 120 < got.mean() < 135 and got.std() > 70  # clipping at 255 would give a white picture
+    assert 120 < got.mean() < 135 and got.std() > 70  # clipping at 255 would give a white image
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV"])
 def test_modes_of_eight_bits_are_converted_as_pillow_does(mode):
-    img = picture().convert(mode)
+    img = image().convert(mode)
     assert np.array_equal(to_rgb8(img), img.convert("RGB"))
 
 
@@ -440,8 +440,8 @@ def test_transparent_parts_lie_on_white(mode):
 # ---------------------------------------------------------------------------------------------- reading files
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1", "P", "I;16"])
-def test_planes_are_the_picture_that_pillow_reads(file_format, mode):
-    img = picture(83, 61)
+def test_planes_are_the_image_that_pillow_reads(file_format, mode):
+    img = image(83, 61)
     if mode == "I;16":
         img = Image.fromarray(np.arange(83 * 61).reshape(61, 83).astype(np.uint16))
     else:
@@ -452,7 +452,7 @@ def test_planes_are_the_picture_that_pillow_reads(file_format, mode):
             img.save(buffer, file_format, **options)
         except (OSError, ValueError):
             pytest.skip(f"there is no {file_format} of mode {mode}")
-        expected = planes(decode_picture(buffer.getvalue(), "x"))
+        expected = planes(decode_image(buffer.getvalue(), "x"))
         got = decode_pixels(buffer.getvalue(), "x").numpy()
         assert np.array_equal(np.broadcast_to(got, expected.shape), expected)
         assert (len(got) == 1) == (file_format == "JPEG" and Image.open(buffer).mode == "L")
@@ -460,26 +460,26 @@ def test_planes_are_the_picture_that_pillow_reads(file_format, mode):
 
 def test_broken_files_are_named(tmp_path):
     buffer = io.BytesIO()
-    picture(200, 200).save(buffer, "JPEG")
+    image(200, 200).save(buffer, "JPEG")
     whole = buffer.getvalue()
     png = io.BytesIO()
-    picture(200, 200).save(png, "PNG")
+    image(200, 200).save(png, "PNG")
     damaged = bytearray(png.getvalue())
     damaged[60:400] = bytes(340)
     cases = {
         "cut.jpg": whole[: len(whole) // 2],
         "empty.jpg": b"",
-        "text.jpg": b"no picture",
+        "text.jpg": b"no image",
         "bad.png": damaged,
     }
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(BrokenPicture, match=name):
-            read_picture(tmp_path / name)
-        with pytest.raises(BrokenPicture, match=name):
+        with pytest.raises(UnreadableImage, match=name):
+            read_image(tmp_path / name)
+        with pytest.raises(UnreadableImage, match=name):
             decode_pixels((tmp_path / name).read_bytes(), name)
     with pytest.raises(FileNotFoundError, match="absent.jpg"):
-        read_picture(tmp_path / "absent.jpg")
+        read_image(tmp_path / "absent.jpg")
 
 
 def write_dicom(path, array, **values):
@@ -521,7 +521,7 @@ def write_dicom(path, array, **values):
 def test_dicom_goes_through_its_window(tmp_path, values, window):
     array = np.arange(4000).reshape(50, 80)
     write_dicom(tmp_path / "a.dcm", array, **values)
-    got = np.asarray(read_picture(tmp_path / "a.dcm"))
+    got = np.asarray(read_image(tmp_path / "a.dcm"))
     assert got.shape == (50, 80, 3)
     assert np.array_equal(got[..., 0], window_to_8bit(array.astype(np.uint16), **window))
 
@@ -530,12 +530,12 @@ def test_dicom_rescales_before_the_window(tmp_path):
     array = np.arange(4000).reshape(50, 80)
     values = {"RescaleSlope": 2, "RescaleIntercept": -1024, "WindowCenter": 40, "WindowWidth": 400}
     write_dicom(tmp_path / "a.dcm", array, **values)
-    got = np.asarray(read_picture(tmp_path / "a.dcm"))[..., 2]
+    got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 2]
     assert np.array_equal(got, window_to_8bit(2.0 * array - 1024, 40, 400))
 
 
 def test_a_broken_dicom_is_named(tmp_path):
     pytest.importorskip("pydicom")
     (tmp_path / "bad.dcm").write_bytes(b"no DICOM")
-    with pytest.raises(BrokenPicture, match="bad.dcm"):
-        read_picture(tmp_path / "bad.dcm")
+    with pytest.raises(UnreadableImage, match="bad.dcm"):
+        read_image(tmp_path / "bad.dcm")

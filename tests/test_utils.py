@@ -1,4 +1,5 @@
 """Checkpoints, schedule, synchronised BatchNorm."""
+
 import json
 import os
 from pathlib import Path
@@ -46,7 +47,11 @@ def test_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
     for step in (5, 10, 15):
         utils.save_training_checkpoint({"step": step}, tmp_path, step, is_best=step == 5, keep_last=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "checkpoint.pt", "checkpoint_best.pt", "checkpoint_step00000010.pt", "checkpoint_step00000015.pt"]
+        "checkpoint.pt",
+        "checkpoint_best.pt",
+        "checkpoint_step00000010.pt",
+        "checkpoint_step00000015.pt",
+    ]
     assert utils.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 15
     assert utils.load_checkpoint(tmp_path / "checkpoint_best.pt")["step"] == 5
     newest = tmp_path / "checkpoint_step00000015.pt"

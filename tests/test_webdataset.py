@@ -1,4 +1,5 @@
 """--dataset webdataset: tar shards as img2dataset writes them, read at the place of each sample."""
+
 import io
 import json
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from roco_tree import make_roco
-from test_datasets import PRE, all_captions, grey_of, jpeg
+from test_datasets import PREPROCESS, all_captions, grey_of, jpeg
 from test_main import TINY
 from torch.utils.data import DataLoader
 
@@ -20,7 +21,7 @@ import make_dataset
 import utils
 from datasets import Collate, ContrastiveDataset, GlobalBatchSampler, TarPool, create_reader
 from tokenizer import SimpleTokenizer
-from transforms import BrokenPicture
+from transforms import UnreadableImage
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> None:
@@ -32,7 +33,7 @@ def add(archive: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> Non
 
 
 def write_shard(path: Path, keys, mode: str = "w", fmt: int = tarfile.USTAR_FORMAT) -> Path:
-    """Samples key.jpg, key.json and key.txt as img2dataset orders them; picture k has the grey value 10 k."""
+    """Samples key.jpg, key.json and key.txt as img2dataset orders them; image k has the grey value 10 k."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode, format=fmt) as archive:
         for key in keys:
@@ -56,14 +57,14 @@ def shards(tmp_path) -> Path:
 
 def check(reader, keys) -> None:
     assert all_captions(reader) == [f"caption {key}" for key in keys]
-    assert [grey_of(reader.picture(i)) for i in range(len(reader))] == pytest.approx([10 * k for k in keys], abs=1)
+    assert [grey_of(reader.image(i)) for i in range(len(reader))] == pytest.approx([10 * k for k in keys], abs=1)
 
 
 def test_a_folder_of_shards(shards):
     reader = create_reader("webdataset", shards)
     check(reader, range(24))
     assert reader.name(7) == f"{shards}/00001.tar/000000007.jpg" and reader.data(7) == jpeg(70)
-    assert "24 pictures with captions" in reader.log[0] and reader.dropped == 0
+    assert "24 images with captions" in reader.log[0] and reader.dropped == 0
     check(pickle.loads(pickle.dumps(reader)), range(24))  # as a spawned worker gets it
     filtered = create_reader("webdataset", shards, caption_filter="1$")
     check(filtered, [1, 11, 21])
@@ -71,9 +72,12 @@ def test_a_folder_of_shards(shards):
 
 def test_patterns_and_lists_of_shards(shards, monkeypatch):
     pytest.importorskip("webdataset")
-    for root, keys in ((f"{shards}/{{00001..00003}}.tar", range(7, 20)), (f"{shards}/0000{{4,0}}.tar", [*range(20, 24),
-                       *range(7)]), (f"{shards}/00001.tar", [7]), (f"{shards}/00001.tar::{shards}/00004.tar",
-                       [7, *range(20, 24)])):
+    for root, keys in (
+        (f"{shards}/{{00001..00003}}.tar", range(7, 20)),
+        (f"{shards}/0000{{4,0}}.tar", [*range(20, 24), *range(7)]),
+        (f"{shards}/00001.tar", [7]),
+        (f"{shards}/00001.tar::{shards}/00004.tar", [7, *range(20, 24)]),
+    ):
         reader = create_reader("webdataset", root)
         check(reader, keys)
         assert reader.root == shards
@@ -98,8 +102,10 @@ def test_splits_are_folders(shards):
 
 def test_absent_shards_are_named(shards, tmp_path):
     pytest.importorskip("webdataset")
-    for root, message in ((f"{shards}/{{00003..00006}}.tar", "2 of 4 shards are absent: .*00005.tar, .*00006.tar"),
-                          (tmp_path / "nowhere", "1 of 1 shards are absent: .*nowhere")):
+    for root, message in (
+        (f"{shards}/{{00003..00006}}.tar", "2 of 4 shards are absent: .*00005.tar, .*00006.tar"),
+        (tmp_path / "nowhere", "1 of 1 shards are absent: .*nowhere"),
+    ):
         with pytest.raises(FileNotFoundError, match=message):
             create_reader("webdataset", root)
     (tmp_path / "empty").mkdir()
@@ -119,9 +125,12 @@ def test_a_pattern_without_the_library_says_what_to_install(shards, monkeypatch)
 def read_epoch(reader, epoch: int, workers: int, rank: int = 0, world: int = 1, start: int = 0) -> list[dict]:
     sampler = GlobalBatchSampler(len(reader), 6 // world, rank, world, seed=1)
     sampler.set_epoch(epoch, start)
-    samples = ContrastiveDataset(reader, ("image", "text"), PRE, seed=1)
-    return list(DataLoader(samples, batch_sampler=sampler, collate_fn=Collate(SimpleTokenizer(context_length=9)),
-                           num_workers=workers))
+    samples = ContrastiveDataset(reader, ("image", "text"), PREPROCESS, seed=1)
+    return list(
+        DataLoader(
+            samples, batch_sampler=sampler, collate_fn=Collate(SimpleTokenizer(context_length=9)), num_workers=workers
+        )
+    )
 
 
 def test_every_sample_is_seen_once_whatever_the_nodes_and_workers(shards):
@@ -158,59 +167,94 @@ def reader_of(tmp_path: Path, members: list[tuple], **keywords):
     return create_reader("webdataset", tmp_path)
 
 
-def test_samples_without_picture_or_caption_are_counted_and_named(tmp_path):
-    reader = reader_of(tmp_path, [
-        ("1.jpg", jpeg(50)), ("1.txt", b"one"),
-        ("2.json", b'{"status": "failed_to_download", "caption": "two"}'), ("2.txt", b"two"),
-        ("3.jpg", jpeg()), ("3.json", b'{"caption": null}'),
-        ("4.jpg", jpeg()), ("4.txt", b" \n"),
-        ("5.jpg", jpeg(150)), ("5.json", b'{"caption": "five"}')])
-    assert all_captions(reader) == ["one", "five"] and grey_of(reader.picture(1)) == pytest.approx(150, abs=1)
+def test_samples_without_image_or_caption_are_counted_and_named(tmp_path):
+    reader = reader_of(
+        tmp_path,
+        [
+            ("1.jpg", jpeg(50)),
+            ("1.txt", b"one"),
+            ("2.json", b'{"status": "failed_to_download", "caption": "two"}'),
+            ("2.txt", b"two"),
+            ("3.jpg", jpeg()),
+            ("3.json", b'{"caption": null}'),
+            ("4.jpg", jpeg()),
+            ("4.txt", b" \n"),
+            ("5.jpg", jpeg(150)),
+            ("5.json", b'{"caption": "five"}'),
+        ],
+    )
+    assert all_captions(reader) == ["one", "five"] and grey_of(reader.image(1)) == pytest.approx(150, abs=1)
     assert reader.dropped == 1
-    assert "1 rows dropped because their picture is absent; first: (" in reader.log[1] and "sample '2'" in reader.log[1]
+    assert "1 rows dropped because their image is absent; first: (" in reader.log[1] and "sample '2'" in reader.log[1]
     assert "2 rows dropped because they have no caption" in reader.log[2] and "sample '3'" in reader.log[2]
 
 
 def test_several_captions_come_from_the_json(tmp_path):
-    reader = reader_of(tmp_path, [
-        ("1.jpg", jpeg()), ("1.txt", b"one"), ("1.json", b'{"captions": ["one", "uno", " "], "caption": "x"}'),
-        ("2.jpg", jpeg()), ("2.txt", "zwei ü".encode()), ("2.json", b'{"captions": 3, "caption": "x"}'),
-        ("3.jpg", jpeg()), ("3.txt", b"three"), ("3.json", b"[]")])
+    reader = reader_of(
+        tmp_path,
+        [
+            ("1.jpg", jpeg()),
+            ("1.txt", b"one"),
+            ("1.json", b'{"captions": ["one", "uno", " "], "caption": "x"}'),
+            ("2.jpg", jpeg()),
+            ("2.txt", "zwei ü".encode()),
+            ("2.json", b'{"captions": 3, "caption": "x"}'),
+            ("3.jpg", jpeg()),
+            ("3.txt", b"three"),
+            ("3.json", b"[]"),
+        ],
+    )
     assert [reader.captions(i) for i in range(3)] == [["one", "uno"], ["zwei ü"], ["three"]]
 
 
 def test_names_extensions_and_order_as_tar_makes_them(tmp_path):
     """`tar cf` keeps ./ and folders; the members of a sample may lie apart; a key may hold blanks."""
-    reader = reader_of(tmp_path, [
-        ("./", b"", {"type": tarfile.DIRTYPE}), ("./a b/1.JPG", jpeg(40)), ("./2.x.png", jpeg(1)),
-        ("./2.PNG", jpeg(80)), ("./a b/1.txt", b"one"), ("./2.txt", b"two"), ("./._2.txt", b"\xff")],
-        format=tarfile.PAX_FORMAT)
+    reader = reader_of(
+        tmp_path,
+        [
+            ("./", b"", {"type": tarfile.DIRTYPE}),
+            ("./a b/1.JPG", jpeg(40)),
+            ("./2.x.png", jpeg(1)),
+            ("./2.PNG", jpeg(80)),
+            ("./a b/1.txt", b"one"),
+            ("./2.txt", b"two"),
+            ("./._2.txt", b"\xff"),
+        ],
+        format=tarfile.PAX_FORMAT,
+    )
     assert all_captions(reader) == ["one", "two"]
-    assert [grey_of(reader.picture(i)) for i in range(2)] == pytest.approx([40, 80], abs=1)
+    assert [grey_of(reader.image(i)) for i in range(2)] == pytest.approx([40, 80], abs=1)
     assert reader.name(0) == f"{tmp_path}/a.tar/a b/1.jpg"
 
 
 @pytest.mark.parametrize("fmt", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_in_every_tar_format(tmp_path, fmt):
     key = "f" * 60 + "/" + "k" * (39 if fmt == tarfile.USTAR_FORMAT else 200)
-    reader = reader_of(tmp_path, [(f"{key}.jpg", jpeg(60)), (f"{key}.txt", b"long"), ("2.jpg", jpeg(90)),
-                                  ("2.txt", b"short")], format=fmt)
+    reader = reader_of(
+        tmp_path,
+        [(f"{key}.jpg", jpeg(60)), (f"{key}.txt", b"long"), ("2.jpg", jpeg(90)), ("2.txt", b"short")],
+        format=fmt,
+    )
     assert all_captions(reader) == ["long", "short"]
-    assert [grey_of(reader.picture(i)) for i in range(2)] == pytest.approx([60, 90], abs=1)
+    assert [grey_of(reader.image(i)) for i in range(2)] == pytest.approx([60, 90], abs=1)
 
 
 # --------------------------------------------------------------------------------------------- hostile and damaged
-@pytest.mark.parametrize("name, fields, message", [
-    ("/etc/passwd.txt", {}, "may leave the data root"),
-    ("../1.txt", {}, "may leave the data root"),
-    ("a/../../1.txt", {}, "may leave the data root"),
-    ("..\\1.txt", {}, "may leave the data root"),
-    ("9.txt", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "no plain file"),
-    ("9.txt", {"type": tarfile.LNKTYPE, "linkname": "1.jpg"}, "no plain file"),
-    ("9.txt", {"type": tarfile.FIFOTYPE}, "no plain file"),
-    ("9.txt", {"type": tarfile.CHRTYPE}, "no plain file"),
-    ("1.jpg", {}, "is there twice"),
-    ("1.JPG", {}, "is there twice")])
+@pytest.mark.parametrize(
+    "name, fields, message",
+    [
+        ("/etc/passwd.txt", {}, "may leave the data root"),
+        ("../1.txt", {}, "may leave the data root"),
+        ("a/../../1.txt", {}, "may leave the data root"),
+        ("..\\1.txt", {}, "may leave the data root"),
+        ("9.txt", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "no plain file"),
+        ("9.txt", {"type": tarfile.LNKTYPE, "linkname": "1.jpg"}, "no plain file"),
+        ("9.txt", {"type": tarfile.FIFOTYPE}, "no plain file"),
+        ("9.txt", {"type": tarfile.CHRTYPE}, "no plain file"),
+        ("1.jpg", {}, "is there twice"),
+        ("1.JPG", {}, "is there twice"),
+    ],
+)
 def test_hostile_members_are_refused_by_name(tmp_path, name, fields, message):
     with pytest.raises(ValueError, match=f"a.tar member .*{message}") as error:
         reader_of(tmp_path, [("1.jpg", jpeg()), ("1.txt", b"one"), (name, b"", fields)])
@@ -237,20 +281,20 @@ def test_damaged_captions_are_named(tmp_path, name, data):
         reader_of(tmp_path, [("1.jpg", jpeg()), (name, data)])
 
 
-def test_a_broken_picture_is_named(shards):
+def test_a_broken_image_is_named(shards):
     path = shards / "00001.tar"
     path.write_bytes(path.read_bytes().replace(jpeg(70), b"\0" * len(jpeg(70))))
     reader = create_reader("webdataset", shards)
-    with pytest.raises(BrokenPicture, match="00001.tar/000000007.jpg"):
-        reader.picture(7)
+    with pytest.raises(UnreadableImage, match="00001.tar/000000007.jpg"):
+        reader.image(7)
     path.write_bytes(b"")
     reader.archives = TarPool()
-    with pytest.raises(BrokenPicture, match="00001.tar ends before byte"):
-        reader.picture(7)
+    with pytest.raises(UnreadableImage, match="00001.tar ends before byte"):
+        reader.image(7)
     path.unlink()
     reader.archives = TarPool()
     with pytest.raises(FileNotFoundError, match="00001.tar"):
-        reader.picture(7)
+        reader.image(7)
 
 
 # --------------------------------------------------------------------------------------------------------- index
@@ -282,13 +326,47 @@ def test_training_on_shards_equals_training_on_their_source(tmp_path):
     pytest.importorskip("webdataset")
     root = make_roco(tmp_path / "roco", train=16, validation=6)
     for split in ("train", "validation"):
-        make_dataset.main(["shards", "--dataset", "roco", "--root", str(root), "--split", split, "-j", "1",
-                           "--output", str(tmp_path / "shards" / split), "--shard-size", "5"])
-    figures, weights = {}, {}
+        make_dataset.main(
+            [
+                "shards",
+                "--dataset",
+                "roco",
+                "--root",
+                str(root),
+                "--split",
+                split,
+                "-j",
+                "1",
+                "--output",
+                str(tmp_path / "shards" / split),
+                "--shard-size",
+                "5",
+            ]
+        )
+    scores, weights = {}, {}
     for name, folder in (("roco", root), ("webdataset", tmp_path / "shards")):
         output = tmp_path / f"run_{name}"
-        figures[name] = main.main(["--dataset", name, "--root", str(folder), "--model", "SLIP_VITT16", "--output-dir",
-                                   str(output), "-j", "0", "--batch-size", "8", "--epochs", "1", "--lr", "1e-3", *TINY])
+        scores[name] = main.main(
+            [
+                "--dataset",
+                name,
+                "--root",
+                str(folder),
+                "--model",
+                "SLIP_VITT16",
+                "--output-dir",
+                str(output),
+                "-j",
+                "0",
+                "--batch-size",
+                "8",
+                "--epochs",
+                "1",
+                "--lr",
+                "1e-3",
+                *TINY,
+            ]
+        )
         weights[name] = utils.load_checkpoint(output / "checkpoint.pt")["state_dict"]
-    assert figures["webdataset"] == figures["roco"] and figures["roco"]["val_pool"] == 6
+    assert scores["webdataset"] == scores["roco"] and scores["roco"]["val_pool"] == 6
     assert all(torch.equal(value, weights["webdataset"][key]) for key, value in weights["roco"].items())

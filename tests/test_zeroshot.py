@@ -20,7 +20,7 @@ import downstream
 import eval_zeroshot as ez
 import models
 import utils
-from transforms import BrokenPicture, Preprocess
+from transforms import Preprocess, UnreadableImage
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 class Tower(nn.Module):
-    """A picture's mean colour, a text's counts of tokens; dropout shows whether it was put in eval mode."""
+    """An image's mean colour, a text's counts of tokens; dropout shows whether it was put in eval mode."""
 
     def __init__(self, d: int = 6):
         super().__init__()
@@ -63,16 +63,16 @@ class Pairs:
     def captions(self, i):
         return ["shared"] if i % 3 == 0 else [f"caption {i}", "another"]
 
-    def picture(self, i):
+    def image(self, i):
         if i in self.broken:
-            raise BrokenPicture(f"cannot decode the picture {i}")
+            raise UnreadableImage(f"cannot decode the image {i}")
         return Image.new("RGB", (8, 8), (i * 37 % 256, i * 91 % 256, i * 53 % 256))
 
 
 class Labelled(torch.utils.data.Dataset):
     def __init__(self, n: int, classes: int, broken=()):
         generator = torch.Generator().manual_seed(1)
-        self.pictures = torch.rand(n, 3, 4, 4, generator=generator)
+        self.images = torch.rand(n, 3, 4, 4, generator=generator)
         self.labels = torch.randint(classes, (n,), generator=generator)
         self.broken = broken
 
@@ -81,8 +81,8 @@ class Labelled(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         if i in self.broken:
-            raise BrokenPicture(f"cannot decode the picture {i}")
-        return self.pictures[i], int(self.labels[i])
+            raise UnreadableImage(f"cannot decode the image {i}")
+        return self.images[i], int(self.labels[i])
 
 
 NAMES = ["cat", "big dog", ["bird", "small bird"], "fish", "ant", "bee", "owl"]
@@ -96,13 +96,11 @@ def brute_force(images, texts, captions):
     """Ranks by sorting in plain Python: wrong entries first among equal scores."""
     images = images / np.linalg.norm(images, axis=1, keepdims=True)
     texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
-    figures = {"pool": len(captions)}
+    scores = {"pool": len(captions)}
     for way, queries, pool in (("i2t", images, texts), ("t2i", texts, images)):
         ranks = []
         for i, query in enumerate(queries):
-            entries = sorted(
-                (-float(query @ other), captions[j] == captions[i]) for j, other in enumerate(pool)
-            )
+            entries = sorted((-float(query @ other), captions[j] == captions[i]) for j, other in enumerate(pool))
             wrong = 0
             for _, is_hit in entries:
                 if is_hit:
@@ -110,9 +108,9 @@ def brute_force(images, texts, captions):
                 wrong += 1
             ranks.append(1 + wrong)
         for k in (1, 5, 10):
-            figures[f"{way}_r{k}"] = 100 * sum(rank <= k for rank in ranks) / len(ranks)
-        figures[f"{way}_median_rank"] = float(np.median(ranks))
-    return figures
+            scores[f"{way}_r{k}"] = 100 * sum(rank <= k for rank in ranks) / len(ranks)
+        scores[f"{way}_median_rank"] = float(np.median(ranks))
+    return scores
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
@@ -122,13 +120,13 @@ def test_retrieval_equals_a_second_implementation_with_duplicate_captions(n, chu
     images = rng.normal(size=(n, 5)).astype(np.float32)
     texts = (images + rng.normal(size=(n, 5))).astype(np.float32)
     captions = [f"caption {i // 2 if i < 20 else i}" for i in range(n)]  # pairs of twins, then single ones
-    figures = ez.retrieval_metrics(torch.tensor(images), torch.tensor(texts), captions, chunk=chunk)
-    assert figures == pytest.approx(brute_force(images, texts, captions))
+    scores = ez.retrieval_metrics(torch.tensor(images), torch.tensor(texts), captions, chunk=chunk)
+    assert scores == pytest.approx(brute_force(images, texts, captions))
 
 
 def test_equal_captions_all_count_as_hits():
     images = torch.eye(3)
-    texts = torch.eye(3)[[1, 0, 2]]  # pictures 0 and 1 find each other's caption
+    texts = torch.eye(3)[[1, 0, 2]]  # images 0 and 1 find each other's caption
     assert ez.retrieval_metrics(images, texts, ["a", "b", "c"])["i2t_r1"] == pytest.approx(100 / 3)
     assert ez.retrieval_metrics(images, texts, ["a", "a", "c"])["i2t_r1"] == 100
     assert ez.retrieval_metrics(images, texts, ["a", "a", "c"])["t2i_r1"] == 100
@@ -144,9 +142,9 @@ def test_scale_of_the_features_does_not_matter():
 @pytest.mark.parametrize("value", [1.0, 0.0, math.nan])
 def test_a_model_that_tells_nothing_apart_scores_nothing(value):
     features = torch.full((20, 4), value)
-    figures = ez.retrieval_metrics(features, features, [str(i) for i in range(20)])
-    assert [figures[k] for k in figures if "_r" in k and "median" not in k] == [0] * 6
-    assert figures["i2t_median_rank"] == figures["t2i_median_rank"] == 20
+    scores = ez.retrieval_metrics(features, features, [str(i) for i in range(20)])
+    assert [scores[k] for k in scores if "_r" in k and "median" not in k] == [0] * 6
+    assert scores["i2t_median_rank"] == scores["t2i_median_rank"] == 20
 
 
 def test_retrieval_refuses_what_does_not_pair_up():
@@ -164,37 +162,35 @@ def test_retrieval_refuses_what_does_not_pair_up():
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_embed_pairs_does_not_depend_on_batches_or_workers(batch_size, workers):
-    model, reader, pre = Tower(), Pairs(11), Preprocess(size=4)
-    images, texts, captions = ez.embed_pairs(model, reader, pre, tokenizer, CPU, batch_size, workers)
+    model, reader, preprocess = Tower(), Pairs(11), Preprocess(size=4)
+    images, texts, captions = ez.embed_pairs(model, reader, preprocess, tokenizer, CPU, batch_size, workers)
     assert captions == [reader.captions(i)[0] for i in range(11)]
     model.eval()
-    view = ez.as_view(pre)
+    view = ez.as_view(preprocess)
     for i in range(11):
-        torch.testing.assert_close(
-            images[i : i + 1], model.encode_image(view(reader.picture(i))[None]).detach()
-        )
+        torch.testing.assert_close(images[i : i + 1], model.encode_image(view(reader.image(i))[None]).detach())
     torch.testing.assert_close(texts, model.encode_text(tokenizer(captions)).detach())
 
 
-def test_broken_pictures_end_the_evaluation_or_leave_the_pool():
-    pre = Preprocess(size=4)
-    with pytest.raises(BrokenPicture, match="picture 4"):
-        ez.embed_pairs(Tower(), Pairs(7, broken=[4]), pre, tokenizer, CPU)
+def test_broken_images_end_the_evaluation_or_leave_the_pool():
+    preprocess = Preprocess(size=4)
+    with pytest.raises(UnreadableImage, match="image 4"):
+        ez.embed_pairs(Tower(), Pairs(7, broken=[4]), preprocess, tokenizer, CPU)
     images, texts, captions = ez.embed_pairs(
-        Tower(), Pairs(7, broken=[4, 5]), pre, tokenizer, CPU, batch_size=2, skip_broken=True
+        Tower(), Pairs(7, broken=[4, 5]), preprocess, tokenizer, CPU, batch_size=2, skip_broken=True
     )
-    whole = ez.embed_pairs(Tower(), Pairs(7), pre, tokenizer, CPU)
+    whole = ez.embed_pairs(Tower(), Pairs(7), preprocess, tokenizer, CPU)
     kept = [0, 1, 2, 3, 6]
     torch.testing.assert_close(images, whole[0][kept])
     torch.testing.assert_close(texts, whole[1][kept])
     assert captions == [whole[2][i] for i in kept]
     dataset = Labelled(9, 7, broken=[0, 1])
-    with pytest.raises(BrokenPicture, match="picture 0"):
+    with pytest.raises(UnreadableImage, match="image 0"):
         ez.evaluate_zeroshot(Tower(), tokenizer, dataset, NAMES, TEMPLATES, CPU)
     args = (Tower(), tokenizer, dataset, NAMES, TEMPLATES, CPU)
-    figures = ez.evaluate_zeroshot(*args, batch_size=2, skip_broken=True)
-    assert figures["samples"] == 7
-    with pytest.raises(ValueError, match="no picture to evaluate"):
+    scores = ez.evaluate_zeroshot(*args, batch_size=2, skip_broken=True)
+    assert scores["samples"] == 7
+    with pytest.raises(ValueError, match="no image to evaluate"):
         ez.evaluate_zeroshot(Tower(), tokenizer, Labelled(0, 7), NAMES, TEMPLATES, CPU)
 
 
@@ -203,7 +199,7 @@ def test_the_models_mode_and_gradients_are_left_as_they_were():
     ez.embed_pairs(model, Pairs(3), Preprocess(size=4), tokenizer, CPU)
     ez.evaluate_zeroshot(model, tokenizer, Labelled(5, 7), NAMES, TEMPLATES, CPU)
     assert model.training and model.dropout.training and torch.is_grad_enabled()
-    with pytest.raises(BrokenPicture):
+    with pytest.raises(UnreadableImage):
         ez.embed_pairs(model, Pairs(3, broken=[1]), Preprocess(size=4), tokenizer, CPU)
     assert model.training
     ez.evaluate_zeroshot(model.eval(), tokenizer, Labelled(5, 7), NAMES, TEMPLATES, CPU)
@@ -233,9 +229,7 @@ def _compare_ranks(rank, world, n, expected_pairs, expected_scores):
 def test_each_sample_counts_once_on_any_number_of_processes(world, n):
     pairs = ez.embed_pairs(Tower(), Pairs(n), Preprocess(size=4), tokenizer, CPU, 3)
     args = (Tower(), tokenizer, Labelled(n, 7), NAMES, TEMPLATES, CPU)
-    run_ranks(
-        _compare_ranks, world, n, pairs, ez.evaluate_zeroshot(*args, metric="mean_per_class", batch_size=3)
-    )
+    run_ranks(_compare_ranks, world, n, pairs, ez.evaluate_zeroshot(*args, metric="mean_per_class", batch_size=3))
 
 
 # -------------------------------------------------------------------------------- classifier
@@ -290,7 +284,7 @@ def test_text_features_are_encoded_once_for_a_model_and_its_prompts(tmp_path, mo
         ez.main([*args, "--resume", str(tmp_path / "other.pt")])
         return bool(encoded)
 
-    assert not encodes(lambda state: state["state_dict"]["visual.pos_embed"].zero_())  # the pictures' side
+    assert not encodes(lambda state: state["state_dict"]["visual.pos_embed"].zero_())  # the images' side
     assert encodes(lambda state: state["state_dict"]["positional_embedding"].mul_(2))
     assert encodes(lambda state: state["model"]["config"].update(text_heads=1))
     assert encodes(lambda state: state["tokenizer"].update(context_length=20))
@@ -341,9 +335,7 @@ def test_metrics_equal_scikit_learns(n_classes):
     predicted = logits.argmax(axis=1)
     top1 = 100 * accuracy_score(target, predicted)
     assert scores("top1")["score"] == pytest.approx(top1)
-    assert scores("mean_per_class")["score"] == pytest.approx(
-        100 * balanced_accuracy_score(target, predicted)
-    )
+    assert scores("mean_per_class")["score"] == pytest.approx(100 * balanced_accuracy_score(target, predicted))
     if n_classes > 5:
         top5 = 100 * top_k_accuracy_score(target, logits, k=5, labels=range(n_classes))
         assert scores("top1")["top5"] == pytest.approx(top5)
@@ -358,8 +350,8 @@ def test_a_class_that_is_predicted_but_absent_does_not_divide_by_zero():
     logits = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0, 1.0, 0]])  # predicts 0, 2, 1
     target = torch.tensor([0, 0, 1])  # class 2 has no samples
     ranks = ez.target_ranks(logits, target)
-    figures = ez.classification_scores(target, ranks, logits[:, 1] - logits[:, 0], 3, "mean_per_class")
-    assert figures["score"] == pytest.approx((50 + 100) / 2)
+    scores = ez.classification_scores(target, ranks, logits[:, 1] - logits[:, 0], 3, "mean_per_class")
+    assert scores["score"] == pytest.approx((50 + 100) / 2)
 
 
 def test_equal_scores_stand_in_class_order_and_nan_never_wins():
@@ -379,7 +371,7 @@ def test_impossible_metrics_are_errors():
         ez.classification_scores(one_class, one_class, torch.zeros(3), 2, "roc_auc")
     with pytest.raises(ValueError, match="no samples"):
         ez.classification_scores(one_class[:0], one_class[:0], torch.zeros(0), 2)
-    with pytest.raises(ValueError, match="class number 7 in the data, but 3 class names"):
+    with pytest.raises(ValueError, match="label 7 in the data, but 3 class names"):
         dataset = [(torch.rand(3, 4, 4), 7)]
         ez.evaluate_zeroshot(Tower(), tokenizer, dataset, NAMES[:3], TEMPLATES, CPU)
 
@@ -404,9 +396,7 @@ def test_folders_in_another_order_are_reported():
     ez.check_class_order("pets", ["Abyssinian", "american_bulldog"], ["Abyssinian", "american bulldog"])
     ez.check_class_order("cub200", ["001.Black_footed_Albatross"], ["Black footed Albatross"])
     ez.check_class_order("fer2013", ["happy", "sad"], [["glad", "happy"], ["sad"]])
-    with pytest.raises(
-        ValueError, match="class 0 is 'american_bulldog' on disk and 'Abyssinian' in labels.json"
-    ):
+    with pytest.raises(ValueError, match="class 0 is 'american_bulldog' on disk and 'Abyssinian' in labels.json"):
         ez.check_class_order("pets", ["american_bulldog", "Abyssinian"], ["Abyssinian", "american bulldog"])
     with pytest.raises(ValueError, match="2 classes found, 3 class names"):
         ez.check_class_order("pets", ["a", "b"], ["a", "b", "c"])
@@ -430,7 +420,7 @@ def test_a_wrong_order_is_reported_before_any_figure(tmp_path, capsys):
 
 
 class Oracle(nn.Module):
-    """Reads the class that a picture states (downstream_tree) and the class that a prompt names."""
+    """Reads the class that an image states (downstream_tree) and the class that a prompt names."""
 
     def __init__(self, n_classes: int, grey: bool):
         super().__init__()
@@ -462,11 +452,11 @@ def test_an_oracle_scores_100_on_all_26_sets(world):
             return torch.tensor([[of_prompt[p]] for p in prompts])
 
         model = Oracle(len(classnames), name == "mnist")
-        figures = ez.evaluate_zeroshot(model, read, dataset, classnames, templates, CPU, metric=metric)
+        scores = ez.evaluate_zeroshot(model, read, dataset, classnames, templates, CPU, metric=metric)
         # ImageNet's published names hold "missile" and "sunglasses" twice: the second of each cannot be told
         expected = 100 * 998 / 1000 if name == "imagenet" else 100
-        assert figures["score"] == pytest.approx(expected), name
-        assert figures["samples"] == figures["classes"] == len(LABELS[name])
+        assert scores["score"] == pytest.approx(expected), name
+        assert scores["samples"] == scores["classes"] == len(LABELS[name])
 
 
 # -------------------------------------------------------------------------------- the command
@@ -502,7 +492,7 @@ def write_roco(root, n=6):
     lines = []
     for i in range(n):
         Image.new("RGB", (40, 30), (i * 40, 255 - i * 40, 128)).save(folder / "images" / f"ROCO_{i:05d}.jpg")
-        lines.append(f"ROCO_{i:05d}\t a caption of picture {i}\n")
+        lines.append(f"ROCO_{i:05d}\t a caption of image {i}\n")
     (folder / "captions.txt").write_text("".join(lines))
 
 
@@ -518,14 +508,12 @@ def test_the_command_walks_the_catalog_and_skips_what_is_not_there(tmp_path, cap
     assert list(report["skipped"]) == [n for n in catalog if n not in ("digits", "roco")]
     assert "skipped food101: /path/to/food101 does not exist" in printed
     assert printed.splitlines()[-2].startswith("skipped, path not there: food101, cifar10")
-    assert "360 pictures, 10 classes" in printed and "pool 6 (test)" in printed
+    assert "360 images, 10 classes" in printed and "pool 6 (test)" in printed
     assert json.loads((tmp_path / "zeroshot.json").read_text()) == report
 
 
 def test_the_command_evaluates_the_sets_that_are_named(tmp_path):
-    report = ez.main(
-        [*command(tmp_path), "--resume", str(tmp_path / "checkpoint_best.pt"), "--datasets", "digits"]
-    )
+    report = ez.main([*command(tmp_path), "--resume", str(tmp_path / "checkpoint_best.pt"), "--datasets", "digits"])
     assert list(report["zero_shot"]) == ["digits"] and not report["skipped"]
     loaded = models.load_pretrained(tmp_path / "checkpoint_best.pt")
     dataset, names, templates, _ = ez.load_zeroshot_set("digits", loaded.preprocess)
@@ -537,17 +525,15 @@ def test_retrieval_over_a_root(tmp_path):
     write_roco(tmp_path / "data", 7)
     args = [*command(tmp_path), "--retrieval", "--dataset", "roco", "--root", str(tmp_path / "data")]
     report = ez.main(args)
-    figures = report["retrieval"]["roco"]
-    assert (
-        figures["pool"] == 7 and figures["i2t_r10"] == figures["t2i_r10"] == 100
-    )  # the pool is smaller than 10
-    assert 1 <= figures["i2t_median_rank"] <= 7
+    scores = report["retrieval"]["roco"]
+    assert scores["pool"] == 7 and scores["i2t_r10"] == scores["t2i_r10"] == 100  # the pool is smaller than 10
+    assert 1 <= scores["i2t_median_rank"] <= 7
     broken = tmp_path / "data" / "test" / "radiology" / "images" / "ROCO_00003.jpg"
     broken.write_bytes(b"torn")
-    with pytest.raises(BrokenPicture, match="ROCO_00003"):
+    with pytest.raises(UnreadableImage, match="ROCO_00003"):
         ez.main(args)
-    figures = ez.main([*args, "--skip-broken"])["retrieval"]["roco"]
-    assert (figures["pool"], figures["broken"]) == (6, 1)
+    scores = ez.main([*args, "--skip-broken"])["retrieval"]["roco"]
+    assert (scores["pool"], scores["broken"]) == (6, 1)
 
 
 def test_the_published_slip_layout_loads(tmp_path):
@@ -569,7 +555,7 @@ def test_the_published_slip_layout_loads(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--datasets", "digits", "petz"], "unknown data set petz; choose from food101"),
+        (["--datasets", "digits", "petz"], "unknown dataset petz; choose from food101"),
         (["--datasets", "pets"], "nothing to evaluate: not there are pets"),
         (["--retrieval", "--datasets", "digits"], "none of digits has captions"),
         (["--root", "data"], "add --retrieval"),
@@ -595,7 +581,7 @@ def test_a_model_without_a_text_side_is_refused(tmp_path):
 def test_sets_that_cannot_be_classified_are_named():
     with pytest.raises(ValueError, match="no class names for 'roco'; choose from food101"):
         ez.load_zeroshot_set("roco", Preprocess())
-    with pytest.raises(ValueError, match="unknown data set 'birdsnap'"):
+    with pytest.raises(ValueError, match="unknown dataset 'birdsnap'"):
         ez.load_zeroshot_set("birdsnap", Preprocess())
 
 
@@ -609,9 +595,7 @@ def test_an_open_clip_model_from_a_file(tmp_path):
         [*command(tmp_path), "--datasets", "digits", "--open-clip", "ViT-S-32-alt"]
         + ["--open-clip-weights", str(tmp_path / "weights.pt")]
     )
-    dataset, names, templates, _ = ez.load_zeroshot_set(
-        "digits", open_clip.image_transform(224, is_train=False)
-    )
+    dataset, names, templates, _ = ez.load_zeroshot_set("digits", open_clip.image_transform(224, is_train=False))
     read = open_clip.get_tokenizer("ViT-S-32-alt")
     expected = ez.evaluate_zeroshot(model, read, dataset, names, templates, CPU, batch_size=64)
     assert report["zero_shot"]["digits"]["top1"] == expected["top1"]

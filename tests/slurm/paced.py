@@ -2,6 +2,7 @@
 
 A name of its own because the launcher runs a module by name. Each rank writes its process id to rank<N>.pid.
 """
+
 import os
 import time
 from pathlib import Path

@@ -1,4 +1,5 @@
 """A script that starts in no time: what the launcher gives to a rank, and how it deals with the end of one."""
+
 import argparse
 import os
 import signal
