@@ -40,6 +40,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import downstream  # noqa: E402
+import features  # noqa: E402
 import main_linear  # noqa: E402
 import metrics  # noqa: E402
 import models  # noqa: E402
