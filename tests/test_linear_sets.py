@@ -11,9 +11,9 @@ import pytest
 import torch
 import torchvision.transforms as T
 from distributed_helpers import run_ranks
+from helpers import QUICK, image_side, write_checkpoint
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from test_linear import QUICK, image_side, write_checkpoint
 
 import main_linear
 import models

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from PIL import Image
 
 import datasets
@@ -26,7 +27,6 @@ from synthetic import world as layouts
 from synthetic.phantoms import CALCIFICATIONS, MASSES, Finding
 from synthetic.scene import Frame
 
-ROOT = Path(__file__).parent.parent
 GOLDEN = json.loads((ROOT / "tests" / "goldens" / "phantoms.json").read_text("utf-8"))
 LESIONS = {"calc": {"train": 60, "test": 30}, "mass": {"train": 110, "test": 30}}
 # The first lines of the tables as published.
