@@ -2,7 +2,7 @@
 
     python demo.py
 
-Draws a world of mammogram-like phantoms with captions (phantoms.py), fine-tunes a small image tower on its
+Draws a world of mammogram-like phantoms with captions (synthetic/), fine-tunes a small image tower on its
 ROCO part with the SLIP objective (main.py), and probes the tower on its CBIS-DDSM part (main_linear.py),
 beside the same tower untrained. The numbers show that the pipeline runs and learns; they say nothing about
 patients. Run again with the same settings, it keeps what is there and repeats only the probe.
@@ -158,15 +158,15 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, dict]]:
     args = get_args_parser().parse_args(argv)
     # Here, because the processes that draw import this file and need none of it.
     import make_dataset
-    import phantoms
     import utils
+    from synthetic.world import make_demo
 
     out = Path(args.output_dir)
     world, run = out / f"phantoms_seed{args.seed}", out / f"{args.objective}_seed{args.seed}"
     step = Steps(4)
     print(NOTICE)
     step(f"drawing SYNTHETIC phantoms into {world}")
-    phantoms.make_demo(world, seed=args.seed, pairs=args.pairs)
+    make_demo(world, seed=args.seed, pairs=args.pairs)
     make_dataset.main(["cbis", "--root", str(world / "cbis")])
     step(f"fine-tuning with the {args.objective.upper()} objective on the ROCO part, {args.epochs} epochs")
     checkpoint = fine_tune(args, world, run / "training")

@@ -914,7 +914,7 @@ def shrink_file(name: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Demo: the synthetic world of phantoms.py
+# Demo: the synthetic world of synthetic/
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -938,7 +938,7 @@ def add_demo_parser(commands) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    from phantoms import make_demo  # which needs none of the above, nor the above it
+    from synthetic.world import make_demo  # which needs none of the above, nor the above it
 
     make_demo(args.root, args.seed, args.pairs, size=args.size, workers=args.workers)
     make_cbis(args.root / "cbis")

@@ -21,11 +21,10 @@ from __future__ import annotations
 import argparse
 import io
 import platform
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import common  # noqa: F401  first: it finds the modules below
 import numpy as np
 import torch
 import torchvision.transforms as T
@@ -33,11 +32,9 @@ from PIL import Image, ImageFilter
 from scipy.stats import ks_2samp
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import utils  # noqa: E402
-from make_dataset import encode, shrink  # noqa: E402
-from transforms import (  # noqa: E402
+import utils
+from make_dataset import encode, shrink
+from transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Preprocess,

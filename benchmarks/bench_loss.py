@@ -16,17 +16,13 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
-import common  # noqa: E402
-
-import losses  # noqa: E402
+import losses
 
 NAMES = ("image_embed", "text_embed", "aug1_embed", "aug2_embed")
 

@@ -16,18 +16,16 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import common  # noqa: F401  first: it finds the modules below
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from datasets import Reader, Row  # noqa: E402
+from datasets import Reader, Row
 
 LIMIT = 1.3
 TITLE_BYTES = 30

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import common  # noqa: F401  first: it finds the modules below
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,17 +37,14 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import downstream  # noqa: E402
-import features  # noqa: E402
-import main_linear  # noqa: E402
-import metrics  # noqa: E402
-import models  # noqa: E402
-import probes  # noqa: E402
-import utils  # noqa: E402
-from datasets import CBIS_CLASSES, CBIS_KINDS, CbisLesions  # noqa: E402
-from transforms import Preprocess, eval_view  # noqa: E402
+import downstream
+import main_linear
+import metrics
+import models
+import probes
+import utils
+from datasets import CBIS_CLASSES, CBIS_KINDS, CbisLesions
+from transforms import Preprocess, eval_view
 
 SETS = (*(f"cbis_{kind}" for kind in CBIS_KINDS), "digits")
 SHOWN = ("auroc", "f1", "recall")

@@ -29,25 +29,21 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
+import bench_loss
+import bench_memory
+import common
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
-import bench_loss  # noqa: E402
-import bench_memory  # noqa: E402
-import common  # noqa: E402
-
-import datasets  # noqa: E402
-import main as training  # noqa: E402
-import models  # noqa: E402
-import utils  # noqa: E402
-from transforms import draw_colour  # noqa: E402
+import datasets
+import main as training
+import models
+import utils
+from transforms import draw_colour
 
 SMALL = [
     "--image-size",

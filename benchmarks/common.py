@@ -1,13 +1,21 @@
-"""What several benchmarks share: where they run, and how much memory a stretch of code takes."""
+"""What several benchmarks share: where they run, and how much memory a stretch of code takes.
+
+Imported before the project's modules, since it is what finds them: a benchmark is run as a script of its own.
+"""
 
 from __future__ import annotations
 
 import platform
+import sys
 from pathlib import Path
 
 import torch
 
-import utils
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(1, str(ROOT))  # behind benchmarks/ itself
+
+import utils  # noqa: E402
 
 
 def choose_device(cpu: bool) -> torch.device:

@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import sys
 import time
 from pathlib import Path
 
+import common  # noqa: F401  first: it finds the modules below
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import datasets  # noqa: E402
-import downstream  # noqa: E402
-import main  # noqa: E402
+import datasets
+import downstream
+import main
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDINGS = (

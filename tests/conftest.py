@@ -1,11 +1,8 @@
-"""Flat scripts are imported by name; helpers of the tests too. Tests use one or two threads and no network."""
+"""Tests use one thread a process and no network. pyproject.toml says where they import from."""
 
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 

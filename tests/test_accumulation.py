@@ -1,47 +1,17 @@
 """Gradient accumulation against the one big batch, on one process and on several, and gradient checkpointing."""
 
 import json
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from test_medclip import tiny_medslip
-from test_models import tiny_model
+from helpers import batches, command, gradients, split, tiny_medslip, tiny_model, weights
 from torch import nn
 
 import main
 import utils
 
 OBJECTIVES = ("CLIP", "SIMCLR", "SLIP")
-
-
-def batches(model, n, seed=0, size=32):
-    g = torch.Generator().manual_seed(seed)
-    tensors = {
-        key: torch.randn(n, 3, size, size, generator=g, dtype=torch.float64) for key in ("image", "view1", "view2")
-    }
-    tokens = torch.randint(1, 50, (n, 10), generator=g)
-    tokens[torch.arange(n), torch.randint(4, 10, (n,), generator=g)] = 127 if model.config["vocab_size"] > 127 else 49
-    return [({**tensors, "text": tokens})[key] for key in model.objective.inputs]
-
-
-def gradients(model, micro_batches, accumulate, processes=utils.Distributed()):  # noqa: B008
-    run = SimpleNamespace(
-        model=model,
-        trained=model,
-        processes=processes,
-        autocast=nullcontext,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        loss=model.objective.loss(ssl_temp=0.1, ssl_scale=0.7, gather_with_grad=True),
-    )
-    metrics = list(accumulate(run, micro_batches))
-    return metrics, {n: p.grad for n, p in model.named_parameters()}
-
-
-def split(inputs, k):
-    return [list(part) for part in zip(*(x.chunk(k) for x in inputs), strict=True)]
 
 
 def assert_equal_gradients(ours, theirs, rtol=1e-9, atol=1e-12):
@@ -190,7 +160,6 @@ def test_gradient_checkpointing_changes_nothing(make):
 
 def test_main_accumulates_over_the_whole_step(tmp_path):
     from roco_tree import make_roco
-    from test_main import command, weights
 
     roco = make_roco(tmp_path / "roco")
     eps = ["--eps", "1e-2", "--epochs", "1"]  # AdamW divides rounding noise by itself where gradients vanish

@@ -1,9 +1,4 @@
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import bench_data  # noqa: E402
+import bench_data
 
 
 def test_the_input_benchmark_compares_methods_that_draw_from_one_distribution(monkeypatch):

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
+import bench_probe as bench
 import cbis_tree
 import pytest
 
 import downstream
 import make_dataset
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-import bench_probe as bench  # noqa: E402
 
 
 def test_both_methods_find_the_same_on_cbis(tmp_path, capsys):

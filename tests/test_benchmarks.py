@@ -1,17 +1,10 @@
 """Benchmarks on tiny settings: that they run, compare equal things, and count what they say. Never how fast."""
 
-import sys
-from pathlib import Path
-
+import bench_step
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_step  # noqa: E402
-
-TINY = [
+SMALL = [
     "--image-size",
     "64",
     "--ssl-mlp-dim",
@@ -29,7 +22,7 @@ CASES = [("SLIP_VITT16", VIT), ("MEDSLIP_VIT", SWIN), ("MEDSLIP_RESNET", [])]
 
 
 def steps(name, extra):
-    flags, device = bench_step.training_flags(name, [*TINY, *extra]), torch.device("cpu")
+    flags, device = bench_step.training_flags(name, [*SMALL, *extra]), torch.device("cpu")
     return bench_step.Ours(flags, device), bench_step.Plain(flags, device)
 
 
@@ -75,7 +68,7 @@ def test_flops_are_those_of_the_formulas():
 
 def test_a_whole_benchmark(capsys):
     (row,) = bench_step.main(
-        ["--cpu", "--models", "SLIP_VITT16", "--batch-size", "8", "--runs", "2", "--steps", "1", *TINY, *VIT]
+        ["--cpu", "--models", "SLIP_VITT16", "--batch-size", "8", "--runs", "2", "--steps", "1", *SMALL, *VIT]
     )
     assert row["differences"]["float32"][0] < bench_step.EQUAL and max(row["differences"]["float64"]) < 1e-9
     assert row["ours_tokens"] <= row["plain_tokens"] == 77
@@ -91,7 +84,7 @@ def test_a_whole_benchmark(capsys):
 
 @pytest.mark.slow
 def test_the_largest_batch_within_a_limit():
-    rest = ["--grad-checkpointing", *TINY, *VIT]
+    rest = ["--grad-checkpointing", *SMALL, *VIT]
     results = {}
     for limit in (0.05, 0.2, 0.4):
         args = bench_step.get_args_parser().parse_args(["--cpu", "--memory-limit", str(limit)])

@@ -9,7 +9,6 @@ import pytest
 import downstream
 from datasets import CBIS_CLASSES
 
-ROOT = Path(__file__).parent.parent
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "catalog_check.json").read_text())
 PUBLISHED = [name for name in GOLDEN if name != "_"]
 OURS = ["digits", "cbis_calc", "cbis_mass"]

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 import make_dataset
-import phantoms
 from datasets import CBIS_CLASSES, CbisLesions
+from synthetic import world
 from transforms import Preprocess
 
 # Counted in the published tables: rows, pathologies in the order of CBIS_CLASSES, patients, full images.
@@ -286,10 +286,11 @@ def test_reader_refuses_foreign_tables(tmp_path, small):
         CbisLesions(tmp_path, "calc", "test")
 
 
-def test_demo_is_drawn_and_joined(tmp_path, capsys, monkeypatch):
+def test_demo_is_drawn_and_joined(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", "medslip")
     few = {"calc": {"train": 150, "test": 20}, "mass": {"train": 150, "test": 20}}
-    monkeypatch.setattr(phantoms, "make_demo", partial(phantoms.make_demo, lesions=few))
+    monkeypatch.setattr(world, "make_demo", partial(world.make_demo, lesions=few))
     make_dataset.main(["demo", "--root", str(tmp_path / "demo"), "--pairs", "4", "--size", "16", "--workers", "1"])
-    assert "SYNTHETIC" in capsys.readouterr().out
+    assert "SYNTHETIC" in caplog.text
     lesions = CbisLesions(tmp_path / "demo" / "cbis", "mass", "test", "crop", Preprocess(size=16))
     assert len(lesions) >= 20 and lesions[0][0].shape == (3, 16, 16)

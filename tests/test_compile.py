@@ -7,12 +7,20 @@ import sys
 import pytest
 import torch
 from distributed_helpers import free_port
+from helpers import (
+    ROOT,
+    assert_same_run,
+    batches,
+    command,
+    environment,
+    gradients,
+    split,
+    stop_after,
+    tiny_medslip,
+    tiny_model,
+    weights,
+)
 from roco_tree import make_roco
-from test_accumulation import batches, gradients, split
-from test_launch import ROOT, environment
-from test_main import assert_same_run, command, stop_after, weights
-from test_medclip import tiny_medslip
-from test_models import tiny_model
 
 import main
 import models

@@ -1,4 +1,3 @@
-import io
 import json
 import multiprocessing
 import os
@@ -11,6 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import (
+    LARGE,
+    PREPROCESS,
+    all_captions,
+    command,
+    grey_of,
+    jpeg,
+    make_coco,
+    make_redcaps,
+    make_yfcc,
+    save_jpeg,
+    weights,
+)
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -30,24 +42,6 @@ from datasets import (
 from metadata import RefusedPickle, iter_json, read_pickle
 from tokenizer import SimpleTokenizer
 from transforms import Preprocess, UnreadableImage, eval_view, read_image, ssl_view, train_view
-
-PREPROCESS = Preprocess(size=16)
-
-
-def jpeg(grey: int = 100) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (24, 20), grey).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def save_jpeg(path: Path, grey: int = 100) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(jpeg(grey))
-
-
-def grey_of(img: Image.Image) -> int:
-    assert img.mode == "RGB"
-    return int(np.asarray(img).mean().round())
 
 
 # ---------------------------------------------------------------------------------------------------- columns
@@ -162,10 +156,6 @@ def make_roco(folder: Path, captions=None, name: str = "captions.txt", gap: str 
         save_jpeg(folder / "images" / f"{key}.jpg", 50 * i)
     (folder / name).write_bytes("".join(f"{key}{gap}{text}\n" for key, text in captions.items()).encode())
     return folder
-
-
-def all_captions(reader) -> list[str]:
-    return [caption for i in range(len(reader)) for caption in reader.captions(i)]
 
 
 @pytest.mark.parametrize("name, gap", [("captions.txt", "\t "), ("captions.txt", "\t   "), ("selected_pairs.txt", " ")])
@@ -374,91 +364,6 @@ def test_csv_errors_name_file_and_line(tmp_path, text, message):
 
 
 # ---------------------------------------------------------------------------------------------- large sources
-def make_yfcc(root: Path, rows=None) -> Path:
-    """Images 12345678, 12345679 and 5; rows beside them name one absent member and one absent archive."""
-    for archive, members in {"12/345": (678, 679), "00/000": (5,)}.items():
-        path = root / "images" / f"{archive}.zip"
-        path.parent.mkdir(parents=True)
-        with zipfile.ZipFile(path, "w") as file:
-            for member in members:
-                file.writestr(f"{member:03d}.jpg", jpeg(member % 200))
-            file.writestr("../../escape.jpg", b"")  # never asked for
-    if rows is None:
-        rows = [
-            (12345678, "a title", "a description"),
-            (12345680, "absent", "member"),
-            (5, "", "only described"),
-            (99999999, "absent", "archive"),
-            (12345679, " ", ""),
-        ]
-    (root / "yfcc15m.pkl").write_bytes(pickle.dumps(rows))
-    return root
-
-
-def make_coco(root: Path) -> Path:
-    for folder, ids in (("train2017", (9, 123456789012)), ("val2017", (7,))):
-        annotations = []
-        for image in ids:
-            save_jpeg(root / folder / f"{image:012d}.jpg", image % 250)
-            annotations += [{"image_id": image, "id": 2 * image + k, "caption": f"{image} {k}"} for k in range(2)]
-        annotations += [
-            {"image_id": 404, "id": 1, "caption": "gone"},
-            {"image_id": ids[0], "id": 0, "caption": "x"},
-        ]
-        (root / "annotations").mkdir(exist_ok=True)
-        values = {
-            "info": {"a": [1]},
-            "images": [{"id": i} for i in ids],
-            "annotations": annotations,
-            "licenses": [],
-        }
-        (root / "annotations" / f"captions_{folder}.json").write_text(json.dumps(values))
-    return root
-
-
-def make_cc(root: Path, name: str, key: str) -> Path:
-    save_jpeg(root / "a" / "0.jpg", 30)
-    save_jpeg(root / "1510438788", 40)
-    rows = [
-        {key: "a/0.jpg", "image_id": 0, "captions": ["one", "two"]},
-        {key: "gone.jpg", "captions": ["gone"]},
-    ]
-    rows.append({key: 1510438788 if key == "image_id" else "1510438788", "captions": ["large field"]})
-    if key == "image_id":
-        rows[0][key] = "a/0.jpg"
-    np.save(root / f"{name}.npy", np.array(rows, dtype=object))
-    return root
-
-
-def make_redcaps(root: Path, images: str) -> Path:
-    save_jpeg(root / images / "itap" / "abc1.jpg", 90)
-    rows = [
-        {
-            "image_id": "abc1",
-            "author": "x",
-            "url": "u",
-            "raw_caption": "ITAP",
-            "caption": "itap",
-            "subreddit": "itap",
-        },
-        {"image_id": "gone", "caption": "gone", "subreddit": "itap"},
-    ]
-    (root / "redcaps_v1.json").write_text(json.dumps(rows))
-    return root
-
-
-LARGE = {
-    "yfcc15m": (make_yfcc, [["a title", "a description"], ["only described"]], [78, 5], 2),
-    "coco": (make_coco, [["9 0", "9 1", "x"], ["123456789012 0", "123456789012 1"]], [9, 12], 1),
-    "cc3m": (lambda root: make_cc(root, "cc3m", "image_id"), [["one", "two"], ["large field"]], [30, 40], 1),
-    "cc12m": (
-        lambda root: make_cc(root, "cc12m", "image_name"),
-        [["one", "two"], ["large field"]],
-        [30, 40],
-        1,
-    ),
-    "redcaps": (lambda root: make_redcaps(root, "images"), [["itap"]], [90], 1),
-}
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -1013,3 +918,44 @@ def test_when_nothing_can_be_read_the_search_ends(reader, tmp_path):
     samples = ContrastiveDataset(reader, INPUTS, PREPROCESS, 0, bad_samples=tmp_path / "bad.txt", max_bad_share=1)
     with pytest.raises(UnreadableImage, match="10 images in a row cannot be read"):
         samples[0, 0]
+
+
+# ------------------------------------------------------------------------------------------------ through main.py
+@pytest.mark.parametrize("name", [*LARGE, "roco"])
+def test_an_epoch_on_each_source_trains_both_towers(name, tmp_path):
+    """A pair of images gives one step, whose gradient reaches both towers: nothing else moves them."""
+    if name == "roco":
+        make_roco(tmp_path / "train" / "radiology")
+    else:
+        LARGE[name][0](tmp_path)
+    if name == "redcaps":  # its tree holds one image, and one pair alone has no gradient
+        save_jpeg(tmp_path / "images" / "itap" / "abc2.jpg", 10)
+        rows = json.loads((tmp_path / "redcaps_v1.json").read_text())
+        rows.append({"image_id": "abc2", "caption": "another", "subreddit": "itap"})
+        (tmp_path / "redcaps_v1.json").write_text(json.dumps(rows))
+    states = []
+    for lr in ("0", "1e-2"):
+        settings = [
+            "--batch-size",
+            "2",
+            "--epochs",
+            "1",
+            "--warmup-epochs",
+            "0",
+            "--lr",
+            lr,
+            "--lr-end",
+            lr,
+            "--wd",
+            "0",
+        ]
+        argv = command(tmp_path, tmp_path / lr, *settings)
+        argv[argv.index("--dataset") + 1] = name
+        argv[argv.index("--model") + 1] = "CLIP_VITT16"  # validates on nothing but ROCO
+        main.main(argv)
+        rows = [json.loads(line) for line in (tmp_path / lr / "log.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if row["kind"] == "train"] == ([1, 2] if name == "roco" else [1])
+        states.append(weights(tmp_path / lr))
+    moved = {key for key in states[0] if not torch.equal(states[0][key], states[1][key])}
+    for tower in ("visual.blocks", "transformer.resblocks", "token_embedding", "image_projection", "text_projection"):
+        assert [key for key in moved if key.startswith(tower)], tower

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 
 import demo
-import phantoms
 from metrics import METRICS
+from synthetic import world
 
 SMALL = {"calc": {"train": 80, "test": 60}, "mass": {"train": 160, "test": 120}}
 ARGS = ("--pairs", "300", "--epochs", "1")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_and_offline(monkeypatch):
     connect = socket.socket.connect
 
@@ -26,10 +28,12 @@ def small_and_offline(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", only_local)
-    monkeypatch.setattr(phantoms, "make_demo", partial(phantoms.make_demo, lesions=SMALL, workers=1))
+    monkeypatch.setattr(world, "make_demo", partial(world.make_demo, lesions=SMALL, workers=1))
 
 
-def test_the_demo_trains_probes_and_reruns(tmp_path, capsys):
+@pytest.mark.usefixtures("small_and_offline")
+def test_the_demo_trains_probes_and_reruns(tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "medslip")
     argv = [*ARGS, "--output-dir", str(tmp_path / "out")]
     results = demo.main(argv)
     printed = capsys.readouterr().out
@@ -58,7 +62,7 @@ def test_the_demo_trains_probes_and_reruns(tmp_path, capsys):
     checkpoint = run / "training" / "checkpoint_best.pt"
     before = checkpoint.stat().st_mtime_ns
     again = demo.main(argv)
-    assert checkpoint.stat().st_mtime_ns == before and "keeping the SYNTHETIC" in capsys.readouterr().out
+    assert checkpoint.stat().st_mtime_ns == before and "keeping the SYNTHETIC" in caplog.text
     assert all(
         again[kind][name]["metrics"] == results[kind][name]["metrics"] for kind in results for name in results[kind]
     )
@@ -71,3 +75,17 @@ def test_an_unknown_objective_is_refused_with_the_choices(capsys):
     with pytest.raises(SystemExit):
         demo.get_args_parser().parse_args(["--objective", "moco"])
     assert "slip" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path):
+    """As a newcomer runs it: its own settings, one command, a process of its own."""
+    done = subprocess.run(
+        [sys.executable, demo.__file__, "--output-dir", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "SYNTHETIC" in done.stdout and "trained minus untrained" in done.stdout
+    results = json.loads((tmp_path / "slip_seed0" / "results.json").read_text())
+    gains = {kind: results[kind]["trained"]["difference"]["auroc"] for kind in ("calc", "mass")}
+    print(gains)
+    assert all(gain["value"] > 0 for gain in gains.values()), gains

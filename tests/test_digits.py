@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import real_check
 from PIL import Image
 
 import downstream
 import eval_zeroshot
 import main
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-import real_check  # noqa: E402
 
 
 def pixels(train: bool) -> set[bytes]:

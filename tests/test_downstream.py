@@ -387,7 +387,10 @@ def test_an_entry_says_labels_templates_metric_and_folders(tmp_path):
     assert scans.dataset.classes == folders
     assert [stated_class(scans.dataset.image(i), False) for i in range(3)] == [2, 1, 0]
     shared = load(tmp_path, labels="cbis_mass", templates="digits", _note="a comment")
-    assert (shared.classnames, shared.templates) == (LABELS["cbis_mass"], downstream.read_prompts("templates.json")["digits"])
+    assert (shared.classnames, shared.templates) == (
+        LABELS["cbis_mass"],
+        downstream.read_prompts("templates.json")["digits"],
+    )
 
 
 @pytest.mark.parametrize(

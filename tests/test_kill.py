@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_helpers import free_port
+from helpers import DROPOUT, ROOT, assert_same_run, command
 from roco_tree import make_roco
-from test_main import DROPOUT, assert_same_run, command
 
 import main
 import utils
@@ -125,8 +125,8 @@ def kill_once(training: Training, number: int, rng: random.Random) -> bool:
 @pytest.mark.slow
 def test_killed_at_random_moments_it_resumes_to_the_unbroken_run(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    here = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", f"{here.parent}:{here}")  # the fork server preloads this file, without sys.path
+    # The fork server preloads this file before it is told of sys.path.
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     roco = make_roco(tmp_path / "roco")
     argv = [*DROPOUT, "--batch-size", "4", "--epochs", str(EPOCHS), "--eval-freq", str(EPOCHS), "--gpu", "-1"]
     unbroken = Training(command(roco, tmp_path / "unbroken", *argv), tmp_path / "unbroken")

@@ -12,24 +12,16 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as mp
 from distributed_helpers import free_port, run_ranks
+from helpers import DROPOUT, ROOT, assert_same_run, command, environment, wait_for
 from roco_tree import make_roco
-from test_main import DROPOUT, assert_same_run, command
 
 import main
 import utils
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def roco(tmp_path_factory):
     return make_roco(tmp_path_factory.mktemp("roco"))
-
-
-def environment(**extra) -> dict[str, str]:
-    """This process's, with one thread for each rank as in the tests' own processes, and no launcher's variables."""
-    ours = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}
-    return ours | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | extra
 
 
 def ranks_pids(marker: str) -> dict[int, int]:
@@ -48,14 +40,6 @@ def ranks_pids(marker: str) -> dict[int, int]:
 
 def steps_saved(output_dir: Path) -> int:
     return max((int(p.stem.removeprefix("checkpoint_step")) for p in output_dir.glob("checkpoint_step*.pt")), default=0)
-
-
-def wait_for(condition, seconds: float, what: str):
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"{seconds} s without {what}"
-        time.sleep(0.02)
-    return value
 
 
 def test_plain_python_inside_a_slurm_shell_is_one_process(roco, tmp_path):

@@ -1,16 +1,15 @@
 """Losses against the reference implementation's scores, against NumPy formulas, and over several processes."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from distributed_helpers import run_ranks
+from helpers import GOLDENS
 
 import losses
 
-GOLDENS = Path(__file__).parent / "goldens"
 EMBEDDINGS = ("image_embed", "text_embed", "aug1_embed", "aug2_embed")
 
 

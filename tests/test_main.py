@@ -4,77 +4,21 @@ import json
 import os
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from distributed_helpers import run_ranks
+from helpers import DROPOUT, assert_same_run, command, stop_after, weights
 from roco_tree import make_roco
 
 import main
 import models
 import utils
 
-TINY = [
-    "--image-size",
-    "32",
-    "--ssl-mlp-dim",
-    "32",
-    "--ssl-emb-dim",
-    "16",
-    "--context-length",
-    "24",
-    "--override",
-    "vision.patch_size=8",
-    "vision.embed_dim=32",
-    "vision.depth=2",
-    "vision.num_heads=2",
-    "text_width=32",
-    "text_layers=1",
-    "text_heads=2",
-    "embed_dim=16",
-]
-DROPOUT = ["vision.proj_drop_rate=0.1", "vision.drop_path_rate=0.1"]  # makes every step draw random numbers
-
 
 @pytest.fixture(scope="module")
 def roco(tmp_path_factory):
     return make_roco(tmp_path_factory.mktemp("roco"))
-
-
-def command(roco, output_dir, *extra, model="SLIP_VITT16"):
-    return [
-        "--dataset",
-        "roco",
-        "--root",
-        str(roco),
-        "--model",
-        model,
-        "--output-dir",
-        str(output_dir),
-        "-j",
-        "0",
-        "--batch-size",
-        "8",
-        "--epochs",
-        "2",
-        "--lr",
-        "1e-3",
-        "--print-freq",
-        "1",
-        *TINY,
-        *extra,
-    ]
-
-
-def weights(output_dir):
-    return utils.load_checkpoint(Path(output_dir) / "checkpoint.pt")["state_dict"]
-
-
-def assert_same_run(a, b):
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys()
-    assert [k for k in first if not torch.equal(first[k], second[k])] == []
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +57,6 @@ def test_resuming_after_an_epoch_is_the_unbroken_run(roco, unbroken, tmp_path, w
             main.main(command(roco, tmp_path, *DROPOUT, "-j", workers))
     main.main(command(roco, tmp_path, *DROPOUT, "-j", workers))
     assert_same_run(unbroken, tmp_path)
-
-
-def stop_after(function):
-    def wrapped(*args):
-        function(*args)
-        raise KeyboardInterrupt
-
-    return wrapped
 
 
 @pytest.mark.parametrize("extra", [[], ["--update-freq", "2", "--batch-size", "4"]])

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torchvision.transforms as T
 from distributed_helpers import run_ranks
+from helpers import QUICK, image_side, write_checkpoint
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_score, roc_auc_score
@@ -28,30 +29,10 @@ import main_linear
 import make_dataset
 import models
 import probes
-import utils
 from datasets import CBIS_CLASSES
 from downstream import create_downstream
 from metrics import METRICS
 from transforms import Preprocess, eval_view
-
-TOWERS = {"vit": "test_vit", "batchnorm": "test_resnet"}  # timm's miniatures
-QUICK = ("-j", "0", "--gpu", "-1")
-
-
-def write_checkpoint(path: Path, tower: str, seed: int = 0, name: str = "CLIP_VITT16", **overrides) -> Path:
-    """A checkpoint of ours with random weights and, where there is BatchNorm, running statistics."""
-    torch.manual_seed(seed)
-    small = dict(vision_tower=TOWERS[tower], image_size=32, text_layers=1, text_width=64, vocab_size=64, embed_dim=32)
-    model = models.create_model(name, **{**small, **overrides})
-    model.visual.train()(torch.rand(16, 3, 32, 32))
-    state = {
-        "state_dict": model.state_dict(),
-        "model": {"name": model.name, "config": model.config},
-        "preprocess": model.preprocess.to_dict(),
-        "tokenizer": None,
-    }
-    utils.save_checkpoint(state, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +105,6 @@ def test_printed_row_is_the_published_table(cbis, checkpoint, tmp_path, capsys):
         assert float(cell.split()[0]) == pytest.approx(100 * entry["value"], abs=0.006)
         assert float(cell.split("(")[1].split()[0]) == pytest.approx(100 * entry["low"], abs=0.06)
     assert "full images" in out and results["image_kind"] == "full"
-
-
-def image_side(path: Path) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in utils.load_checkpoint(path)["state_dict"].items() if k.startswith(("visual.", "image_"))}
 
 
 def test_the_backbone_does_not_move(cbis, tmp_path, monkeypatch):
@@ -500,7 +477,10 @@ def test_errors_about_a_set_name_the_thing(catalog, checkpoint, tmp_path):
 
 def test_a_set_of_ones_own_reports_the_metric_of_its_entry(catalog, checkpoint, tmp_path):
     """No code: the set's entry alone, with its classes in an order of its own."""
-    entry = json.loads(catalog.read_text())["pets"] | {"metric": "mean_top1_top5", "folders": ["boxer", "beagle", "Abyssinian"]}
+    entry = json.loads(catalog.read_text())["pets"] | {
+        "metric": "mean_top1_top5",
+        "folders": ["boxer", "beagle", "Abyssinian"],
+    }
     own = tmp_path / "catalog.json"
     own.write_text(json.dumps({"scans": entry}))
     results = classify(own, checkpoint, tmp_path, "--dataset", "scans", "--cache-features", "--knn", "3")

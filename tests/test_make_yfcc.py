@@ -3,62 +3,15 @@
 from __future__ import annotations
 
 import pickle
-import re
 import zipfile
-from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import numpy as np
 import pytest
+from helpers import reference, write_sources
 
 import make_dataset
 from metadata import read_pickle
-
-TITLES = [
-    "Sunset+over+the+bay",
-    "",
-    quote('<a href="http://x.org/p?q=1">my site</a> and <b>bold</b>, <i>it</i>'),
-    quote("see www.example.com/a+b or http://t.co/x now"),
-    quote("1+1 = 2"),  # an encoded plus becomes a space too
-    quote("Überraschung – 日本語 😀"),
-    "%FF%FEbroken",
-    quote("two\nlines\tand a tab"),
-]
-
-
-def write_sources(folder: Path, rows: int = 2500) -> list[tuple[int, str, str]]:
-    """The three files; returns (number, title, description) of all rows of the table, still encoded."""
-    rng = np.random.default_rng(0)
-    numbers = np.unique(rng.integers(0, 10**8, rows))
-    np.save(folder / "flickr_unique_ids.npy", rng.permutation(numbers[rng.random(len(numbers)) < 0.9]))
-    with open(folder / "yfcc100m_subset_data.tsv", "w") as file:
-        for number in numbers[rng.random(len(numbers)) < 0.5]:
-            file.write(f"{number}\t{number + 7}\t{'0123456789abcdef' * 2}\n")
-    table = []
-    with open(folder / "yfcc100m_dataset.txt", "w") as file:
-        for number in numbers:
-            title, description = (TITLES[i] for i in rng.integers(0, len(TITLES), 2))
-            table.append((int(number), title, description))
-            cells = [number, "id", "hash", "user@N00", "nick", "date", "1", "camera", title, description]
-            file.write("\t".join(map(str, [*cells, *(["x"] * 15)])) + "\n")
-    return table
-
-
-def reference(folder: Path, table: list[tuple[int, str, str]]) -> tuple[list, list]:
-    """The two lists, with sets and everything in memory."""
-
-    def clean(text: str) -> str:
-        text = unquote(text).replace("+", " ")
-        for pattern in ("<a.*?>", "</a>", "<b>", "</b>", "<i>", "</i>"):
-            text = re.sub(pattern, "", text)
-        return re.sub(r"(http|www)\S+", "", text)
-
-    ids = set(np.load(folder / "flickr_unique_ids.npy").tolist())
-    lines = (folder / "yfcc100m_subset_data.tsv").read_text().splitlines()
-    subset = {int(line.split("\t")[0]) for line in lines}
-    listed = [number for number, _, _ in table if number in ids]
-    captioned = [(n, clean(t), clean(d)) for n, t, d in table if n in ids and n in subset]
-    return captioned, listed
 
 
 def test_without_arguments_in_the_folder_of_the_sources(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_medslip
 
 import medclip
 import models
@@ -119,23 +120,6 @@ def test_wrong_and_partial_files_are_refused_by_name(states):
 def test_folder_without_weights_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="pytorch_model.bin"):
         models.load_pretrained(tmp_path)
-
-
-def tiny_medslip(**overrides):
-    return models.create_model(
-        "MEDSLIP_VIT",
-        **{
-            "image_size": 64,
-            "vision_kwargs": dict(embed_dim=12, depths=[1, 1], num_heads=[2, 2]),
-            "text_width": 32,
-            "text_heads": 2,
-            "text_layers": 3,
-            "vocab_size": 50,
-            "ssl_mlp_dim": 16,
-            "ssl_emb_dim": 8,
-            **overrides,
-        },
-    )
 
 
 def test_masked_pooling_ignores_padding_and_medclip_pooling_does_not():

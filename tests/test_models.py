@@ -8,42 +8,20 @@ from pathlib import Path, PosixPath
 
 import pytest
 import torch
+from helpers import GOLDEN_MODELS, GOLDENS, tiny_model
 
 import losses
 import models
 import utils
 
-GOLDENS = Path(__file__).parent / "goldens"
 PUBLISHED = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes()))
-TINY = torch.load(GOLDENS / "models_tiny.pt", weights_only=True)
-
-
-def tiny_model(objective: str, **overrides):
-    """The goldens' small towers, in the notation of our overrides."""
-    c = TINY["config"]
-    return models.create_model(
-        f"{objective}_VITT16",
-        **{
-            "image_size": c["img"],
-            "vision_kwargs": dict(patch_size=c["patch"], embed_dim=c["width"], depth=c["depth"], num_heads=c["heads"]),
-            "embed_dim": c["embed_dim"],
-            "context_length": c["ctx"],
-            "vocab_size": c["vocab"],
-            "text_width": c["twidth"],
-            "text_heads": c["theads"],
-            "text_layers": c["tlayers"],
-            "ssl_mlp_dim": c["mlp"],
-            "ssl_emb_dim": c["emb"],
-            **overrides,
-        },
-    )
 
 
 def golden_model(objective: str):
     model = tiny_model(objective)
-    case = TINY["cases"][objective]
+    case = GOLDEN_MODELS["cases"][objective]
     assert set(model.state_dict()) == set(case["keys"])
-    model.load_state_dict({k: TINY["state_dict"][k] for k in case["keys"]})
+    model.load_state_dict({k: GOLDEN_MODELS["state_dict"][k] for k in case["keys"]})
     return model, case
 
 

@@ -13,16 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import LARGE, ROOT, grey_of, make_coco, reference, write_sources
 from PIL import Image
-from test_datasets import LARGE, grey_of, make_coco
-from test_make_yfcc import reference, write_sources
 
 import datasets
 import make_dataset
 from datasets import create_reader
 from transforms import decode_image, read_image, to_rgb8
 
-ROOT = Path(__file__).resolve().parent.parent
 needs_webdataset = pytest.mark.skipif(importlib.util.find_spec("webdataset") is None, reason="pip install webdataset")
 
 

@@ -109,12 +109,8 @@ def test_classes_without_training_samples_get_probability_zero():
     assert accuracy(val.labels, prob) > 0.8
 
 
-def test_medslip_settings_are_the_published_ones():
-    assert (probes.MEDSLIP_SIZE, probes.MEDSLIP_EPOCHS, probes.MEDSLIP_BATCH) == (384, 50, 16)
-
-
-def test_adamw_sees_every_row_once_an_epoch_in_a_new_order(monkeypatch):
-    """The first MedSLIP did not shuffle, and restarted its learning rate every 5 batches."""
+def test_adamw_makes_the_published_50_epochs_each_in_a_new_order(monkeypatch):
+    """In batches of 16. The first MedSLIP did not shuffle, and restarted its learning rate every 5 batches."""
     batches, rates = [], []
     cross_entropy, adamw = torch.nn.functional.cross_entropy, torch.optim.AdamW
 
@@ -129,13 +125,12 @@ def test_adamw_sees_every_row_once_an_epoch_in_a_new_order(monkeypatch):
 
     monkeypatch.setattr(torch.optim, "AdamW", Recorded)
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", recorded_loss)
-    monkeypatch.setattr(probes, "MEDSLIP_EPOCHS", 3)
     samples = probes.Samples(np.random.default_rng(0).normal(size=(40, 4)), np.arange(40))
     probes.train_medslip(samples, 40, 1e-2, seed=0)
-    assert [len(batch) for batch in batches] == [16, 16, 8] * 3
-    epochs = [sum(batches[i : i + 3], []) for i in (0, 3, 6)]
+    assert [len(batch) for batch in batches] == [16, 16, 8] * 50
+    epochs = [sum(batches[i : i + 3], []) for i in range(0, 150, 3)]
     assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert len({tuple(epoch) for epoch in epochs}) == 50
     assert rates[0] == 1e-2 and rates == sorted(rates, reverse=True) and rates[-1] < 1e-3
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from distributed_helpers import run_ranks
+from helpers import batches, command, tiny_model, weights
 from roco_tree import make_roco
-from test_main import command, weights
 
 import main
 import models
@@ -59,8 +59,6 @@ def test_sharded_run_resumes_as_if_unbroken_and_accumulates(roco, tmp_path):
 
 
 def _scale_gradient(rank, world):
-    from test_accumulation import batches
-    from test_models import tiny_model
 
     torch.manual_seed(0)
     single, model = tiny_model("CLIP"), tiny_model("CLIP")

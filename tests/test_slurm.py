@@ -14,16 +14,18 @@ import subprocess
 import tempfile
 import time
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
 from distributed_helpers import run_ranks
+from helpers import DROPOUT, TINY, assert_same_run, weights
 from roco_tree import make_roco
 from submitit.core.utils import UncompletedJobError
-from test_main import DROPOUT, TINY, assert_same_run, weights
 
 import main
 import run_with_submitit
@@ -34,13 +36,7 @@ HERE = Path(__file__).parent / "slurm"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 
 
-def wait_for(condition, seconds: float, what: str):
-    """What `condition()` returns once it is true."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"{seconds} s without {what}"
-        time.sleep(0.2)
-    return value
+wait_for = partial(helpers.wait_for, every=0.2)  # each look asks Slurm
 
 
 # --- anywhere --------------------------------------------------------------------------------------------------------

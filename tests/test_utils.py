@@ -2,17 +2,15 @@
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from distributed_helpers import run_ranks
+from helpers import GOLDENS
 from torch import nn
 
 import utils
-
-GOLDENS = Path(__file__).parent / "goldens"
 
 
 @pytest.mark.parametrize("case", json.loads((GOLDENS / "cosine_scheduler.json").read_text()))

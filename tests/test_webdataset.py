@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import PREPROCESS, TINY, all_captions, grey_of, jpeg
 from roco_tree import make_roco
-from test_datasets import PREPROCESS, all_captions, grey_of, jpeg
-from test_main import TINY
 from torch.utils.data import DataLoader
 
 import datasets

@@ -1,0 +1,177 @@
+"""The views of fine-tuning, and what is mixed within a batch: timm's augmentations, drawn from the caller's generator.
+
+timm draws from the process's own generators. Here they are seeded for the length of one view or one batch and put back
+after it, so that a view depends on its seed, epoch and index alone, whichever process makes it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor, nn
+from torchvision import transforms
+
+from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, eval_view
+
+INCEPTION = (0.5, 0.5, 0.5)  # BEiT's mean and std of each channel
+
+
+@contextmanager
+def drawn_from(rng: np.random.Generator) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's (CPU) generators from `rng` within the block; put them back after it."""
+    seed = int(rng.integers(2**32))
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+def beit_preprocess(size: int, imagenet_mean_and_std: bool) -> Preprocess:
+    """Images for the seed's models: normalised by 0.5 and 0.5, or by ImageNet's figures as SLIP's towers are."""
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet_mean_and_std else (INCEPTION, INCEPTION)
+    return Preprocess(size=size, mean=mean, std=std)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are changed; the defaults are those of BEiT's fine-tuning."""
+
+    auto_augment: str = "rand-m9-mstd0.5-inc1"  # timm's notation; "" for none
+    color_jitter: float = 0.4  # used where auto_augment is none
+    interpolation: str = "bicubic"  # bicubic, bilinear or random
+    erase_prob: float = 0.25
+    erase_mode: str = "pixel"  # const, rand or pixel: what the erased part is filled with
+    erase_count: int = 1
+
+
+class TrainView:
+    """An image to a normalised tensor (3, size, size): view(image, rng).
+
+    Crop of 8% to all of the area, flip, rand-augment, erasing. Images of at most 32 pixels are padded by 4 and cropped
+    in place of being resized, as is usual for CIFAR. MedCLIP's towers see the grey square that they know, in three
+    equal channels until colours are changed.
+    """
+
+    def __init__(self, preprocess: Preprocess, augmentation: Augmentation = Augmentation()):  # noqa: B008, frozen
+        self.preprocess = preprocess
+        a = augmentation
+        self.transform = create_transform(
+            preprocess.size,
+            is_training=True,
+            color_jitter=a.color_jitter,
+            auto_augment=a.auto_augment or None,
+            interpolation=a.interpolation,
+            re_prob=a.erase_prob,
+            re_mode=a.erase_mode,
+            re_count=a.erase_count,
+            mean=preprocess.mean,
+            std=preprocess.std,
+        )
+        if preprocess.size <= 32:
+            self.transform.transforms[0] = transforms.RandomCrop(preprocess.size, padding=4)
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        image = self.preprocess.open(image).convert("RGB")
+        with drawn_from(rng):
+            return self.transform(image)
+
+
+class EvalView:
+    """An image to a normalised tensor (3, size, size), without chance: view(image).
+
+    The short side is resized (bicubic) to size / `crop_pct` and the centre taken: 256 for 224, and the whole short side
+    from 384 pixels on. MedCLIP's towers see the whole image, as everywhere (transforms.eval_view).
+    """
+
+    def __init__(self, preprocess: Preprocess, crop_pct: float | None = None):
+        size = preprocess.size
+        if crop_pct is None:
+            crop_pct = 224 / 256 if size < 384 else 1.0
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"the centre crop is a fraction above 0 and at most 1 of the short side, not {crop_pct:g}")
+        self.preprocess, self.transform = preprocess, None
+        if preprocess.prepare == "slip" and size > 32:
+            self.transform = transforms.Compose(
+                [
+                    transforms.Resize(int(size / crop_pct), str_to_interp_mode("bicubic")),
+                    transforms.CenterCrop(size),
+                ]
+            )
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
+        if self.transform is None:
+            return eval_view(self.preprocess)(image, rng)
+        return self.preprocess.tensor(self.transform(self.preprocess.open(image)))
+
+
+class Mix:
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) within a batch, through timm.
+
+    Args:
+        mixup, cutmix: alpha of the Beta distribution of each; 0 for none.
+        prob: of mixing a batch (or element) at all; `switch_prob` of CutMix where both are on.
+        mode: batch, pair or elem: what shares one draw.
+        smoothing: label smoothing inside the targets.
+        minmax: CutMix by side fractions (low, high) in place of its alpha.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        mixup: float = 0.8,
+        cutmix: float = 1.0,
+        minmax: tuple[float, float] | None = None,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        mode: str = "batch",
+        smoothing: float = 0.1,
+    ):
+        if mode not in ("batch", "pair", "elem"):
+            raise ValueError(f"unknown way of mixing {mode!r}: choose batch, pair or elem")
+        self.mix = Mixup(mixup, cutmix, minmax, prob, switch_prob, mode, True, smoothing, num_classes)
+
+    def __call__(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W), changed in place, and labels (B,) to images and soft targets (B, classes); B is even."""
+        if len(images) % 2:
+            raise ValueError(
+                f"mixup and cutmix pair the images of a batch, and {len(images)} is odd: --batch_size even"
+            )
+        with drawn_from(rng):
+            return self.mix(images, labels)
+
+
+class Criterion(nn.Module):
+    """Cross-entropy in float32 against labels (B,) or soft targets (B, classes).
+
+    Args:
+        smoothing: of labels; soft targets of `Mix` carry theirs already, so that it is passed over for them.
+        class_weights: (classes,), a factor on each class; None for none.
+    """
+
+    def __init__(self, smoothing: float = 0.1, class_weights: Tensor | None = None):
+        super().__init__()
+        self.smoothing = smoothing
+        self.register_buffer("class_weights", class_weights)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        soft = target.is_floating_point()
+        return nn.functional.cross_entropy(
+            logits.float(),
+            target.float() if soft else target,
+            weight=self.class_weights,
+            label_smoothing=0.0 if soft else self.smoothing,
+        )
