@@ -386,7 +386,8 @@ def test_an_entry_says_labels_templates_metric_and_folders(tmp_path):
     assert list(scans)[1:] == [labels, ["scan of {}"], "mean_per_class"]
     assert scans.dataset.classes == folders
     assert [stated_class(scans.dataset.image(i), False) for i in range(3)] == [2, 1, 0]
-    shared = load(tmp_path, labels="cbis_mass", templates="digits", _note="a comment")
+    ordered = ["benign_mass", "01.normal", "malignant_mass"]
+    shared = load(tmp_path, labels="cbis_mass", templates="digits", folders=ordered, _note="a comment")
     assert (shared.classnames, shared.templates) == (
         LABELS["cbis_mass"],
         downstream.read_prompts("templates.json")["digits"],
@@ -406,7 +407,10 @@ def test_an_entry_says_labels_templates_metric_and_folders(tmp_path):
         (dict(labels=["a", [], "c"]), "\"labels\" must be"),
         (dict(labels={"a": 1}), "\"labels\" must be a list of class names"),
         (dict(labels=["a", "b"]), "scans: 3 classes found, 2 class names in the \"labels\" of .*catalog.json: scans"),
-        (dict(labels=["malignant mass", "benign mass", "normal"]), "class 0 is '01.normal' on disk and 'malignant mass'"),
+        (
+            dict(labels=["malignant mass", "benign mass", "normal"]),
+            "class 0 is '01.normal' on disk and 'malignant mass'",
+        ),
         (dict(folders=["benign_mass", "normal", "malignant_mass"]), "class folders 01.normal, benign_mass.* must be"),
         (dict(folders=["a", "a"]), "names a folder twice"),
         (dict(type="filelist", folders=["a"]), "only the type imagefolder"),
