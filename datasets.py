@@ -37,7 +37,9 @@ from metadata import iter_json, read_pickle
 from transforms import (
     Preprocess,
     UnreadableImage,
+    View,
     apply_colour,
+    as_view,
     decode_image,
     decode_pixels,
     eval_view,
@@ -1127,8 +1129,8 @@ class Collate:
 class EvalPairs(Dataset):
     """The evaluation view of each image of a reader: `ds[i]` is ((3, S, S), i). An unreadable one raises."""
 
-    def __init__(self, reader: Reader, preprocess: Preprocess):
-        self.reader, self.view = reader, eval_view(preprocess)
+    def __init__(self, reader: Reader, preprocess: Preprocess | View):
+        self.reader, self.view = reader, as_view(preprocess)
 
     def __len__(self) -> int:
         return len(self.reader)

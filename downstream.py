@@ -1,19 +1,34 @@
-"""The labelled sets of dataset_catalog.json as images with labels, in the layouts that VISSL's
-scripts, torchvision and the publishers write.
+"""The labelled sets of dataset_catalog.json as images with labels, class names, prompts and a metric.
 
-Zero-shot evaluation and linear classification read them through `create_downstream`. An entry of the
-catalog is {path, type, train, test}: type is imagefolder (one folder a class), filelist
-(`<split>_images.npy` and `<split>_labels.npy`) or special (a name in SPECIAL; or a reader of datasets.py,
-for retrieval); train and test are the names of its two splits.
+Zero-shot evaluation and linear classification read them in the layouts that VISSL's scripts, torchvision and the
+publishers write. A set is one entry of the catalog:
+
+    path, train, test   where it lies, and the names of its two splits
+    type                imagefolder (one folder a class), filelist (`<split>_images.npy` and `<split>_labels.npy`) or
+                        special (a name in SPECIAL; or a reader of datasets.py, for retrieval)
+    labels              class names in class order, an inner list for synonyms; or a name in labels.json
+    templates           prompts with {} for the class name; or a name in templates.json
+    metric              top1 (default), mean_per_class, mean_top1_top5 or roc_auc
+    folders             imagefolder: the class folders in class order, where sorting them is not what is meant
+    images              filelist: the folder of the images where they lie outside of path
+
+All after type are optional. Without labels and templates those of labels.json and templates.json under the set's own
+name are taken, else the class folders' names and "a photo of a {}."; a published set keeps its metric and folders. Keys
+that start with "_" are notes.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
+import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,31 +40,249 @@ from torch.utils.data import Dataset
 
 import metadata
 from datasets import CBIS_CLASSES, READERS, CbisLesions, TextColumn
-from transforms import read_image
+from metrics import SET_METRICS
+from transforms import Preprocess, View, as_view, read_image
 
-CATALOG = Path(__file__).with_name("dataset_catalog.json")
+log = logging.getLogger("medslip")
+
+HERE = Path(__file__).parent
+CATALOG = HERE / "dataset_catalog.json"
 TYPES = ("imagefolder", "filelist", "special")
+REQUIRED = ("path", "type", "train", "test")
+OPTIONAL = ("labels", "templates", "metric", "folders", "images")
+DEFAULT_TEMPLATES = ["a photo of a {}."]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".dcm")
-Transform = Callable[[Image.Image], torch.Tensor]
+Transform = Callable[..., torch.Tensor]  # takes an RGB image
 
 
-def read_catalog(path: str | Path = CATALOG) -> dict[str, dict]:
-    """The catalog as {set: entry}; an entry that lacks a key or names an unknown type is a ValueError."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The catalog
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Catalog(dict[str, dict[str, Any]]):
+    """{set: entry} of a catalog file, which errors about an entry name."""
+
+    def __init__(self, entries: dict[str, dict[str, Any]], file: str | Path):
+        super().__init__(entries)
+        self.file = file
+
+
+def read_catalog(path: str | Path = CATALOG) -> Catalog:
+    """The catalog's sets, each entry checked.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no JSON; or an entry lacks a key, has an unknown one, or holds what its key does not allow. The
+            message names the file, the entry and the valid choices.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"dataset catalog {path} does not exist")
     try:
-        catalog = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"dataset catalog {path} is not valid JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"dataset catalog {path} holds a {type(entries).__name__}, not {{set: entry}}")
+    catalog = Catalog({name: entry for name, entry in entries.items() if not name.startswith("_")}, path)
     for name, entry in catalog.items():
-        lacking = [key for key in ("path", "type", "train", "test") if key not in entry]
-        if lacking:
-            raise ValueError(f"{path}: {name} lacks {', '.join(lacking)}")
-        if entry["type"] not in TYPES:
-            raise ValueError(f"{path}: {name} has type {entry['type']!r}; choose from {', '.join(TYPES)}")
-        if entry["type"] == "special" and name not in SPECIAL and name not in READERS:
-            raise ValueError(f"{path}: {name} is no special set; those are {', '.join([*SPECIAL, *READERS])}")
+        _check_entry(f"{path}: {name}", name, entry)
     return catalog
+
+
+def _check_entry(where: str, name: str, entry: dict[str, Any]) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is a {type(entry).__name__}, not an object with {', '.join(REQUIRED)}")
+    if lacking := [key for key in REQUIRED if key not in entry]:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    if unknown := [key for key in entry if key not in REQUIRED + OPTIONAL and not key.startswith("_")]:
+        raise ValueError(f"{where} has unknown keys {', '.join(unknown)}; choose from {', '.join(REQUIRED + OPTIONAL)}")
+    if entry["type"] not in TYPES:
+        raise ValueError(f"{where} has type {entry['type']!r}; choose from {', '.join(TYPES)}")
+    if entry["type"] == "special" and name not in SPECIAL and name not in READERS:
+        raise ValueError(f"{where} is no special set; those are {', '.join([*SPECIAL, *READERS])}")
+    if entry.get("metric", "top1") not in SET_METRICS:
+        raise ValueError(f"{where} has metric {entry['metric']!r}; choose from {', '.join(SET_METRICS)}")
+    if "folders" in entry:
+        if entry["type"] != "imagefolder":
+            raise ValueError(f'{where}: only the type imagefolder has "folders"')
+        folders = _strings(f'{where}, "folders"', entry["folders"])
+        if len(set(folders)) != len(folders):
+            raise ValueError(f'{where}: "folders" names a folder twice')
+    if "labels" in entry:
+        _labels_of(where, entry["labels"])
+    if "templates" in entry:
+        _templates_of(where, entry["templates"])
+
+
+def _published(name: str, key: str) -> Any:
+    """What the project's own catalog says of a set, for the catalogs of others that do not say it."""
+    return _own_catalog().get(name, {}).get(key)
+
+
+@functools.cache
+def _own_catalog() -> Catalog:
+    return read_catalog(CATALOG)
+
+
+def entry_of(name: str, catalog: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The entry of a labelled set; ValueError for an unknown one and for a set of pairs, with the choices."""
+    labelled = ", ".join(n for n in catalog if n not in READERS)
+    if name not in catalog:
+        raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(catalog)}")
+    if name in READERS:
+        raise ValueError(
+            f"{name} has captions, not classes: datasets.create_reader reads it; sets with classes are {labelled}"
+        )
+    return catalog[name]
+
+
+def metric_of(name: str, catalog: dict[str, dict[str, Any]]) -> str:
+    """The metric that a set reports, one of metrics.SET_METRICS: its entry's, else its published one, else top-1."""
+    return catalog.get(name, {}).get("metric") or _published(name, "metric") or "top1"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class names and prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+ClassNames = list[str | list[str]]  # in class order; an inner list for synonyms
+
+
+@functools.cache
+def read_prompts(file: str) -> dict[str, list]:
+    """labels.json or templates.json as {set: strings}; labels in class order, an inner list for synonyms."""
+    prompts = json.loads((HERE / file).read_text(encoding="utf-8"))
+    return {name: strings for name, strings in prompts.items() if name != "_"}  # "_" is a note
+
+
+def _strings(where: str, value: object) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
+        raise ValueError(f"{where} must be a list of at least one text, not {value!r}")
+    return value
+
+
+def _shared(where: str, key: str, name: str) -> list:
+    shared = read_prompts(f"{key}.json")
+    if name not in shared:
+        raise ValueError(f'{where}, "{key}": {name!r} is not in {key}.json; choose from {", ".join(shared)}')
+    return shared[name]
+
+
+def _labels_of(where: str, value: object) -> ClassNames:
+    if isinstance(value, str):
+        return _shared(where, "labels", value)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'{where}: "labels" must be a list of class names or a name in labels.json, not {value!r}')
+    for label in value:
+        _strings(f'{where}, "labels"', label if isinstance(label, list) else [label])
+    return value
+
+
+def _templates_of(where: str, value: object) -> list[str]:
+    if isinstance(value, str) and "{}" not in value:
+        return _shared(where, "templates", value)
+    templates = _strings(f'{where}, "templates"', value)
+    if lacking := [template for template in templates if "{}" not in template]:
+        raise ValueError(f"{where}: template {lacking[0]!r} has no {{}} for the class name")
+    return templates
+
+
+@dataclass(frozen=True)
+class ZeroShotSet:
+    """A labelled set for zero-shot evaluation; unpacks as (dataset, class names, templates, metric)."""
+
+    dataset: Downstream  # items are (image tensor (3, S, S), label)
+    classnames: Sequence[str | Sequence[str]]  # in class order; an inner list for synonyms
+    templates: Sequence[str]  # prompts with {} for the class name
+    metric: str = "top1"  # one of metrics.SET_METRICS
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.dataset, self.classnames, self.templates, self.metric))
+
+
+def load_zeroshot_set(
+    name: str,
+    preprocess: Preprocess | View,
+    catalog: str | Path | dict[str, dict[str, Any]] = CATALOG,
+    download: bool = False,
+) -> ZeroShotSet:
+    """The test split of a catalog's set with its class names, prompts and metric.
+
+    Raises:
+        ValueError: an unknown set, or the classes found do not fit the class names.
+        FileNotFoundError: the catalog's path does not exist.
+    """
+    catalog = catalog if isinstance(catalog, dict) else read_catalog(catalog)
+    entry = entry_of(name, catalog)
+    where = f"{getattr(catalog, 'file', 'dataset catalog')}: {name}"
+    dataset = create_downstream(name, False, as_view(preprocess), catalog, download)
+    if "labels" in entry:
+        labels = _labels_of(where, entry["labels"])
+    elif name in read_prompts("labels.json"):
+        labels = read_prompts("labels.json")[name]
+    else:
+        labels = [_words(folder) for folder in dataset.classes]
+        if all(label.isdecimal() for label in labels):
+            log.warning(f'{where} has no "labels": its classes are prompted by their numbers')
+    if "templates" in entry:
+        templates = _templates_of(where, entry["templates"])
+    else:
+        templates = read_prompts("templates.json").get(name, DEFAULT_TEMPLATES)
+    source = f'the "labels" of {where}' if "labels" in entry else "labels.json"
+    folders = entry.get("folders") or _published(name, "folders")
+    check_class_order(name, dataset.classes, labels, folders=folders, source=source)
+    return ZeroShotSet(dataset, labels, templates, metric_of(name, catalog))
+
+
+def check_class_order(
+    name: str,
+    classes: Sequence[str],
+    labels: Sequence[str | Sequence[str]],
+    *,
+    folders: Sequence[str] | None = None,
+    source: str = "labels.json",
+) -> None:
+    """Raise ValueError where the classes found on disk cannot be those of the class names, in their order.
+
+    Their number must agree. Folder names need not equal class names (ImageNet's are WordNet ids), but a folder that
+    bears the name of another class shows that the order is wrong.
+
+    Args:
+        folders: the class folders in class order, where no class name repeats them and yet they decide.
+        source: where the class names stand, for the message.
+    """
+    if len(classes) != len(labels):
+        raise ValueError(
+            f"{name}: {len(classes)} classes found, {len(labels)} class names in {source}; "
+            f"found {', '.join(classes[:3])}, ... {classes[-1]}"
+        )
+    if folders is not None and list(classes) != list(folders):
+        raise ValueError(f"{name}: class folders {', '.join(classes)}; must be {', '.join(folders)}")
+    keys = [{_key(s) for s in ([label] if isinstance(label, str) else label)} for label in labels]
+    for i, folder in enumerate(classes):
+        key = _key(folder)
+        others = [j for j, names in enumerate(keys) if key in names]
+        if others and i not in others:
+            raise ValueError(
+                f"{name}: class {i} is {folder!r} on disk and {labels[i]!r} in {source}, where {folder!r} "
+                f'is class {others[0]}: put the class names, or the "folders" of the catalog entry, in the same order'
+            )
+
+
+def _words(folder: str) -> str:
+    """A class folder's name as words of a prompt: without the number it may start with, and without underscores."""
+    return re.sub(r"^\d+[._](?=.)", "", folder).replace("_", " ")
+
+
+def _key(name: str) -> str:
+    """Letters and digits of a class name or folder name, without the number that some folders start with."""
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"^\d+[._]", "", name).lower())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images with labels
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Downstream(Dataset):
@@ -77,7 +310,9 @@ class Downstream(Dataset):
 class ImageFiles(Downstream):
     """Samples that lie in files of their own; the paths are kept as bytes that forked workers share."""
 
-    def __init__(self, root: Path, paths: TextColumn, classes: list[str], labels: np.ndarray, transform):
+    def __init__(
+        self, root: Path, paths: TextColumn, classes: list[str], labels: np.ndarray, transform: Transform | None
+    ):
         super().__init__(classes, labels, transform)
         self.root, self.paths = root, paths
 
@@ -101,7 +336,11 @@ class ImageArray(Downstream):
 
 
 def create_downstream(
-    name: str, train: bool, transform: Transform | None, catalog: dict[str, dict] | None = None, download: bool = False
+    name: str,
+    train: bool,
+    transform: Transform | None,
+    catalog: dict[str, dict[str, Any]] | None = None,
+    download: bool = False,
 ) -> Downstream:
     """A set of the catalog: its train or its test split.
 
@@ -110,17 +349,12 @@ def create_downstream(
     mnist into their path. An unknown name is a ValueError with the choices; an absent path is a
     FileNotFoundError that names it.
     """
-    catalog = read_catalog() if catalog is None else catalog
-    if name not in catalog:
-        raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(catalog)}")
-    entry = catalog[name]
-    if name in READERS:
-        raise ValueError(f"{name} has captions, not classes; datasets.create_reader reads it")
+    entry = entry_of(name, read_catalog() if catalog is None else catalog)
     if entry["type"] == "special":
         return SPECIAL[name](name, entry, train, transform, download)
     path, split = _existing(name, Path(entry["path"])), entry["train" if train else "test"]
     if entry["type"] == "imagefolder":
-        return image_folders(_existing(name, path / split), transform)
+        return image_folders(_existing(name, path / split), transform, entry.get("folders"))
     others = entry["test" if train else "train"]
     return file_list(name, path, split, others, transform, Path(entry.get("images", path)))
 
@@ -131,20 +365,26 @@ def _existing(name: str, path: Path) -> Path:
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Folders and file lists
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def image_folders(root: Path, transform: Transform | None) -> ImageFiles:
+def image_folders(root: Path, transform: Transform | None, folders: Sequence[str] | None = None) -> ImageFiles:
     """One folder a class, in order of their names; in numeric order where every name is a number.
 
-    flowers has folders 1 to 102, which a sort by letters would scramble: 1, 10, 100, ...
+    flowers has folders 1 to 102, which a sort by letters would scramble: 1, 10, 100, ... `folders` names them in
+    class order instead; then others on disk, or missing ones, are a ValueError.
     """
     classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
     if not classes:
         raise ValueError(f"{root} holds no class folders")
     if all(name.isdecimal() for name in classes):
         classes.sort(key=int)
+    if folders is not None:
+        if set(folders) != set(classes):
+            raise ValueError(f"{root}: class folders {', '.join(classes)}; must be {', '.join(folders)}")
+        classes = list(folders)
     labels = array("q")
 
     def paths() -> Iterator[str]:
@@ -215,8 +455,9 @@ def _inside(file: str, roots: list[str], where: str) -> str:
     return full
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Special sets
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _cifar(name: str, entry: dict, train: bool, transform, download: bool) -> ImageArray:
@@ -233,11 +474,11 @@ def _mnist(name: str, entry: dict, train: bool, transform, download: bool) -> Im
 def _stl10(name: str, entry: dict, train: bool, transform, download: bool) -> ImageArray:
     split = entry["train" if train else "test"]
     data = _from_torchvision(name, torchvision.datasets.STL10, entry, download, split=split)
-    classes = "airplane bird car cat deer dog horse monkey ship truck".split()
+    classes = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
     return ImageArray(data.data.transpose(0, 2, 3, 1), classes, data.labels, transform)
 
 
-def _from_torchvision(name: str, kind: type, entry: dict, download: bool, **split) -> Dataset:
+def _from_torchvision(name: str, kind: type, entry: dict, download: bool, **split) -> Any:
     """torchvision checks the published checksums of CIFAR and STL-10 before it opens their files."""
     if not download or entry["path"].startswith("/path/to/"):  # the catalog's own placeholder
         _existing(name, Path(entry["path"]))
@@ -249,7 +490,7 @@ def _from_torchvision(name: str, kind: type, entry: dict, download: bool, **spli
 
 def _digits(name: str, entry: dict, train: bool, transform, download: bool) -> ImageArray:
     """scikit-learn's 1,797 scanned digits of 8x8 pixels, at 32x32; a fixed fifth of each is for testing."""
-    digits = load_digits()
+    digits: Any = load_digits()
     pixels = (digits.images * 15.9375).round().astype(np.uint8)  # 0 to 16 becomes 0 to 255
     rows = train_test_split(np.arange(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0)
     rows = np.sort(rows[0 if train else 1])

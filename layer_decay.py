@@ -3,9 +3,9 @@
     ids = layer_ids(model)                       {"patch_embed.proj.weight": 0, ..., "head.weight": 13}
     scales = layer_scales(ids, decay=0.65)       0.65 ** (13 - id)
 
-Id 0 is the stem (patch embedding, class token, position embeddings), i + 1 is block i of a plain transformer, or stage i
-of a tower that narrows (Swin, ResNet, ConvNeXt); the last is everything else: the final norm and the head. That is the
-rule of BEiT's fine-tuning (Bao et al. 2021). timm's own grouping differs: it puts the final norm with the last block.
+Id 0 is the stem (patch embedding, class token, position embeddings), i + 1 is block i of a plain transformer, or stage
+i of a tower that narrows (Swin, ResNet, ConvNeXt); the last is everything else: the final norm and the head. That is
+the rule of BEiT's fine-tuning (Bao et al. 2021). timm's own grouping differs: it puts the final norm with the last block.
 """
 
 from __future__ import annotations

@@ -30,9 +30,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import datasets
-import eval_zeroshot
+import downstream
 import models
 import utils
+from features import Loading, classify_zeroshot, embed_pairs
+from metrics import percent, retrieval_metrics
 from tokenizer import create_tokenizer
 from transforms import Preprocess, apply_colour_batch
 
@@ -296,7 +298,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--skip-broken",
         action="store_true",
-        help="validate on the images that can be decoded, and report the smaller pool; by default a "
+        help="validate on the images that can be decoded, and report the smaller number; by default a "
         "unreadable validation image is an error that names it",
     )
     run.add_argument(
@@ -905,11 +907,11 @@ def log_interval(
 
 
 def zero_shot_set(args: argparse.Namespace, model: nn.Module, say):
-    """(dataset, class names, templates, metric) of --zeroshot-set, or None with one notice where it is not there."""
+    """The labelled set of --zeroshot-set, or None with one notice where it is not there."""
     if not model.objective.text:
         return None
     try:
-        return eval_zeroshot.load_zeroshot_set(args.zeroshot_set, model.preprocess, args.catalog)
+        return downstream.load_zeroshot_set(args.zeroshot_set, model.preprocess, args.catalog)
     except FileNotFoundError as error:
         say(f"validation: no zero-shot classification ({error})")
         return None
@@ -924,29 +926,25 @@ def validate(
     else zero-shot accuracy, else None.
     """
     row, score = {}, None
-    common = dict(
-        batch_size=args.batch_size, workers=min(args.workers, 4), dist=processes, skip_broken=args.skip_broken
-    )
+    loading = Loading(args.batch_size, min(args.workers, 4), args.skip_broken, processes)
     for name, reader in readers.items():
         with utils.unsharded(model):
-            images, texts, captions = eval_zeroshot.embed_pairs(
-                model, reader, model.preprocess, tokenizer, processes.device, **common
-            )
-        scores = eval_zeroshot.retrieval_metrics(images, texts, captions)
+            images, texts, captions = embed_pairs(
+                model, reader, model.preprocess, tokenizer, processes.device,
+                loading.batch_size, loading.workers, processes, loading.skip_broken,
+            )  # fmt: skip
+        scores = percent(retrieval_metrics(images, texts, captions))
         row |= {f"{name}_{k}": v for k, v in scores.items()}
         recalls = [v for k, v in scores.items() if k[:5] in ("i2t_r", "t2i_r")]
         if name == "val" or "val" not in readers:
             score = sum(recalls) / len(recalls)
         say(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
     if zero_shot is not None:
-        dataset, classes, templates, metric = zero_shot
         with utils.unsharded(model):
-            scores = eval_zeroshot.evaluate_zeroshot(
-                model, tokenizer, dataset, classes, templates, processes.device, metric=metric, **common
-            )
+            scores = percent(classify_zeroshot(model, tokenizer, zero_shot, loading))
         row |= {f"{args.zeroshot_set}_{k}": v for k, v in scores.items()}
         score = scores["top1"] if score is None else score
-        say(f"zero-shot {args.zeroshot_set}: {metric} {scores['score']:.2f}")
+        say(f"zero-shot {args.zeroshot_set}: {scores['metric']} {scores['score']:.2f}")
     return row, score
 
 

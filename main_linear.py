@@ -17,11 +17,13 @@ import argparse
 import csv
 import io
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import sklearn
@@ -35,26 +37,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import downstream
-import eval_zeroshot
 import metrics
 import models
 import utils
 from datasets import CBIS_CLASSES, CBIS_IMAGES, CBIS_KINDS, CbisLesions, GlobalBatchSampler
+from features import Backbone, Loading, extract, extract_or_reuse, load_backbone, processes_of_node
 from probes import (
     MEDSLIP_SIZE,
-    Backbone,
     Head,
-    Loading,
     Samples,
-    extract,
-    extract_or_reuse,
     fit_logistic,
     fit_medslip,
     knn_probabilities,
-    load_backbone,
     stratified_part,
 )
 from transforms import Preprocess, eval_view, random_resized_crop
+
+log = logging.getLogger("medslip")
 
 CBIS_SETS = {f"cbis_{kind}": kind for kind in CBIS_KINDS}
 PROTOCOLS = {"logistic": fit_logistic, "medslip": fit_medslip}
@@ -62,154 +61,93 @@ PROTOCOLS = {"logistic": fit_logistic, "medslip": fit_medslip}
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("main_linear.py", description=__doc__, formatter_class=utils.HelpFormatter)
+    add_data_arguments(parser)
+    add_model_arguments(parser)
+    add_feature_arguments(parser)
+    add_sgd_arguments(parser)
+    utils.add_distributed_arguments(parser)
+    return parser
 
+
+# fmt: off
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        default="imagenet",
-        type=str,
-        metavar="NAME",
-        help=f"{', '.join(CBIS_SETS)}, or any other set of the catalog",
-    )
+    data.add_argument("--dataset", default="imagenet", type=str, metavar="NAME",
+                      help=f"{', '.join(CBIS_SETS)}, or any other set of the catalog")
     data.add_argument("--root", default="", type=str, help="folder of the dataset; by default its path in the catalog")
-    data.add_argument("--catalog", default=str(downstream.CATALOG), type=str, help="where the datasets are")
-    data.add_argument(
-        "--image-kind",
-        "--picture",
-        default="crop",
-        choices=CBIS_IMAGES,
-        help="CBIS: which image of a lesion the tower sees; the results name it",
-    )
-    data.add_argument(
-        "--skip-broken",
-        action="store_true",
-        help="leave out test images, and features of training images, that are missing or cannot "
-        "be decoded, and report on fewer; by default an error",
-    )
-    data.add_argument(
-        "-j",
-        "--workers",
-        default=64,
-        type=int,
-        help="loader processes of this node; no more than it has cores are started",
-    )
+    data.add_argument("--catalog", default=str(downstream.CATALOG), type=str,
+                      help="where the datasets are; sets of your own are entries of a copy of dataset_catalog.json")
+    data.add_argument("--image-kind", "--picture", default="crop", choices=CBIS_IMAGES,
+                      help="CBIS: which image of a lesion the tower sees; the results name it")
+    data.add_argument("--skip-broken", action="store_true",
+                      help="skip test images, and features of training images, that are missing or corrupt, and report "
+                      "on fewer; by default an error")
+    data.add_argument("-j", "--workers", default=64, type=int,
+                      help="loader processes of this node; no more than it has cores are started")
     data.add_argument("--output-dir", default="./", type=str, help="results, features and checkpoints go here")
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--pretrained",
-        default="",
-        type=str,
-        metavar="PATH",
-        help="a checkpoint of ours, a published SLIP file, or MedCLIP's folder, zip or "
-        "pytorch_model.bin; without it the tower is untrained",
-    )
-    model.add_argument(
-        "-a",
-        "--arch",
-        default="vit_base_patch16_224",
-        type=str,
-        metavar="TIMM_NAME",
-        help="the untrained tower; with --pretrained the file's own tower is used",
-    )
-    model.add_argument(
-        "--model",
-        default=None,
-        choices=list(models.MODELS),
-        metavar="NAME",
-        help="what a published file that does not say was trained as, or an untrained model in "
-        "place of --arch: one of " + ", ".join(models.MODELS),
-    )
-    model.add_argument(
-        "--untrained",
-        action="store_true",
-        help="the model of --pretrained with fresh weights from --seed: what has training added?",
-    )
-    model.add_argument(
-        "--features",
-        default=None,
-        choices=("backbone", "projection"),
-        help="the tower's own features, or those in the space shared with captions (default: "
-        "backbone; with --protocol medslip projection)",
-    )
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--pretrained", default="", type=str, metavar="PATH",
+                       help="a checkpoint of ours, a published SLIP file, or MedCLIP's folder, zip or "
+                       "pytorch_model.bin; without it the tower is untrained")
+    model.add_argument("-a", "--arch", default="vit_base_patch16_224", type=str, metavar="TIMM_NAME",
+                       help="the untrained tower; with --pretrained the file's own tower is used")
+    model.add_argument("--model", default=None, choices=list(models.MODELS), metavar="NAME",
+                       help="what a published file that does not say was trained as, or an untrained model in place of "
+                       "--arch: one of " + ", ".join(models.MODELS))
+    model.add_argument("--untrained", action="store_true",
+                       help="the model of --pretrained with fresh weights from --seed: what has training added?")
+    model.add_argument("--features", default=None, choices=("backbone", "projection"),
+                       help="the tower's own features, or those in the space shared with captions (default: backbone; "
+                       "with --protocol medslip projection)")
+
+
+def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
     cbis = parser.add_argument_group("CBIS-DDSM probe")
-    cbis.add_argument(
-        "--protocol",
-        default="logistic",
-        choices=list(PROTOCOLS),
-        help="logistic: L2-regularised logistic regression on standardised features. medslip: the "
-        f"first MedSLIP's protocol without its faults, projected features at {MEDSLIP_SIZE} "
-        "pixels and 50 epochs of AdamW in batches of 16, to compare with its tables",
-    )
-    cbis.add_argument(
-        "--resamples",
-        default=2000,
-        type=utils.positive_int,
-        help="bootstrap resamples of the patients for the 95%% intervals",
-    )
-    cbis.add_argument(
-        "--baseline",
-        default="",
-        type=str,
-        metavar="PREDICTIONS.CSV",
-        help="another run's predictions for the same lesions: adds the paired difference to them",
-    )
+    cbis.add_argument("--protocol", default="logistic", choices=list(PROTOCOLS),
+                      help="logistic: L2-regularised logistic regression on standardised features. medslip: the first "
+                      f"MedSLIP's protocol without its faults, projected features at {MEDSLIP_SIZE} pixels and 50 "
+                      "epochs of AdamW in batches of 16, to compare with its tables")
+    cbis.add_argument("--resamples", default=2000, type=utils.positive_int,
+                      help="bootstrap resamples of the patients for the 95%% intervals")
+    cbis.add_argument("--baseline", default="", type=str, metavar="PREDICTIONS.CSV",
+                      help="another run's predictions for the same lesions: adds the paired difference to them")
 
     other = parser.add_argument_group("other sets, on features extracted once")
-    other.add_argument(
-        "--cache-features",
-        action="store_true",
-        help="logistic regression in place of SGD, its penalty chosen on a tenth of the training set; "
-        "for sets of up to some 100,000 images",
-    )
-    other.add_argument(
-        "--fraction",
-        default=[],
-        nargs="+",
-        type=float,
-        metavar="SHARE",
-        help="logistic regression on these shares of each class, e.g. 0.01 0.1 (at least two each)",
-    )
-    other.add_argument("--fraction-seeds", default=3, type=int, help="random draws of each share")
+    other.add_argument("--cache-features", action="store_true",
+                       help="logistic regression in place of SGD, its penalty chosen on a tenth of the training set; "
+                       "for sets of up to some 100,000 images")
+    other.add_argument("--fraction", default=[], nargs="+", type=float, metavar="FRACTION",
+                       help="logistic regression on these fractions of each class, e.g. 0.01 0.1 (at least two each)")
+    other.add_argument("--fraction-seeds", default=3, type=utils.positive_int, help="random draws of each fraction")
     other.add_argument("--knn", default=0, type=int, metavar="K", help="k-nearest-neighbour accuracy; 20 is usual")
 
+
+def add_sgd_arguments(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("other sets, by SGD")
     recipe.add_argument("--epochs", default=90, type=int, help="passes over the training set")
     recipe.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch of a new run")
-    recipe.add_argument(
-        "-b", "--batch-size", default=128, type=int, help="images for each process, also where features are extracted"
-    )
-    recipe.add_argument(
-        "--lr", "--learning-rate", default=0.1, type=float, help="base learning rate; --lr-scaling says for what batch"
-    )
-    recipe.add_argument(
-        "--lr-scaling",
-        default="linear",
-        choices=("linear", "slip"),
-        help="linear: --lr is for 256 images and scales with the batch of all processes. slip: what "
-        "the published script used, which divides the batch of one process by their number",
-    )
+    recipe.add_argument("-b", "--batch-size", default=128, type=utils.positive_int,
+                        help="images for each process, also where features are extracted")
+    recipe.add_argument("--lr", "--learning-rate", default=0.1, type=float,
+                        help="base learning rate; --lr-scaling says for what batch")
+    recipe.add_argument("--lr-scaling", default="linear", choices=("linear", "slip"),
+                        help="linear: --lr is for 256 images and scales with the batch of all processes. slip: what "
+                        "the published script used, which divides the batch of one process by their number")
     recipe.add_argument("--momentum", default=0.9, type=float, help="of SGD")
     recipe.add_argument("--wd", "--weight-decay", default=0.0, type=float, help="of the linear layer")
-    recipe.add_argument("-p", "--print-freq", default=10, type=int, metavar="STEPS", help="steps between log lines")
-    recipe.add_argument("--eval-freq", default=10, type=int, metavar="EPOCHS", help="epochs between evaluations")
-    recipe.add_argument(
-        "--resume",
-        default="",
-        type=str,
-        metavar="CKPT",
-        help="continue from this file; linear_checkpoint.pt in --output-dir is found by itself",
-    )
+    recipe.add_argument("-p", "--print-freq", default=10, type=utils.positive_int, metavar="STEPS",
+                        help="steps between log lines")
+    recipe.add_argument("--eval-freq", default=10, type=utils.positive_int, metavar="EPOCHS",
+                        help="epochs between evaluations")
+    recipe.add_argument("--resume", default="", type=str, metavar="CKPT",
+                        help="continue from this file; linear_checkpoint.pt in --output-dir is found by itself")
     recipe.add_argument("-e", "--evaluate", action="store_true", help="only evaluate the linear layer of --resume")
-    recipe.add_argument(
-        "--seed",
-        default=None,
-        type=int,
-        help="of batches, crops, an untrained tower, AdamW and the bootstrap (0 where it is not given)",
-    )
-    utils.add_distributed_arguments(parser)
-    return parser
+    recipe.add_argument("--seed", default=None, type=int,
+                        help="of batches, crops, an untrained tower, AdamW and the bootstrap (0 where it is not given)")
+# fmt: on
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -228,7 +166,10 @@ def evaluate(args: argparse.Namespace, processes: utils.Distributed) -> dict:
         find_set(args)  # an unknown name ends the run before a model is loaded
     medslip = on_cbis and args.protocol == "medslip"
     features = args.features or ("projection" if medslip else "backbone")
-    backbone = load_backbone(args, processes.device, features, MEDSLIP_SIZE if medslip else None)
+    backbone = load_backbone(
+        args.pretrained, model=args.model, arch=args.arch, untrained=args.untrained, seed=args.seed,
+        device=processes.device, features=features, size=MEDSLIP_SIZE if medslip else None,
+    )  # fmt: skip
     record_settings(args, backbone, processes)
     if on_cbis:
         results = probe_cbis(args, backbone, processes)
@@ -259,15 +200,24 @@ def record_settings(args: argparse.Namespace, backbone: Backbone, processes: uti
     versions = {**utils.versions(), "scikit-learn": sklearn.__version__}
     settings = {"args": vars(args), "derived": derived, "versions": versions}
     utils.write_json(Path(args.output_dir) / "settings.json", settings)
-    print(f"{args.dataset}: {backbone.name}, {backbone.features} features")
+    log.info(f"{args.dataset}: {backbone.name}, {backbone.features} features")
 
 
-def loading_of(args: argparse.Namespace) -> Loading:
-    return Loading(Path(args.output_dir), args.batch_size, args.workers, args.skip_broken)
+def loading_of(args: argparse.Namespace, processes: utils.Distributed) -> Loading:
+    """--workers is a node's, to be divided among its processes."""
+    return Loading(args.batch_size, args.workers // processes_of_node(processes), args.skip_broken, processes)
 
 
-# ----------------------------------------------------------------------------------------------------------
+def kept_features(
+    args: argparse.Namespace, backbone: Backbone, dataset: Dataset, title: str, processes: utils.Distributed
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features (n, d) and the numbers (n,) of their samples, extracted once for all runs in --output-dir."""
+    return extract_or_reuse(backbone, dataset, title, loading_of(args, processes), Path(args.output_dir) / "features")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The CBIS-DDSM probe
+# ---------------------------------------------------------------------------------------------------------------------
 
 LESION_COLUMNS = ("lesion", "patient", "side", "view", "abnormality", "pathology")
 PREDICTION_COLUMNS = (*LESION_COLUMNS, "predicted", *(f"prob_{name}" for name in CBIS_CLASSES))
@@ -284,7 +234,7 @@ def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: utils.Di
             root, CBIS_SETS[args.dataset], split, args.image_kind, backbone.preprocess, args.skip_broken
         )
         title = f"{args.dataset}_{args.image_kind}_{split}"
-        features, kept = extract_or_reuse(backbone, lesions, title, loading_of(args), processes)
+        features, kept = kept_features(args, backbone, lesions, title, processes)
         skipped[split] = lesions.dropped + len(lesions) - len(kept)
         return Samples(features, np.array(lesions.labels)[kept], [lesions.rows[i] for i in kept])
 
@@ -336,7 +286,7 @@ def describe(results: dict, intervals: dict[str, metrics.Interval]) -> str:
     skipped = results["lesions_skipped"]["test"]
     lines = [
         f"{results['dataset']}: {results['lesions']['test']} test lesions of {results['test_patients']} "
-        + ("patients" if not skipped else f"patients ({skipped} MORE SKIPPED, image missing or broken)")
+        + ("patients" if not skipped else f"patients ({skipped} MORE SKIPPED, image missing or corrupt)")
         + f", {results['image_kind']} images, {results['features']} features, {results['protocol']} protocol",
         f"Percent, with 95% intervals from {results['interval']['resamples']} resamples of the patients.",
         "",
@@ -396,15 +346,17 @@ def compare(
     )
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Other sets of the catalog
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_set(args: argparse.Namespace) -> dict[str, dict]:
-    """The catalog with --root in it; an unknown set is a ValueError with the choices."""
+def find_set(args: argparse.Namespace) -> downstream.Catalog:
+    """The catalog with --root in it; an unknown set, or one without classes, is a ValueError with the choices."""
     catalog = downstream.read_catalog(args.catalog)
     if args.dataset not in catalog:
         raise ValueError(f"unknown dataset {args.dataset!r}; choose from {', '.join([*CBIS_SETS, *catalog])}")
+    downstream.entry_of(args.dataset, catalog)
     if args.root:
         catalog[args.dataset] = {**catalog[args.dataset], "path": args.root}
     return catalog
@@ -420,47 +372,46 @@ def linear_eval_view(preprocess: Preprocess, img: Image.Image) -> Tensor:
     """SLIP's view for linear evaluation: the short side 8/7 of the size (256 for 224), then the centre."""
     if preprocess.prepare != "slip":  # a whole square already
         return eval_view(preprocess)(img, None)
-    img = VF.resize(preprocess.open(img), round(preprocess.size * 8 / 7))
-    return preprocess.tensor(VF.center_crop(img, [preprocess.size, preprocess.size]))
+    whole: Any = preprocess.open(img)  # torchvision's annotations know only tensors
+    centre: Any = VF.center_crop(VF.resize(whole, [round(preprocess.size * 8 / 7)]), [preprocess.size] * 2)
+    return preprocess.tensor(centre)
 
 
-def score_set(name: str, labels: np.ndarray, outputs: np.ndarray) -> dict[str, float | str]:
-    """All metrics of a dataset in percent, from logits or probabilities (n, k); "score" is the one it is judged by."""
-    target, values = torch.as_tensor(labels), torch.as_tensor(outputs)
-    margin = values[:, min(1, values.shape[1] - 1)] - values[:, 0]
-    ranks = eval_zeroshot.target_ranks(values, target)
-    metric = eval_zeroshot.METRIC_OF.get(name, "top1")
-    return eval_zeroshot.classification_scores(target, ranks, margin, values.shape[1], metric)
+def score_set(labels: np.ndarray, outputs: np.ndarray, metric: str) -> metrics.Scores:
+    """All metrics of a set, in percent as its results have always been, from logits or probabilities (n, k)."""
+    return metrics.percent(metrics.score_outputs(labels, outputs, metric))
 
 
 def probe_features(args: argparse.Namespace, backbone: Backbone, processes: utils.Distributed) -> dict:
     """Logistic regression, label fractions and k-NN on features extracted once; prints and returns the results."""
     catalog, view = find_set(args), partial(linear_eval_view, backbone.preprocess)
+    metric = downstream.metric_of(args.dataset, catalog)
     skipped = {}
 
     def samples(train: bool) -> tuple[Samples, int]:
         dataset = downstream.create_downstream(args.dataset, train, view, catalog)
         split = "train" if train else "test"
-        features, kept = extract_or_reuse(backbone, dataset, f"{args.dataset}_{split}", loading_of(args), processes)
+        features, kept = kept_features(args, backbone, dataset, f"{args.dataset}_{split}", processes)
         skipped[split] = len(dataset) - len(kept)
         return Samples(features, dataset.labels[kept]), len(dataset.classes)
 
     (train, num_classes), (test, _) = samples(True), samples(False)
-    evaluate = partial(score_set, args.dataset, test.labels)
-    results = {
+    evaluate = partial(score_set, test.labels, metric=metric)
+    results: dict[str, Any] = {
         "model": backbone.name,
         "dataset": args.dataset,
         "features": backbone.features,
+        "unit": "percent",
         "samples": {"train": len(train.labels), "test": len(test.labels)},
         "samples_skipped": skipped,
     }
     if args.cache_features:
-        head = fit_on(args.dataset, train, num_classes, args.seed)
+        head = fit_on(args.dataset, train, num_classes, args.seed, metric)
         scores = evaluate(head.probabilities(test.features))
         results["logistic"] = {**scores, "chosen": head.chosen, "validation": head.validation}
     if args.fraction:
-        draw = partial(label_fraction, args, train, num_classes, test=test, evaluate=evaluate)
-        results["fractions"] = [draw(share) for share in args.fraction]
+        draw = partial(label_fraction, args, train, num_classes, test=test, evaluate=evaluate, metric=metric)
+        results["fractions"] = [draw(fraction) for fraction in args.fraction]
     if args.knn:
         prob = knn_probabilities(train, test.features, args.knn, num_classes, processes.device)
         results["knn"] = {**evaluate(prob), "k": args.knn}
@@ -469,7 +420,7 @@ def probe_features(args: argparse.Namespace, backbone: Backbone, processes: util
     return results
 
 
-def fit_on(name: str, train: Samples, num_classes: int, seed: int) -> Head:
+def fit_on(name: str, train: Samples, num_classes: int, seed: int, metric: str) -> Head:
     """Logistic regression on all of `train`, its penalty chosen on a tenth of each class."""
     held_out = stratified_part(train.labels, 0.1, 1, np.random.default_rng(seed))
     fitted = np.setdiff1d(np.arange(len(train.labels)), held_out)
@@ -477,7 +428,7 @@ def fit_on(name: str, train: Samples, num_classes: int, seed: int) -> Head:
     if len(missing):
         raise ValueError(f"{name}: class {missing[0]} has one training image; two are needed to choose a penalty")
     return fit_logistic(
-        train[fitted], train[held_out], num_classes, lambda labels, prob: score_set(name, labels, prob)["score"]
+        train[fitted], train[held_out], num_classes, lambda labels, prob: score_set(labels, prob, metric)["score"]
     )
 
 
@@ -485,21 +436,22 @@ def label_fraction(
     args: argparse.Namespace,
     train: Samples,
     num_classes: int,
-    share: float,
+    fraction: float,
     test: Samples,
     evaluate: Callable[[np.ndarray], dict],
+    metric: str,
 ) -> dict:
-    """Score of logistic regression on a share of each class: mean and std over random draws."""
-    if not 0 < share <= 1:
-        raise ValueError(f"--fraction {share}: a share of the training set is above 0 and at most 1")
+    """Score of logistic regression on a fraction of each class: mean and std over random draws."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"--fraction {fraction}: a fraction of the training set is above 0 and at most 1")
     found, sizes = [], []
     for draw in range(args.fraction_seeds):
-        part = stratified_part(train.labels, share, 2, np.random.default_rng((args.seed, draw)))
-        head = fit_on(args.dataset, train[part], num_classes, args.seed)
+        part = stratified_part(train.labels, fraction, 2, np.random.default_rng((args.seed, draw)))
+        head = fit_on(args.dataset, train[part], num_classes, args.seed, metric)
         found.append(evaluate(head.probabilities(test.features))["score"])
         sizes.append(len(part))
     return {
-        "share": share,
+        "fraction": fraction,
         "samples": sizes[0],
         "scores": found,
         "mean": float(np.mean(found)),
@@ -517,16 +469,17 @@ def describe_probes(results: dict) -> str:
         spread = "" if part["std"] is None else f" +- {part['std']:.2f}"
         draws = len(part["scores"])
         lines.append(
-            f"{results['dataset']}, {part['share']:.2%} of the labels ({part['samples']} images): "
+            f"{results['dataset']}, {part['fraction']:.2%} of the labels ({part['samples']} images): "
             f"{part['mean']:.2f}{spread} over {draws} draws"
         )
     if any(results["samples_skipped"].values()):
-        lines.append(f"BROKEN IMAGES SKIPPED: {results['samples_skipped']}")
+        lines.append(f"MISSING OR CORRUPT IMAGES SKIPPED: {results['samples_skipped']}")
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # SGD over random crops, as SLIP did it
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class TrainViews(Dataset):
@@ -540,7 +493,7 @@ class TrainViews(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        image, label = self.dataset[index]
+        image, label = cast(tuple[Image.Image, int], self.dataset[index])  # the set has no transform
         return linear_train_view(self.preprocess, image, np.random.default_rng((self.seed, epoch, index))), label
 
 
@@ -553,13 +506,13 @@ def learning_rate(args: argparse.Namespace, world_size: int) -> float:
 def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: utils.Distributed) -> dict:
     """Train one linear layer for --epochs and evaluate it; returns the metrics of the last epoch and of the best.
 
-    The best is the best on the test split, as published, hence too good; the last epoch's figure is the result.
+    The best is the best on the test split, as published, hence too good; the last epoch's score is the result.
     """
     catalog, device = find_set(args), processes.device
     train = downstream.create_downstream(args.dataset, True, None, catalog)
     test = downstream.create_downstream(args.dataset, False, partial(linear_eval_view, backbone.preprocess), catalog)
     sampler = GlobalBatchSampler(len(train), args.batch_size, processes.rank, processes.world_size, args.seed)
-    workers = loading_of(args).workers_of(processes)
+    workers = loading_of(args, processes).loader_processes()
     loader = DataLoader(
         TrainViews(train, backbone.preprocess, args.seed),
         batch_sampler=sampler,
@@ -588,10 +541,11 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: utils.Dis
     }
     start, best = resume_sgd(args, head, optimizer, settings)
     logger = utils.Logger(Path(args.output_dir), enabled=processes.is_main)
-    evaluate = partial(evaluate_linear, args, backbone, head, test, processes)
+    metric = downstream.metric_of(args.dataset, catalog)
+    evaluate = partial(evaluate_linear, args, backbone, head, test, metric, processes)
     if args.evaluate:
         start = args.epochs
-    logger.line(
+    log.info(
         f"{len(train):,} training images, {len(train.classes)} classes; {args.batch_size} x "
         f"{processes.world_size} process(es) = batch {sampler.global_batch}; learning rate {base:g}"
     )
@@ -607,19 +561,20 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: utils.Dis
             scores = evaluate()
             is_best, best = scores["score"] > best, max(best, scores["score"])
             logger.row("test", (epoch + 1) * len(loader), {k: v for k, v in scores.items() if k != "metric"})
-            logger.line(f"epoch {epoch + 1}: test {scores['metric']} {scores['score']:.2f} (best {best:.2f})")
+            log.info(f"epoch {epoch + 1}: test {scores['metric']} {scores['score']:.2f} (best {best:.2f})")
         if processes.is_main:
             save_sgd(args, head, optimizer, settings, epoch + 1, best, is_best)
     scores = scores or evaluate()
     if backbone.fingerprint() != fingerprint:
         raise RuntimeError("the frozen tower has changed; its features and this result are not those of --pretrained")
-    logger.line(f"{args.dataset}: {scores['metric']} {scores['score']:.2f} after {args.epochs} epochs")
+    log.info(f"{args.dataset}: {scores['metric']} {scores['score']:.2f} after {args.epochs} epochs")
     logger.close()
     return {
         "model": backbone.name,
         "dataset": args.dataset,
         "features": backbone.features,
         "protocol": "sgd",
+        "unit": "percent",
         "settings": settings,
         **scores,
         "best_score_on_test": best,
@@ -656,7 +611,7 @@ def train_epoch(
             if not math.isfinite(mean_loss):  # the same on every process
                 raise ValueError(f"the loss is {mean_loss} in epoch {epoch}: lower --lr {args.lr:g}")
             rate = optimizer.param_groups[0]["lr"]
-            logger.line(
+            log.info(
                 f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{len(loader)}: loss {mean_loss:.4f}, "
                 f"top-1 {100 * top1:.2f}, learning rate {rate:.4g}"
             )
@@ -668,13 +623,14 @@ def evaluate_linear(
     backbone: Backbone,
     head: nn.Linear,
     test: downstream.Downstream,
+    metric: str,
     processes: utils.Distributed,
-) -> dict[str, float | str]:
-    """Figures of the linear layer on the test split, each image once on any number of processes."""
+) -> metrics.Scores:
+    """Metrics of the linear layer on the test split, each image once on any number of processes."""
     whole = replace(backbone, encode=lambda images: head(backbone.encode(images).float()))
-    logits, kept = extract(whole, test, f"{args.dataset} test", loading_of(args), processes)
+    logits, kept = extract(whole, test, f"{args.dataset} test", loading_of(args, processes))
     skipped = {"samples_skipped": len(test) - len(kept)} if len(kept) < len(test) else {}
-    return {**score_set(args.dataset, test.labels[kept], logits), **skipped}
+    return {**score_set(test.labels[kept], logits, metric), **skipped}
 
 
 def resume_sgd(

@@ -1,20 +1,26 @@
-"""Classification metrics of the probes, their intervals over patients, and the paired comparison of models.
+"""Every score of the project, its interval and the paired comparison of models.
 
-Point values come from scikit-learn. The bootstrap draws patients, not lesions: the lesions and views of one
-patient are alike, so an interval over lesions would be too narrow. All resamples are evaluated at once as
-lesion weights (how often the lesion's patient was drawn), which equals evaluating each resample on its own.
+Three kinds: the probes' classification metrics with their bootstrap over patients, the metrics of labelled sets
+(zero-shot and linear classification) and the recall of image-text retrieval.
 
-All values are fractions (0 to 1); tables print them in percent.
+All of them are fractions (0 to 1). Files and tables that are in percent get them through `percent`, once, where they
+are written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+from torch import Tensor
 
+Scores = dict[str, Any]  # numbers by name, and names (the metric, the split)
+Labels = Sequence[int] | np.ndarray
 MALIGNANT = "MALIGNANT"
 # The columns of the published results tables: key -> heading.
 METRICS = {
@@ -25,6 +31,11 @@ METRICS = {
     "precision_malignant": "Precision (Malignant)",
     "recall_malignant": "Recall (Malignant)",
 }
+# What a labelled set of the catalog can report; CLIP's evaluation uses these four.
+SET_METRICS = ("top1", "mean_per_class", "mean_top1_top5", "roc_auc")
+RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
+# The values of `classification_scores` and `retrieval_metrics` that are fractions; the others are ranks and counts.
+_FRACTIONS = {*SET_METRICS, *RECALLS, "top5", "score"}
 
 
 @dataclass(frozen=True)
@@ -46,13 +57,13 @@ class Difference(Interval):
     p_value: float
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Point values
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Classification by a probe: point values
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def classification_metrics(
-    y_true: Sequence[int], prob: np.ndarray, classes: Sequence[str], malignant: str = MALIGNANT
+    y_true: Labels, prob: np.ndarray, classes: Sequence[str], malignant: str = MALIGNANT
 ) -> dict[str, float]:
     """The six columns of the published tables, through scikit-learn.
 
@@ -65,9 +76,9 @@ def classification_metrics(
     """
     labels, prob = _checked(y_true, prob, classes)
     auroc = [roc_auc_score(labels == c, prob[:, c]) for c in range(len(classes))]
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        labels, prob.argmax(1), labels=range(len(classes)), average=None, zero_division=0
-    )
+    averaging: dict[str, Any] = dict(average=None, zero_division=0)  # scikit-learn's annotations know only "macro"
+    per_class = precision_recall_fscore_support(labels, prob.argmax(1), labels=range(len(classes)), **averaging)
+    precision, recall, f1 = map(np.asarray, per_class[:3])  # (k,) each
     target = _class_index(malignant, classes)
     values = (np.mean(auroc), f1.mean(), precision.mean(), recall.mean(), precision[target], recall[target])
     return {name: float(value) for name, value in zip(METRICS, values, strict=True)}
@@ -79,7 +90,7 @@ def _class_index(name: str, classes: Sequence[str]) -> int:
     return list(classes).index(name)
 
 
-def _checked(y_true: Sequence[int], prob: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _checked(y_true: Labels, prob: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     labels, prob = np.asarray(y_true), np.asarray(prob, dtype=np.float64)
     if prob.shape != (len(labels), len(classes)):
         raise ValueError(
@@ -98,13 +109,13 @@ def _checked(y_true: Sequence[int], prob: np.ndarray, classes: Sequence[str]) ->
     return labels, prob
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Bootstrap over patients
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Classification by a probe: bootstrap over patients
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def patient_bootstrap(
-    y_true: Sequence[int],
+    y_true: Labels,
     prob: np.ndarray,
     patients: Sequence[str],
     classes: Sequence[str],
@@ -115,6 +126,10 @@ def patient_bootstrap(
     seed: int = 0,
 ) -> dict[str, Interval]:
     """Percentile bootstrap intervals of all metrics, resampling patients with replacement.
+
+    Patients are drawn, not lesions: the lesions and views of one patient resemble each other, so an interval over
+    lesions would be too narrow. All resamples are evaluated at once as lesion weights (how often the lesion's patient
+    was drawn), which equals evaluating each resample on its own.
 
     patients (n,) names the patient of each lesion. Resamples in which a class has no lesion are drawn again,
     since no metric is defined on them: the interval is conditional on every class being present. Where that
@@ -129,7 +144,7 @@ def patient_bootstrap(
 
 
 def paired_patient_bootstrap(
-    y_true: Sequence[int],
+    y_true: Labels,
     prob: np.ndarray,
     prob_baseline: np.ndarray,
     patients: Sequence[str],
@@ -143,7 +158,7 @@ def paired_patient_bootstrap(
     """Interval of (model minus baseline) for each metric, both evaluated on the same resamples of patients.
 
     The pairing removes the part of the spread that both share: which patients were drawn. The p-value is
-    two-sided: twice the smaller share of resamples on either side of zero, the observed sample being one.
+    two-sided: twice the smaller fraction of resamples on either side of zero, the observed sample being one.
     """
     labels, prob = _checked(y_true, prob, classes)
     _, prob_baseline = _checked(y_true, prob_baseline, classes)
@@ -167,7 +182,7 @@ def _two_sided(draws: np.ndarray) -> float:
 
 def _bounds(draws: dict[str, np.ndarray], level: float) -> dict[str, tuple[float, float]]:
     tail = (1 - level) / 2
-    return {name: tuple(np.quantile(values, [tail, 1 - tail]).tolist()) for name, values in draws.items()}
+    return {name: (float(np.quantile(v, tail)), float(np.quantile(v, 1 - tail))) for name, v in draws.items()}
 
 
 def _resample_weights(
@@ -220,3 +235,143 @@ def _weighted_auroc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray
     neg = np.add.reduceat(weights * ~positive[order], starts, axis=1)
     below = np.cumsum(neg, axis=1) - neg / 2
     return (pos * below).sum(1) / (pos.sum(1) * neg.sum(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classification on a labelled set, zero-shot or by a linear layer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def target_ranks(logits: Tensor, target: Tensor) -> Tensor:
+    """How many classes come before the right one: (B, C), (B,) -> (B,), 0 for a correct top-1.
+
+    Equal scores stand in class order, as argmax takes them; a NaN counts against the model.
+    """
+    own = logits.gather(1, target[:, None])  # (B, 1)
+    earlier = torch.arange(logits.shape[1]) < target[:, None]  # (B, C)
+    before = ~(logits <= own) | ((logits == own) & earlier)
+    return before.sum(dim=1)
+
+
+def binary_margins(logits: Tensor) -> Tensor:
+    """Score of class 1 minus score of class 0, what ROC-AUC ranks by: (B, C) -> (B,); 0 for a single class."""
+    return logits[:, min(1, logits.shape[1] - 1)] - logits[:, 0]
+
+
+def classification_scores(
+    targets: Tensor, ranks: Tensor, margins: Tensor, n_classes: int, metric: str = "top1"
+) -> Scores:
+    """All metrics of a labelled set, as fractions, from one row a sample.
+
+    Args:
+        targets: (N,) labels.
+        ranks: (N,) how many classes came before the right one, as `target_ranks` counts them.
+        margins: (N,) score of class 1 minus score of class 0; only ROC-AUC reads it.
+        metric: one of SET_METRICS, the one that the set reports.
+
+    Returns:
+        top1, mean_per_class (over the classes that have samples), top5 where there are more than five classes, and
+        mean_top1_top5 or roc_auc (class 1 against class 0) where `metric` asks for it; "score" repeats the value that
+        `metric` names; "samples" and "classes" are counts.
+
+    Raises:
+        ValueError: unknown metric, no samples, or ROC-AUC of other than two classes with samples of both.
+    """
+    if metric not in SET_METRICS:
+        raise ValueError(f"unknown metric {metric!r}; choose from {', '.join(SET_METRICS)}")
+    if len(targets) == 0:
+        raise ValueError("the dataset has no samples")
+    correct = ranks == 0
+    seen = targets.bincount(minlength=n_classes)  # (C,)
+    hits = targets[correct].bincount(minlength=n_classes).double()
+    scores: Scores = {
+        "top1": correct.double().mean().item(),
+        "mean_per_class": (hits / seen)[seen > 0].mean().item(),
+    }
+    if n_classes > 5:
+        scores["top5"] = (ranks < 5).double().mean().item()
+    if metric == "mean_top1_top5":
+        scores["mean_top1_top5"] = (scores["top1"] + scores.get("top5", 1.0)) / 2
+    if metric == "roc_auc":
+        if n_classes != 2 or len(targets.unique()) != 2:
+            raise ValueError("ROC-AUC needs two classes, and samples of both")
+        scores["roc_auc"] = float(roc_auc_score(targets.numpy(), margins.numpy()))
+    counts = {"samples": len(targets), "classes": n_classes}
+    return {"metric": metric, "score": scores[metric], **scores, **counts}
+
+
+def score_outputs(labels: np.ndarray, outputs: np.ndarray, metric: str = "top1") -> Scores:
+    """`classification_scores` of labels (n,) and logits or probabilities (n, k)."""
+    targets, values = torch.as_tensor(labels), torch.as_tensor(outputs)
+    ranks, margins = target_ranks(values, targets), binary_margins(values)
+    return classification_scores(targets, ranks, margins, values.shape[1], metric)
+
+
+def percent(scores: Scores) -> Scores:
+    """Scores with their fractions in percent and everything else (ranks, counts, names) as it is.
+
+    The edge of the library: zeroshot.json, the rows of main.py's log and the results on other sets than CBIS-DDSM have
+    always been in percent.
+    """
+    return {k: 100.0 * v if k in _FRACTIONS and isinstance(v, float) else v for k, v in scores.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Retrieval
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def retrieval_metrics(
+    image_features: Tensor, text_features: Tensor, captions: Sequence[str], chunk: int = 1024
+) -> Scores:
+    """Recall at 1, 5 and 10 and the median rank of the first hit, image-to-text and text-to-image, over all candidates.
+
+    Pairs with equal captions are hits for one another: the same sentence written twice costs nothing. The rank of a
+    query is 1 + the number of wrong candidates that score at least as high as its best hit, so a tie with a wrong one
+    counts against the model, and one embedding for everything scores 0. At most chunk x N similarities are held at
+    once.
+
+    Args:
+        image_features, text_features: (N, d), row i of both being one pair; they need not be normalised.
+        captions: the N texts.
+
+    Returns:
+        fractions i2t_r1, i2t_r5, i2t_r10, t2i_r1, t2i_r5, t2i_r10; i2t_median_rank and t2i_median_rank (1 is best);
+        candidates = N.
+
+    Raises:
+        ValueError: no pairs, or numbers of images, texts and captions that differ.
+    """
+    n = len(captions)
+    if n == 0 or len(image_features) != n or len(text_features) != n:
+        raise ValueError(
+            f"retrieval needs one image and one text for each caption, and at least one pair: "
+            f"got {len(image_features)}, {len(text_features)} and {n}"
+        )
+    first_seen: dict[str, int] = {}
+    group = torch.tensor([first_seen.setdefault(c, len(first_seen)) for c in captions])  # (N,)
+    group = group.to(image_features.device)
+    images = F.normalize(image_features.float(), dim=-1)
+    texts = F.normalize(text_features.float(), dim=-1)
+
+    result: Scores = {}
+    for way, queries, candidates in (("i2t", images, texts), ("t2i", texts, images)):
+        chunks = zip(queries.split(chunk), group.split(chunk), strict=True)
+        ranks = torch.cat([_first_hit_ranks(q, candidates, g, group) for q, g in chunks]).double()  # (N,)
+        for k in (1, 5, 10):
+            result[f"{way}_r{k}"] = (ranks <= k).double().mean().item()
+        result[f"{way}_median_rank"] = ranks.quantile(0.5).item()
+    result["candidates"] = n
+    return result
+
+
+def _first_hit_ranks(queries: Tensor, candidates: Tensor, query_group: Tensor, group: Tensor) -> Tensor:
+    """Rank from 1 of the best hit of each query: (Q, d), (N, d), (Q,), (N,) -> (Q,)."""
+    scores = queries @ candidates.T  # (Q, N)
+    row, column = (query_group[:, None] == group).nonzero(as_tuple=True)  # the hits
+    best = scores.new_full((len(scores),), -torch.inf)  # (Q,)
+    best = best.scatter_reduce(0, row, scores[row, column], "amax")
+    scores[row, column] = -torch.inf
+    # What is not lower, rather than what is as high: a NaN anywhere then counts against the model.
+    ahead = len(candidates) - (scores < best[:, None]).sum(dim=1)
+    return (1 + ahead).clamp(max=len(candidates))

@@ -1,113 +1,30 @@
-"""Frozen image towers: their features, extracted once, and the heads that are fitted on them.
+"""Heads that are fitted on the features of a frozen tower (features.py).
 
-The tower stays in eval mode throughout, so nothing in it can move. A head is one linear layer on standardised
-features (logistic regression, or the first MedSLIP's AdamW), or no layer at all (k nearest neighbours).
+A head is one linear layer on standardised features (logistic regression, or the first MedSLIP's AdamW), or no layer at
+all (k nearest neighbours).
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from scipy.special import softmax
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch import nn
 
-import models
 import utils
-from transforms import Preprocess, UnreadableImage
 
-# ----------------------------------------------------------------------------------------------------------
-# The tower
-
-
-@dataclass
-class Backbone:
-    """A frozen image tower: images (B, 3, S, S) prepared by `preprocess` to features (B, d)."""
-
-    encode: Callable[[Tensor], Tensor]
-    model: nn.Module  # what holds the weights
-    preprocess: Preprocess
-    features: str  # backbone or projection
-    name: str  # for people
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the names and bytes of all weights and buffers on the image side."""
-        image_side = ("visual.", "image_projection")
-        weights = self.model.state_dict()
-        return utils.weights_sha256({name: weights[name] for name in weights if name.startswith(image_side)})
-
-    @torch.inference_mode()
-    def width(self) -> int:
-        """The number of features, d."""
-        device = next(self.model.parameters()).device
-        size = self.preprocess.size
-        return self.encode(torch.zeros(1, 3, size, size, device=device)).shape[1]
-
-
-def load_backbone(
-    args: argparse.Namespace, device: torch.device, features: str = "backbone", size: int | None = None
-) -> Backbone:
-    """The tower that --pretrained, --model or --arch names, in eval mode.
-
-    `features` projection gives the tower's features in the space shared with captions; `size` is the side of
-    the images where it is not the model's own.
-    """
-    untrained = f"untrained (seed {args.seed})"
-    if args.pretrained:
-        loaded = models.load_pretrained(args.pretrained, model=args.model)
-        model, name = loaded.model, loaded.source
-        if args.untrained:
-            model, name = rebuilt(model, args.seed), f"{model.name}, {untrained}"
-    else:
-        utils.seed_everything(args.seed)
-        # --arch names a timm tower only; a CLIP model around it has the projection as well.
-        of_arch = {} if args.model else {"vision_tower": args.arch}
-        model = models.create_model(args.model or "CLIP_VITB16", **of_arch)
-        name = f"{args.model or args.arch}, {untrained}"
-    if features == "projection" and not model.objective.text:
-        raise ValueError(f"{name} has no projection: use --features backbone")
-    if size is not None and size != model.preprocess.size:
-        model = at_size(model, size)
-    model = model.eval().requires_grad_(False).to(device)
-    encode = model.encode_image if features == "projection" else model.visual
-    return Backbone(encode, model, model.preprocess, features, name)
-
-
-def rebuilt(model: nn.Module, seed: int, **changes) -> nn.Module:
-    """A model of the same settings, but for `changes`, with fresh weights."""
-    utils.seed_everything(seed)
-    config = {key: value for key, value in model.config.items() if key != "objective"}
-    fresh = models.create_model(model.name, **{**config, **changes})
-    fresh.preprocess = model.preprocess
-    return fresh
-
-
-def at_size(model: nn.Module, size: int) -> nn.Module:
-    """The same weights for images of `size` pixels; a ViT's position embeddings are resampled."""
-    resized = rebuilt(model, seed=0, image_size=size)
-    weights = models.resize_position_embeddings(model.state_dict(), resized)
-    models.load_weights(resized, weights, f"{model.name} at {size} pixels")
-    resized.preprocess = replace(model.preprocess, size=size)
-    return resized
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Features
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -127,116 +44,9 @@ class Samples:
         return Samples(self.features[index], self.labels[index], rows)
 
 
-class Images(Dataset):
-    """The images of a dataset by number: (i, tensor), or (i, None) for an unreadable one that may be skipped."""
-
-    def __init__(self, dataset: Dataset, numbers: range, skip_broken: bool):
-        self.dataset, self.numbers, self.skip_broken = dataset, numbers, skip_broken
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor | None]:
-        number = self.numbers[i]
-        try:
-            return number, self.dataset[number][0]
-        except (UnreadableImage, FileNotFoundError):
-            if not self.skip_broken:
-                raise
-            return number, None
-
-
-def collate(samples: list[tuple[int, Tensor | None]]) -> tuple[list[int], Tensor | None]:
-    kept = [(number, image) for number, image in samples if image is not None]
-    return [number for number, _ in kept], torch.stack([image for _, image in kept]) if kept else None
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How features are extracted and where they are kept."""
-
-    output_dir: Path
-    batch_size: int  # images in one pass, a process
-    workers: int  # loader processes of the node
-    skip_broken: bool = False  # leave out images that cannot be decoded, instead of an error
-
-    def workers_of(self, processes: utils.Distributed) -> int:
-        """Loader processes for this one among the node's processes; no more than there are cores."""
-        return min(self.workers, utils.cores()) // processes.world_size
-
-
-@torch.inference_mode()
-def extract(
-    backbone: Backbone, dataset: Dataset, title: str, loading: Loading, processes: utils.Distributed
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features (n, d) in float32 and the numbers (n,) of the samples they are of, in order, on every process.
-
-    Each process encodes every world_size-th image. Numbers are missing only where unreadable images are
-    skipped; otherwise an unreadable image is an UnreadableImage that names it.
-    """
-    mine = Images(dataset, range(processes.rank, len(dataset), processes.world_size), loading.skip_broken)
-    workers = loading.workers_of(processes)
-    loader = DataLoader(mine, loading.batch_size, num_workers=workers, collate_fn=collate)
-    numbers, features = [], []
-    backbone.model.eval()
-    for batch, images in tqdm(loader, desc=title, disable=None if processes.is_main else True, leave=False):
-        if images is not None:
-            numbers += batch
-            features.append(backbone.encode(images.to(processes.device)).float().cpu().numpy())
-    parts = utils.gather_objects(processes, (numbers, features))
-    numbers = np.array([number for part, _ in parts for number in part], dtype=np.int64)
-    if len(numbers) == 0:
-        raise ValueError(f"{title}: none of the {len(dataset)} images can be decoded")
-    order = np.argsort(numbers)
-    return np.concatenate([batch for _, part in parts for batch in part])[order], numbers[order]
-
-
-def extract_or_reuse(
-    backbone: Backbone, dataset: Dataset, title: str, loading: Loading, processes: utils.Distributed
-) -> tuple[np.ndarray, np.ndarray]:
-    """As `extract`, or from the output directory where the same weights have seen the same images before.
-
-    The file's name carries a hash of the weights, the preparation, the kind of features and the images
-    (path, size and time of each, or the bytes of those in memory): another run's features are never taken.
-    """
-    key = hashlib.sha256()
-    # Equal weights compute something else with another number of heads, or under another release.
-    architecture = (getattr(backbone.model, "config", None), timm.__version__)
-    settings = (
-        backbone.fingerprint(),
-        architecture,
-        backbone.features,
-        backbone.preprocess.to_dict(),
-        loading.skip_broken,
-    )
-    key.update(json.dumps(settings).encode())
-    for part in identify(dataset):
-        key.update(part)
-    file = loading.output_dir / "features" / f"{title}_{key.hexdigest()[:32]}.npz"
-    if all(utils.gather_objects(processes, file.is_file())):
-        with np.load(file, allow_pickle=False) as stored:
-            return stored["features"], stored["numbers"]
-    features, numbers = extract(backbone, dataset, title, loading, processes)
-    if processes.is_main:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        utils.atomic_write(file, lambda out: np.savez(out, features=features, numbers=numbers))
-    return features, numbers
-
-
-def identify(dataset: Dataset) -> Iterator[bytes]:
-    """What tells this dataset's images, in their order, from any others."""
-    if hasattr(dataset, "pixels"):  # downstream.ImageArray
-        yield f"{dataset.pixels.shape} {dataset.upsample}".encode()
-        yield np.ascontiguousarray(dataset.pixels).tobytes()
-        return
-    for i in range(len(dataset)):  # CbisLesions has whole paths, downstream.ImageFiles relative ones
-        path = Path(getattr(dataset, "root", ""), dataset.paths[i]).absolute()
-        status = path.stat() if path.exists() else None  # absent: extraction says so, or leaves it out
-        yield f"{path} {status and (status.st_size, status.st_mtime_ns)}\n".encode()
-
-
-# ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Heads
+# ---------------------------------------------------------------------------------------------------------------------
 
 Score = Callable[[np.ndarray, np.ndarray], float]  # labels (n,), probabilities (n, k) -> higher is better
 
@@ -301,7 +111,7 @@ def logistic_path(
     if not np.isfinite(samples.features).all():
         raise ValueError("the features are not finite: the tower's weights, or an image, must be broken")
     scaler = StandardScaler().fit(samples.features.astype(np.float64))
-    x, variance, axes = _on_principal_axes(scaler.transform(samples.features.astype(np.float64)))
+    x, variance, axes = _on_principal_axes(np.asarray(scaler.transform(samples.features.astype(np.float64))))
     shape = (len(variance) + 1, len(classes))  # the last row is the bias
     curve = [np.zeros(shape)]
     with threadpool_limits(1 if x.size * len(classes) < ONE_THREAD else None):
@@ -435,10 +245,10 @@ def knn_probabilities(
     return np.concatenate(votes)
 
 
-def stratified_part(labels: np.ndarray, share: float, least: int, rng: np.random.Generator) -> np.ndarray:
-    """Numbers, in order, of about `share` of each class: at least `least` of it, or all where it has fewer."""
+def stratified_part(labels: np.ndarray, fraction: float, least: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers, in order, of about `fraction` of each class: at least `least` of it, or all where it has fewer."""
     parts = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        parts.append(rng.permutation(members)[: max(least, round(share * len(members)))])
+        parts.append(rng.permutation(members)[: max(least, round(fraction * len(members)))])
     return np.sort(np.concatenate(parts))

@@ -607,6 +607,11 @@ def eval_view(preprocess: Preprocess) -> View:
     return partial(_eval, preprocess)
 
 
+def as_view(preprocess: Preprocess | View) -> View:
+    """The evaluation view of a preparation; a view, another library's, stays what it is."""
+    return eval_view(preprocess) if isinstance(preprocess, Preprocess) else preprocess
+
+
 def train_pixels(preprocess: Preprocess, pixels: Tensor, rng: np.random.Generator) -> Tensor:
     """`train_view` before normalisation: `preprocess.pixels(...)` to uint8 (1 or 3, size, size)."""
     return random_resized_crop(pixels, preprocess.size, (0.5, 1.0), rng)

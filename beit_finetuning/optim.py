@@ -68,7 +68,8 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float |
 
 
 def learning_rate(step: int, total: int, lr: float, min_lr: float = 1e-6, warmup: int = 0) -> float:
-    """The rate of update `step` of `total`: linear from 0 to `lr` over `warmup` updates, then half a cosine to `min_lr`.
+    """The rate of update `step` of `total`: linear from 0 to `lr` over `warmup` updates, then half a cosine to
+    `min_lr`.
 
     `lr` is absolute: the recipe never scales it by the batch.
     """

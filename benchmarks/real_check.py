@@ -145,7 +145,7 @@ def run(argv: list[str] | None = None) -> dict:
             str(args.seed),
         ]
     )
-    pool = row["val_pool"]
+    pool = row["val_candidates"]
     result = {
         "check": args.check,
         "seed": args.seed,

@@ -17,9 +17,8 @@ import torchvision
 from PIL import Image
 
 import downstream
-import eval_zeroshot
 
-LABELS = eval_zeroshot.read_prompts("labels.json")
+LABELS = downstream.read_prompts("labels.json")
 CALTECH = """
 BACKGROUND_Google Faces Faces_easy Leopards Motorbikes accordion airplanes anchor ant barrel bass beaver
 binocular bonsai brain brontosaurus buddha butterfly camera cannon car_side ceiling_fan cellphone chair

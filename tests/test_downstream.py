@@ -1,19 +1,25 @@
 """The labelled sets in every layout of the catalog: 26 small trees, and files that must be refused."""
 
+import json
 import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
+import torchvision.transforms.functional as TF
 from downstream_tree import LABELS, folder_names, pixels, write_file_list, write_folders, write_world
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 
 import datasets
 import downstream
+import features
 import transforms
+from transforms import Preprocess
 
 ALL_26 = [n for n, e in downstream.read_catalog().items() if n in LABELS and not n.startswith(("digits", "cbis"))]
 
@@ -274,3 +280,163 @@ def test_cbis_crops_through_the_catalog(tmp_path):
         assert dataset.labels.tolist() == [0, 1, 2]
     with pytest.raises(FileNotFoundError, match=r"mass\.csv"):
         downstream.create_downstream("cbis_mass", False, None, {"cbis_mass": catalog["cbis_calc"]})
+
+
+# -------------------------------------------------------------------------------- class names and prompts
+
+
+def test_each_set_has_its_published_metric():
+    names = downstream.read_catalog()
+    metrics = {name: downstream.metric_of(name, names) for name in names}
+    assert {n for n, m in metrics.items() if m == "mean_per_class"} == {
+        "aircraft",
+        "pets",
+        "caltech101",
+        "flowers",
+    }
+    assert {n for n, m in metrics.items() if m == "mean_top1_top5"} == {"kinetics700_frames"}
+    assert {n for n, m in metrics.items() if m == "roc_auc"} == {"hateful_memes"}
+
+
+def test_folders_in_another_order_are_reported():
+    downstream.check_class_order("pets", ["Abyssinian", "american_bulldog"], ["Abyssinian", "american bulldog"])
+    downstream.check_class_order("cub200", ["001.Black_footed_Albatross"], ["Black footed Albatross"])
+    downstream.check_class_order("fer2013", ["happy", "sad"], [["glad", "happy"], ["sad"]])
+    with pytest.raises(ValueError, match="class 0 is 'american_bulldog' on disk and 'Abyssinian' in labels.json"):
+        downstream.check_class_order("pets", ["american_bulldog", "Abyssinian"], ["Abyssinian", "american bulldog"])
+    with pytest.raises(ValueError, match="2 classes found, 3 class names"):
+        downstream.check_class_order("pets", ["a", "b"], ["a", "b", "c"])
+    with pytest.raises(ValueError, match="hateful, not_hateful; must be 0, 1"):
+        downstream.check_class_order(
+            "hateful_memes", ["hateful", "not_hateful"], LABELS["hateful_memes"], folders=["0", "1"]
+        )
+
+
+class Oracle(nn.Module):
+    """Reads the class that an image states (downstream_tree) and the class that a prompt names."""
+
+    def __init__(self, n_classes: int, grey: bool):
+        super().__init__()
+        self.n_classes, self.grey = n_classes, grey
+
+    def encode_image(self, x):
+        red, green = (x[:, :2, 0, 0] * 255).round().long().T
+        return F.one_hot(red if self.grey else red + 256 * green, self.n_classes).float()
+
+    def encode_text(self, tokens):
+        return F.one_hot(tokens[:, 0], self.n_classes).float()
+
+
+def test_an_oracle_never_errs_on_all_26_sets(world):
+    for name in world:
+        labelled = downstream.load_zeroshot_set(name, TF.to_tensor, world)
+        dataset, classnames, templates, metric = labelled
+        of_prompt = {}
+        for label, names in enumerate(classnames):
+            for synonym in [names] if isinstance(names, str) else names:
+                of_prompt = {t.replace("{}", synonym): label for t in templates} | of_prompt
+
+        def read(prompts, of_prompt=of_prompt):
+            return torch.tensor([[of_prompt[p]] for p in prompts])
+
+        model = Oracle(len(classnames), name == "mnist")
+        scores = features.classify_zeroshot(model, read, labelled, features.Loading())
+        assert (scores["metric"], scores["samples"]) == (metric, len(dataset))
+        # ImageNet's published names hold "missile" and "sunglasses" twice: the second of each cannot be told
+        expected = 998 / 1000 if name == "imagenet" else 1
+        assert scores["score"] == pytest.approx(expected), name
+        assert scores["samples"] == scores["classes"] == len(LABELS[name])
+
+
+def test_sets_that_cannot_be_classified_are_named():
+    with pytest.raises(ValueError, match="roco has captions, not classes.* sets with classes are food101"):
+        downstream.load_zeroshot_set("roco", Preprocess())
+    with pytest.raises(ValueError, match="unknown dataset 'birdsnap'"):
+        downstream.load_zeroshot_set("birdsnap", Preprocess())
+
+
+# -------------------------------------------------------------------------------- a set of one's own
+
+
+def own_catalog(root, **keys):
+    """A catalog file with the set `scans` of three class folders, whose first pixel states the folder's number."""
+    for split in ("train", "test"):
+        if not (root / split).exists():
+            write_folders(root / split, ["01.normal", "benign_mass", "malignant_mass"])
+    entry = {"path": str(root), "type": "imagefolder", "train": "train", "test": "test", **keys}
+    (root / "catalog.json").write_text(json.dumps({"scans": entry}))
+    return root / "catalog.json"
+
+
+def load(root, **keys):
+    return downstream.load_zeroshot_set("scans", Preprocess(size=4), own_catalog(root, **keys))
+
+
+def test_a_set_needs_no_more_than_its_folders(tmp_path):
+    scans = load(tmp_path)
+    assert list(scans)[1:] == [["normal", "benign mass", "malignant mass"], ["a photo of a {}."], "top1"]
+    dataset, classnames, templates, metric = scans
+    assert dataset is scans.dataset and dataset.labels.tolist() == [0, 1, 2]
+
+
+def test_an_entry_says_labels_templates_metric_and_folders(tmp_path):
+    labels = [["malignant mass", "cancer"], "benign mass", "nothing"]
+    folders = ["malignant_mass", "benign_mass", "01.normal"]
+    scans = load(tmp_path, labels=labels, templates=["scan of {}"], metric="mean_per_class", folders=folders)
+    assert list(scans)[1:] == [labels, ["scan of {}"], "mean_per_class"]
+    assert scans.dataset.classes == folders
+    assert [stated_class(scans.dataset.image(i), False) for i in range(3)] == [2, 1, 0]
+    ordered = ["benign_mass", "01.normal", "malignant_mass"]
+    shared = load(tmp_path, labels="cbis_mass", templates="digits", folders=ordered, _note="a comment")
+    assert (shared.classnames, shared.templates) == (
+        LABELS["cbis_mass"],
+        downstream.read_prompts("templates.json")["digits"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (dict(metric="auc"), "catalog.json: scans has metric 'auc'; choose from top1, mean_per_class, mean_top1_top5"),
+        (dict(templates=["a scan"]), r"catalog.json: scans: template 'a scan' has no \{\}"),
+        (dict(templates="scan of {}"), "catalog.json: scans, \"templates\" must be a list"),
+        (dict(templates=[]), "\"templates\" must be a list of at least one text"),
+        (dict(templates="pet"), "'pet' is not in templates.json; choose from food101"),
+        (dict(labels="scan"), "catalog.json: scans, \"labels\": 'scan' is not in labels.json; choose from food101"),
+        (dict(labels=["a", 2, "c"]), "\"labels\" must be a list of at least one text, not .2."),
+        (dict(labels=["a", [], "c"]), "\"labels\" must be"),
+        (dict(labels={"a": 1}), "\"labels\" must be a list of class names"),
+        (dict(labels=["a", "b"]), "scans: 3 classes found, 2 class names in the \"labels\" of .*catalog.json: scans"),
+        (
+            dict(labels=["malignant mass", "benign mass", "normal"]),
+            "class 0 is '01.normal' on disk and 'malignant mass'",
+        ),
+        (dict(folders=["benign_mass", "normal", "malignant_mass"]), "class folders 01.normal, benign_mass.* must be"),
+        (dict(folders=["a", "a"]), "names a folder twice"),
+        (dict(type="filelist", folders=["a"]), "only the type imagefolder"),
+        (dict(lables=["a", "b", "c"]), "unknown keys lables; choose from path, .*labels, templates, metric, folders"),
+    ],
+)  # fmt: skip
+def test_an_entry_that_is_wrong_names_file_entry_and_choices(tmp_path, keys, message):
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, **keys)
+
+
+def test_classes_that_are_numbers_are_remarked_on(tmp_path, caplog):
+    write_folders(tmp_path / "test", ["0", "1"])
+    (tmp_path / "catalog.json").write_text(json.dumps(entry_at(tmp_path)))
+    numbers = downstream.load_zeroshot_set("thing", Preprocess(size=4), tmp_path / "catalog.json")
+    assert numbers.classnames == ["0", "1"] and "prompted by their numbers" in caplog.text
+
+
+def test_a_catalog_of_an_earlier_release_keeps_published_metrics_and_folders(world, tmp_path):
+    """Entries of {path, type, train, test} alone, as SLIP's catalog has them."""
+    old = {name: {k: entry[k] for k in downstream.REQUIRED} for name, entry in world.items()}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    read = downstream.read_catalog(tmp_path / "old.json")
+    assert {n: downstream.metric_of(n, read) for n in old} == {n: downstream.metric_of(n, world) for n in old}
+    assert downstream.metric_of("hateful_memes", read) == "roc_auc"
+    write_folders(tmp_path / "dev", ["hateful", "not_hateful"])
+    old["hateful_memes"]["path"] = str(tmp_path)
+    with pytest.raises(ValueError, match="hateful, not_hateful; must be 0, 1"):
+        downstream.load_zeroshot_set("hateful_memes", Preprocess(size=4), old)

@@ -36,7 +36,7 @@ def test_what_a_run_leaves_behind(unbroken):
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
     assert all(abs(r["loss"] - r["clip_loss"] - r["ssl_loss"]) < 1e-4 for r in steps)
     epochs = [r for r in rows if r["kind"] == "epoch"]
-    assert len(epochs) == 2 and epochs[-1]["val_pool"] == 8
+    assert len(epochs) == 2 and epochs[-1]["val_candidates"] == 8
     mean = sum(r["loss"] for r in steps if r["epoch"] == 1) / 3
     assert epochs[1]["loss"] == pytest.approx(mean, rel=1e-6)
     recalls = [v for k, v in epochs[-1].items() if k.startswith("val_") and "_r" in k and "rank" not in k]
@@ -229,7 +229,7 @@ def test_evaluate_only_validates(roco, unbroken, tmp_path):
 
 def test_caption_filter_applies_to_validation_and_reports_the_full_pool(roco, tmp_path):
     row = main.main(command(roco, tmp_path, "--caption-filter", "mammo", "--batch-size", "4", "--epochs", "1"))
-    assert row["val_pool"] == 2 and row["val_full_pool"] == 8
+    assert row["val_candidates"] == 2 and row["val_full_candidates"] == 8
 
 
 def _train_rank(rank, world, argv):
@@ -352,7 +352,7 @@ def test_a_broken_validation_image_is_an_error_or_left_out(tmp_path):
     with pytest.raises(ValueError, match="ROCO_00026.jpg"):
         main.main(command(root, tmp_path / "strict", "--epochs", "1"))
     row = main.main(command(root, tmp_path / "skip", "--epochs", "1", "--skip-broken"))
-    assert row["val_pool"] == 7
+    assert row["val_candidates"] == 7
 
 
 def test_evaluate_takes_the_runs_own_best_and_its_settings(roco, unbroken, tmp_path):
@@ -408,7 +408,7 @@ def test_a_filter_that_leaves_no_validation_pair_validates_on_the_whole_pool(roc
     row = main.main(
         command(roco, tmp_path, "--caption-filter", "case 1?[0-9]\\b", "--batch-size", "4", "--epochs", "1")
     )
-    assert row["val_full_pool"] == 8 and "val_pool" not in row
+    assert row["val_full_candidates"] == 8 and "val_candidates" not in row
     assert "the whole pool chooses" in (tmp_path / "log.txt").read_text()
 
 

@@ -1,18 +1,28 @@
-"""Metrics against scikit-learn, intervals against the binomial and DeLong's formula, and the pairing."""
+"""Metrics against scikit-learn and brute force, intervals against the binomial and DeLong's formula, the pairing."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+import torch
 from sklearn import metrics as sk
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score, top_k_accuracy_score
 
 from metrics import (
     METRICS,
     _resample_weights,
     _weighted_metrics,
+    binary_margins,
     classification_metrics,
+    classification_scores,
     paired_patient_bootstrap,
     patient_bootstrap,
+    percent,
+    retrieval_metrics,
+    score_outputs,
+    target_ranks,
 )
 
 CLASSES = ("BENIGN", "BENIGN_WITHOUT_CALLBACK", "MALIGNANT")
@@ -168,3 +178,149 @@ def test_paired_p_value_under_no_difference_is_rarely_small():
         assert (got.p_value < 0.05) == (got.low > 0 or got.high < 0) or abs(got.p_value - 0.05) < 0.02
         small += got.p_value < 0.05
     assert small <= 9  # P(more than 9 of 60 at 5%) is below 0.1%
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labelled sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_classes", [2, 7, 30])
+def test_metrics_of_a_set_equal_scikit_learns(n_classes):
+    rng = np.random.default_rng(n_classes)
+    logits = rng.normal(size=(200, n_classes)).astype(np.float32)
+    target = rng.integers(n_classes, size=200)
+    logits[np.arange(200), target] += 1
+    ranks = target_ranks(torch.tensor(logits), torch.tensor(target))
+    margins = binary_margins(torch.tensor(logits))
+
+    def scores(metric):
+        return classification_scores(torch.tensor(target), ranks, margins, n_classes, metric)
+
+    predicted = logits.argmax(axis=1)
+    top1 = accuracy_score(target, predicted)
+    assert scores("top1")["score"] == pytest.approx(top1)
+    assert scores("mean_per_class")["score"] == pytest.approx(balanced_accuracy_score(target, predicted))
+    if n_classes > 5:
+        top5 = top_k_accuracy_score(target, logits, k=5, labels=range(n_classes))
+        assert scores("top1")["top5"] == pytest.approx(top5)
+        assert scores("mean_top1_top5")["score"] == pytest.approx((top1 + top5) / 2)
+    if n_classes == 2:
+        positive = np.exp(logits[:, 1]) / np.exp(logits).sum(axis=1)
+        assert scores("roc_auc")["score"] == pytest.approx(roc_auc_score(target, positive))
+    assert (scores("top1")["samples"], scores("top1")["classes"]) == (200, n_classes)
+
+
+def test_a_class_that_is_predicted_but_absent_does_not_divide_by_zero():
+    logits = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0, 1.0, 0]])  # predicts 0, 2, 1
+    target = torch.tensor([0, 0, 1])  # class 2 has no samples
+    ranks = target_ranks(logits, target)
+    scores = classification_scores(target, ranks, logits[:, 1] - logits[:, 0], 3, "mean_per_class")
+    assert scores["score"] == pytest.approx((0.5 + 1) / 2)
+
+
+def test_equal_scores_stand_in_class_order_and_nan_never_wins():
+    logits = torch.zeros(4, 4)
+    target = torch.arange(4)
+    assert target_ranks(logits, target).tolist() == [0, 1, 2, 3]
+    assert (logits.argmax(dim=1) == target).tolist() == (target_ranks(logits, target) == 0).tolist()
+    assert target_ranks(torch.full((4, 4), math.nan), target).tolist() == [4] * 4
+    assert target_ranks(torch.tensor([[1.0, math.nan]]), torch.tensor([0])).tolist() == [1]
+
+
+def test_impossible_metrics_are_errors():
+    one_class = torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ValueError, match="choose from top1, mean_per_class"):
+        classification_scores(one_class, one_class, torch.zeros(3), 2, "top3")
+    with pytest.raises(ValueError, match="samples of both"):
+        classification_scores(one_class, one_class, torch.zeros(3), 2, "roc_auc")
+    with pytest.raises(ValueError, match="no samples"):
+        classification_scores(one_class[:0], one_class[:0], torch.zeros(0), 2)
+
+
+def test_outputs_are_scored_as_their_rows_are():
+    rng = np.random.default_rng(3)
+    labels, outputs = rng.integers(0, 7, 50), rng.normal(size=(50, 7))
+    got = score_outputs(labels, outputs, "mean_top1_top5")
+    assert got["top5"] == pytest.approx(sk.top_k_accuracy_score(labels, outputs, k=5, labels=range(7)))
+    assert got["score"] == pytest.approx((got["top5"] + sk.accuracy_score(labels, outputs.argmax(1))) / 2)
+
+
+def test_percent_changes_fractions_and_nothing_else():
+    """Ranks, counts and names stay: a median rank of 1 is not 100."""
+    labels, outputs = np.array([0, 1, 1]), np.eye(2)[[0, 1, 0]]
+    scores = score_outputs(labels, outputs, "roc_auc")
+    assert percent(scores) == {
+        "metric": "roc_auc", "score": 75.0, "top1": pytest.approx(200 / 3), "mean_per_class": 75.0, "roc_auc": 75.0,
+        "samples": 3, "classes": 2,
+    }  # fmt: skip
+    retrieval = percent(retrieval_metrics(torch.eye(4), torch.eye(4), list("abcd")))
+    assert {v for k, v in retrieval.items() if k[4:] in ("r1", "r5", "r10")} == {100.0}
+    assert (retrieval["i2t_median_rank"], retrieval["t2i_median_rank"], retrieval["candidates"]) == (1, 1, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Retrieval
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def brute_force(images, texts, captions):
+    """Ranks by sorting in plain Python: wrong entries first among equal scores."""
+    images = images / np.linalg.norm(images, axis=1, keepdims=True)
+    texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
+    scores = {"candidates": len(captions)}
+    for way, queries, candidates in (("i2t", images, texts), ("t2i", texts, images)):
+        ranks = []
+        for i, query in enumerate(queries):
+            entries = sorted((-float(query @ other), captions[j] == captions[i]) for j, other in enumerate(candidates))
+            wrong = 0
+            for _, is_hit in entries:
+                if is_hit:
+                    break
+                wrong += 1
+            ranks.append(1 + wrong)
+        for k in (1, 5, 10):
+            scores[f"{way}_r{k}"] = sum(rank <= k for rank in ranks) / len(ranks)
+        scores[f"{way}_median_rank"] = float(np.median(ranks))
+    return scores
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+@pytest.mark.parametrize("n", [1, 2, 40])
+def test_retrieval_equals_a_second_implementation_with_duplicate_captions(n, chunk):
+    rng = np.random.default_rng(n)
+    images = rng.normal(size=(n, 5)).astype(np.float32)
+    texts = (images + rng.normal(size=(n, 5))).astype(np.float32)
+    captions = [f"caption {i // 2 if i < 20 else i}" for i in range(n)]  # pairs of twins, then single ones
+    scores = retrieval_metrics(torch.tensor(images), torch.tensor(texts), captions, chunk=chunk)
+    assert scores == pytest.approx(brute_force(images, texts, captions))
+
+
+def test_equal_captions_all_count_as_hits():
+    images = torch.eye(3)
+    texts = torch.eye(3)[[1, 0, 2]]  # images 0 and 1 find each other's caption
+    assert retrieval_metrics(images, texts, ["a", "b", "c"])["i2t_r1"] == pytest.approx(1 / 3)
+    assert retrieval_metrics(images, texts, ["a", "a", "c"])["i2t_r1"] == 1
+    assert retrieval_metrics(images, texts, ["a", "a", "c"])["t2i_r1"] == 1
+
+
+def test_scale_of_the_features_does_not_matter():
+    images, texts = torch.randn(30, 4), torch.randn(30, 4)
+    captions = [str(i) for i in range(30)]
+    scaled = retrieval_metrics(images * torch.rand(30, 1).add(0.1), texts * 7, captions)
+    assert scaled == retrieval_metrics(images, texts, captions)
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0, math.nan])
+def test_a_model_that_tells_nothing_apart_scores_nothing(value):
+    features = torch.full((20, 4), value)
+    scores = retrieval_metrics(features, features, [str(i) for i in range(20)])
+    assert [scores[k] for k in scores if "_r" in k and "median" not in k] == [0] * 6
+    assert scores["i2t_median_rank"] == scores["t2i_median_rank"] == 20
+
+
+def test_retrieval_refuses_what_does_not_pair_up():
+    with pytest.raises(ValueError, match="got 3, 2 and 3"):
+        retrieval_metrics(torch.ones(3, 2), torch.ones(2, 2), ["a", "b", "c"])
+    with pytest.raises(ValueError, match="at least one pair"):
+        retrieval_metrics(torch.ones(0, 2), torch.ones(0, 2), [])

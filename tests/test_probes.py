@@ -10,7 +10,6 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-import models
 import probes
 
 
@@ -159,16 +158,3 @@ def test_stratified_part_takes_its_share_of_each_class():
     assert (np.diff(part) > 0).all()
     other = probes.stratified_part(labels, 0.1, 2, np.random.default_rng(1))
     assert part.tolist() != other.tolist()
-
-
-@pytest.mark.parametrize("name", ["CLIP_VITT16", "MEDCLIP_RESNET"])
-def test_larger_images_keep_the_weights(name):
-    """A ViT's position embeddings are resampled; everything else, and a ResNet as a whole, stays."""
-    small = dict(text_layers=2, text_width=64, vocab_size=64, text_heads=4)
-    tower = dict(vision_tower="test_vit", image_size=32) if name == "CLIP_VITT16" else {}
-    model = models.create_model(name, **small, **tower).eval()
-    bigger = probes.at_size(model, 96).eval()
-    assert bigger.preprocess.size == 96 and bigger.preprocess.prepare == model.preprocess.prepare
-    assert bigger.visual(torch.rand(1, 3, 96, 96)).shape == (1, model.feature_dim)
-    for (key, a), b in zip(model.state_dict().items(), bigger.state_dict().values(), strict=True):
-        assert key == "visual.pos_embed" or torch.equal(a, b), key

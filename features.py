@@ -1,0 +1,456 @@
+"""Frozen towers and one pass through them: each sample once, on any number of processes.
+
+Probes, zero-shot classification, retrieval and k nearest neighbours all read their features here, so that missing and
+corrupt images, the order of the samples, loader processes and caches are the same for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import metrics
+import models
+import utils
+from datasets import EvalPairs, Reader
+from downstream import ZeroShotSet
+from transforms import Preprocess, UnreadableImage, View
+
+Tokenizer = Callable[[list[str]], Tensor]  # n captions to token ids (n, L)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tower
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Backbone:
+    """A frozen image tower: images (B, 3, S, S) prepared by `preprocess` to features (B, d)."""
+
+    encode: Callable[[Tensor], Tensor]
+    model: nn.Module  # what holds the weights
+    preprocess: Preprocess
+    features: str  # backbone or projection
+    name: str  # for people
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and bytes of all weights and buffers on the image side."""
+        image_side = ("visual.", "image_projection")
+        weights = self.model.state_dict()
+        return utils.weights_sha256({name: weights[name] for name in weights if name.startswith(image_side)})
+
+    @torch.inference_mode()
+    def width(self) -> int:
+        """The number of features, d."""
+        device = next(self.model.parameters()).device
+        size = self.preprocess.size
+        return self.encode(torch.zeros(1, 3, size, size, device=device)).shape[1]
+
+
+def load_backbone(
+    pretrained: str | Path = "",
+    *,
+    model: str | None = None,
+    arch: str = "vit_base_patch16_224",
+    untrained: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    features: str = "backbone",
+    size: int | None = None,
+) -> Backbone:
+    """The image tower of some weights, or an untrained one, frozen and in eval mode.
+
+    Args:
+        pretrained: any weights that models.load_pretrained reads; "" for an untrained tower.
+        model: name from models.MODELS: what a published file that does not say holds, or the untrained model.
+        arch: timm's name of the untrained tower where neither of the two is given.
+        untrained: the model of `pretrained` with fresh weights.
+        seed: of fresh weights.
+        features: backbone, or projection for the space shared with captions.
+        size: side of the images in pixels where it is not the model's own.
+
+    Raises:
+        FileNotFoundError, ValueError: as models.load_pretrained and create_model; a model without the projection.
+    """
+    fresh = f"untrained (seed {seed})"
+    tower: Any
+    if pretrained:
+        loaded = models.load_pretrained(pretrained, model=model)
+        tower, name = loaded.model, loaded.source
+        if untrained:
+            tower, name = rebuilt(tower, seed), f"{tower.name}, {fresh}"
+    else:
+        utils.seed_everything(seed)
+        # `arch` names a timm tower only; a CLIP model around it has the projection as well.
+        tower = models.create_model(model) if model else models.create_model("CLIP_VITB16", vision_tower=arch)
+        name = f"{model or arch}, {fresh}"
+    if features == "projection" and not tower.objective.text:
+        raise ValueError(f"{name} has no projection: use --features backbone")
+    if size is not None and size != tower.preprocess.size:
+        tower = at_size(tower, size)
+    tower = tower.eval().requires_grad_(False).to(device)
+    encode = tower.encode_image if features == "projection" else tower.visual
+    return Backbone(encode, tower, tower.preprocess, features, name)
+
+
+def rebuilt(model: Any, seed: int, **changes) -> Any:
+    """A model of the same settings, but for `changes` (fields of models.ModelConfig), with fresh weights."""
+    utils.seed_everything(seed)
+    config = {key: value for key, value in model.config.items() if key != "objective"}
+    fresh: Any = models.create_model(model.name, **{**config, **changes})
+    fresh.preprocess = model.preprocess
+    return fresh
+
+
+def at_size(model: Any, size: int) -> Any:
+    """The same weights for images of `size` pixels; a ViT's position embeddings are resampled."""
+    resized = rebuilt(model, seed=0, image_size=size)
+    weights = models.resize_position_embeddings(model.state_dict(), resized)
+    models.load_weights(resized, weights, f"{model.name} at {size} pixels")
+    resized.preprocess = replace(model.preprocess, size=size)
+    return resized
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside the block; the model's own mode again after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One pass over each sample
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How samples reach the tower: in batches, by loader processes, on which of several processes."""
+
+    batch_size: int = 256  # images in one pass, a process; memory and speed only
+    workers: int = 0  # loader processes wanted for each process
+    skip_broken: bool = False  # skip and count images that are missing or corrupt, instead of an error
+    processes: utils.Distributed = field(default_factory=utils.Distributed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
+
+    def loader_processes(self) -> int:
+        """Of this process: together those of a node are never more than its cores."""
+        return min(self.workers, utils.cores() // processes_of_node(self.processes))
+
+
+def processes_of_node(processes: utils.Distributed) -> int:
+    """How many processes share this one's cores; the launcher says it, else all of them."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size)))
+
+
+class _Numbered(Dataset):
+    """`ds[i] -> (number, image, target, None)`, or (number, None, -1, error) for a missing or corrupt image.
+
+    The error travels as a value: raised in a loader process it would come with that process's traceback.
+    """
+
+    def __init__(self, dataset: Any, numbers: range):
+        self.dataset, self.numbers = dataset, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | None, int, Exception | None]:
+        number = self.numbers[i]
+        try:
+            image, target = self.dataset[number][:2]
+        except (UnreadableImage, FileNotFoundError) as error:
+            return number, None, -1, type(error)(f"{error}; --skip-broken skips and counts such images")
+        return number, image, int(target), None
+
+
+def _collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Exception | None]:
+    """Numbers (B,), images (B, 3, S, S) and targets (B,) of the readable samples, and the first one's error."""
+    errors = [error for *_, error in samples if error is not None]
+    kept = [sample[:3] for sample in samples if sample[1] is not None]
+    if not kept:
+        return torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0, dtype=torch.long), errors[0]
+    numbers, images, targets = zip(*kept, strict=True)
+    return torch.tensor(numbers), torch.stack(images), torch.tensor(targets), errors[0] if errors else None
+
+
+def each_once(
+    model: nn.Module,
+    dataset: Any,
+    compute: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]],
+    loading: Loading,
+    title: str = "",
+) -> list[Tensor]:
+    """Send every sample of a dataset once through a model in eval mode, on any number of processes.
+
+    Rank r takes samples r, r + world_size, ... without padding, so ranks may differ by one batch: the model must be
+    the bare module, not its DistributedDataParallel wrapper.
+
+    Args:
+        dataset: items begin with an image tensor (3, S, S) and a whole number, its target.
+        compute: numbers (B,), images (B, 3, S, S) on the device and targets (B,) to columns (B, ...).
+        title: of the progress bar; "" for none.
+
+    Returns:
+        on every rank the numbers (n,) of the samples in order, then the columns (n, ...) on the CPU. Numbers are
+        missing only where missing or corrupt images are skipped.
+
+    Raises:
+        FileNotFoundError, UnreadableImage: a missing or corrupt image, named, without `skip_broken`.
+        ValueError: there is no image.
+    """
+    processes = loading.processes
+    numbered = _Numbered(dataset, range(processes.rank, len(dataset), processes.world_size))
+    loader = DataLoader(
+        numbered,
+        loading.batch_size,
+        num_workers=loading.loader_processes(),
+        collate_fn=_collate,
+        pin_memory=loading.device.type == "cuda",
+    )
+    silent = True if not title or not processes.is_main else None  # None: where there is no terminal
+    rows: list[list[Tensor]] = []
+    with evaluating(model):
+        for numbers, images, targets, error in tqdm(loader, desc=title, disable=silent, leave=False):
+            if error is not None and not loading.skip_broken:
+                raise error
+            if len(numbers):
+                columns = compute(numbers, images.to(loading.device, non_blocking=True), targets)
+                rows.append([numbers, *(column.cpu() for column in columns)])
+    own = [torch.cat(column) for column in zip(*rows, strict=True)]  # empty where this rank has no samples
+    parts = [part for part in utils.gather_objects(processes, own) if part]
+    if not parts:
+        why = f": all {len(dataset)} are missing or corrupt" if len(dataset) else ""
+        raise ValueError(f"{title + ': ' if title else ''}there is no image to evaluate{why}")
+    # Ranks interleave their samples; sorting by number restores the dataset's order.
+    order = torch.cat([part[0] for part in parts]).argsort()
+    return [torch.cat(column)[order] for column in zip(*parts, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image features, kept on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def extract(backbone: Backbone, dataset: Any, title: str, loading: Loading) -> tuple[np.ndarray, np.ndarray]:
+    """Features (n, d) in float32 and the numbers (n,) of their samples, in order, on every process; see `each_once`."""
+    numbers, features = each_once(
+        backbone.model, dataset, lambda numbers, images, targets: [backbone.encode(images).float()], loading, title
+    )
+    return features.numpy(), numbers.numpy()
+
+
+def extract_or_reuse(
+    backbone: Backbone, dataset: Any, title: str, loading: Loading, folder: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `extract`, or from `folder` where the same weights have seen the same images before.
+
+    The file's name carries a hash of the weights, the preparation, the kind of features and the images (path, size and
+    time of each, or the bytes of those in memory): another run's features are never taken.
+    """
+    file = folder / f"{title}_{features_key(backbone, dataset, loading.skip_broken)}.npz"
+    if all(utils.gather_objects(loading.processes, file.is_file())):
+        with np.load(file, allow_pickle=False) as stored:
+            return stored["features"], stored["numbers"]
+    features, numbers = extract(backbone, dataset, title, loading)
+    if loading.processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        utils.atomic_write(file, lambda out: np.savez(out, features=features, numbers=numbers))
+    return features, numbers
+
+
+def features_key(backbone: Backbone, dataset: Any, skip_broken: bool) -> str:
+    """32 hex digits of a hash over all that the features of a dataset depend on."""
+    key = hashlib.sha256()
+    # Equal weights compute something else with another number of heads, or under another release.
+    architecture = (getattr(backbone.model, "config", None), timm.__version__)
+    prepared = backbone.preprocess.to_dict()
+    settings = (backbone.fingerprint(), architecture, backbone.features, prepared, skip_broken)
+    key.update(json.dumps(settings).encode())
+    for part in identify(dataset):
+        key.update(part)
+    return key.hexdigest()[:32]
+
+
+def identify(dataset: Any) -> Iterator[bytes]:
+    """What tells this dataset's images, in their order, from any others."""
+    if hasattr(dataset, "pixels"):  # downstream.ImageArray
+        yield f"{dataset.pixels.shape} {dataset.upsample}".encode()
+        yield np.ascontiguousarray(dataset.pixels).tobytes()
+        return
+    for i in range(len(dataset)):  # CbisLesions has whole paths, downstream.ImageFiles relative ones
+        path = Path(getattr(dataset, "root", ""), dataset.paths[i]).absolute()
+        status = path.stat() if path.exists() else None  # absent: the pass says so, or skips it
+        yield f"{path} {status and (status.st_size, status.st_mtime_ns)}\n".encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image-text pairs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def embed_pairs(
+    model: Any,
+    reader: Reader,
+    preprocess: Preprocess | View,
+    tokenizer: Tokenizer,
+    device: torch.device | str,
+    batch_size: int = 256,
+    workers: int = 0,
+    processes: utils.Distributed | None = None,
+    skip_broken: bool = False,
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Embed every pair of a reader once; of an image with several captions the first is taken.
+
+    Returns:
+        image features (N, d) and text features (N, d), both in float32 on the CPU, and the N captions, in the reader's
+        order on every rank. With `skip_broken` the pair of a missing or corrupt image is skipped.
+
+    Raises:
+        As `each_once`.
+    """
+    captions = [reader.captions(i)[0] for i in range(len(reader))]
+    if not captions:
+        raise ValueError("there are no candidates for retrieval: the reader is empty")
+    # (N, L), all at once: a text tower that averages over padding then sees the same padding in every batch
+    tokens = tokenizer(captions)
+    device = torch.device(device)
+    loading = Loading(batch_size, workers, skip_broken, replace(processes or utils.Distributed(), device=device))
+
+    def compute(numbers: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
+        return [model.encode_image(images).float(), model.encode_text(tokens[numbers].to(device)).float()]
+
+    numbers, images, texts = each_once(model, EvalPairs(reader, preprocess), compute, loading)
+    return images, texts, [captions[i] for i in numbers.tolist()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Zero-shot classification
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def zeroshot_classifier(
+    model: Any,
+    tokenizer: Tokenizer,
+    classnames: Sequence[str | Sequence[str]],
+    templates: Sequence[str],
+    device: torch.device | str,
+    batch_size: int = 256,
+    cache: TextCache | None = None,
+) -> Tensor:
+    """One unit vector for each class: (d, C). CLIP, section 3.1.4: prompt ensembling in embedding space.
+
+    Every template is filled ("{}") with the class's name, or with each of its synonyms where the name is a list; the
+    text embeddings are normalised, averaged over the class and normalised again. Each distinct prompt is encoded once,
+    batch_size at a time; with a cache once for all runs.
+    """
+    if not classnames or not templates:
+        raise ValueError("zero-shot classification needs at least one class name and one template")
+    names = [[name] if isinstance(name, str) else list(name) for name in classnames]
+    prompts = [[t.replace("{}", synonym) for t in templates for synonym in synonyms] for synonyms in names]
+    row = {prompt: i for i, prompt in enumerate(dict.fromkeys(p for of_class in prompts for p in of_class))}
+    rows = [[row[p] for p in of_class] for of_class in prompts]  # of each class, among the distinct prompts
+    tokens = tokenizer(list(row))  # (P, L)
+    if cache and (kept := cache.read(tokens, rows)) is not None:
+        return kept.to(device)
+    with evaluating(model):
+        features = torch.cat([model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)])
+    features = F.normalize(features, dim=-1)  # (P, d)
+    means = [features[of_class].mean(dim=0) for of_class in rows]
+    classifier = F.normalize(torch.stack(means), dim=-1).T  # (d, C)
+    if cache:
+        cache.write(tokens, rows, classifier)
+    return classifier
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """Classifiers of earlier runs, each in a file whose name is a hash of all that it depends on.
+
+    That is the text side's weights and settings, the token ids of the prompts (hence the tokenizer, too), which of
+    them make up each class, the kind of device and the libraries: a stale one is never taken.
+    """
+
+    folder: Path
+    model: str
+    writes: bool
+
+    @classmethod
+    def of(cls, model: Any, device: torch.device, folder: Path, writes: bool) -> TextCache | None:
+        """The cache for a model of models.py; None for another library's, whose settings are not known."""
+        if not hasattr(model, "config"):
+            return None
+        text_side = {k: v for k, v in model.state_dict().items() if not k.startswith(("visual.", "image_"))}
+        # The version without the import, which takes seconds.
+        settings = (model.config, device.type, torch.__version__, importlib.metadata.version("transformers"))
+        key = f"{utils.weights_sha256(text_side)} {json.dumps(settings, sort_keys=True)}"
+        return cls(folder, key, writes)
+
+    def file(self, tokens: Tensor, rows: list[list[int]]) -> Path:
+        key = hashlib.sha256(f"{self.model} {tuple(tokens.shape)} {rows}".encode())
+        key.update(tokens.contiguous().numpy().tobytes())
+        return self.folder / f"text_{key.hexdigest()[:32]}.npy"
+
+    def read(self, tokens: Tensor, rows: list[list[int]]) -> Tensor | None:
+        file = self.file(tokens, rows)
+        return torch.from_numpy(np.load(file, allow_pickle=False)) if file.is_file() else None
+
+    def write(self, tokens: Tensor, rows: list[list[int]], classifier: Tensor) -> None:
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            utils.atomic_write(self.file(tokens, rows), lambda out: np.save(out, classifier.cpu().numpy()))
+
+
+def classify_zeroshot(
+    model: Any,
+    tokenizer: Tokenizer,
+    labelled: ZeroShotSet,
+    loading: Loading,
+    cache: TextCache | None = None,
+) -> metrics.Scores:
+    """Zero-shot metrics of a labelled set as fractions, each sample once on any number of processes.
+
+    Returns:
+        `metrics.classification_scores`, "score" being the value that the set's metric names; "samples" counts those
+        that `skip_broken` has not skipped.
+
+    Raises:
+        ValueError: a label outside the class names; else as `each_once`.
+    """
+    names = labelled.classnames
+    classifier = zeroshot_classifier(
+        model, tokenizer, names, labelled.templates, loading.device, loading.batch_size, cache
+    )  # (d, C)
+
+    def compute(numbers: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
+        if (out_of_range := (targets < 0) | (targets >= len(names))).any():
+            raise ValueError(f"label {int(targets[out_of_range][0])} in the data, but {len(names)} class names")
+        features = model.encode_image(images)  # (B, d)
+        logits = (F.normalize(features.float(), dim=-1) @ classifier).cpu()  # (B, C)
+        return [targets, metrics.target_ranks(logits, targets), metrics.binary_margins(logits)]
+
+    _, targets, ranks, margins = each_once(model, labelled.dataset, compute, loading)
+    return metrics.classification_scores(targets, ranks, margins, len(names), labelled.metric)
