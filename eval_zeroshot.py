@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+import distributed
 import downstream
 import metrics
 import models
@@ -57,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     run.add_argument("-j", "--workers", default=10, type=int,
                      help="loader processes for each process, no more than there are cores; 0 for none")
     # fmt: on
-    utils.add_distributed_arguments(parser)
+    distributed.add_distributed_arguments(parser)
     return parser
 
 
@@ -190,12 +191,12 @@ def open_sets(
 def main(argv: Sequence[str] | None = None) -> dict:
     """Evaluate, print a table and write zeroshot.json to --output-dir; returns what was written."""
     args = get_args_parser().parse_args(argv)
-    processes = utils.init_distributed(args)
-    with utils.ending_together(processes):
+    processes = distributed.init_distributed(args)
+    with distributed.ending_together(processes):
         return evaluate(args, processes)
 
 
-def evaluate(args: argparse.Namespace, processes: utils.Distributed) -> dict:
+def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict:
     """The command once its processes have met."""
     loaded = load_model(args)
     log.info(f"evaluating {loaded.source} on {processes.device}")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import distributed
 import metrics
 import models
 import utils
@@ -150,7 +151,7 @@ class Loading:
     batch_size: int = 256  # images in one pass, a process; memory and speed only
     workers: int = 0  # loader processes wanted for each process
     skip_broken: bool = False  # skip and count images that are missing or corrupt, instead of an error
-    processes: utils.Distributed = field(default_factory=utils.Distributed)
+    processes: distributed.Processes = field(default_factory=distributed.Processes)
 
     @property
     def device(self) -> torch.device:
@@ -158,10 +159,10 @@ class Loading:
 
     def loader_processes(self) -> int:
         """Of this process: together those of a node are never more than its cores."""
-        return min(self.workers, utils.cores() // processes_of_node(self.processes))
+        return min(self.workers, distributed.cores() // processes_of_node(self.processes))
 
 
-def processes_of_node(processes: utils.Distributed) -> int:
+def processes_of_node(processes: distributed.Processes) -> int:
     """How many processes share this one's cores; the launcher says it, else all of them."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size)))
 
@@ -241,7 +242,7 @@ def each_once(
                 columns = compute(numbers, images.to(loading.device, non_blocking=True), targets)
                 rows.append([numbers, *(column.cpu() for column in columns)])
     own = [torch.cat(column) for column in zip(*rows, strict=True)]  # empty where this rank has no samples
-    parts = [part for part in utils.gather_objects(processes, own) if part]
+    parts = [part for part in distributed.gather_objects(processes, own) if part]
     if not parts:
         why = f": all {len(dataset)} are missing or corrupt" if len(dataset) else ""
         raise ValueError(f"{title + ': ' if title else ''}there is no image to evaluate{why}")
@@ -272,7 +273,7 @@ def extract_or_reuse(
     time of each, or the bytes of those in memory): another run's features are never taken.
     """
     file = folder / f"{title}_{features_key(backbone, dataset, loading.skip_broken)}.npz"
-    if all(utils.gather_objects(loading.processes, file.is_file())):
+    if all(distributed.gather_objects(loading.processes, file.is_file())):
         with np.load(file, allow_pickle=False) as stored:
             return stored["features"], stored["numbers"]
     features, numbers = extract(backbone, dataset, title, loading)
@@ -320,7 +321,7 @@ def embed_pairs(
     device: torch.device | str,
     batch_size: int = 256,
     workers: int = 0,
-    processes: utils.Distributed | None = None,
+    processes: distributed.Processes | None = None,
     skip_broken: bool = False,
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Embed every pair of a reader once; of an image with several captions the first is taken.
@@ -338,7 +339,7 @@ def embed_pairs(
     # (N, L), all at once: a text tower that averages over padding then sees the same padding in every batch
     tokens = tokenizer(captions)
     device = torch.device(device)
-    loading = Loading(batch_size, workers, skip_broken, replace(processes or utils.Distributed(), device=device))
+    loading = Loading(batch_size, workers, skip_broken, replace(processes or distributed.Processes(), device=device))
 
     def compute(numbers: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
         return [model.encode_image(images).float(), model.encode_text(tokens[numbers].to(device)).float()]

@@ -5,7 +5,8 @@
 
 Id 0 is the stem (patch embedding, class token, position embeddings), i + 1 is block i of a plain transformer, or stage
 i of a tower that narrows (Swin, ResNet, ConvNeXt); the last is everything else: the final norm and the head. That is
-the rule of BEiT's fine-tuning (Bao et al. 2021). timm's own grouping differs: it puts the final norm with the last block.
+the rule of BEiT's fine-tuning (Bao et al. 2021). timm's own grouping differs: it puts the final norm with the last
+block.
 """
 
 from __future__ import annotations

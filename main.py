@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import datasets
+import distributed
 import downstream
 import models
 import utils
@@ -69,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add_training_arguments(parser)
     add_run_arguments(parser)
-    utils.add_distributed_arguments(parser)
+    distributed.add_distributed_arguments(parser)
     return parser
 
 
@@ -412,10 +413,10 @@ def compiles(args: argparse.Namespace, device: torch.device) -> bool:
 
 
 def prepare_training(
-    args: argparse.Namespace, model: nn.Module, processes: utils.Distributed
+    args: argparse.Namespace, model: nn.Module, processes: distributed.Processes
 ) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, object, torch.amp.GradScaler]:
     """Model on its device, what is called in training, optimizer, and context and gradient scaler of the precision."""
-    model = utils.synchronise_batchnorm(model, processes).to(processes.device)
+    model = distributed.synchronise_batchnorm(model, processes).to(processes.device)
     if not args.shard:  # FSDP2 takes contiguous parameters only
         model.to(memory_format=torch.channels_last)
     if compiles(args, processes.device):
@@ -423,7 +424,7 @@ def prepare_training(
         utils.compile_towers(model, options={"fallback_random": args.accum_negatives == "full"})
     trained = model
     if args.shard:
-        utils.shard(model, processes)
+        distributed.shard(model, processes)
     elif processes.world_size > 1 and args.accum_negatives == "micro":
         trained = DistributedDataParallel(
             model,
@@ -483,7 +484,7 @@ class Run:
     """The parts of a run that the epoch loop, validation and checkpoints share."""
 
     args: argparse.Namespace
-    processes: utils.Distributed
+    processes: distributed.Processes
     model: nn.Module  # the bare model
     trained: nn.Module  # what is called in training: the model or its DistributedDataParallel wrapper
     tokenizer: object
@@ -506,7 +507,7 @@ class Run:
         return self.epoch * self.steps_per_epoch + self.step_in_epoch
 
 
-def build_loader(args: argparse.Namespace, reader, model: nn.Module, tokenizer, processes: utils.Distributed):
+def build_loader(args: argparse.Namespace, reader, model: nn.Module, tokenizer, processes: distributed.Processes):
     dataset = datasets.ContrastiveDataset(
         reader,
         model.objective.inputs,
@@ -568,7 +569,7 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
 
 
 def resume_settings(
-    args: argparse.Namespace, model: nn.Module, tokenizer, processes: utils.Distributed, n_pairs: int
+    args: argparse.Namespace, model: nn.Module, tokenizer, processes: distributed.Processes, n_pairs: int
 ) -> dict:
     settings = {key: getattr(args, key) for key in RESUME_SETTINGS}
     settings |= {
@@ -583,8 +584,8 @@ def resume_settings(
 
 def save(run: Run, is_best: bool = False) -> None:
     """Checkpoint the run as it stands; every rank calls this."""
-    random_states = utils.gather_objects(run.processes, utils.random_state(run.processes.device))
-    weights, optimizer = utils.training_state(run.model, run.optimizer)
+    random_states = distributed.gather_objects(run.processes, utils.random_state(run.processes.device))
+    weights, optimizer = distributed.training_state(run.model, run.optimizer)
     run.last_save = time.monotonic()
     if not run.processes.is_main:
         return
@@ -651,7 +652,7 @@ def resume(run: Run) -> None:
             f"cannot continue {source}, its settings differ (choose another --output-dir for a new run):\n"
             + "\n".join(f"  {d}" for d in differ)
         )
-    utils.load_training_state(run.model, run.optimizer, state["state_dict"], state["optimizer"])
+    distributed.load_training_state(run.model, run.optimizer, state["state_dict"], state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.epoch, run.step_in_epoch, run.best = state["epoch"], state["step_in_epoch"], state["best_acc1"]
     run.epoch_sums = list(state["epoch_sums"])
@@ -704,7 +705,7 @@ def accumulate_micro(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[di
     """
     for i, inputs in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
-        if utils.is_sharded(run.model):
+        if distributed.is_sharded(run.model):
             run.model.set_requires_gradient_sync(last)
         with run.trained.no_sync() if isinstance(run.trained, DistributedDataParallel) and not last else nullcontext():
             with run.autocast():
@@ -712,8 +713,8 @@ def accumulate_micro(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[di
             metrics = run.loss(outputs)
             run.scaler.scale(metrics["loss"] / len(micro_batches)).backward()
         yield metrics
-    if utils.is_sharded(run.model):
-        utils.average_gradients((p for p in run.model.parameters() if p.ndim == 0), run.processes)
+    if distributed.is_sharded(run.model):
+        distributed.average_gradients((p for p in run.model.parameters() if p.ndim == 0), run.processes)
 
 
 def accumulate_full(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dict]:
@@ -724,7 +725,7 @@ def accumulate_full(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dic
     3.2, "gradient cache").
     """
     states, features = [], []
-    with torch.no_grad(), utils.batchnorm_statistics_kept(run.model.visual):
+    with torch.no_grad(), distributed.batchnorm_statistics_kept(run.model.visual):
         for inputs in micro_batches:
             states.append(utils.random_state(run.processes.device))
             with run.autocast():
@@ -744,7 +745,9 @@ def accumulate_full(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dic
         if learning:  # none where the towers are frozen
             torch.autograd.backward(*zip(*learning, strict=True))
     utils.set_random_state(after, run.processes.device)
-    utils.average_gradients(run.model.parameters(), run.processes)  # the towers ran beside DistributedDataParallel
+    distributed.average_gradients(
+        run.model.parameters(), run.processes
+    )  # the towers ran beside DistributedDataParallel
     yield metrics
 
 
@@ -785,7 +788,7 @@ def update(run: Run, batches: list[dict], totals: Tensor) -> None:
         usable = values.isfinite().all()
         totals[:-2] += torch.where(usable, values, 0)
         totals[-2] += usable
-    finite = utils.gradients_finite(run.model)
+    finite = distributed.gradients_finite(run.model)
     for buffer, old in zip(buffers, before, strict=True):
         buffer.copy_(torch.where(finite, buffer, old))
     totals[-1] += ~finite
@@ -849,7 +852,9 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
         waiting, since, first, images = 0.0, time.monotonic(), run.step_in_epoch, 0
         if stopping:
             save(run)
-            stop.name = next(filter(None, utils.gather_objects(run.processes, stop.name)))  # the same on all ranks
+            stop.name = next(
+                filter(None, distributed.gather_objects(run.processes, stop.name))
+            )  # the same on all ranks
             run.logger.line(
                 f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, step "
                 f"{run.step_in_epoch}; the same command continues from it"
@@ -918,7 +923,13 @@ def zero_shot_set(args: argparse.Namespace, model: nn.Module, say):
 
 
 def validate(
-    args: argparse.Namespace, processes: utils.Distributed, model: nn.Module, tokenizer, say, readers: dict, zero_shot
+    args: argparse.Namespace,
+    processes: distributed.Processes,
+    model: nn.Module,
+    tokenizer,
+    say,
+    readers: dict,
+    zero_shot,
 ) -> tuple[dict, float | None]:
     """Metrics of the whole validation split, each sample once on any number of processes.
 
@@ -928,7 +939,7 @@ def validate(
     row, score = {}, None
     loading = Loading(args.batch_size, min(args.workers, 4), args.skip_broken, processes)
     for name, reader in readers.items():
-        with utils.unsharded(model):
+        with distributed.unsharded(model):
             images, texts, captions = embed_pairs(
                 model, reader, model.preprocess, tokenizer, processes.device,
                 loading.batch_size, loading.workers, processes, loading.skip_broken,
@@ -940,7 +951,7 @@ def validate(
             score = sum(recalls) / len(recalls)
         say(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
     if zero_shot is not None:
-        with utils.unsharded(model):
+        with distributed.unsharded(model):
             scores = percent(classify_zeroshot(model, tokenizer, zero_shot, loading))
         row |= {f"{args.zeroshot_set}_{k}": v for k, v in scores.items()}
         score = scores["top1"] if score is None else score
@@ -970,7 +981,7 @@ def finish_epoch(run: Run, readers: dict, zero_shot) -> dict:
     return row
 
 
-def evaluate(args: argparse.Namespace, processes: utils.Distributed, logger: utils.Logger) -> dict[str, float]:
+def evaluate(args: argparse.Namespace, processes: distributed.Processes, logger: utils.Logger) -> dict[str, float]:
     """Validate a checkpoint, once the processes have met."""
     say = logger.line
     model, tokenizer = trained_model(args, say)
@@ -985,12 +996,12 @@ def evaluate(args: argparse.Namespace, processes: utils.Distributed, logger: uti
     )[0]
 
 
-def train(args: argparse.Namespace, processes: utils.Distributed, logger: utils.Logger) -> dict:
+def train(args: argparse.Namespace, processes: distributed.Processes, logger: utils.Logger) -> dict:
     """All epochs that are left, once the processes have met."""
     say = logger.line
     utils.seed_everything(args.seed)  # all ranks start from the same weights
     model, tokenizer = build_model(args, say)
-    with utils.main_process_first(processes):
+    with distributed.main_process_first(processes):
         reader = build_reader(args, "train", args.caption_filter, say)
         readers = build_validation(args, model.objective, say)
     zero_shot = zero_shot_set(args, model, say)
@@ -1035,11 +1046,11 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
     if args.shard and args.accum_negatives == "full":
         raise ValueError("--shard keeps no whole tower to run twice: use it with --accum-negatives micro")
-    processes = utils.init_distributed(args)
+    processes = distributed.init_distributed(args)
     if args.shard and processes.world_size == 1:
         raise ValueError("--shard splits the model over several processes: start it with torchrun or submitit")
     logger = utils.Logger(Path(args.output_dir), processes.is_main, args.wandb, vars(args))
-    with closing(logger), utils.ending_together(processes, logger.line):
+    with closing(logger), distributed.ending_together(processes, logger.line):
         return (evaluate if args.evaluate else train)(args, processes, logger)
 
 

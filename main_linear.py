@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+import distributed
 import downstream
 import metrics
 import models
@@ -65,7 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add_feature_arguments(parser)
     add_sgd_arguments(parser)
-    utils.add_distributed_arguments(parser)
+    distributed.add_distributed_arguments(parser)
     return parser
 
 
@@ -154,12 +155,12 @@ def main(argv: list[str] | None = None) -> dict:
     """Run the evaluation that the flags ask for; returns what results.json holds."""
     args = get_args_parser().parse_args(argv)
     args.seed = args.seed or 0
-    processes = utils.init_distributed(args)
-    with utils.ending_together(processes):
+    processes = distributed.init_distributed(args)
+    with distributed.ending_together(processes):
         return evaluate(args, processes)
 
 
-def evaluate(args: argparse.Namespace, processes: utils.Distributed) -> dict:
+def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict:
     """The command once its processes have met."""
     on_cbis = args.dataset in CBIS_SETS
     if not on_cbis:
@@ -182,7 +183,7 @@ def evaluate(args: argparse.Namespace, processes: utils.Distributed) -> dict:
     return results
 
 
-def record_settings(args: argparse.Namespace, backbone: Backbone, processes: utils.Distributed) -> None:
+def record_settings(args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes) -> None:
     """Everything that determines the run, written before its first step."""
     if not processes.is_main:
         return
@@ -203,13 +204,13 @@ def record_settings(args: argparse.Namespace, backbone: Backbone, processes: uti
     log.info(f"{args.dataset}: {backbone.name}, {backbone.features} features")
 
 
-def loading_of(args: argparse.Namespace, processes: utils.Distributed) -> Loading:
+def loading_of(args: argparse.Namespace, processes: distributed.Processes) -> Loading:
     """--workers is a node's, to be divided among its processes."""
     return Loading(args.batch_size, args.workers // processes_of_node(processes), args.skip_broken, processes)
 
 
 def kept_features(
-    args: argparse.Namespace, backbone: Backbone, dataset: Dataset, title: str, processes: utils.Distributed
+    args: argparse.Namespace, backbone: Backbone, dataset: Dataset, title: str, processes: distributed.Processes
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features (n, d) and the numbers (n,) of their samples, extracted once for all runs in --output-dir."""
     return extract_or_reuse(backbone, dataset, title, loading_of(args, processes), Path(args.output_dir) / "features")
@@ -223,7 +224,7 @@ LESION_COLUMNS = ("lesion", "patient", "side", "view", "abnormality", "pathology
 PREDICTION_COLUMNS = (*LESION_COLUMNS, "predicted", *(f"prob_{name}" for name in CBIS_CLASSES))
 
 
-def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: utils.Distributed) -> dict:
+def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes) -> dict:
     """Fit one linear layer and evaluate it on the test table; prints, writes predictions, returns the results."""
     root = args.root or downstream.read_catalog(args.catalog)[args.dataset]["path"]
     baseline = read_predictions(args.baseline) if args.baseline else None
@@ -382,7 +383,7 @@ def score_set(labels: np.ndarray, outputs: np.ndarray, metric: str) -> metrics.S
     return metrics.percent(metrics.score_outputs(labels, outputs, metric))
 
 
-def probe_features(args: argparse.Namespace, backbone: Backbone, processes: utils.Distributed) -> dict:
+def probe_features(args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes) -> dict:
     """Logistic regression, label fractions and k-NN on features extracted once; prints and returns the results."""
     catalog, view = find_set(args), partial(linear_eval_view, backbone.preprocess)
     metric = downstream.metric_of(args.dataset, catalog)
@@ -503,7 +504,7 @@ def learning_rate(args: argparse.Namespace, world_size: int) -> float:
     return args.lr * batch / 256
 
 
-def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: utils.Distributed) -> dict:
+def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes) -> dict:
     """Train one linear layer for --epochs and evaluate it; returns the metrics of the last epoch and of the best.
 
     The best is the best on the test split, as published, hence too good; the last epoch's score is the result.
@@ -589,7 +590,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     epoch: int,
     logger: utils.Logger,
-    processes: utils.Distributed,
+    processes: distributed.Processes,
 ) -> None:
     backbone.model.eval()
     loss_sum, correct, seen = 0.0, 0.0, 0
@@ -606,7 +607,7 @@ def train_epoch(
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
         if (step + 1) % args.print_freq == 0 or step + 1 == len(loader):
-            parts = utils.gather_objects(processes, (float(loss_sum), float(correct), seen))
+            parts = distributed.gather_objects(processes, (float(loss_sum), float(correct), seen))
             mean_loss, top1 = (sum(part[i] for part in parts) / sum(part[2] for part in parts) for i in (0, 1))
             if not math.isfinite(mean_loss):  # the same on every process
                 raise ValueError(f"the loss is {mean_loss} in epoch {epoch}: lower --lr {args.lr:g}")
@@ -624,7 +625,7 @@ def evaluate_linear(
     head: nn.Linear,
     test: downstream.Downstream,
     metric: str,
-    processes: utils.Distributed,
+    processes: distributed.Processes,
 ) -> metrics.Scores:
     """Metrics of the linear layer on the test split, each image once on any number of processes."""
     whole = replace(backbone, encode=lambda images: head(backbone.encode(images).float()))

@@ -171,7 +171,7 @@ def guard_requeue(env: submitit.JobEnvironment):
 
 
 def rank_environment(env: submitit.JobEnvironment) -> dict[str, str]:
-    """What torch's env:// rendezvous and utils.init_distributed read, as torchrun would set it."""
+    """What torch's env:// rendezvous and distributed.init_distributed read, as torchrun would set it."""
     return {
         "RANK": str(env.global_rank),
         "WORLD_SIZE": str(env.num_tasks),

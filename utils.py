@@ -1,12 +1,12 @@
-"""Shared by the scripts: processes and devices, checkpoints, schedule, reproducibility, logging."""
+"""Shared by the scripts: command lines, precision, checkpoints, schedule, reproducibility, logging."""
 
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import pathlib
@@ -16,35 +16,22 @@ import shutil
 import subprocess
 import sys
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-# Renamed in torch 2.15; their successors are not in 2.11, which is supported too.
-warnings.filterwarnings("ignore", r".*(broadcast_buffers|torch\.distributed\.nn\.functional)", FutureWarning)
+import distributed
+
+log = logging.getLogger("medslip")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes and devices
+# Command lines
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -60,319 +47,9 @@ def positive_int(text: str) -> int:
     return value
 
 
-@dataclass(frozen=True)
-class Distributed:
-    """This process among its peers, and the device it computes on."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    device: torch.device = torch.device("cpu")
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("processes and device")
-    group.add_argument(
-        "--world-size", default=1, type=int, help="number of processes; torchrun and submitit set it, so leave it alone"
-    )
-    group.add_argument("--rank", default=0, type=int, help="rank of this process; set by the launcher")
-    group.add_argument(
-        "--local_rank",
-        "--local-rank",
-        default=0,
-        type=int,
-        help="rank of this process on its node; set by the launcher",
-    )
-    group.add_argument(
-        "--dist-url",
-        default="env://",
-        type=str,
-        help="rendezvous; env:// reads MASTER_ADDR and MASTER_PORT, which torchrun sets",
-    )
-    group.add_argument("--dist-backend", default="nccl", type=str, help="nccl on GPUs; on the CPU gloo is always used")
-    group.add_argument(
-        "--dist-timeout",
-        default=600,
-        type=float,
-        metavar="SECONDS",
-        help="a collective that hangs longer than this ends the run",
-    )
-    group.add_argument(
-        "--gpu",
-        default=None,
-        type=int,
-        help="index of the GPU to use; by default the local rank's. -1 computes on the CPU",
-    )
-
-
-def init_distributed(args: argparse.Namespace) -> Distributed:
-    """Join the processes that a launcher started, or stay alone; the only place that decides on rank and device.
-
-    A launcher is recognised by RANK and WORLD_SIZE in the environment (torchrun sets them), so a plain command inside a
-    Slurm shell stays a single process.
-    """
-    rank = int(os.environ.get("RANK", args.rank))
-    world_size = int(os.environ.get("WORLD_SIZE", args.world_size))
-    local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
-    use_gpu = torch.cuda.is_available() and args.gpu != -1
-    if args.gpu is not None and args.gpu >= 0 and not use_gpu:
-        raise ValueError(f"--gpu {args.gpu}: no GPU is available on this machine; use --gpu -1 for the CPU")
-    device = torch.device("cuda", args.gpu if args.gpu is not None else local_rank) if use_gpu else torch.device("cpu")
-    if use_gpu:
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"GPU {device.index} does not exist: this machine has {torch.cuda.device_count()}")
-        torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
-        timeout = timedelta(seconds=args.dist_timeout)
-        store, rank, world_size = next(dist.rendezvous(args.dist_url, rank, world_size, timeout=timeout))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun on one node may keep its store over a restart, with the dead processes' addresses in it.
-            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(
-            args.dist_backend if use_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
-        )
-    return Distributed(rank, world_size, local_rank, device)
-
-
-def leave_distributed(processes: Distributed) -> None:
-    if processes.world_size > 1 and dist.is_initialized():
-        _release_group()
-
-
-def _release_group() -> None:
-    # A gloo group that outlives this call inside a DistributedDataParallel dies with that, under the interpreter's
-    # lock, for which one of the group's own threads may be waiting: with torch 2.11 most processes then never ended.
-    gc.collect()
-    dist.destroy_process_group()
-
-
-@contextmanager
-def ending_together(processes: Distributed, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Leave the process group after the block; where a rank fails in it, all end, and each names the first failure.
-
-    The rank that failed raises its own error. The others find their connections broken (or are ended by the launcher)
-    and exit with one line instead of a traceback about sockets. `say` is told that line.
-    """
-    try:
-        yield
-    except Exception as error:
-        if processes.world_size == 1 or not dist.is_initialized():
-            raise
-        lost = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE)
-        mine = f"rank {processes.rank} failed: {type(error).__name__}: {error}"
-        if lost:
-            mine = (
-                f"rank {processes.rank} has lost another rank, which was killed or hangs (--dist-timeout is how "
-                f"long it may): {str(error).partition('. ')[0]}"
-            )
-        first, store = _first_failure(mine)
-        say(f"all ranks end: {first}")
-        traceback.clear_frames(error.__traceback__)  # what they hold must not outlive the group
-        _break_connections(processes, store)
-        if lost or first != mine:
-            raise SystemExit(f"rank {processes.rank} ends: {first}") from None
-        raise
-    leave_distributed(processes)
-
-
-def _first_failure(mine: str) -> tuple[str, dist.Store | None]:
-    """The message of the rank that came here first, which may be this one with `mine`, and where they are kept."""
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        # Sets the key where it is absent, and returns what it then holds.
-        return store.compare_set("first failure", "", mine).decode(), store
-    except RuntimeError:
-        return "the process that kept the rendezvous, usually rank 0, has ended; see its log", None
-
-
-def _break_connections(processes: Distributed, store: dist.Store | None) -> None:
-    """Make the other ranks fail too, and keep the store for a moment in which they can read why.
-
-    With NCCL leaving the group may itself wait for the lost rank; there the launcher ends the others.
-    """
-    if dist.get_backend() != "gloo":
-        return
-    _release_group()
-    end = time.monotonic() + 5
-    with suppress(RuntimeError):  # the store may go meanwhile
-        informed = store.add("informed", 1) if store else processes.world_size
-        while processes.is_main and informed < processes.world_size and time.monotonic() < end:
-            time.sleep(0.05)
-            informed = store.add("informed", 0)
-
-
-@contextmanager
-def main_process_first(processes: Distributed) -> Iterator[None]:
-    """The main process runs the block before the others, which then find what it has written."""
-    if processes.world_size > 1 and not processes.is_main:
-        dist.barrier()
-    yield
-    if processes.world_size > 1 and processes.is_main:
-        dist.barrier()
-
-
-def gather_objects(processes: Distributed, obj: object) -> list:
-    """What each rank passes in, in rank order, on every rank."""
-    if processes.world_size == 1:
-        return [obj]
-    out = [None] * processes.world_size
-    dist.all_gather_object(out, obj)
-    return out
-
-
-class CollectiveBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation over the batches of all processes, for devices that torch's SyncBatchNorm refuses (the CPU).
-
-    Statistics travel through differentiable collectives, so outputs, gradients and running statistics are those of one
-    process that holds all rows (Ioffe and Szegedy 2015, algorithm 1, over the global batch).
-    """
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        if x.dim() < 2:
-            raise ValueError(f"expected (B, C, ...), got {x.dim()} dimensions")
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
-            return super().forward(x)
-        axes = [0, *range(2, x.dim())]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        count = dist_nn.all_reduce(x.new_tensor(x.numel() / x.shape[1]))
-        mean = dist_nn.all_reduce(x.sum(axes)) / count  # (C,)
-        centred = x - mean.view(shape)
-        var = dist_nn.all_reduce(centred.square().sum(axes)) / count  # (C,), biased as in the normalisation
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-                self.running_mean += weight * (mean - self.running_mean)
-                self.running_var += weight * (var * count / (count - 1) - self.running_var)
-        x = centred * (var + self.eps).rsqrt().view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
-
-
-def synchronise_batchnorm(model: nn.Module, processes: Distributed) -> nn.Module:
-    """Replace every BatchNorm by one whose statistics span all processes; parameters and names stay the same."""
-    if processes.world_size == 1:
-        return model
-    if processes.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                new = CollectiveBatchNorm(
-                    child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
-                )
-                new._parameters, new._buffers, new.training = child._parameters, child._buffers, child.training
-                setattr(module, name, new)
-    return model
-
-
-@contextmanager
-def batchnorm_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Training-mode forward passes inside the block leave BatchNorm's running statistics as they are."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    yield
-    for norm, (momentum, count) in zip(norms, before, strict=True):
-        norm.momentum = momentum
-        norm.num_batches_tracked.copy_(count)
-
-
-def average_gradients(parameters: Iterable[nn.Parameter], processes: Distributed) -> None:
-    """The mean of every gradient over the processes, as DistributedDataParallel forms it."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if processes.world_size > 1 and grads:
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad) / processes.world_size)
-
-
-def gradients_finite(model: nn.Module) -> Tensor:
-    """Whether every gradient is finite, as a tensor () on the device: nothing waits for it here."""
-    norms = []
-    for kind in (True, False):  # sharded gradients and whole ones have no norm together
-        grads = [p.grad for p in model.parameters() if p.grad is not None and isinstance(p.grad, DTensor) == kind]
-        if grads:
-            norm = torch.nn.utils.get_total_norm(grads)
-            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    return torch.isfinite(torch.stack(norms)).all()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Models larger than one GPU: PyTorch's fully sharded data parallelism (FSDP2)
+# Precision
 # ---------------------------------------------------------------------------------------------------------------------
-
-# Gathered and freed one at a time: the transformer blocks of timm, of CLIP's text tower, of BERT and of Swin.
-_TRANSFORMER_BLOCKS = ("Block", "TextBlock", "BertLayer", "SwinLayer")
-_SHARDED_BLOCKS = (*_TRANSFORMER_BLOCKS, "ConvNeXtBlock", "Bottleneck")
-
-
-def shard(model: nn.Module, processes: Distributed) -> nn.Module:
-    """Split parameters, gradients and optimizer state over the processes.
-
-    `logit_scale`, a scalar that cannot be split, stays whole on every rank; its gradient is averaged by hand.
-    """
-    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
-    for module in list(model.modules()):
-        if type(module).__name__ in _SHARDED_BLOCKS:
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.ndim == 0})
-    for name in ("encode_image", "encode_text"):
-        if hasattr(model, name):
-            register_fsdp_forward_method(model, name)
-    return model
-
-
-@contextmanager
-def unsharded(model: nn.Module) -> Iterator[None]:
-    """Whole parameters on every rank inside the block, so that ranks may do different numbers of forward passes."""
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(part is not model, recurse=False)
-            part.reshard()
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
-
-
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """State of model and optimizer as whole tensors; of a sharded model on the main process only, and all call this."""
-    if is_sharded(model):
-        return (get_model_state_dict(model, options=_WHOLE), get_optimizer_state_dict(model, optimizer, options=_WHOLE))
-    return model.state_dict(), optimizer.state_dict()
-
-
-def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, state: dict) -> None:
-    """The reverse of `training_state`, on every rank."""
-    if is_sharded(model):
-        set_model_state_dict(model, weights, options=_WHOLE)
-        set_optimizer_state_dict(model, optimizer, state, options=_WHOLE)
-    else:
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(state)
 
 
 def autocast_of(
@@ -412,7 +89,7 @@ def compile_towers(model: nn.Module, **options) -> None:
         options: of torch.compile.
     """
     for tower in filter(None, (getattr(model, name, None) for name in ("visual", "transformer", "bert"))):
-        blocks = [m for m in tower.modules() if type(m).__name__ in _TRANSFORMER_BLOCKS]
+        blocks = [m for m in tower.modules() if type(m).__name__ in distributed.TRANSFORMER_BLOCKS]
         alike = len({str(block) for block in blocks}) == 1  # the text holds shapes and drop rates
         for module in blocks if alike else [tower]:
             module.compile(**options)
@@ -525,7 +202,7 @@ def save_training_checkpoint(state: dict, output_dir: Path, step: int, is_best: 
         old.unlink()
 
 
-def find_training_checkpoint(output_dir: Path, log=print) -> dict | None:
+def find_training_checkpoint(output_dir: Path, notify: Callable[[str], object] = log.info) -> dict | None:
     """The newest readable checkpoint of a run, or None where the run has none.
 
     A torn file is reported by name and the one before it used.
@@ -538,9 +215,9 @@ def find_training_checkpoint(output_dir: Path, log=print) -> dict | None:
         try:
             state = load_checkpoint(path)
         except ValueError as error:
-            log(f"warning: {error}")
+            notify(f"warning: {error}")
             continue
-        log(f"resuming from {path}")
+        notify(f"resuming from {path}")
         return state
     if candidates or (output_dir / "checkpoint.pt").exists():
         raise ValueError(f"no checkpoint in {output_dir} can be read; move them away to start afresh")
@@ -588,7 +265,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             continue
         is_bias = name.rsplit(".", 1)[-1] in ("bias", "relative_position_bias_table")
         title = "no decay" if parameter.ndim < 2 or is_bias else "decay"
-        if is_sharded(model) and not isinstance(parameter, DTensor):
+        if distributed.is_sharded(model) and not isinstance(parameter, DTensor):
             title += ", whole"  # an optimizer cannot update sharded and whole parameters together
         members.setdefault(title, []).append((name, parameter))
     return [
@@ -668,52 +345,88 @@ def versions() -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Logger:
-    """Everything a run says: lines to a person (screen and log.txt), rows to programs (log.jsonl, TensorBoard, wandb).
+class _Lines(logging.Formatter):
+    """The message alone; a warning or an error says that it is one."""
 
-    The files of rows are opened with the first row, so that a run which ends before leaves log.txt alone. Ranks other
-    than the main one hold a logger that does nothing, so callers never ask who they are.
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        return level + super().format(record)
+
+
+class _Terminal(logging.Handler):
+    """Lines on standard output that do not tear a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def start_logging(output_dir: str | Path | None = None, is_main: bool = True) -> Iterator[None]:
+    """Inside the block the lines of the logger `medslip` go to the terminal and, with `output_dir`, to its log.txt.
+
+    Ranks other than the main one say nothing short of an error, so callers never ask who they are.
+    """
+    level, handlers = log.level, []
+    log.setLevel(logging.INFO if is_main else logging.ERROR)
+    if is_main:
+        handlers.append(_Terminal())
+        if output_dir is not None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf8"))
+    for handler in handlers:
+        handler.setFormatter(_Lines())
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+class MetricWriter:
+    """Records for programs: log.jsonl, TensorBoard and, on request, Weights & Biases.
+
+    The files are opened with the first row, so that a run which ends before leaves them alone. Ranks other than the
+    main one hold a writer that does nothing.
     """
 
     def __init__(self, output_dir: Path, enabled: bool = True, wandb: bool = False, settings: dict | None = None):
         self.enabled = enabled
-        self._sinks = []
-        if not enabled:
-            return
-        output_dir.mkdir(parents=True, exist_ok=True)
-        self._text = open(output_dir / "log.txt", "a", buffering=1, encoding="utf8")
+        self._sinks: list[Callable[[dict, int], object]] = []
         self._output_dir, self._settings = output_dir, settings
-        self._wandb = self._board = self._rows = None
-        if wandb:
+        self._wandb: Any = None
+        self._board: Any = None
+        self._rows: TextIO | None = None
+        if enabled and wandb:
             try:
                 import wandb as wandb_module
             except ImportError as error:
                 raise ValueError("--wandb needs the wandb package: pip install wandb") from error
             self._wandb = wandb_module
 
-    def line(self, text: str) -> None:
-        """One readable line."""
-        if self.enabled:
-            from tqdm import tqdm
-
-            tqdm.write(text, file=sys.stdout)  # does not tear a progress bar
-            sys.stdout.flush()
-            self._text.write(text + "\n")
-
     def row(self, kind: str, step: int, values: dict) -> None:
-        """One record: `kind` is train or validation, `step` the number of updates so far."""
-        if self.enabled:
-            if self._rows is None:
-                self._open_rows()
-            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-            self._rows.write(json.dumps(record, allow_nan=False) + "\n")
-            for sink in self._sinks:
-                sink({f"{kind}/{k}": v for k, v in values.items()}, step)
+        """One record: `kind` is train, epoch or test, `step` the number of updates so far."""
+        if not self.enabled:
+            return
+        rows = self._rows or self._open()
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        rows.write(json.dumps(record, allow_nan=False) + "\n")
+        for sink in self._sinks:
+            sink({f"{kind}/{k}": v for k, v in values.items()}, step)
 
-    def _open_rows(self) -> None:
+    def _open(self) -> TextIO:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._output_dir.mkdir(parents=True, exist_ok=True)
         self._rows = open(self._output_dir / "log.jsonl", "a", buffering=1, encoding="utf8")
         self._board = board = SummaryWriter(str(self._output_dir / "tensorboard"))
         self._sinks.append(
@@ -730,13 +443,13 @@ class Logger:
                 id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
             )
             self._sinks.append(lambda row, step: run.log(row, step=step))
+        return self._rows
 
     def close(self) -> None:
-        if self.enabled:
-            for file in (self._board, self._text, self._rows):
-                if file is not None:
-                    file.close()
-            self.enabled = False
+        for file in (self._board, self._rows):
+            if file is not None:
+                file.close()
+        self.enabled = False
 
 
 def format_seconds(seconds: float) -> str:

@@ -37,6 +37,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+import distributed
 import downstream
 import main_linear
 import metrics
@@ -272,7 +273,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     """Measure each of --sets; prints a report and a JSON line for each and returns them."""
     args = get_args_parser().parse_args(argv)
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.processes = utils.Distributed(0, 1, 0, args.device)
+    args.processes = distributed.Processes(0, 1, 0, args.device)
     if args.pretrained:
         backbone = probes.load_backbone(argparse.Namespace(**vars(args), model=None, untrained=False), args.device)
     else:

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
+import distributed
 import main as training
 import models
 import utils
@@ -106,7 +107,7 @@ class Ours:
     floats = False
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        processes = utils.Distributed(device=device)
+        processes = distributed.Processes(device=device)
         utils.seed_everything(args.seed)
         model, self.tokenizer = training.build_model(args, say=lambda line: None)
         model, trained, optimizer, autocast, scaler = training.prepare_training(args, model, processes)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import distributed
 import models
 import utils
 from transforms import Preprocess
@@ -196,7 +197,7 @@ def batches(model, n, seed=0, size=32):
     return [({**tensors, "text": tokens})[key] for key in model.objective.inputs]
 
 
-def gradients(model, micro_batches, accumulate, processes=utils.Distributed()):  # noqa: B008
+def gradients(model, micro_batches, accumulate, processes=distributed.Processes()):  # noqa: B008
     run = SimpleNamespace(
         model=model,
         trained=model,

@@ -8,8 +8,8 @@ from distributed_helpers import run_ranks
 from helpers import batches, command, gradients, split, tiny_medslip, tiny_model, weights
 from torch import nn
 
+import distributed
 import main
-import utils
 
 OBJECTIVES = ("CLIP", "SIMCLR", "SLIP")
 
@@ -79,10 +79,10 @@ def _full_rank(rank, world, objective):
     torch.manual_seed(0)
     big = tiny_model(objective).double()
     inputs = batches(big, 6 * world)
-    processes = utils.Distributed(rank, world)
+    processes = distributed.Processes(rank, world)
     mine = tiny_model(objective).double()
     mine.load_state_dict(big.state_dict())
-    mine = utils.synchronise_batchnorm(mine, processes)
+    mine = distributed.synchronise_batchnorm(mine, processes)
     part = [x[rank * 6 : (rank + 1) * 6] for x in inputs]
     (metrics,), ours = gradients(mine, split(part, 3), main.accumulate_full, processes)
     loss = metrics["loss"].detach().clone()
@@ -103,10 +103,10 @@ def _ddp_rank(rank, world, objective):
     """Losses, gradients, BatchNorm and weights after three steps, in float64, against one process."""
     torch.manual_seed(0)
     single = tiny_model(objective).double()
-    processes = utils.Distributed(rank, world)
+    processes = distributed.Processes(rank, world)
     model = tiny_model(objective).double()
     model.load_state_dict(single.state_dict())
-    model = utils.synchronise_batchnorm(model, processes)
+    model = distributed.synchronise_batchnorm(model, processes)
     wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     loss = model.objective.loss(0.1, 1.0, True)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)

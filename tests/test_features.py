@@ -12,6 +12,7 @@ from distributed_helpers import run_ranks
 from evaluation_helpers import CPU, NAMES, TEMPLATES, Labelled, Pairs, Tower, tokenizer, write_checkpoint
 from PIL import Image
 
+import distributed
 import downstream
 import features
 import models
@@ -97,7 +98,7 @@ def test_the_models_mode_and_gradients_are_left_as_they_were():
 
 
 def _compare_ranks(rank, world, n, expected):
-    loading = Loading(2, processes=utils.Distributed(rank, world, rank, CPU))
+    loading = Loading(2, processes=distributed.Processes(rank, world, rank, CPU))
     for got, wanted in zip(whole_results(n, loading), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
@@ -123,7 +124,7 @@ def test_each_sample_counts_once_on_any_number_of_processes(world, n):
 
 
 def _fail_on_one_rank(rank, world):
-    loading = Loading(2, skip_broken=True, processes=utils.Distributed(rank, world, rank, CPU))
+    loading = Loading(2, skip_broken=True, processes=distributed.Processes(rank, world, rank, CPU))
     scores = classify(Tower(), Labelled(6, 7, broken=[1, 3, 5]), loading)  # all that rank 1 has
     assert scores["samples"] == 3
 
@@ -135,7 +136,7 @@ def test_a_rank_whose_images_are_all_skipped_still_takes_part():
 def test_loader_processes_never_outnumber_the_cores(monkeypatch):
     monkeypatch.setattr(utils, "cores", lambda: 6)
     assert Loading(workers=64).loader_processes() == 6 and Loading(workers=2).loader_processes() == 2
-    four = utils.Distributed(0, 4)
+    four = distributed.Processes(0, 4)
     assert Loading(workers=64, processes=four).loader_processes() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two nodes of two processes
     assert Loading(workers=64, processes=four).loader_processes() == 3

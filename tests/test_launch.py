@@ -15,6 +15,7 @@ from distributed_helpers import free_port, run_ranks
 from helpers import DROPOUT, ROOT, assert_same_run, command, environment, wait_for
 from roco_tree import make_roco
 
+import distributed
 import main
 import utils
 
@@ -152,18 +153,18 @@ def test_torchrun_asked_to_end_leaves_a_checkpoint(roco, tmp_path):
 def _rank_of_three(rank, port, folder, what):
     """Rank 1 fails as `what` says while the others wait for it in a collective; each writes down how it ended."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="3")
-    processes = utils.init_distributed(main.get_args_parser().parse_args(["--gpu", "-1", "--dist-timeout", "3"]))
+    processes = distributed.init_distributed(main.get_args_parser().parse_args(["--gpu", "-1", "--dist-timeout", "3"]))
     said = []
     try:
-        with utils.ending_together(processes, said.append):
-            utils.gather_objects(processes, "all are there")
+        with distributed.ending_together(processes, said.append):
+            distributed.gather_objects(processes, "all are there")
             if rank == 1 and what == "raises":
                 raise ValueError("image 7.jpg is broken")
             if rank == 1 and what == "hangs":
                 time.sleep(6)
             if rank == 1 and what == "is killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            utils.gather_objects(processes, "one is missing")
+            distributed.gather_objects(processes, "one is missing")
             ended = "went on"
     except (ValueError, SystemExit) as error:
         ended = f"{type(error).__name__}: {error}"

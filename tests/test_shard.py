@@ -6,6 +6,7 @@ from distributed_helpers import run_ranks
 from helpers import batches, command, tiny_model, weights
 from roco_tree import make_roco
 
+import distributed
 import main
 import models
 import utils
@@ -64,12 +65,12 @@ def _scale_gradient(rank, world):
     single, model = tiny_model("CLIP"), tiny_model("CLIP")
     model.load_state_dict(single.state_dict())
     inputs = [x.float() if x.is_floating_point() else x for x in batches(single, 8)]
-    processes = utils.Distributed(rank, world)
-    model = utils.shard(model, processes)
+    processes = distributed.Processes(rank, world)
+    model = distributed.shard(model, processes)
     assert model.logit_scale.shape == () and not isinstance(model.logit_scale, utils.DTensor)
     loss = model.objective.loss(0.1, 1.0, True)
     loss(model(*[x[rank * 4 : (rank + 1) * 4] for x in inputs]))["loss"].backward()
-    utils.average_gradients([model.logit_scale], processes)
+    distributed.average_gradients([model.logit_scale], processes)
     grad = model.logit_scale.grad.clone()
     torch.distributed.destroy_process_group()
     loss(single(*inputs))["loss"].backward()

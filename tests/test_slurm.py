@@ -27,6 +27,7 @@ from helpers import DROPOUT, TINY, assert_same_run, weights
 from roco_tree import make_roco
 from submitit.core.utils import UncompletedJobError
 
+import distributed
 import main
 import run_with_submitit
 import run_with_submitit_linear
@@ -210,7 +211,7 @@ def test_slurm_plain_command_inside_an_allocation_stays_one_process(tmp_path, mo
     ).items():
         monkeypatch.setenv(key, value)
     args = main.get_args_parser().parse_args(["--gpu", "-1"])
-    assert utils.init_distributed(args) == utils.Distributed(0, 1, 0, torch.device("cpu"))
+    assert distributed.init_distributed(args) == distributed.Processes(0, 1, 0, torch.device("cpu"))
 
 
 def test_slurm_warning_is_heeded_by_the_rank_and_not_by_its_loader_workers():

@@ -10,6 +10,7 @@ from distributed_helpers import run_ranks
 from helpers import GOLDENS
 from torch import nn
 
+import distributed
 import utils
 
 
@@ -66,13 +67,13 @@ def test_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
 def _norm_rank(rank, world, shape):
     """Three training steps of our BatchNorm on a part each, against torch's on the whole."""
     g = torch.Generator().manual_seed(0)
-    processes = utils.Distributed(rank, world)
+    processes = distributed.Processes(rank, world)
     ours = nn.Sequential(nn.BatchNorm1d(shape[1]) if len(shape) == 2 else nn.BatchNorm2d(shape[1])).double()
     nn.init.normal_(ours[0].weight, generator=g)
     reference = nn.Sequential(type(ours[0])(shape[1])).double()
     reference.load_state_dict(ours.state_dict())
-    ours = utils.synchronise_batchnorm(ours, processes)
-    assert isinstance(ours[0], utils.CollectiveBatchNorm)
+    ours = distributed.synchronise_batchnorm(ours, processes)
+    assert isinstance(ours[0], distributed.CollectiveBatchNorm)
     for _ in range(3):
         x = torch.randn(shape[0] * world, *shape[1:], generator=g, dtype=torch.float64) * 3 + 1
         weight = torch.randn(x.shape, generator=g, dtype=torch.float64)

@@ -1,0 +1,452 @@
+"""Several processes as one: who this process is, collectives, BatchNorm over all rows, and models split over processes.
+
+Everything that differs between one process, DistributedDataParallel and FSDP2 is behind this door: the scripts call the
+same functions in all three cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import inspect
+import logging
+import os
+import re
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+log = logging.getLogger("medslip")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and devices
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers, and the device it computes on."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("processes and device")
+    group.add_argument(
+        "--world-size", default=1, type=int, help="number of processes; torchrun and submitit set it, so leave it alone"
+    )
+    group.add_argument("--rank", default=0, type=int, help="rank of this process; set by the launcher")
+    group.add_argument(
+        "--local_rank",
+        "--local-rank",
+        default=0,
+        type=int,
+        help="rank of this process on its node; set by the launcher",
+    )
+    group.add_argument(
+        "--dist-url",
+        default="env://",
+        type=str,
+        help="rendezvous; env:// reads MASTER_ADDR and MASTER_PORT, which torchrun sets",
+    )
+    group.add_argument("--dist-backend", default="nccl", type=str, help="nccl on GPUs; on the CPU gloo is always used")
+    group.add_argument(
+        "--dist-timeout",
+        default=600,
+        type=float,
+        metavar="SECONDS",
+        help="a collective that hangs longer than this ends the run",
+    )
+    group.add_argument(
+        "--gpu",
+        default=None,
+        type=int,
+        help="index of the GPU to use; by default the local rank's. -1 computes on the CPU",
+    )
+
+
+def init_distributed(args: argparse.Namespace) -> Processes:
+    """Join the processes that a launcher started, or stay alone; the only place that decides on rank and device.
+
+    A launcher is recognised by RANK and WORLD_SIZE in the environment (torchrun sets them), so a plain command inside a
+    Slurm shell stays a single process.
+    """
+    rank = int(os.environ.get("RANK", args.rank))
+    world_size = int(os.environ.get("WORLD_SIZE", args.world_size))
+    local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    use_gpu = torch.cuda.is_available() and args.gpu != -1
+    if args.gpu is not None and args.gpu >= 0 and not use_gpu:
+        raise ValueError(f"--gpu {args.gpu}: no GPU is available on this machine; use --gpu -1 for the CPU")
+    device = torch.device("cuda", args.gpu if args.gpu is not None else local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"GPU {device.index} does not exist: this machine has {torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        timeout = timedelta(seconds=args.dist_timeout)
+        store, rank, world_size = next(dist.rendezvous(args.dist_url, rank, world_size, timeout=timeout))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun on one node may keep its store over a restart, with the dead processes' addresses in it.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(
+            args.dist_backend if use_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+    return Processes(rank, world_size, local_rank, device)
+
+
+def leave_distributed(processes: Processes) -> None:
+    if processes.world_size > 1 and dist.is_initialized():
+        _release_group()
+
+
+def _release_group() -> None:
+    # A gloo group that outlives this call inside a DistributedDataParallel dies with that, under the interpreter's
+    # lock, for which one of the group's own threads may be waiting: with torch 2.11 most processes then never ended.
+    gc.collect()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def ending_together(processes: Processes) -> Iterator[None]:
+    """Leave the process group after the block; where a rank fails in it, all end, and each names the first failure.
+
+    The rank that failed raises its own error. The others find their connections broken (or are ended by the launcher)
+    and exit with one line instead of a traceback about sockets.
+    """
+    try:
+        yield
+    except Exception as error:
+        if processes.world_size == 1 or not dist.is_initialized():
+            raise
+        lost = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE)
+        mine = f"rank {processes.rank} failed: {type(error).__name__}: {error}"
+        if lost:
+            mine = (
+                f"rank {processes.rank} has lost another rank, which was killed or hangs (--dist-timeout is how "
+                f"long it may): {str(error).partition('. ')[0]}"
+            )
+        first, store = _first_failure(mine)
+        log.info(f"all ranks end: {first}")
+        traceback.clear_frames(error.__traceback__)  # what they hold must not outlive the group
+        _break_connections(processes, store)
+        if lost or first != mine:
+            raise SystemExit(f"rank {processes.rank} ends: {first}") from None
+        raise
+    leave_distributed(processes)
+
+
+def _first_failure(mine: str) -> tuple[str, dist.Store | None]:
+    """The message of the rank that came here first, which may be this one with `mine`, and where they are kept."""
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        # Sets the key where it is absent, and returns what it then holds.
+        return store.compare_set("first failure", "", mine).decode(), store
+    except RuntimeError:
+        return "the process that kept the rendezvous, usually rank 0, has ended; see its log", None
+
+
+def _break_connections(processes: Processes, store: dist.Store | None) -> None:
+    """Make the other ranks fail too, and keep the store for a moment in which they can read why.
+
+    With NCCL leaving the group may itself wait for the lost rank; there the launcher ends the others.
+    """
+    if dist.get_backend() != "gloo":
+        return
+    _release_group()
+    end = time.monotonic() + 5
+    with suppress(RuntimeError):  # the store may go meanwhile
+        informed = store.add("informed", 1) if store else processes.world_size
+        while processes.is_main and informed < processes.world_size and time.monotonic() < end:
+            time.sleep(0.05)
+            informed = store.add("informed", 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collectives
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def main_process_first(processes: Processes) -> Iterator[None]:
+    """The main process runs the block before the others, which then find what it has written."""
+    if processes.world_size > 1 and not processes.is_main:
+        dist.barrier()
+    yield
+    if processes.world_size > 1 and processes.is_main:
+        dist.barrier()
+
+
+def gather_objects(processes: Processes, obj: object) -> list:
+    """What each rank passes in, in rank order, on every rank."""
+    if processes.world_size == 1:
+        return [obj]
+    out = [None] * processes.world_size
+    dist.all_gather_object(out, obj)
+    return out
+
+
+def world_size() -> int:
+    """Processes of the default group; 1 outside of one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's place in the default group; 0 outside of one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over the processes. Every rank's output holds every rank's input, so gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _AllReduce.apply(grad)
+
+
+class _AllGather(torch.autograd.Function):
+    """(B, ...) of each process to (N*B, ...) on every process; a row's gradient is the sum over the ranks' losses."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # A reduce-scatter would send half as much, but gloo has none, and embeddings are small beside gradients.
+        return _AllReduce.apply(grad).chunk(world_size())[rank()]
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of `x` over the processes, differentiable."""
+    return _AllReduce.apply(x)
+
+
+def gather_batch(x: Tensor, with_grad: bool = True) -> Tensor:
+    """Concatenate `x` (B, ...) of all ranks along the batch, in rank order: (N*B, ...).
+
+    Args:
+        with_grad: let gradients flow back into every rank's part (summed over the ranks). Without it the result is a
+            constant, the rank's own part included.
+    """
+    if world_size() == 1:
+        return x
+    return _AllGather.apply(x if with_grad else x.detach())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BatchNorm over all processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CollectiveBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation over the batches of all processes, for devices that torch's SyncBatchNorm refuses (the CPU).
+
+    Statistics travel through differentiable collectives, so outputs, gradients and running statistics are those of one
+    process that holds all rows (Ioffe and Szegedy 2015, algorithm 1, over the global batch).
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"expected (B, C, ...), got {x.dim()} dimensions")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        axes = [0, *range(2, x.dim())]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        count = sum_over_processes(x.new_tensor(x.numel() / x.shape[1]))
+        mean = sum_over_processes(x.sum(axes)) / count  # (C,)
+        centred = x - mean.view(shape)
+        var = sum_over_processes(centred.square().sum(axes)) / count  # (C,), biased as in the normalisation
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+                self.running_mean += weight * (mean - self.running_mean)
+                self.running_var += weight * (var * count / (count - 1) - self.running_var)
+        x = centred * (var + self.eps).rsqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+
+
+def synchronise_batchnorm(model: nn.Module, processes: Processes) -> nn.Module:
+    """Replace every BatchNorm by one whose statistics span all processes; parameters and names stay the same."""
+    if processes.world_size == 1:
+        return model
+    if processes.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                new = CollectiveBatchNorm(
+                    child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+                )
+                new._parameters, new._buffers, new.training = child._parameters, child._buffers, child.training
+                setattr(module, name, new)
+    return model
+
+
+@contextmanager
+def batchnorm_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Training-mode forward passes inside the block leave BatchNorm's running statistics as they are."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    yield
+    for norm, (momentum, count) in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        norm.num_batches_tracked.copy_(count)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models on several processes: a copy on each (DistributedDataParallel), or split over them (PyTorch's FSDP2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Gathered and freed one at a time: the transformer blocks of timm, of CLIP's text tower, of BERT and of Swin.
+TRANSFORMER_BLOCKS = ("Block", "TextBlock", "BertLayer", "SwinLayer")
+_SHARDED_BLOCKS = (*TRANSFORMER_BLOCKS, "ConvNeXtBlock", "Bottleneck")
+
+
+def shard(model: nn.Module, processes: Processes) -> nn.Module:
+    """Split parameters, gradients and optimizer state over the processes.
+
+    `logit_scale`, a scalar that cannot be split, stays whole on every rank; its gradient is averaged by hand.
+    """
+    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
+    for module in list(model.modules()):
+        if type(module).__name__ in _SHARDED_BLOCKS:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.ndim == 0})
+    for name in ("encode_image", "encode_text"):
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+    return model
+
+
+def replicate(model: nn.Module, processes: Processes) -> nn.Module:
+    """The wrapper that averages gradients over the processes during the backward pass; one process needs none."""
+    if processes.world_size == 1:
+        return model
+    # Each rank keeps its own BatchNorm buffers, which `synchronise_batchnorm` has made equal. torch 2.13 renamed this.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    options = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    devices = [processes.device.index] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, **options)
+
+
+@contextmanager
+def gradient_exchange(called: nn.Module, last: bool) -> Iterator[None]:
+    """Backward passes of accumulated micro-batches inside the block; processes exchange gradients in the last alone."""
+    if isinstance(called, FSDPModule):
+        called.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(called, DistributedDataParallel) and not last:
+        with called.no_sync():
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Whole parameters on every rank inside the block, so that ranks may do different numbers of forward passes."""
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) -> None:
+    """The mean of every gradient over the processes, as DistributedDataParallel forms it."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if processes.world_size > 1 and grads:
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad) / processes.world_size)
+
+
+def average_whole_gradients(model: nn.Module, processes: Processes) -> None:
+    """In a sharded model, average the gradients of what stays whole on every rank; elsewhere there is nothing to do."""
+    if is_sharded(model):
+        average_gradients((p for p in model.parameters() if p.ndim == 0), processes)
+
+
+def gradients_finite(model: nn.Module) -> Tensor:
+    """Whether every gradient is finite, as a tensor () on the device: nothing waits for it here."""
+    norms = []
+    for kind in (True, False):  # sharded gradients and whole ones have no norm together
+        grads = [p.grad for p in model.parameters() if p.grad is not None and isinstance(p.grad, DTensor) == kind]
+        if grads:
+            norm = torch.nn.get_total_norm(grads)
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return torch.isfinite(torch.stack(norms)).all()
+
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """State of model and optimizer as whole tensors; of a sharded model on the main process only, and all call this."""
+    if is_sharded(model):
+        return (get_model_state_dict(model, options=_WHOLE), get_optimizer_state_dict(model, optimizer, options=_WHOLE))
+    return model.state_dict(), optimizer.state_dict()
+
+
+def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, state: dict) -> None:
+    """The reverse of `training_state`, on every rank."""
+    if is_sharded(model):
+        set_model_state_dict(model, weights, options=_WHOLE)
+        set_optimizer_state_dict(model, optimizer, state, options=_WHOLE)
+    else:
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
