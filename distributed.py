@@ -60,39 +60,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processes_of_node(processes: Processes) -> int:
+    """How many processes share this one's cores; the launcher says it, else all of them."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size)))
+
+
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("processes and device")
-    group.add_argument(
-        "--world-size", default=1, type=int, help="number of processes; torchrun and submitit set it, so leave it alone"
-    )
+    group.add_argument("--world-size", default=1, type=int,
+                       help="number of processes; torchrun and submitit set it, so leave it alone")
     group.add_argument("--rank", default=0, type=int, help="rank of this process; set by the launcher")
-    group.add_argument(
-        "--local_rank",
-        "--local-rank",
-        default=0,
-        type=int,
-        help="rank of this process on its node; set by the launcher",
-    )
-    group.add_argument(
-        "--dist-url",
-        default="env://",
-        type=str,
-        help="rendezvous; env:// reads MASTER_ADDR and MASTER_PORT, which torchrun sets",
-    )
+    group.add_argument("--local_rank", "--local-rank", default=0, type=int,
+                       help="rank of this process on its node; set by the launcher")
+    group.add_argument("--dist-url", default="env://", type=str,
+                       help="rendezvous; env:// reads MASTER_ADDR and MASTER_PORT, which torchrun sets")
     group.add_argument("--dist-backend", default="nccl", type=str, help="nccl on GPUs; on the CPU gloo is always used")
-    group.add_argument(
-        "--dist-timeout",
-        default=600,
-        type=float,
-        metavar="SECONDS",
-        help="a collective that hangs longer than this ends the run",
-    )
-    group.add_argument(
-        "--gpu",
-        default=None,
-        type=int,
-        help="index of the GPU to use; by default the local rank's. -1 computes on the CPU",
-    )
+    group.add_argument("--dist-timeout", default=600, type=float, metavar="SECONDS",
+                       help="a collective that hangs longer than this ends the run")
+    group.add_argument("--gpu", default=None, type=int,
+                       help="index of the GPU to use; by default the local rank's. -1 computes on the CPU")
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
 
 def init_distributed(args: argparse.Namespace) -> Processes:
@@ -141,7 +128,7 @@ def ending_together(processes: Processes) -> Iterator[None]:
     """Leave the process group after the block; where a rank fails in it, all end, and each names the first failure.
 
     The rank that failed raises its own error. The others find their connections broken (or are ended by the launcher)
-    and exit with one line instead of a traceback about sockets.
+    and exit without a traceback about sockets; one rank speaks for all.
     """
     try:
         yield
@@ -156,11 +143,12 @@ def ending_together(processes: Processes) -> Iterator[None]:
                 f"long it may): {str(error).partition('. ')[0]}"
             )
         first, store = _first_failure(mine)
-        log.info(f"all ranks end: {first}")
+        log.info(f"all ranks end: {first}")  # from the main rank
         traceback.clear_frames(error.__traceback__)  # what they hold must not outlive the group
         _break_connections(processes, store)
         if lost or first != mine:
-            raise SystemExit(f"rank {processes.rank} ends: {first}") from None
+            heard = store is not None and not processes.is_main  # the main rank is there to say it
+            raise SystemExit(1 if heard else f"error: rank {processes.rank} ends: {first}") from None
         raise
     leave_distributed(processes)
 

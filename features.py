@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,10 +20,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import distributed
+import loader
 import metrics
 import models
 import utils
@@ -158,20 +158,12 @@ class Loading:
         return self.processes.device
 
     def loader_processes(self) -> int:
-        """Of this process: together those of a node are never more than its cores."""
-        return min(self.workers, distributed.cores() // processes_of_node(self.processes))
-
-
-def processes_of_node(processes: distributed.Processes) -> int:
-    """How many processes share this one's cores; the launcher says it, else all of them."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size)))
+        """Of this process."""
+        return loader.loader_processes(self.workers, self.processes)
 
 
 class _Numbered(Dataset):
-    """`ds[i] -> (number, image, target, None)`, or (number, None, -1, error) for a missing or corrupt image.
-
-    The error travels as a value: raised in a loader process it would come with that process's traceback.
-    """
+    """`ds[i] -> (number, image, target, None)`, or (number, None, -1, error) for a missing or corrupt image."""
 
     def __init__(self, dataset: Any, numbers: range):
         self.dataset, self.numbers = dataset, numbers
@@ -225,17 +217,18 @@ def each_once(
     """
     processes = loading.processes
     numbered = _Numbered(dataset, range(processes.rank, len(dataset), processes.world_size))
-    loader = DataLoader(
+    source = loader.make_loader(
         numbered,
-        loading.batch_size,
-        num_workers=loading.loader_processes(),
-        collate_fn=_collate,
-        pin_memory=loading.device.type == "cuda",
+        batch_size=loading.batch_size,
+        workers=loading.loader_processes(),
+        device=loading.device,
+        collate=_collate,
     )
     silent = True if not title or not processes.is_main else None  # None: where there is no terminal
     rows: list[list[Tensor]] = []
+    progress = tqdm(loader.batches(source), desc=title, total=len(source), disable=silent, leave=False)
     with evaluating(model):
-        for numbers, images, targets, error in tqdm(loader, desc=title, disable=silent, leave=False):
+        for numbers, images, targets, error in progress:
             if error is not None and not loading.skip_broken:
                 raise error
             if len(numbers):

@@ -13,55 +13,43 @@ import argparse
 import ast
 import hashlib
 import json
+import logging
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import datasets
 import distributed
 import downstream
+import loader
+import losses
 import models
 import utils
+from distributed import Processes
 from features import Loading, classify_zeroshot, embed_pairs
 from metrics import percent, retrieval_metrics
-from tokenizer import create_tokenizer
+from tokenizer import Tokenizer, create_tokenizer
 from transforms import Preprocess, apply_colour_batch
 
+log = logging.getLogger("medslip")
 HERE = Path(__file__).parent
 # What must not differ between a run and its continuation: the model, the data, and the schedule.
 RESUME_SETTINGS = (
-    "dataset",
-    "caption_filter",
-    "epochs",
-    "warmup_epochs",
-    "lr",
-    "lr_start",
-    "lr_end",
-    "update_freq",
-    "accum_negatives",
-    "wd",
-    "betas",
-    "eps",
-    "seed",
-    "ssl_scale",
-    "ssl_temp",
-    "gather_with_grad",
-    "freeze",
-    "disable_amp",
-    "shard",
-)
+    "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
+    "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze",
+    "disable_amp", "shard", "mask_duplicates",
+)  # fmt: skip
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -74,149 +62,65 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# fmt: off
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        default="yfcc15m",
-        choices=list(datasets.READERS),
-        help="which reader; the README shows the layout each expects",
-    )
-    data.add_argument(
-        "--root",
-        default="",
-        type=str,
-        help="folder of the dataset; for roco the one that holds train/, validation/ and test/",
-    )
-    data.add_argument(
-        "--metadata",
-        default="yfcc15m.pkl",
-        type=str,
-        help="file of captions where the layout does not fix it; for csv the table of pairs, with a "
-        "column `split` or {split} in its name where there is a validation split",
-    )
-    data.add_argument(
-        "--caption-filter",
-        default="all",
-        type=str,
-        metavar="FILTER",
-        help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in datasets.py), or a "
-        "regular expression, matched without regard to case; validation is filtered too",
-    )
-    data.add_argument(
-        "--cache-dir",
-        default="",
-        type=str,
-        help="where the index of a large dataset is kept; by default beside its metadata",
-    )
-    data.add_argument(
-        "--max-bad-share",
-        default=0.01,
-        type=float,
-        metavar="SHARE",
-        help="end the run when more than this share of the images cannot be decoded; those that "
-        "cannot are named in bad_samples.txt and replaced",
-    )
-    data.add_argument(
-        "-j",
-        "--workers",
-        default=10,
-        type=int,
-        help="loader processes for each training process; about one for each CPU core it may use",
-    )
-    data.add_argument(
-        "--output-dir",
-        default="./",
-        type=str,
-        help="checkpoints, logs and settings go here; a run found here is continued",
-    )
+    data.add_argument("--dataset", default="yfcc15m", choices=list(datasets.READERS),
+                      help="which reader; the README shows the layout each expects")
+    data.add_argument("--root", default="", type=str,
+                      help="folder of the dataset; for roco the one that holds train/, validation/ and test/")
+    data.add_argument("--metadata", default="yfcc15m.pkl", type=str,
+                      help="file of captions where the layout does not fix it; for csv the table of pairs, with a "
+                      "column `split` or {split} in its name where there is a validation split")
+    data.add_argument("--val-fraction", default=0.1, type=float, metavar="FRACTION",
+                      help="csv: of a table that names no splits, hold out this fraction of the images for validation, "
+                      "the same ones in every run; 0 trains on all and does not validate")
+    data.add_argument("--caption-filter", default="all", type=str, metavar="FILTER",
+                      help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in datasets.py), or "
+                      "a regular expression, matched without regard to case; validation is filtered too")
+    data.add_argument("--cache-dir", default="", type=str,
+                      help="where the index of a large dataset is kept; by default beside its metadata")
+    data.add_argument("--max-bad-fraction", "--max-bad-share", default=0.01, type=float, metavar="FRACTION",
+                      help="end the run when more than this fraction of the images cannot be decoded; those that "
+                      "cannot are named in bad_samples.txt and replaced")
+    data.add_argument("-j", "--workers", default=10, type=int,
+                      help="loader processes for each training process; never more than the cores it may use")
+    data.add_argument("--output-dir", default="./", type=str,
+                      help="checkpoints, logs and settings go here; a run found here is continued")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        default="SLIP_VITB16",
-        choices=list(models.MODELS),
-        metavar="NAME",
-        help="one of " + ", ".join(models.MODELS),
-    )
+    model.add_argument("--model", default="SLIP_VITB16", choices=list(models.MODELS), metavar="NAME",
+                       help="one of " + ", ".join(models.MODELS))
     model.add_argument("--ssl-mlp-dim", default=4096, type=int, help="hidden width of the SimCLR projection head")
     model.add_argument("--ssl-emb-dim", default=256, type=int, help="output width of the SimCLR projection head")
-    model.add_argument(
-        "--image-size",
-        default=None,
-        type=int,
-        metavar="PIXELS",
-        help="side of the training images (default: the model's, 224); position embeddings follow",
-    )
-    model.add_argument(
-        "--vision-tower",
-        default=None,
-        type=str,
-        metavar="TIMM_NAME",
-        help="replace the image tower by any timm image model, e.g. convnext_atto",
-    )
-    model.add_argument(
-        "--override",
-        default=[],
-        nargs="+",
-        metavar="KEY=VALUE",
-        help="other settings of the model (fields of models.ModelConfig), e.g. text_layers=4; "
-        "vision.KEY=VALUE reaches the image tower's constructor, e.g. vision.depth=4",
-    )
-    model.add_argument(
-        "--context-length",
-        default=None,
-        type=int,
-        metavar="TOKENS",
-        help="longest caption (default 77; up to 512 with a BERT text tower); longer ones are cut",
-    )
-    model.add_argument(
-        "--bert-vocab",
-        default="",
-        type=str,
-        metavar="VOCAB.TXT",
-        help="vocabulary of Bio_ClinicalBERT, needed with MedCLIP's weights; without it a BERT tower "
-        "starts afresh on CLIP's vocabulary",
-    )
-    model.add_argument(
-        "--text-pooling",
-        default=None,
-        choices=("masked", "medclip"),
-        help="BERT towers: average over a caption's own tokens (masked, the default), or also over "
-        "padding as MedCLIP does, so that an embedding depends on the captions beside it; "
-        "--evaluate takes what the checkpoint was trained with",
-    )
+    model.add_argument("--image-size", default=None, type=int, metavar="PIXELS",
+                       help="side of the training images (default: the model's, 224); position embeddings follow")
+    model.add_argument("--vision-tower", default=None, type=str, metavar="TIMM_NAME",
+                       help="replace the image tower by any timm image model, e.g. convnext_atto")
+    model.add_argument("--override", default=[], nargs="+", metavar="KEY=VALUE",
+                       help="other settings of the model (fields of models.ModelConfig), e.g. text_layers=4; "
+                       "vision.KEY=VALUE reaches the image tower's constructor, e.g. vision.depth=4")
+    model.add_argument("--context-length", default=None, type=int, metavar="TOKENS",
+                       help="longest caption (default 77; up to 512 with a BERT text tower); longer ones are cut")
+    model.add_argument("--bert-vocab", default="", type=str, metavar="VOCAB.TXT",
+                       help="vocabulary of Bio_ClinicalBERT, needed with MedCLIP's weights; without it a BERT tower "
+                       "starts afresh on CLIP's vocabulary")
+    model.add_argument("--text-pooling", default=None, choices=("masked", "medclip"),
+                       help="BERT towers: average over a caption's own tokens (masked, the default), or also over "
+                       "padding as MedCLIP does, so that an embedding depends on the captions beside it; --evaluate "
+                       "takes what the checkpoint was trained with")
 
     start = parser.add_argument_group("where to start from")
-    start.add_argument(
-        "--resume",
-        default="",
-        type=str,
-        metavar="CKPT",
-        help="continue this run: weights, optimizer, schedule, position in the data",
-    )
-    start.add_argument(
-        "--init",
-        default="",
-        type=str,
-        metavar="CKPT",
-        help="start a new run from these weights alone; position embeddings are resized",
-    )
-    start.add_argument(
-        "--medclip-weights",
-        default="",
-        type=str,
-        metavar="PATH",
-        help="MedCLIP's folder, zip or pytorch_model.bin, for the MEDCLIP_* and MEDSLIP_* models",
-    )
-    start.add_argument(
-        "--freeze",
-        default="",
-        choices=("", "image", "text"),
-        help="hold one tower fixed and in eval mode; its projection keeps learning",
-    )
+    start.add_argument("--resume", default="", type=str, metavar="CKPT",
+                       help="continue this run: weights, optimizer, schedule, position in the data")
+    start.add_argument("--init", default="", type=str, metavar="CKPT",
+                       help="start a new run from these weights alone; position embeddings are resized")
+    start.add_argument("--medclip-weights", default="", type=str, metavar="PATH",
+                       help="MedCLIP's folder, zip or pytorch_model.bin, for the MEDCLIP_* and MEDSLIP_* models")
+    start.add_argument("--freeze", default="", choices=("", "image", "text"),
+                       help="hold one tower fixed and in eval mode; its projection keeps learning")
     start.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch of a new run")
 
 
@@ -224,43 +128,24 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", default=25, type=utils.positive_int, help="passes over the training pairs")
     train.add_argument("--warmup-epochs", default=1, type=int, help="epochs of linear warm-up from --lr-start")
-    train.add_argument(
-        "--batch-size", default=64, type=utils.positive_int, help="pairs for each process and micro-batch"
-    )
-    train.add_argument(
-        "--update-freq",
-        default=1,
-        type=utils.positive_int,
-        help="micro-batches for each optimizer step (gradient accumulation)",
-    )
-    train.add_argument(
-        "--accum-negatives",
-        default="micro",
-        choices=("micro", "full"),
-        help="with --update-freq: contrast within each micro-batch, as published, or over the whole "
-        "step, which gives the gradient of the one big batch for a second pass through the towers "
-        "(exact but for BatchNorm inside an image tower, a ResNet's, which sees micro-batches)",
-    )
-    train.add_argument(
-        "--compile",
-        default=None,
-        action=argparse.BooleanOptionalAction,
-        help="compile the towers with torch.compile at the first step, a minute or so, for faster ones; "
-        "validation runs without (default: on a GPU with Triton and a C compiler, unless --shard)",
-    )
-    train.add_argument(
-        "--grad-checkpointing",
-        action="store_true",
-        help="keep only the blocks' inputs of both towers for the backward pass and compute the rest "
-        "again: less memory, about a third more time; not for ResNet-50",
-    )
-    train.add_argument(
-        "--lr",
-        default=3e-3,
-        type=float,
-        help="peak learning rate; 3e-3 is SLIP's for training from scratch at batch 4096 and would "
-        "wreck pre-trained towers: fine-tune MedCLIP with about 5e-5",
-    )
+    train.add_argument("--batch-size", default=64, type=utils.positive_int,
+                       help="pairs for each process and micro-batch")
+    train.add_argument("--update-freq", default=1, type=utils.positive_int,
+                       help="micro-batches for each optimizer step (gradient accumulation)")
+    train.add_argument("--accum-negatives", default="micro", choices=("micro", "full"),
+                       help="with --update-freq: contrast within each micro-batch, as published, or over the whole "
+                       "step, which gives the gradient of the one big batch for a second pass through the towers "
+                       "(exact but for BatchNorm inside an image tower, a ResNet's, which sees micro-batches)")
+    train.add_argument("--compile", default=None, action=argparse.BooleanOptionalAction,
+                       help="compile the towers with torch.compile at the first step, a minute or so, for faster "
+                       "ones; validation runs without (default: on a GPU with Triton and a C compiler, unless "
+                       "--shard)")
+    train.add_argument("--grad-checkpointing", action="store_true",
+                       help="keep only the blocks' inputs of both towers for the backward pass and compute the rest "
+                       "again: less memory, about a third more time; not for ResNet-50")
+    train.add_argument("--lr", default=3e-3, type=float,
+                       help="peak learning rate; 3e-3 is SLIP's for training from scratch at batch 4096 and would "
+                       "wreck pre-trained towers: fine-tune MedCLIP with about 5e-5")
     train.add_argument("--lr-start", default=1e-6, type=float, help="learning rate at the first step")
     train.add_argument("--lr-end", default=1e-5, type=float, help="learning rate at the last step")
     train.add_argument("--wd", default=0.1, type=float, help="weight decay; SLIP used 0.1, CLIP 0.5")
@@ -268,64 +153,41 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--eps", default=1e-8, type=float, help="of AdamW")
     train.add_argument("--ssl-scale", default=1.0, type=float, help="weight of the SimCLR loss in SLIP")
     train.add_argument("--ssl-temp", default=0.1, type=float, help="softmax temperature of the SimCLR loss")
-    train.add_argument(
-        "--gather-with-grad",
-        default=True,
-        action=argparse.BooleanOptionalAction,
-        help="let the CLIP loss's gradient reach the other processes' features, so that N processes "
-        "equal one at the same global batch; --no-gather-with-grad reproduces the published "
-        "multi-GPU runs, where about half of that gradient is missing",
-    )
-    train.add_argument(
-        "--shard",
-        action="store_true",
-        help="split parameters, gradients and optimizer state over the processes (PyTorch's FSDP2), for "
-        "models that do not fit one GPU; same losses and weights, more communication",
-    )
-    train.add_argument(
-        "--disable-amp",
-        action="store_true",
-        help="compute in float32 on GPUs as well (slower, more memory); CPUs always do",
-    )
+    train.add_argument("--gather-with-grad", default=True, action=argparse.BooleanOptionalAction,
+                       help="let the CLIP loss's gradient reach the other processes' features, so that N processes "
+                       "equal one at the same global batch; --no-gather-with-grad reproduces the published multi-GPU "
+                       "runs, where about half of that gradient is missing")
+    train.add_argument("--mask-duplicates", action="store_true",
+                       help="pairs of a batch with the same image or the same caption are not each other's negatives "
+                       "in the CLIP loss; the published loss takes them for negatives")
+    train.add_argument("--shard", action="store_true",
+                       help="split parameters, gradients and optimizer state over the processes (PyTorch's FSDP2), "
+                       "for models that do not fit one GPU; same losses and weights, more communication")
+    train.add_argument("--disable-amp", action="store_true",
+                       help="compute in float32 on GPUs as well (slower, more memory); CPUs always do")
     train.add_argument("--seed", default=0, type=int, help="of weights, data order, views and dropout")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("validation, checkpoints, logging")
-    run.add_argument(
-        "--eval-freq", default=1, type=utils.positive_int, help="validate every so many epochs, and after the last"
-    )
+    run.add_argument("--eval-freq", default=1, type=utils.positive_int,
+                     help="validate every so many epochs, and after the last")
     run.add_argument("-e", "--evaluate", action="store_true", help="only validate the weights of --resume or --init")
-    run.add_argument(
-        "--skip-broken",
-        action="store_true",
-        help="validate on the images that can be decoded, and report the smaller number; by default a "
-        "unreadable validation image is an error that names it",
-    )
-    run.add_argument(
-        "--zeroshot-set",
-        default="imagenet",
-        type=str,
-        metavar="NAME",
-        help="dataset of dataset_catalog.json for zero-shot validation; skipped where its path is absent",
-    )
-    run.add_argument(
-        "--catalog", default=str(HERE / "dataset_catalog.json"), type=str, help="where the downstream datasets are"
-    )
-    run.add_argument(
-        "--print-freq", default=10, type=utils.positive_int, metavar="STEPS", help="steps between log lines"
-    )
-    run.add_argument(
-        "--keep-last", default=2, type=utils.positive_int, metavar="K", help="checkpoints to keep beside the best"
-    )
-    run.add_argument(
-        "--save-every-minutes",
-        default=30.0,
-        type=float,
-        metavar="MINUTES",
-        help="checkpoint within an epoch this often, beside the one after every epoch",
-    )
+    run.add_argument("--skip-broken", action="store_true",
+                     help="validate on the images that can be decoded, and report the smaller number; by default an "
+                     "unreadable or missing validation image is an error that names it")
+    run.add_argument("--zeroshot-set", default="imagenet", type=str, metavar="NAME",
+                     help="dataset of dataset_catalog.json for zero-shot validation; skipped where its path is absent")
+    run.add_argument("--catalog", default=str(HERE / "dataset_catalog.json"), type=str,
+                     help="where the downstream datasets are")
+    run.add_argument("--print-freq", default=10, type=utils.positive_int, metavar="STEPS",
+                     help="steps between log lines")
+    run.add_argument("--keep-last", default=2, type=utils.positive_int, metavar="K",
+                     help="checkpoints to keep beside the best")
+    run.add_argument("--save-every-minutes", default=30.0, type=float, metavar="MINUTES",
+                     help="checkpoint within an epoch this often, beside the one after every epoch")
     run.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+# fmt: on
 
 
 # ---------------------------------------------------------------------------------------------------------------------

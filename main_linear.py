@@ -42,7 +42,7 @@ import metrics
 import models
 import utils
 from datasets import CBIS_CLASSES, CBIS_IMAGES, CBIS_KINDS, CbisLesions, GlobalBatchSampler
-from features import Backbone, Loading, extract, extract_or_reuse, load_backbone, processes_of_node
+from features import Backbone, Loading, extract, extract_or_reuse, load_backbone
 from probes import (
     MEDSLIP_SIZE,
     Head,
@@ -206,7 +206,7 @@ def record_settings(args: argparse.Namespace, backbone: Backbone, processes: dis
 
 def loading_of(args: argparse.Namespace, processes: distributed.Processes) -> Loading:
     """--workers is a node's, to be divided among its processes."""
-    return Loading(args.batch_size, args.workers // processes_of_node(processes), args.skip_broken, processes)
+    return Loading(args.batch_size, args.workers // distributed.processes_of_node(processes), args.skip_broken, processes)
 
 
 def kept_features(
@@ -514,12 +514,12 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: distribut
     test = downstream.create_downstream(args.dataset, False, partial(linear_eval_view, backbone.preprocess), catalog)
     sampler = GlobalBatchSampler(len(train), args.batch_size, processes.rank, processes.world_size, args.seed)
     workers = loading_of(args, processes).loader_processes()
-    loader = DataLoader(
+    batches = make_loader(
         TrainViews(train, backbone.preprocess, args.seed),
         batch_sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
+        workers=workers,
+        device=device,
+        persistent=True,
     )
 
     head = nn.Linear(backbone.width(), len(train.classes)).to(device)

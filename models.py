@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import timm
 import torch
@@ -139,42 +140,8 @@ class CLIPText:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Objectives and models
+# The models
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a training objective needs: the arguments of the model's forward, its loss, and what can validate it."""
-
-    inputs: tuple[str, ...]  # keys of a training batch, in the order of the model's forward
-    loss: Callable[..., nn.Module]  # (ssl_temp, ssl_scale, gather_with_grad) -> loss
-    metrics: tuple[str, ...]  # keys of the loss's dictionary, `loss` first
-    text: bool  # has a text side: retrieval and zero-shot classification apply
-
-
-OBJECTIVES = {
-    "clip": Objective(
-        inputs=("image", "text"),
-        text=True,
-        metrics=("loss", "clip_loss", "clip_acc"),
-        loss=lambda ssl_temp, ssl_scale, gather_with_grad: losses.CLIPLoss(gather_with_grad),
-    ),
-    "simclr": Objective(
-        inputs=("view1", "view2"),
-        text=False,
-        metrics=("loss", "ssl_loss", "ssl_acc"),
-        loss=lambda ssl_temp, ssl_scale, gather_with_grad: losses.SIMCLRLoss(ssl_temp),
-    ),
-    "slip": Objective(
-        inputs=("image", "text", "view1", "view2"),
-        text=True,
-        metrics=("loss", "clip_loss", "ssl_loss", "clip_acc", "ssl_acc"),
-        loss=lambda ssl_temp, ssl_scale, gather_with_grad: losses.SLIPLoss(
-            losses.SIMCLRLoss(ssl_temp), ssl_scale, gather_with_grad
-        ),
-    ),
-}
 
 
 def build_ssl_head(feature_dim: int, mlp_dim: int, emb_dim: int) -> nn.Sequential:
@@ -202,6 +169,11 @@ class _ImageModel(nn.Module):
         self.frozen: tuple[str, ...] = ()
         # BatchNorm in a tower sees each view as a batch of its own; without it, one pass over all views is the same.
         self.joint_views = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in visual.modules())
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> Self:
+        """The model with fresh weights; `config` says more than one class needs."""
+        raise NotImplementedError
 
     def _views(self, *views: Tensor) -> tuple[Tensor, ...]:
         """Features (B, d) of several views (B, 3, H, W) that share the image tower."""
@@ -270,6 +242,11 @@ class CLIP(_ImageModel):
         text.attach(self, embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_START))
 
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> Self:
+        visual, feature_dim = _image_tower(config)
+        return cls(visual, _text_tower(config), feature_dim, config.embed_dim)
+
     def encode_image(self, image: Tensor) -> Tensor:
         """Images (B, 3, H, W) to embeddings (B, embed_dim), not normalised."""
         return self.visual(image) @ self.image_projection
@@ -300,6 +277,10 @@ class SIMCLR(_ImageModel):
         super().__init__(visual, feature_dim)
         self.image_mlp = build_ssl_head(feature_dim, ssl_mlp_dim, ssl_emb_dim)
 
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> Self:
+        return cls(*_image_tower(config), config.ssl_mlp_dim, config.ssl_emb_dim)
+
     def encode_image(self, image: Tensor) -> Tensor:
         """Images (B, 3, H, W) to the tower's features (B, feature_dim)."""
         return self.visual(image)
@@ -327,6 +308,11 @@ class SLIP(CLIP):
         super().__init__(visual, text, feature_dim, embed_dim)
         self.image_mlp = build_ssl_head(feature_dim, ssl_mlp_dim, ssl_emb_dim)
 
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> Self:
+        visual, feature_dim = _image_tower(config)
+        return cls(visual, _text_tower(config), feature_dim, config.embed_dim, config.ssl_mlp_dim, config.ssl_emb_dim)
+
     def towers(self, image: Tensor, text: Tensor, aug1: Tensor, aug2: Tensor) -> tuple[Tensor, ...]:
         features, features1, features2 = self._views(image, aug1, aug2)
         return features, self.encode_text(text), features1, features2
@@ -337,6 +323,53 @@ class SLIP(CLIP):
             "aug1_embed": self.image_mlp(features1),
             "aug2_embed": self.image_mlp(features2),
         }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objectives
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Objective:
+    """All that the scripts ask about a training objective. A new one is one entry of OBJECTIVES."""
+
+    model: type[_ImageModel]
+    inputs: tuple[str, ...]  # what the model's forward takes, in its order: of datasets.ContrastiveDataset.INPUTS
+    loss: Callable[[losses.LossSettings], nn.Module]  # maps what forward returns to a dictionary of metrics
+    metrics: tuple[str, ...]  # keys of that dictionary, `loss` first
+    validation: tuple[str, ...] = ()  # what can measure it on held-out data: retrieval, zero-shot
+
+    @property
+    def text(self) -> bool:
+        """Whether the model has a text side."""
+        return "text" in self.inputs
+
+
+OBJECTIVES = {
+    "clip": Objective(
+        model=CLIP,
+        inputs=("image", "text"),
+        loss=lambda s: losses.CLIPLoss(s.gather_with_grad, s.mask_duplicates),
+        metrics=("loss", "clip_loss", "clip_acc"),
+        validation=("retrieval", "zero-shot"),
+    ),
+    "simclr": Objective(
+        model=SIMCLR,
+        inputs=("view1", "view2"),
+        loss=lambda s: losses.SIMCLRLoss(s.ssl_temp),
+        metrics=("loss", "ssl_loss", "ssl_acc"),
+    ),
+    "slip": Objective(
+        model=SLIP,
+        inputs=("image", "text", "view1", "view2"),
+        loss=lambda s: losses.SLIPLoss(
+            losses.SIMCLRLoss(s.ssl_temp), s.ssl_scale, s.gather_with_grad, s.mask_duplicates
+        ),
+        metrics=("loss", "clip_loss", "ssl_loss", "clip_acc", "ssl_acc"),
+        validation=("retrieval", "zero-shot"),
+    ),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,12 +405,15 @@ TOWERS = {
     "VITB16": dict(vision_tower="vit_base_patch16_224"),
     "VITL16": dict(vision_tower="vit_large_patch16_224"),
 }
+
+
+def variants(objective: str) -> dict[str, ModelConfig]:
+    """An objective with each of TOWERS, by name."""
+    return {f"{objective.upper()}_{name}": ModelConfig(objective, **settings) for name, settings in TOWERS.items()}
+
+
 MODELS: dict[str, ModelConfig] = {
-    **{
-        f"{objective.upper()}_{tower}": ModelConfig(objective=objective, **settings)
-        for tower, settings in TOWERS.items()
-        for objective in ("clip", "simclr", "slip")
-    },
+    **{name: config for objective in OBJECTIVES for name, config in variants(objective).items()},
     "MEDCLIP_VIT": ModelConfig(objective="clip", vision_tower="medclip-swin", **_BERT_BASE),
     "MEDCLIP_RESNET": ModelConfig(objective="clip", vision_tower="medclip-resnet50", **_BERT_BASE),
     "MEDSLIP_VIT": ModelConfig(objective="slip", vision_tower="medclip-swin", **_BERT_BASE),
@@ -470,16 +506,11 @@ def create_model(name: str, **overrides) -> nn.Module:
         the model, with `config` (plain values), `objective` and `preprocess` (transforms.Preprocess).
     """
     config = resolve_config(name, **overrides)
-    visual, feature_dim = _image_tower(config)
-    head = dict(ssl_mlp_dim=config.ssl_mlp_dim, ssl_emb_dim=config.ssl_emb_dim)
-    if config.objective == "simclr":
-        model = SIMCLR(visual, feature_dim, **head)
-    elif config.objective == "clip":
-        model = CLIP(visual, _text_tower(config), feature_dim, config.embed_dim)
-    else:
-        model = SLIP(visual, _text_tower(config), feature_dim, config.embed_dim, **head)
-    model.name, model.config = name, asdict(config)
-    model.objective = OBJECTIVES[config.objective]
+    if config.objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {config.objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    objective = OBJECTIVES[config.objective]
+    model = objective.model.from_config(config)
+    model.name, model.config, model.objective = name, asdict(config), objective
     model.preprocess = preprocess_of(config)
     return model
 

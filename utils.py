@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -13,9 +14,11 @@ import pathlib
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 import distributed
 
+HERE = Path(__file__).resolve().parent
 log = logging.getLogger("medslip")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,6 +49,71 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
     return value
+
+
+class UsageError(ValueError):
+    """Flags that do not go together; the exit code is argparse's for bad usage, 2."""
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Call a script's main as the command line does, and leave with its exit code.
+
+    What the user can mend (our own errors about data, files and flags) is one line, `error: ...`, with exit code 1, or
+    2 for bad usage, from one rank alone. Anything else is a fault of the code and keeps its traceback, as does
+    everything with --debug. A run that a signal has stopped leaves with 128 + the signal's number, as a shell expects:
+    what follows it after `&&` then does not start on a half-trained model.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end the run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        result = main()
+    except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+        if "--debug" in sys.argv or not (isinstance(error, OSError) or _raised_here(error)):
+            raise
+        if int(os.environ.get("RANK", 0)) == 0:
+            text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+            print(f"error: {text or type(error).__name__}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    stopped_by = result.get("stopped_by") if isinstance(result, dict) else None
+    if stopped_by:
+        sys.exit(128 + signal.Signals[stopped_by])
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether this project's code raised the error on purpose, rather than a library that it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(HERE) and "raise" in (frames[-1].line or "raise")
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # that ask a run to stop
+
+
+class StopRequest:
+    """Remembers one of SIGNALS, so that the loop can checkpoint and leave between two steps."""
+
+    def __init__(self):
+        self.name = ""
+        self.previous = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            try:
+                self.previous[number] = signal.signal(number, self._remember)
+            except ValueError:  # not in the main thread: signals belong to whoever runs us
+                break
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: object) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        self.name = signal.Signals(number).name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
