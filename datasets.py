@@ -9,23 +9,26 @@ shared arrays.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import tarfile
 import zipfile
 import zlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 import torch
@@ -136,6 +139,7 @@ class Row:
     where: str  # file and line, for messages
     image: str | int  # path relative to the root, or a number where a rule gives the path
     captions: list[str]
+    rows: int = 1  # of the metadata
 
 
 @dataclass
@@ -147,6 +151,7 @@ class Columns:
     first: np.ndarray  # (n + 1,) int64: row i has texts first[i]:first[i + 1]; (2,) if all have as many
     dropped: int  # rows whose image is absent
     log: list[str]
+    absent: list = field(default_factory=list)  # images of at most ABSENT_SAMPLE of the rows dropped, drawn at random
 
 
 class Listing:
@@ -174,8 +179,30 @@ def inside(path: str, where: str) -> str:
     return path
 
 
+def first_file(choices: list[Path], split: str) -> Path:
+    """The first that is there, else FileNotFoundError naming them."""
+    path = next((path for path in choices if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"no captions of the split {split!r} at {' or '.join(map(str, choices))}")
+    return path
+
+
+def grouped(rows: Iterable[Row]) -> Iterable[Row]:
+    """Rows of the same image as one, with all their captions, at the place of the first."""
+    first: dict[str | int, Row] = {}
+    for row in rows:
+        if (earlier := first.setdefault(row.image, row)) is not row:
+            earlier.captions = [*earlier.captions, *(text for text in row.captions if text not in earlier.captions)]
+            earlier.rows += 1
+    return first.values()
+
+
 class NothingKept(ValueError):
     """A caption filter that no caption of a split matches."""
+
+
+class NoSplit(ValueError):
+    """A table that holds no row of a split."""
 
 
 class Reader:
@@ -188,6 +215,7 @@ class Reader:
         caption_filter: a name in CAPTION_FILTERS or a regular expression; a row stays if one of its captions
             matches.
         cache_dir: where an `indexed` reader keeps its index; "" for beside the metadata.
+        val_fraction: of the images, held out where one table names no splits; see Csv.
     """
 
     splits: tuple[str, ...] = SPLITS
@@ -202,13 +230,15 @@ class Reader:
         split: str = "train",
         caption_filter: str = "all",
         cache_dir: str | Path = "",
+        val_fraction: float = 0.1,
     ):
         if split not in self.splits:
             raise ValueError(f"this dataset has no split {split!r}; choose from {', '.join(self.splits)}")
         self.root = Path(os.path.abspath(root))
         if not self.root.is_dir():
             raise FileNotFoundError(f"the data root {self.root} is not a folder")
-        self.split = split
+        self.split, self.val_fraction = split, val_fraction
+        self.remarks: list[str] = []  # of `rows`, about the metadata
         pattern = caption_pattern(caption_filter)
         self.locate(metadata)
         columns = indexed_columns(self, cache_dir) if self.indexed else self.columns()
@@ -227,11 +257,7 @@ class Reader:
         choices = [Path(metadata), self.root / metadata]
         if not metadata:
             choices = [self.root / place for place in places]
-        path = next((path for path in choices if path.is_file()), None)
-        if path is None:
-            tried = " or ".join(map(str, choices))
-            raise FileNotFoundError(f"no captions of the split {self.split!r} at {tried}")
-        self.files = [path]
+        self.files = [first_file(choices, self.split)]
 
     def rows(self) -> Iterator[Row]:
         """The rows of `files` as they stand there."""
@@ -249,10 +275,19 @@ class Reader:
         first = array("q", [0])
         absent = silent = 0  # rows without an image, rows without a caption
         first_absent = first_silent = ""
-        for row in tqdm(self.rows(), "indexing", unit=" rows", disable=None if self.indexed else True):
+        several = 0  # rows of images that have others
+        absent_images: list = []  # some of them, to be looked for when an index is read again
+        rng = random.Random(0)
+        rows = tqdm(self.rows(), "indexing", unit=" rows") if self.indexed else grouped(self.rows())
+        for row in rows:
+            several += row.rows * (row.rows > 1)
             captions = [text.strip() for text in row.captions]
             if not exists(row):
                 absent += 1
+                if len(absent_images) < ABSENT_SAMPLE:
+                    absent_images.append(row.image)
+                elif (place := rng.randrange(absent)) < ABSENT_SAMPLE:
+                    absent_images[place] = row.image
                 first_absent = first_absent or f"{row.image} ({row.where})".strip()
             elif not any(captions):
                 silent += 1
@@ -263,7 +298,9 @@ class Reader:
                     texts.append(text)
                 first.append(first[-1] + len(captions))
         source, n = " and ".join(map(str, self.files)), len(first) - 1
-        log = [f"{source}: {n} images with captions"]
+        log = [f"{source}: {n} pictures with captions", *self.remarks]
+        if several:
+            log.append(f"{several} rows share their image with others: each image counts once, with all its captions")
         if absent:
             log.append(f"{absent} rows dropped because their image is absent; first: {first_absent}")
         if silent:
@@ -275,7 +312,7 @@ class Reader:
         if counts.min() == counts.max():
             spans = spans[:2].copy()
         kept = np.frombuffer(images, dtype=np.int32) if self.numbered else images.column()
-        return Columns(kept, texts.column(), spans, absent, log)
+        return Columns(kept, texts.column(), spans, absent, log, absent_images)
 
     def _keep(self, pattern: re.Pattern, caption_filter: str) -> None:
         total = len(self)
@@ -318,9 +355,14 @@ class Reader:
         """The name that scripts of others know `image` by."""
         return self.image(i)
 
-    def pixels(self, i: int) -> torch.Tensor:
-        """`image` as uint8 planes (3, H, W), or (1, H, W) of a grey JPEG."""
-        return decode_pixels(self.data(i), self.name(i))
+    def fingerprint(self) -> str:
+        """SHA-256 over the paths and captions of all pairs, in their order."""
+        digest = hashlib.sha256()
+        parts = [self.images.data, self.images.offsets] if isinstance(self.images, TextColumn) else [self.images]
+        for part in (*parts, self.texts.data, self.texts.offsets, self.first, self.kept):
+            if part is not None:
+                digest.update(np.ascontiguousarray(part))
+        return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------- ROCO
@@ -407,15 +449,36 @@ class RocoV2(Reader):
 
 # ----------------------------------------------------------------------------------------------------- tables
 class Table:
-    """A CSV or TSV file in UTF-8 whose first line names the columns; iterating yields (where, fields)."""
+    """A CSV or TSV file in UTF-8 whose first line names the columns; iterating yields (where, fields).
+
+    Raises:
+        ValueError: naming file and line, for another encoding, a row that has not as many fields as the header, or a
+            quotation mark that is never closed.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            line = file.readline()
+        with self._open() as file:
+            try:
+                line = file.readline()
+            except UnicodeDecodeError as error:
+                raise ValueError(self._not_utf8("in its first lines", error)) from error
         self.delimiter = max("\t", ",", ";", key=line.count)
         fields = next(csv.reader([line], delimiter=self.delimiter), [])
         self.header = [name.strip().lower() for name in fields]
+
+    def _open(self) -> TextIO:
+        with open(self.path, "rb") as file:
+            start = file.read(4096)
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start:
+            raise ValueError(
+                f"{self.path} is in another encoding than UTF-8 (UTF-16, as spreadsheets call Unicode text, or no text "
+                "at all): save it as CSV in UTF-8"
+            )
+        return open(self.path, encoding="utf-8-sig", newline="")
+
+    def _not_utf8(self, place: str, error: UnicodeDecodeError) -> str:
+        return f"{self.path} is not in the encoding UTF-8 {place} ({error}): save it as CSV in UTF-8"
 
     def column(self, *names: str) -> int:
         """Position of the first of `names` that the header holds, in any case."""
@@ -426,14 +489,17 @@ class Table:
         raise ValueError(f"{self.path} has no column {' or '.join(names)}; its columns: {header}")
 
     def __iter__(self) -> Iterator[tuple[str, list[str]]]:
-        with open(self.path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, delimiter=self.delimiter)
+        with self._open() as file:
+            rows = csv.reader(file, delimiter=self.delimiter, strict=True)
             try:
                 next(rows, None)
                 for fields in rows:
                     where = f"{self.path} line {rows.line_num}"
-                    if fields and len(fields) < len(self.header):
-                        raise ValueError(f"{where} has {len(fields)} fields, the header {len(self.header)}")
+                    if fields and len(fields) != len(self.header):
+                        raise ValueError(
+                            f"{where} has {len(fields)} fields, the header {len(self.header)}: a text that holds the "
+                            f"separator {self.delimiter!r} has to be in quotation marks"
+                        )
                     if self.delimiter == "\t" and any("\n" in field for field in fields):
                         raise ValueError(
                             f"{where} ends a quoted field of several lines: a tab-separated table with a "
@@ -442,36 +508,81 @@ class Table:
                     if fields:
                         yield where, fields
             except csv.Error as error:
-                raise ValueError(f"{self.path} line {rows.line_num}: {error}") from error
+                why = "a quotation mark is never closed" if "unexpected end" in str(error) else str(error)
+                raise ValueError(f"{self.path} line {rows.line_num}: {why}") from error
             except UnicodeDecodeError as error:
-                raise ValueError(f"{self.path} after line {rows.line_num} is not UTF-8: {error}") from error
+                raise ValueError(self._not_utf8(f"after line {rows.line_num}", error)) from error
+
+
+SPLIT_NAMES = {
+    "train": ("train", "training", "restval"),  # restval: Karpathy's splits of COCO and Flickr30k
+    "validation": ("validation", "valid", "val", "validate", "dev"),
+    "test": ("test", "testing"),
+}
+SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 
 
 class Csv(Reader):
-    """Any table of captions and of image paths relative to the root; comma, semicolon or tab separated.
+    """Any table of captions and of image paths in the root; comma, semicolon or tab separated.
 
-    The columns are the first that the header holds of IMAGE and of CAPTION. The table is `metadata`, or
-    `<root>/<split>.csv` or `.tsv`. A column `split` selects the rows of the split; without one all are taken.
+    The columns are the first that the header holds of IMAGE and of CAPTION. The table is `metadata`, with {split} in
+    its name where each split has its own, or `<root>/<split>.csv` or `.tsv`. In one table for all splits a column
+    `split` tells them apart; without one, `val_fraction` of the images are held out for validation, always the same.
     """
 
     IMAGE = ("image", "image_path", "filepath", "file_path", "filename", "file_name", "path", "picture")
     CAPTION = ("caption", "title", "text", "report", "description", "sentence")
-    SPLIT_NAMES = {
-        "train": ("train", "training"),
-        "validation": ("validation", "valid", "val", "dev"),
-        "test": ("test",),
-    }
 
     def locate(self, metadata: str) -> None:
-        self.find(metadata, f"{self.split}.csv", f"{self.split}.tsv")
+        names = SPLIT_NAMES[self.split]
+        self.for_all_splits = bool(metadata) and "{split}" not in metadata
+        if self.for_all_splits:
+            self.find(metadata)
+        elif metadata:
+            places = [metadata.replace("{split}", name) for name in names]
+            self.files = [first_file([Path(base, place) for place in places for base in ("", self.root)], self.split)]
+        else:
+            self.find("", *(f"{name}.{kind}" for name in names for kind in ("csv", "tsv")))
 
     def rows(self) -> Iterator[Row]:
         table = Table(self.files[0])
         image, caption = table.column(*self.IMAGE), table.column(*self.CAPTION)
         split = table.column("split") if "split" in table.header else None
+        chosen, unknown = 0, Counter()
         for where, fields in table:
-            if split is None or fields[split].strip().lower() in self.SPLIT_NAMES[self.split]:
-                yield Row(where, fields[image].strip(), [fields[caption]])
+            path = fields[image].strip().removeprefix(f"{self.root}/")
+            if split is not None:
+                name = SPLIT_OF.get(fields[split].strip().lower())
+                if name is None:
+                    unknown[fields[split]] += 1
+                belongs = name == self.split
+            elif self.for_all_splits:
+                belongs = self.split != "test" and held_out(path, self.val_fraction) == (self.split == "validation")
+            else:
+                belongs = True
+            if belongs:
+                chosen += 1
+                yield Row(where, path, [fields[caption]])
+        self._remark(split is not None, unknown)
+        if not chosen:
+            raise NoSplit("; ".join([f"{table.path} has no rows of the split {self.split!r}", *self.remarks]))
+
+    def _remark(self, has_splits: bool, unknown: Counter) -> None:
+        if unknown:
+            named = ", ".join(f"{name!r} {n}" for name, n in unknown.most_common(10))
+            self.remarks.append(
+                f"{unknown.total()} rows of unknown splits left out: {named}; known are {', '.join(SPLIT_OF)}"
+            )
+        if self.for_all_splits and not has_splits:
+            self.remarks.append(
+                f"the table has no column split: {self.val_fraction:.0%} of the images, the same in every run, are "
+                "held out for validation (--val-fraction)"
+            )
+
+
+def held_out(path: str, fraction: float) -> bool:
+    """Whether an image belongs to the `fraction` that is not trained on: decided by its path alone."""
+    return number_of(path.encode("utf-8", "surrogateescape")) < fraction * 2**63
 
 
 # ---------------------------------------------------------------------------------------------- large sources
@@ -807,6 +918,7 @@ def fields_of(item: object, where: str, **types: type | tuple[type, ...]) -> lis
 # the metadata keeps size and time; images that come or go later are not noticed: delete the file to index
 # anew.
 INDEX_VERSION = 1
+ABSENT_SAMPLE = 256
 
 
 @dataclass
@@ -825,38 +937,60 @@ def rows_index(metadata: Path) -> tuple[Path, list]:
 
 
 def indexed_columns(reader: Reader, cache_dir: str | Path) -> Columns:
-    """The reader's columns from its index, which the first process to come here writes; the others wait."""
+    """The reader's columns from its index, which the first process to come here writes; the others wait.
+
+    The index is a convenience: where it cannot be kept the metadata is read at every start, and the log says so.
+    """
     files = [os.path.abspath(path) for path in reader.files]
     source = [INDEX_VERSION, type(reader).__name__, reader.split, str(reader.root), *files]
     key = [*source, *([stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, files))]
     metadata = Path(files[0])
     folder = Path(cache_dir) if cache_dir else metadata.parent
-    folder.mkdir(parents=True, exist_ok=True)
     tag = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
     path = folder / f"{metadata.name}.{tag}.index"
-    columns = load_index(path, key)
-    if columns is None and not os.access(folder, os.W_OK):
-        columns = reader.columns()
-        columns.log.append(f"no index kept, {folder} is read-only; a cache folder makes the next start quick")
-    elif columns is None:
-        with one_process(path.with_suffix(".lock")):
-            columns = load_index(path, key)
-            if columns is None:
-                save_index(path, key, reader.columns())
-                columns = load_index(path, key)
+    columns = up_to_date(load_index(path, key), path, reader)
+    if columns is not None:
+        return columns
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    with one_process(path.with_suffix(".lock")):
+        columns = up_to_date(load_index(path, key), path, reader)
+        if columns is None:
+            columns = reader.columns()
+            try:
+                save_index(path, key, columns)
+            except OSError as error:
+                columns.log.append(f"no index kept ({error}); with a folder in --cache-dir the next start is quick")
+            else:
+                columns = load_index(path, key) or columns
+    return columns
+
+
+def up_to_date(columns: Columns | None, path: Path, reader: Reader) -> Columns | None:
+    """The columns of an index, or None where images have come since that were absent when it was made."""
+    if columns is None or not columns.dropped:
+        return columns
+    made = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "minutes")
+    exists = reader.finder()
+    if any(exists(Row(f"the index {path}", image, [])) for image in columns.absent):
+        reader.remarks.append(f"images that were absent in the index of {made} are there now: indexed anew")
+        return None
+    columns.log.append(f"that is what the index {path} of {made} says; delete it to look for every image again")
     return columns
 
 
 @contextmanager
 def one_process(lock: Path) -> Iterator[None]:
-    """Let the processes of a machine through one by one; the lock of one that dies is free."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: each process writes its own index and the last one stays
-        yield
-        return
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Let the processes of a machine through one by one; the lock of one that dies is free.
+
+    Where there are no locks (Windows, some network file systems, a folder that cannot be written) each process does the
+    work itself.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError, ImportError):
+            import fcntl
+
+            fcntl.flock(stack.enter_context(open(lock, "w")), fcntl.LOCK_EX)
         yield
 
 
@@ -866,7 +1000,7 @@ def save_index(path: Path, key: list, columns: Columns) -> None:
         arrays |= {"pictures": columns.images.data, "picture_offsets": columns.images.offsets}
     else:
         arrays["pictures"] = columns.images
-    write_index(path, {"key": key, "dropped": columns.dropped, "log": columns.log}, arrays)
+    write_index(path, {"key": key, "dropped": columns.dropped, "log": columns.log, "absent": columns.absent}, arrays)
 
 
 def write_index(path: Path, head: dict, arrays: dict[str, np.ndarray | RawFile]) -> None:
@@ -913,7 +1047,7 @@ def load_index(path: Path, key: list) -> Columns | None:
     if "picture_offsets" in arrays:
         images = TextColumn(images, arrays["picture_offsets"])
     texts = TextColumn(arrays["texts"], arrays["text_offsets"])
-    return Columns(images, texts, arrays["first"], head["dropped"], head["log"])
+    return Columns(images, texts, arrays["first"], head["dropped"], head["log"], head.get("absent", []))
 
 
 # --------------------------------------------------------------------------------------------------- registry
@@ -939,6 +1073,7 @@ def create_reader(
     split: str = "train",
     caption_filter: str = "all",
     cache_dir: str | Path = "",
+    val_fraction: float = 0.1,
 ) -> Reader:
     """The reader `name` of READERS; `Reader` explains the arguments.
 
@@ -947,7 +1082,7 @@ def create_reader(
     """
     if name not in READERS:
         raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(READERS)}")
-    return READERS[name](root, metadata, split, caption_filter, cache_dir)
+    return READERS[name](root, metadata, split, caption_filter, cache_dir, val_fraction)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -998,8 +1133,11 @@ class ContrastiveDataset(Dataset):
     With `colour_later` the SSL views are crops as they are, and "view1_colour", "view2_colour" the rows of
     numbers with which `transforms.apply_colour_batch` finishes them on the accelerator.
 
+    With `groups` a sample also has "groups", two whole numbers that are the same for the same file of an image
+    and for the same caption.
+
     An unreadable image is an error. With `bad_samples`, a file, it is named there and another image, chosen
-    from the same numbers, takes its place; more than `max_bad_share` of the reader's images end the run.
+    from the same numbers, takes its place; more than `max_bad_fraction` of the reader's images end the run.
     """
 
     INPUTS = ("text", "image", "view1", "view2")  # in the order of their random numbers
@@ -1012,15 +1150,16 @@ class ContrastiveDataset(Dataset):
         preprocess: Preprocess,
         seed: int,
         bad_samples: Path | None = None,
-        max_bad_share: float = 0.01,
+        max_bad_fraction: float = 0.01,
         colour_later: bool = False,
+        groups: bool = False,
     ):
         unknown = sorted(set(inputs) - set(self.INPUTS))
         if unknown:
             raise ValueError(f"unknown inputs {', '.join(unknown)}; choose from {', '.join(self.INPUTS)}")
         self.reader, self.inputs, self.preprocess, self.seed = reader, inputs, preprocess, seed
-        self.colour_later = colour_later
-        self.broken = UnreadableImages(bad_samples, max_bad_share * len(reader)) if bad_samples else None
+        self.colour_later, self.groups = colour_later, groups
+        self.broken = UnreadableImages(bad_samples, max_bad_fraction * len(reader)) if bad_samples else None
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -1028,12 +1167,14 @@ class ContrastiveDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        index, pixels = self._pixels(epoch, index)
+        index, data, pixels = self._pixels(epoch, index)
         pixels = self.preprocess.pixels(pixels)  # once for all views
-        sample = {"index": index}
+        sample: dict = {"index": index}
         if "text" in self.inputs:
             captions = self.reader.captions(index)
             sample["text"] = captions[rng.integers(len(captions))]
+            if self.groups:
+                sample["groups"] = [number_of(data), number_of(sample["text"].encode())]
         if "image" in self.inputs:
             sample["image"] = train_pixels(self.preprocess, pixels, rng)
         for name in ("view1", "view2"):
@@ -1045,11 +1186,12 @@ class ContrastiveDataset(Dataset):
                     sample[name] = torch.from_numpy(apply_colour(sample[name].numpy(), colour).copy())
         return sample
 
-    def _pixels(self, epoch: int, index: int) -> tuple[int, torch.Tensor]:
-        """The image at `index`, or the first of its stand-ins that can be read, with its own index."""
+    def _pixels(self, epoch: int, index: int) -> tuple[int, bytes, torch.Tensor]:
+        """The image at `index`, or the first of its stand-ins that can be read: its own index, file and planes."""
         for attempt in range(1, self.ATTEMPTS + 1):
             try:
-                return index, self.reader.pixels(index)
+                data = self.reader.data(index)
+                return index, data, decode_pixels(data, self.reader.name(index))
             except (UnreadableImage, FileNotFoundError) as error:
                 if self.broken is None:
                     raise
@@ -1057,6 +1199,11 @@ class ContrastiveDataset(Dataset):
                 stand_in = np.random.default_rng((self.seed, epoch, index, attempt))
                 index = int(stand_in.integers(len(self.reader)))
         raise UnreadableImage(f"{self.ATTEMPTS} images in a row cannot be read: see {self.broken.path}")
+
+
+def number_of(data: bytes) -> int:
+    """A whole number of 63 bits that stands for some bytes."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -1093,7 +1240,8 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class Collate:
-    """Samples to a batch: views stacked to uint8 (B, 3, S, S), "text" tokenised to (B, L), "index" (B,).
+    """Samples to a batch: views stacked to uint8 (B, 3, S, S), "text" tokenised to (B, L), "index" (B,), "groups"
+    (B, 2).
 
     Rows of colours become float64 (B, 14).
 
@@ -1115,7 +1263,7 @@ class Collate:
                     longest = int(tokens.any(0).nonzero().max()) + 1  # every caption has its start and end token
                     tokens = tokens[:, : longest + -longest % 8].contiguous()
                 batch[name] = tokens
-            elif name == "index":
+            elif name in ("index", "groups"):
                 batch[name] = torch.tensor(values)
             elif name.endswith("_colour"):
                 batch[name] = torch.tensor(values, dtype=torch.float64)

@@ -11,8 +11,12 @@ patients. Run again with the same settings, it keeps what is there and repeats o
 from __future__ import annotations
 
 import argparse
+import logging
+import signal
 import time
 from pathlib import Path
+
+log = logging.getLogger("medslip")
 
 NOTICE = "SYNTHETIC data: these numbers say nothing about patients."
 OBJECTIVES = ("slip", "clip", "simclr")
@@ -77,14 +81,14 @@ class Steps:
     def __call__(self, what: str) -> None:
         self.done += 1
         minutes, seconds = divmod(round(time.monotonic() - self.start), 60)
-        print(f"\n=== {self.done}/{self.total}  {what}  [{minutes}:{seconds:02d}] ===", flush=True)
+        log.info(f"\n=== {self.done}/{self.total}  {what}  [{minutes}:{seconds:02d}] ===")
 
 
 def fine_tune(args: argparse.Namespace, world: Path, output_dir: Path) -> Path:
     """Train on the ROCO part; returns the checkpoint. A finished run is kept, a broken-off one continued."""
     import main
 
-    main.main(
+    done = main.main(
         [
             "--dataset",
             "roco",
@@ -108,6 +112,8 @@ def fine_tune(args: argparse.Namespace, world: Path, output_dir: Path) -> Path:
             str(output_dir),
         ]
     )
+    if signal_name := done.get("stopped_by"):
+        raise SystemExit(128 + signal.Signals[signal_name])  # the same command goes on from here
     return output_dir / "checkpoint_best.pt"  # validated once, after the last epoch: the last weights
 
 
@@ -156,7 +162,13 @@ def summary(args: argparse.Namespace, results: dict[str, dict[str, dict]]) -> st
 def main(argv: list[str] | None = None) -> dict[str, dict[str, dict]]:
     """Run the demo; returns {"calc" | "mass": {"untrained" | "trained": the results of main_linear.py}}."""
     args = get_args_parser().parse_args(argv)
-    # Here, because the processes that draw import this file and need none of it.
+    import utils  # here, because the processes that draw import this file and need none of it
+
+    with utils.start_logging():
+        return run_demo(args)
+
+
+def run_demo(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
     import make_dataset
     import utils
     from synthetic.world import make_demo
@@ -164,7 +176,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, dict]]:
     out = Path(args.output_dir)
     world, run = out / f"phantoms_seed{args.seed}", out / f"{args.objective}_seed{args.seed}"
     step = Steps(4)
-    print(NOTICE)
+    log.info(NOTICE)
     step(f"drawing SYNTHETIC phantoms into {world}")
     make_demo(world, seed=args.seed, pairs=args.pairs)
     make_dataset.main(["cbis", "--root", str(world / "cbis")])
@@ -178,14 +190,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, dict]]:
     text = summary(args, results)
     utils.write_json(run / "results.json", {"synthetic": True, "args": vars(args), **results})
     utils.atomic_write(run / "results.md", lambda file: file.write(f"{text}\n".encode()))
-    print(f"\n{text}\n")
-    print(
+    log.info(f"\n{text}\n")
+    log.info(
         f"phantoms     {world} (README.txt says what is where)\ntraining     {run / 'training'}\n"
         f"probe        {run / 'probe'}\nthese rows   {run / 'results.md'} and results.json"
     )
-    print(f"{(time.monotonic() - step.start) / 60:.1f} minutes. {NOTICE}")
+    log.info(f"{(time.monotonic() - step.start) / 60:.1f} minutes. {NOTICE}")
     return results
 
 
 if __name__ == "__main__":
-    main()
+    import utils
+
+    utils.run_script(main)

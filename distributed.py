@@ -415,7 +415,7 @@ def gradients_finite(model: nn.Module) -> Tensor:
     for kind in (True, False):  # sharded gradients and whole ones have no norm together
         grads = [p.grad for p in model.parameters() if p.grad is not None and isinstance(p.grad, DTensor) == kind]
         if grads:
-            norm = torch.nn.get_total_norm(grads)
+            norm = torch.nn.utils.get_total_norm(grads)
             norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     return torch.isfinite(torch.stack(norms)).all()
 

@@ -25,7 +25,8 @@ import models
 import utils
 from datasets import READERS, Reader, create_reader
 from downstream import ZeroShotSet
-from features import Loading, TextCache, Tokenizer, classify_zeroshot, embed_pairs
+from features import Loading, TextCache, classify_zeroshot, embed_pairs
+from tokenizer import Tokenizer
 from transforms import Preprocess, View, as_view
 
 __all__ = ["as_view", "embed_pairs", "evaluate", "main", "retrieval_metrics"]
@@ -192,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Evaluate, print a table and write zeroshot.json to --output-dir; returns what was written."""
     args = get_args_parser().parse_args(argv)
     processes = distributed.init_distributed(args)
-    with distributed.ending_together(processes):
+    with utils.start_logging(is_main=processes.is_main), distributed.ending_together(processes):
         return evaluate(args, processes)
 
 
@@ -216,7 +217,7 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
             scores["broken"] = len(source.dataset) - scores["samples"]
             report["zero_shot"][name], line = scores, zeroshot_line(name, scores)
         if processes.is_main:  # after each set: a long walk that is cut short keeps what it has
-            print(line, flush=True)
+            log.info(line)
             file.parent.mkdir(parents=True, exist_ok=True)
             utils.write_json(file, report)
     if absent:
@@ -229,7 +230,8 @@ def score_pairs(loaded: models.Pretrained, reader: Reader, loading: Loading) -> 
     """Retrieval over one reader, in percent, with its split and the number of images skipped."""
     images, texts, captions = embed_pairs(
         loaded.model, reader, loaded.preprocess, cast(Tokenizer, loaded.tokenizer), loading.device,
-        loading.batch_size, loading.workers, loading.processes, loading.skip_broken,
+        batch_size=loading.batch_size, workers=loading.workers, processes=loading.processes,
+        skip_broken=loading.skip_broken,
     )  # fmt: skip
     return retrieval_metrics(images, texts, captions) | {"split": reader.split, "broken": len(reader) - len(captions)}
 
@@ -259,4 +261,4 @@ def _skipped(scores: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main)

@@ -30,9 +30,8 @@ import models
 import utils
 from datasets import EvalPairs, Reader
 from downstream import ZeroShotSet
+from tokenizer import Tokenizer
 from transforms import Preprocess, UnreadableImage, View
-
-Tokenizer = Callable[[list[str]], Tensor]  # n captions to token ids (n, L)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tower

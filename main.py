@@ -18,8 +18,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -213,23 +214,14 @@ def parse_overrides(pairs: list[str]) -> dict:
     return out
 
 
-def build_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
+def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer | None]:
     """The model with the weights it starts from, and its tokenizer (None for an objective without text)."""
-    overrides = dict(ssl_mlp_dim=args.ssl_mlp_dim, ssl_emb_dim=args.ssl_emb_dim)
+    overrides: dict[str, Any] = dict(ssl_mlp_dim=args.ssl_mlp_dim, ssl_emb_dim=args.ssl_emb_dim)
     for key in ("image_size", "vision_tower", "context_length", "text_pooling"):
         if getattr(args, key) is not None:
             overrides[key] = getattr(args, key)
     overrides |= parse_overrides(args.override)
-    config = models.resolve_config(args.model, **overrides)
-
-    spec = {"kind": "clip-bpe", "context_length": config.context_length}
-    if config.text_tower == "bert" and args.bert_vocab:
-        spec = {"kind": "bert-wordpiece", "context_length": config.context_length, "vocab": args.bert_vocab}
-    elif config.text_tower == "bert" and args.medclip_weights:
-        raise ValueError("--medclip-weights needs --bert-vocab: the vocab.txt of Bio_ClinicalBERT (28,996 lines)")
-    elif config.text_tower == "bert":
-        say(f"{args.model}: no --bert-vocab, so the text tower reads CLIP's vocabulary")
-    tokenizer = create_tokenizer(spec)
+    tokenizer = build_tokenizer(args, models.resolve_config(args.model, **overrides))
     if overrides.setdefault("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size={overrides['vocab_size']} does not fit the tokenizer, which has "
@@ -241,12 +233,12 @@ def build_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
         if not models.is_medclip(model.config):
             raise ValueError(f"--medclip-weights fits the MEDCLIP_* and MEDSLIP_* models, not {args.model}")
         models.initialise(model, args.medclip_weights)
-        say(f"{args.model}: towers loaded from {args.medclip_weights}")
+        log.info(f"{args.model}: towers loaded from {args.medclip_weights}")
     elif args.init:
-        models.initialise(model, args.init)
-        say(f"{args.model}: weights loaded from {args.init}")
+        models.initialise(model, args.init, tokenizer if model.objective.text else None)
+        log.info(f"{args.model}: weights loaded from {args.init}")
     else:
-        say(f"{args.model}: no weights given, every parameter starts from its initial distribution")
+        log.info(f"{args.model}: no weights given, every parameter starts from its initial distribution")
     if args.freeze:
         model.freeze(args.freeze)
     if args.grad_checkpointing:
@@ -254,7 +246,24 @@ def build_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
     return model, tokenizer if model.objective.text else None
 
 
-def trained_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
+def build_tokenizer(args: argparse.Namespace, config: models.ModelConfig) -> Tokenizer:
+    spec = {"kind": "clip-bpe", "context_length": config.context_length}
+    if config.text_tower == "bert" and args.bert_vocab:
+        spec = {"kind": "bert-wordpiece", "context_length": config.context_length, "vocab": args.bert_vocab}
+    elif config.text_tower == "bert" and args.medclip_weights:
+        raise ValueError("--medclip-weights needs --bert-vocab: the vocab.txt of Bio_ClinicalBERT (28,996 lines)")
+    elif config.text_tower == "bert":
+        log.info(f"{args.model}: no --bert-vocab, so the text tower reads CLIP's vocabulary")
+    tokenizer = create_tokenizer(spec)
+    if args.medclip_weights and tokenizer.vocab_size != models.BERT_VOCABULARY:
+        raise ValueError(
+            f"--bert-vocab {args.bert_vocab} has {tokenizer.vocab_size} tokens, MedCLIP's text tower "
+            f"{models.BERT_VOCABULARY}: give the vocab.txt of Bio_ClinicalBERT"
+        )
+    return tokenizer
+
+
+def pretrained_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer | None]:
     """For --evaluate: model and tokenizer as their checkpoint describes them, by default this run's best."""
     own = [path for name in ("checkpoint_best.pt", "checkpoint.pt") if (path := Path(args.output_dir) / name).exists()]
     path = args.resume or args.init or args.medclip_weights or (own[0] if own else None)
@@ -266,40 +275,11 @@ def trained_model(args: argparse.Namespace, say) -> tuple[nn.Module, object]:
     loaded = models.load_pretrained(path, bert_vocab=args.bert_vocab or None, text_pooling=args.text_pooling)
     if loaded.model.objective.text and loaded.tokenizer is None:
         raise ValueError("MedCLIP's weights need --bert-vocab: the vocab.txt of Bio_ClinicalBERT (28,996 lines)")
-    say(f"evaluating {loaded.source}")
+    log.info(f"evaluating {loaded.source}")
     return loaded.model, loaded.tokenizer
 
 
-def compiles(args: argparse.Namespace, device: torch.device) -> bool:
-    return not args.shard and utils.compilation_pays(device) if args.compile is None else args.compile
-
-
-def prepare_training(
-    args: argparse.Namespace, model: nn.Module, processes: distributed.Processes
-) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, object, torch.amp.GradScaler]:
-    """Model on its device, what is called in training, optimizer, and context and gradient scaler of the precision."""
-    model = distributed.synchronise_batchnorm(model, processes).to(processes.device)
-    if not args.shard:  # FSDP2 takes contiguous parameters only
-        model.to(memory_format=torch.channels_last)
-    if compiles(args, processes.device):
-        # With --accum-negatives full the second pass must draw the first one's dropout, which only eager numbers do.
-        utils.compile_towers(model, options={"fallback_random": args.accum_negatives == "full"})
-    trained = model
-    if args.shard:
-        distributed.shard(model, processes)
-    elif processes.world_size > 1 and args.accum_negatives == "micro":
-        trained = DistributedDataParallel(
-            model,
-            broadcast_buffers=False,
-            device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
-        )
-    optimizer = torch.optim.AdamW(
-        utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas), eps=args.eps, fused=True
-    )
-    return model, trained, optimizer, *utils.autocast_of(processes.device, args.disable_amp)
-
-
-def build_reader(args: argparse.Namespace, split: str, caption_filter: str, say):
+def build_reader(args: argparse.Namespace, split: str, caption_filter: str, quiet: bool = False) -> datasets.Reader:
     if not args.root:
         raise ValueError(f"--root is missing: the folder of the {args.dataset} dataset")
     # The published default belongs to yfcc15m alone.
@@ -310,57 +290,118 @@ def build_reader(args: argparse.Namespace, split: str, caption_filter: str, say)
         metadata,
         split,
         caption_filter,
-        **({"cache_dir": args.cache_dir} if args.cache_dir else {}),
+        cache_dir=args.cache_dir,
+        val_fraction=args.val_fraction,
     )
-    for line in reader.log:
-        say(f"{args.dataset} {split}: {line}")
+    for line in () if quiet else reader.log:
+        log.info(f"{args.dataset} {split}: {line}")
     return reader
 
 
-def build_validation(args: argparse.Namespace, objective: models.Objective, say) -> dict[str, object]:
-    """Readers of the validation split by name: `val` as the caption filter leaves it, `val_full` the whole pool.
+@dataclass
+class Validation:
+    """What a run is validated on: nothing, where neither is there."""
 
-    Empty, with a notice, where the objective has no text side or the dataset no validation split.
-    """
-    if not objective.text:
-        say("validation: this objective has no text side, so there is no retrieval; the last epoch counts as the best")
-        return {}
+    readers: dict[str, datasets.Reader]  # for retrieval: `val` as the caption filter leaves it, `val_full` all of it
+    zero_shot: downstream.ZeroShotSet | None
+
+
+def build_validation(args: argparse.Namespace, model: models.ImageModel) -> Validation:
+    """The validation split and the labelled set, as far as the objective has a use for them and they are there."""
+    if not model.objective.validation:
+        log.info("validation: nothing measures this objective on held-out data; the last epoch counts as the best")
+        return Validation({}, None)
+    readers = {}
+    if "retrieval" in model.objective.validation:
+        readers = retrieval_readers(args)
+    zero_shot = None
+    if "zero-shot" in model.objective.validation:
+        try:
+            zero_shot = downstream.load_zeroshot_set(args.zeroshot_set, model.preprocess, args.catalog)
+        except FileNotFoundError as error:
+            log.info(f"validation: no zero-shot classification ({error})")
+    return Validation(readers, zero_shot)
+
+
+def retrieval_readers(args: argparse.Namespace) -> dict[str, datasets.Reader]:
+    """Readers of the validation split by name; none, with a notice, where the dataset has no such split."""
     if "validation" not in datasets.READERS[args.dataset].splits:
-        say(f"validation: {args.dataset} has no validation pairs, so there is no retrieval")
+        log.info(f"validation: {args.dataset} has no validation pairs, so there is no retrieval")
         return {}
     readers = {}
     try:
-        readers["val"] = build_reader(args, "validation", args.caption_filter, say)
-    except FileNotFoundError as error:
-        say(f"validation: no retrieval ({error})")
+        readers["val"] = build_reader(args, "validation", args.caption_filter)
+    except (FileNotFoundError, datasets.NoSplit) as error:
+        log.info(f"validation: no retrieval ({error})")
         return {}
     except datasets.NothingKept as error:
-        say(f"validation: {error}, so the whole pool chooses the best checkpoint")
+        log.info(f"validation: {error}, so all candidates choose the best checkpoint")
     if args.caption_filter != "all":
-        readers["val_full"] = build_reader(args, "validation", "all", lambda line: None)
+        readers["val_full"] = build_reader(args, "validation", "all", quiet=True)
     return readers
 
 
+def build_loader(
+    args: argparse.Namespace,
+    reader: datasets.Reader,
+    model: Any,
+    tokenizer: Tokenizer | None,
+    processes: Processes,
+) -> DataLoader:
+    dataset = datasets.ContrastiveDataset(
+        reader,
+        model.objective.inputs,
+        model.preprocess,
+        args.seed,
+        bad_samples=Path(args.output_dir) / "bad_samples.txt",
+        max_bad_fraction=args.max_bad_fraction,
+        colour_later=processes.device.type == "cuda",
+        groups=args.mask_duplicates,
+    )
+    return loader.make_loader(
+        dataset,
+        workers=loader.loader_processes(args.workers, processes),
+        device=processes.device,
+        batch_sampler=datasets.GlobalBatchSampler(
+            len(reader), args.batch_size, processes.rank, processes.world_size, args.seed
+        ),
+        collate=datasets.Collate(tokenizer, trim=model.objective.text and not model.text.reads_padding),
+        persistent=True,
+        generator=torch.Generator(),  # its own, so that starting a loader leaves dropout's numbers alone
+    )
+
+
+def compiles(args: argparse.Namespace, device: torch.device) -> bool:
+    return not args.shard and utils.compilation_pays(device) if args.compile is None else args.compile
+
+
 @dataclass
-class Run:
-    """The parts of a run that the epoch loop, validation and checkpoints share."""
+class Step:
+    """What one optimizer step takes beside its data."""
 
     args: argparse.Namespace
-    processes: distributed.Processes
-    model: nn.Module  # the bare model
-    trained: nn.Module  # what is called in training: the model or its DistributedDataParallel wrapper
-    tokenizer: object
+    processes: Processes
+    model: Any  # the bare models.ImageModel
+    called: nn.Module  # what a training step calls: the model, or what averages its gradients over the processes
     loss: nn.Module
     optimizer: torch.optim.Optimizer
-    autocast: object
+    autocast: Callable[[], AbstractContextManager]
     scaler: torch.amp.GradScaler
+
+
+@dataclass
+class Run(Step):
+    """The parts of a run that the epoch loop, validation and checkpoints share."""
+
+    tokenizer: Tokenizer | None
     loader: DataLoader
+    sampler: datasets.GlobalBatchSampler
     steps_per_epoch: int
-    logger: utils.Logger
+    writer: utils.MetricWriter
     settings: dict  # compared when a run is continued
     epoch: int = 0
     step_in_epoch: int = 0  # updates done in this epoch
-    best: float = -math.inf
+    best: float = -math.inf  # highest validation score so far
     epoch_sums: list[float] = field(default_factory=list)  # sums of the metrics over this epoch, then their count
     last_save: float = field(default_factory=time.monotonic)
 
@@ -369,39 +410,61 @@ class Run:
         return self.epoch * self.steps_per_epoch + self.step_in_epoch
 
 
-def build_loader(args: argparse.Namespace, reader, model: nn.Module, tokenizer, processes: distributed.Processes):
-    dataset = datasets.ContrastiveDataset(
-        reader,
-        model.objective.inputs,
-        model.preprocess,
-        args.seed,
-        bad_samples=Path(args.output_dir) / "bad_samples.txt",
-        max_bad_share=args.max_bad_share,
-        colour_later=processes.device.type == "cuda",
+def prepare_step(args: argparse.Namespace, processes: Processes, model: Any) -> Step:
+    """Model on its device and over the processes, compiled where that pays, with loss, optimizer and precision."""
+    model = distributed.synchronise_batchnorm(model, processes).to(processes.device)
+    if not args.shard:  # FSDP2 takes contiguous parameters only
+        model.to(memory_format=torch.channels_last)
+    if compiles(args, processes.device):
+        # With --accum-negatives full the second pass must draw the first one's dropout, which only eager numbers do.
+        utils.compile_towers(model, options={"fallback_random": args.accum_negatives == "full"})
+    called = model
+    if args.shard:
+        distributed.shard(model, processes)
+    elif args.accum_negatives == "micro":  # `full` calls towers and heads by themselves
+        called = distributed.replicate(model, processes)
+    optimizer = torch.optim.AdamW(
+        utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas), eps=args.eps, fused=True
     )
-    sampler = datasets.GlobalBatchSampler(len(reader), args.batch_size, processes.rank, processes.world_size, args.seed)
-    collate = datasets.Collate(tokenizer, trim=model.objective.text and not model.text.reads_padding)
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
-        # Forked workers share the reader's texts; from Python 3.14 on that has to be asked for.
-        multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None,
-        pin_memory=processes.device.type == "cuda",
-        generator=torch.Generator(),
-    )  # its own, so that starting a loader leaves dropout's numbers alone
+    settings = losses.LossSettings(args.ssl_scale, args.ssl_temp, args.gather_with_grad, args.mask_duplicates)
+    autocast, scaler = utils.autocast_of(processes.device, args.disable_amp)
+    return Step(args, processes, model, called, model.objective.loss(settings), optimizer, autocast, scaler)
+
+
+def build_run(
+    args: argparse.Namespace,
+    processes: Processes,
+    writer: utils.MetricWriter,
+    model: models.ImageModel,
+    tokenizer: Tokenizer | None,
+    reader: datasets.Reader,
+) -> Run:
+    """A run at its first step."""
+    step = prepare_step(args, processes, model)
+    utils.seed_everything(args.seed + processes.rank)  # dropout differs between ranks
+    batches = build_loader(args, reader, step.model, tokenizer, processes)
+    sampler: Any = batches.batch_sampler
+    return Run(
+        **vars(step),
+        tokenizer=tokenizer,
+        loader=batches,
+        sampler=sampler,
+        steps_per_epoch=math.ceil(len(sampler) / args.update_freq),
+        writer=writer,
+        settings=resume_settings(args, step.model, tokenizer, processes, reader),
+        epoch=args.start_epoch,
+    )
 
 
 def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
     """Everything that determines this run, written before its first step, and the lines a person wants to see."""
-    world, say = run.processes.world_size, run.logger.line
+    world = run.processes.world_size
     effective = args.batch_size * args.update_freq * world
     derived = {
         "world_size": world,
         "device": str(run.processes.device),
         "training_pairs": n_pairs,
+        "loader_processes": run.loader.num_workers,
         "compiled": compiles(args, run.processes.device),
         "global_batch": args.batch_size * world,
         "effective_batch": effective,
@@ -412,14 +475,12 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
         "parameters": sum(p.numel() for p in run.model.parameters()),
     }
     if run.processes.is_main:
-        utils.write_json(
-            Path(args.output_dir) / "settings.json",
-            {"args": vars(args), "derived": derived, "versions": utils.versions()},
-        )
-    say(json.dumps(vars(args), default=str))
-    say(", ".join(f"{k} {v}" for k, v in utils.versions().items()))
-    say(f"weight decay: {utils.describe_groups(run.optimizer.param_groups)}")
-    say(
+        settings = {"args": vars(args), "derived": derived, "versions": utils.versions()}
+        utils.write_json(Path(args.output_dir) / "settings.json", settings)
+    log.info(json.dumps(vars(args), default=str))
+    log.info(", ".join(f"{k} {v}" for k, v in utils.versions().items()))
+    log.info(f"weight decay: {utils.describe_groups(run.optimizer.param_groups)}")
+    log.info(
         f"{n_pairs:,} pairs; {args.batch_size} x {args.update_freq} micro-batch(es) x {world} process(es) = effective "
         f"batch {effective}; {run.steps_per_epoch} steps an epoch; learning rate {args.lr:g} (not scaled)"
     )
@@ -431,22 +492,24 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
 
 
 def resume_settings(
-    args: argparse.Namespace, model: nn.Module, tokenizer, processes: distributed.Processes, n_pairs: int
+    args: argparse.Namespace, model: Any, tokenizer: Tokenizer | None, processes: Processes, reader: datasets.Reader
 ) -> dict:
     settings = {key: getattr(args, key) for key in RESUME_SETTINGS}
     settings |= {
         "model": args.model,
         "global_batch": args.batch_size * processes.world_size,
-        "pairs": n_pairs,
+        "pairs": len(reader),
+        "images and captions": reader.fingerprint(),
         **{f"model.{k}": v for k, v in model.config.items()},
         "tokenizer": hashlib.sha256(json.dumps(tokenizer.spec()).encode()).hexdigest() if tokenizer else None,
     }
     return json.loads(json.dumps(settings))  # tuples and lists compare equal after a round trip
 
 
-def save(run: Run, is_best: bool = False) -> None:
-    """Checkpoint the run as it stands; every rank calls this."""
-    random_states = distributed.gather_objects(run.processes, utils.random_state(run.processes.device))
+def save(run: Run, is_best: bool = False, alone: bool = False) -> None:
+    """Checkpoint the run as it stands. Every rank calls this; `alone` is for the main one when others are lost."""
+    own = utils.random_state(run.processes.device)
+    random_states = [own] if alone else distributed.gather_objects(run.processes, own)
     weights, optimizer = distributed.training_state(run.model, run.optimizer)
     run.last_save = time.monotonic()
     if not run.processes.is_main:
@@ -455,10 +518,11 @@ def save(run: Run, is_best: bool = False) -> None:
         "epoch": run.epoch,
         "step_in_epoch": run.step_in_epoch,
         "step": run.step,
+        "steps_per_epoch": run.steps_per_epoch,
         "state_dict": weights,
         "optimizer": optimizer,
         "scaler": run.scaler.state_dict(),
-        "best_acc1": run.best,
+        "best_acc1": run.best,  # SLIP's name for it, which stays
         "epoch_sums": run.epoch_sums,
         "random": random_states,
         "settings": run.settings,
@@ -480,39 +544,33 @@ def save(run: Run, is_best: bool = False) -> None:
 
 def exports_medclip(run: Run) -> bool:
     """Whether MedCLIP's own code could load this model: both its towers, and its text tower's own vocabulary."""
-    return models.is_medclip(run.model.config) and run.tokenizer.kind == "bert-wordpiece"
+    return models.is_medclip(run.model.config) and run.tokenizer is not None and run.tokenizer.kind == "bert-wordpiece"
 
 
 def resume(run: Run) -> None:
     """Continue from --resume, else from the newest checkpoint in the output directory, if there is one."""
     output_dir = Path(run.args.output_dir)
-    state, source = utils.find_training_checkpoint(output_dir, run.logger.line), f"the run in {output_dir}"
+    state, source = utils.find_training_checkpoint(output_dir), f"the run in {output_dir}"
     if run.args.resume:
         named = utils.load_checkpoint(run.args.resume)
         if state is not None and state.get("step", 0) >= named.get("step", 0):
-            run.logger.line(
+            log.info(
                 f"{source} is as far as {run.args.resume} or further, so it is continued; to go back, "
                 "choose another --output-dir"
             )
         else:
             state, source = named, run.args.resume
-            run.logger.line(f"resuming from {source}")
+            log.info(f"resuming from {source}")
     if state is None:
         return
     if "settings" not in state:
         raise ValueError(
             f"{source} was not written by this code and cannot be continued; --init starts a new run from its weights"
         )
-    theirs = state["settings"]
-    differ = [
-        f"{k}: {theirs.get(k)!r} there, {run.settings.get(k)!r} now"
-        for k in sorted(set(theirs) | set(run.settings))
-        if theirs.get(k) != run.settings.get(k)
-    ]
-    if differ:
+    if differ := differences(state["settings"], run.settings):
         raise ValueError(
-            f"cannot continue {source}, its settings differ (choose another --output-dir for a new run):\n"
-            + "\n".join(f"  {d}" for d in differ)
+            f"cannot continue {source}, its settings differ (choose another --output-dir for a new run): "
+            + "; ".join(differ)
         )
     distributed.load_training_state(run.model, run.optimizer, state["state_dict"], state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
@@ -523,11 +581,17 @@ def resume(run: Run) -> None:
     if len(state["random"]) == run.processes.world_size:
         utils.set_random_state(state["random"][run.processes.rank], run.processes.device)
     else:
-        run.logger.line("the number of processes has changed: dropout goes on from fresh random numbers")
+        log.info("the number of processes has changed: dropout goes on from fresh random numbers")
     if run.epoch >= run.args.epochs:
-        run.logger.line(f"this run is finished: it has done {run.epoch} of {run.args.epochs} epochs")
+        log.info(f"this run is finished: it has done {run.epoch} of {run.args.epochs} epochs")
         return
-    run.logger.line(f"continuing at epoch {run.epoch}, step {run.step_in_epoch} of {run.steps_per_epoch}")
+    log.info(f"continuing at epoch {run.epoch}, step {run.step_in_epoch} of {run.steps_per_epoch}")
+
+
+def differences(theirs: dict, ours: dict) -> list[str]:
+    """What two runs do not share. What a checkpoint of an earlier version does not record is taken to agree."""
+    theirs = {**ours, "mask_duplicates": False, **theirs}
+    return [f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in sorted(theirs) if theirs[k] != ours.get(k)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -535,57 +599,52 @@ def resume(run: Run) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class StopRequest:
-    """Remembers SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, so that the loop can checkpoint and leave between two steps."""
+@dataclass
+class Totals:
+    """Sums since the last log line. They stay on the device, so that no step waits for it."""
 
-    def __init__(self):
-        self.name = ""
-        self.previous = {}
+    metrics: Tensor  # (K,), each metric over the micro-batches
+    count: Tensor  # (), micro-batches with finite metrics
+    skipped: Tensor  # (), updates whose gradient was not finite
 
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            try:
-                self.previous[number] = signal.signal(number, self._remember)
-            except ValueError:  # not in the main thread: signals belong to whoever runs us
-                break
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: object) -> None:
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
-        self.name = signal.Signals(number).name
+    @classmethod
+    def zero(cls, k: int, device: torch.device) -> Totals:
+        return cls(torch.zeros(k, device=device), torch.zeros((), device=device), torch.zeros((), device=device))
 
 
-def accumulate_micro(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dict]:
+def accumulate_micro(
+    run: Run, micro_batches: list[list[Tensor]], groups: list[Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Gradients of the mean loss of the micro-batches, each contrasted within itself; yields each one's metrics.
 
     Each weighs the same however many there are, so a short group at the end of an epoch is no weaker step.
+
+    Args:
+        micro_batches: of each the objective's inputs, (B, ...).
+        groups: of each what tells duplicates, (B, 2), where the loss asks for it.
     """
     for i, inputs in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
-        if distributed.is_sharded(run.model):
-            run.model.set_requires_gradient_sync(last)
-        with run.trained.no_sync() if isinstance(run.trained, DistributedDataParallel) and not last else nullcontext():
+        with distributed.gradient_exchange(run.called, last=i == len(micro_batches) - 1):
             with run.autocast():
-                outputs = run.trained(*inputs)
+                outputs = run.called(*inputs)
+            if groups is not None:
+                outputs["groups"] = groups[i]
             metrics = run.loss(outputs)
             run.scaler.scale(metrics["loss"] / len(micro_batches)).backward()
         yield metrics
-    if distributed.is_sharded(run.model):
-        distributed.average_gradients((p for p in run.model.parameters() if p.ndim == 0), run.processes)
+    distributed.average_whole_gradients(run.model, run.processes)
 
 
-def accumulate_full(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dict]:
+def accumulate_full(
+    run: Run, micro_batches: list[list[Tensor]], groups: list[Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Gradients of the loss over all micro-batches as one batch, in the memory of one; yields the step's metrics.
 
     The towers' outputs are computed without graph, the heads and the loss see them all, and each micro-batch goes
     through the towers again, with the same dropout, to carry its part of the gradient back (Gao et al. 2021, section
     3.2, "gradient cache").
     """
+    # First pass: features only. BatchNorm's statistics wait for the second, or each micro-batch would count twice.
     states, features = [], []
     with torch.no_grad(), distributed.batchnorm_statistics_kept(run.model.visual):
         for inputs in micro_batches:
@@ -595,21 +654,23 @@ def accumulate_full(run: Run, micro_batches: list[list[Tensor]]) -> Iterator[dic
     leaves = [torch.cat(parts).requires_grad_() for parts in zip(*features, strict=True)]  # (k*B, ...) each
     with run.autocast():
         outputs = run.model.heads(*leaves)
+    if groups is not None:
+        outputs["groups"] = torch.cat(groups)
     metrics = run.loss(outputs)
-    run.scaler.scale(metrics["loss"]).backward()
+    run.scaler.scale(metrics["loss"]).backward()  # the heads' gradients, and those of the features
+    # Second pass: the same features with a graph, through which each micro-batch's part of the gradient flows on.
     after = utils.random_state(run.processes.device)
     parts = [leaf.grad.split([len(inputs[0]) for inputs in micro_batches]) for leaf in leaves]
     for inputs, state, grads in zip(micro_batches, states, zip(*parts, strict=True), strict=True):
-        utils.set_random_state(state, run.processes.device)
+        utils.set_random_state(state, run.processes.device)  # the first pass's dropout once more
         with run.autocast():
             outputs = run.model.towers(*inputs)
         learning = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
         if learning:  # none where the towers are frozen
             torch.autograd.backward(*zip(*learning, strict=True))
     utils.set_random_state(after, run.processes.device)
-    distributed.average_gradients(
-        run.model.parameters(), run.processes
-    )  # the towers ran beside DistributedDataParallel
+    # DistributedDataParallel averages what runs through its own forward, which the towers did not.
+    distributed.average_gradients(run.model.parameters(), run.processes)
     yield metrics
 
 
@@ -623,149 +684,185 @@ def to_device(batch: dict[str, Tensor], key: str, preprocess: Preprocess, device
     return preprocess.normalise(x).to(memory_format=torch.channels_last)
 
 
-def update(run: Run, batches: list[dict], totals: Tensor) -> None:
-    """One optimizer step over micro-batches, whose metrics are added to `totals` (metrics..., count, not finite).
+def update(run: Run, batches: list[dict[str, Tensor]], totals: Totals) -> None:
+    """One optimizer step over micro-batches, whose metrics are added to `totals`.
 
-    An update whose gradient is not finite is skipped, decided on the device and alike on all ranks.
+    An update whose gradient is not finite is skipped, decided on the device and alike on all ranks. An error leaves
+    model and optimizer as they were before the step.
     """
+    args, model, device = run.args, run.model, run.processes.device
     lr = utils.cosine_lr(
         run.step,
-        run.steps_per_epoch * run.args.epochs,
-        run.args.lr,
-        run.args.lr_end,
-        run.args.warmup_epochs * run.steps_per_epoch,
-        run.args.lr_start,
+        total=run.steps_per_epoch * args.epochs,
+        base=args.lr,
+        final=args.lr_end,
+        warmup=args.warmup_epochs * run.steps_per_epoch,
+        start=args.lr_start,
     )
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    micro_batches = [
-        [to_device(batch, key, run.model.preprocess, run.processes.device) for key in run.model.objective.inputs]
-        for batch in batches
-    ]
-    accumulate = accumulate_full if run.args.accum_negatives == "full" else accumulate_micro
-    buffers = [b for b in run.model.buffers() if b.is_floating_point()]  # BatchNorm's running statistics
+
+    # Data to the device, and what forward passes change set aside: BatchNorm's running statistics.
+    micro_batches = [[to_device(b, key, model.preprocess, device) for key in model.objective.inputs] for b in batches]
+    groups = [b["groups"].to(device, non_blocking=True) for b in batches] if "groups" in batches[0] else None
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
     before = [b.clone() for b in buffers]
-    for metrics in accumulate(run, micro_batches):
-        values = torch.stack([metrics[key].detach().float() for key in run.model.objective.metrics])
-        usable = values.isfinite().all()
-        totals[:-2] += torch.where(usable, values, 0)
-        totals[-2] += usable
-    finite = distributed.gradients_finite(run.model)
+
+    # Gradients.
+    accumulate = accumulate_full if args.accum_negatives == "full" else accumulate_micro
+    try:
+        found = list(accumulate(run, micro_batches, groups))
+        finite = distributed.gradients_finite(model)
+    except Exception:
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(old)
+        raise
+
+    # The step, or none of it.
     for buffer, old in zip(buffers, before, strict=True):
         buffer.copy_(torch.where(finite, buffer, old))
-    totals[-1] += ~finite
     if not run.scaler.is_enabled():
-        run.optimizer.found_inf = (~finite).float()  # the fused optimizer leaves everything as it is where this is 1
+        optimizer: Any = run.optimizer
+        optimizer.found_inf = (~finite).float()  # the fused optimizer leaves everything as it is where this is 1
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    if run.model.objective.text:
+    if model.objective.text:
         with torch.no_grad():
-            run.model.logit_scale.clamp_(0, models.LOGIT_SCALE_MAX)  # CLIP, section 2.5
+            model.logit_scale.clamp_(0, models.LOGIT_SCALE_MAX)  # CLIP, section 2.5
     run.step_in_epoch += 1
 
+    # Metrics.
+    for metrics in found:
+        values = torch.stack([metrics[key].detach().float() for key in model.objective.metrics])
+        usable = values.isfinite().all()
+        totals.metrics += torch.where(usable, values, 0)
+        totals.count += usable
+    totals.skipped += ~finite
 
-def train_one_epoch(run: Run, stop: StopRequest) -> bool:
+
+def train_one_epoch(run: Run, stop: utils.StopRequest) -> bool:
     """The rest of the epoch that `run` stands in; False when a signal ended it early, after a checkpoint."""
-    args, keys = run.args, run.model.objective.metrics
-    run.trained.train()
-    run.loader.batch_sampler.set_epoch(run.epoch, start_step=run.step_in_epoch * args.update_freq)
-    batches = iter(run.loader)
-    totals = torch.zeros(len(keys) + 2, device=run.processes.device)
+    args, keys, device = run.args, run.model.objective.metrics, run.processes.device
+    run.called.train()
+    run.sampler.set_epoch(run.epoch, start_step=run.step_in_epoch * args.update_freq)
+    batches = loader.batches(run.loader)
+    totals = Totals.zero(len(keys), device)
     run.epoch_sums = run.epoch_sums or [0.0] * (len(keys) + 1)
+    shown = run.processes.is_main and sys.stderr.isatty()
     bar = tqdm(
-        total=run.steps_per_epoch,
-        initial=run.step_in_epoch,
-        desc=f"epoch {run.epoch}",
-        leave=False,
-        disable=not (run.processes.is_main and sys.stderr.isatty()),
+        desc=f"epoch {run.epoch}", total=run.steps_per_epoch, initial=run.step_in_epoch, leave=False, disable=not shown
     )
-    waiting, since, first, images = 0.0, time.monotonic(), run.step_in_epoch, 0
-    while run.step_in_epoch < run.steps_per_epoch:
-        before = time.monotonic()
-        group = [batch for _, batch in zip(range(args.update_freq), batches, strict=False)]
-        waiting += time.monotonic() - before
-        images += sum(len(batch["index"]) for batch in group) * run.processes.world_size
-        update(run, group, totals)
-        bar.update()
-        if run.step_in_epoch % args.print_freq and run.step_in_epoch < run.steps_per_epoch:
-            continue
+    interval = Interval(run)
+    with closing(bar):
+        while run.step_in_epoch < run.steps_per_epoch:
+            try:
+                with interval.waiting():
+                    group = list(islice(batches, args.update_freq))
+                interval.images += sum(len(batch["index"]) for batch in group) * run.processes.world_size
+                update(run, group, totals)
+            except Exception:
+                save_last_step(run, totals)
+                raise
+            bar.update()
+            if run.step_in_epoch % args.print_freq and run.step_in_epoch < run.steps_per_epoch:
+                continue
 
-        # The one point of the interval at which ranks meet and the host waits for the device.
-        save_due = run.processes.is_main and time.monotonic() - run.last_save > 60 * args.save_every_minutes
-        shared = torch.cat([totals, totals.new_tensor([bool(stop.name), save_due])])
-        if run.processes.world_size > 1:
-            dist.all_reduce(shared)
-        *sums, count, skipped, stopping, save_due = shared.tolist()
-        totals.zero_()
-        for i, value in enumerate([*sums, count]):
-            run.epoch_sums[i] += value
-        seconds = time.monotonic() - since
-        metrics = {key: s / count if count else math.nan for key, s in zip(keys, sums, strict=True)}
-        log_interval(
-            run,
-            metrics,
-            skipped / run.processes.world_size,
-            run.step_in_epoch - first,
-            images / seconds,
-            seconds,
-            waiting / seconds,
-        )
-        waiting, since, first, images = 0.0, time.monotonic(), run.step_in_epoch, 0
-        if stopping:
-            save(run)
-            stop.name = next(
-                filter(None, distributed.gather_objects(run.processes, stop.name))
-            )  # the same on all ranks
-            run.logger.line(
-                f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, step "
-                f"{run.step_in_epoch}; the same command continues from it"
-            )
-            bar.close()
-            return False
-        if save_due and run.step_in_epoch < run.steps_per_epoch:
-            save(run)
-    bar.close()
+            # The one point of the interval at which ranks meet and the host waits for the device.
+            save_due = run.processes.is_main and time.monotonic() - run.last_save > 60 * args.save_every_minutes
+            flags = totals.metrics.new_tensor([bool(stop.name), save_due])
+            shared = torch.cat([totals.metrics, totals.count[None], totals.skipped[None], flags])
+            if run.processes.world_size > 1:
+                dist.all_reduce(shared)
+            *sums, count, skipped, stopping, save_due = shared.tolist()
+            totals = Totals.zero(len(keys), device)
+            for i, value in enumerate([*sums, count]):
+                run.epoch_sums[i] += value
+            metrics = {key: s / count if count else math.nan for key, s in zip(keys, sums, strict=True)}
+            interval.log(metrics, skipped / run.processes.world_size)
+            interval = Interval(run)
+            if stopping:
+                save(run)
+                names = filter(None, distributed.gather_objects(run.processes, stop.name))
+                stop.name = next(names)  # the same on all ranks
+                log.info(
+                    f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, step {run.step_in_epoch}; "
+                    "the same command continues from it"
+                )
+                return False
+            if save_due and run.step_in_epoch < run.steps_per_epoch:
+                save(run)
     return True
 
 
-def log_interval(
-    run: Run, metrics: dict, skipped: float, steps: int, samples: float, seconds: float, waiting: float
-) -> None:
-    """One line and one row about the `steps` updates since the last; raises where none of them was finite."""
-    args = run.args
-    left = (run.steps_per_epoch * args.epochs - run.step) * seconds / steps
-    memory = torch.cuda.max_memory_allocated() / 2**30 if run.processes.device.type == "cuda" else 0.0
-    lr = run.optimizer.param_groups[0]["lr"]
-    scale = {"logit_scale": run.model.logit_scale.exp().item()} if run.model.objective.text else {}
-    parts = "  ".join(f"{k} {v:.4g}" for k, v in {**metrics, **scale}.items())
-    run.logger.line(
-        f"epoch {run.epoch} [{run.step_in_epoch}/{run.steps_per_epoch}]  {parts}  lr {lr:.3g}  "
-        f"{samples:.0f} samples/s  data {100 * waiting:.0f}%"
-        + (f"  mem {memory:.1f} GiB" if memory else "")
-        + f"  left {utils.format_seconds(left)}"
-    )
-    run.logger.row(
-        "train",
-        run.step,
-        {
+def save_last_step(run: Run, totals: Totals) -> None:
+    """A checkpoint of the last whole step when the next one has failed: its data, or another rank.
+
+    What is left of a model that is split over processes cannot be saved by one of them.
+    """
+    if distributed.is_sharded(run.model) or not run.processes.is_main or not run.step_in_epoch:
+        return
+    if run.processes.world_size == 1:
+        for i, value in enumerate([*totals.metrics.tolist(), totals.count.item()]):
+            run.epoch_sums[i] += value
+    try:
+        save(run, alone=True)
+    except Exception as error:  # the first one is what the user needs to see
+        log.warning(f"no checkpoint of the last step: {error}")
+    else:
+        log.info(f"checkpoint of the last whole step written: epoch {run.epoch}, step {run.step_in_epoch}")
+
+
+class Interval:
+    """The time between two log lines."""
+
+    def __init__(self, run: Run):
+        self.run, self.first = run, run.step_in_epoch
+        self.since, self.waited = time.monotonic(), 0.0  # s; for data
+        self.images = 0  # of all processes
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For data, inside the block."""
+        before = time.monotonic()
+        yield
+        self.waited += time.monotonic() - before
+
+    def log(self, metrics: dict[str, float], skipped: float) -> None:
+        """One line and one row about the updates since the last.
+
+        Raises:
+            FloatingPointError: none of the updates was finite.
+        """
+        run, args = self.run, self.run.args
+        steps, seconds = run.step_in_epoch - self.first, time.monotonic() - self.since
+        scale = {"logit_scale": run.model.logit_scale.exp().item()} if run.model.objective.text else {}
+        row = {
             "epoch": run.epoch,
             **metrics,
             **scale,
-            "lr": lr,
-            "samples_per_second": samples,
-            "waiting_for_data": waiting,
-            "memory_gib": memory,
+            "lr": run.optimizer.param_groups[0]["lr"],
+            "samples_per_second": self.images / seconds,
+            "waiting_for_data": self.waited / seconds,
+            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if run.processes.device.type == "cuda" else 0.0,
             "skipped_updates": skipped,
-        },
-    )
-    if skipped:
-        run.logger.line(f"warning: {skipped:.0f} of {steps} updates had a gradient that is not finite and were skipped")
-    if skipped >= steps and not (run.scaler.is_enabled() and math.isfinite(metrics["loss"])):
-        raise FloatingPointError(
-            f"loss or gradient not finite in all {steps} updates up to epoch {run.epoch}, step "
-            f"{run.step_in_epoch}: lower --lr, or look at the data; the last checkpoint is intact"
+        }
+        left = (run.steps_per_epoch * args.epochs - run.step) * seconds / steps
+        parts = "  ".join(f"{k} {v:.4g}" for k, v in {**metrics, **scale}.items())
+        log.info(
+            f"epoch {run.epoch} [{run.step_in_epoch}/{run.steps_per_epoch}]  {parts}  lr {row['lr']:.3g}  "
+            f"{row['samples_per_second']:.0f} samples/s  data {100 * row['waiting_for_data']:.0f}%"
+            + (f"  mem {row['memory_gib']:.1f} GiB" if row["memory_gib"] else "")
+            + f"  left {utils.format_seconds(left)}"
         )
+        run.writer.row("train", run.step, row)
+        if skipped:
+            log.warning(f"{skipped:.0f} of {steps} updates had a gradient that is not finite and were skipped")
+        if skipped >= steps and not (run.scaler.is_enabled() and math.isfinite(metrics["loss"])):
+            raise FloatingPointError(
+                f"loss or gradient not finite in all {steps} updates up to epoch {run.epoch}, step "
+                f"{run.step_in_epoch}: lower --lr, or look at the data; the last checkpoint is intact"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -773,25 +870,8 @@ def log_interval(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def zero_shot_set(args: argparse.Namespace, model: nn.Module, say):
-    """The labelled set of --zeroshot-set, or None with one notice where it is not there."""
-    if not model.objective.text:
-        return None
-    try:
-        return downstream.load_zeroshot_set(args.zeroshot_set, model.preprocess, args.catalog)
-    except FileNotFoundError as error:
-        say(f"validation: no zero-shot classification ({error})")
-        return None
-
-
 def validate(
-    args: argparse.Namespace,
-    processes: distributed.Processes,
-    model: nn.Module,
-    tokenizer,
-    say,
-    readers: dict,
-    zero_shot,
+    args: argparse.Namespace, processes: Processes, model: Any, tokenizer: Any, validation: Validation
 ) -> tuple[dict, float | None]:
     """Metrics of the whole validation split, each sample once on any number of processes.
 
@@ -800,121 +880,102 @@ def validate(
     """
     row, score = {}, None
     loading = Loading(args.batch_size, min(args.workers, 4), args.skip_broken, processes)
-    for name, reader in readers.items():
+    for name, reader in validation.readers.items():
         with distributed.unsharded(model):
             images, texts, captions = embed_pairs(
                 model, reader, model.preprocess, tokenizer, processes.device,
-                loading.batch_size, loading.workers, processes, loading.skip_broken,
+                batch_size=loading.batch_size, workers=loading.workers, processes=processes,
+                skip_broken=loading.skip_broken,
             )  # fmt: skip
         scores = percent(retrieval_metrics(images, texts, captions))
         row |= {f"{name}_{k}": v for k, v in scores.items()}
         recalls = [v for k, v in scores.items() if k[:5] in ("i2t_r", "t2i_r")]
-        if name == "val" or "val" not in readers:
+        if name == "val" or "val" not in validation.readers:
             score = sum(recalls) / len(recalls)
-        say(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-    if zero_shot is not None:
+        log.info(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+    if validation.zero_shot is not None:
         with distributed.unsharded(model):
-            scores = percent(classify_zeroshot(model, tokenizer, zero_shot, loading))
+            scores = percent(classify_zeroshot(model, tokenizer, validation.zero_shot, loading))
         row |= {f"{args.zeroshot_set}_{k}": v for k, v in scores.items()}
         score = scores["top1"] if score is None else score
-        say(f"zero-shot {args.zeroshot_set}: {scores['metric']} {scores['score']:.2f}")
+        log.info(f"zero-shot {args.zeroshot_set}: {scores['metric']} {scores['score']:.2f}")
     return row, score
 
 
-def finish_epoch(run: Run, readers: dict, zero_shot) -> dict:
+def finish_epoch(run: Run, validation: Validation) -> dict:
     """Validate where it is due, checkpoint, and keep the best; returns the epoch's scores."""
     args, done = run.args, run.epoch + 1
     *sums, count = run.epoch_sums
-    row = {
-        "epoch": run.epoch,
-        **{k: s / count if count else math.nan for k, s in zip(run.model.objective.metrics, sums, strict=True)},
-    }
+    means = (s / count if count else math.nan for s in sums)
+    row = {"epoch": run.epoch, **dict(zip(run.model.objective.metrics, means, strict=True))}
     score = None
     if done % args.eval_freq == 0 or done == args.epochs:
         save(run)  # validation does not answer signals; a kill in it must not cost the end of the epoch
         with torch.compiler.set_stance("force_eager"):  # other shapes, seen a few times: not worth compiling for
-            scores, score = validate(args, run.processes, run.model, run.tokenizer, run.logger.line, readers, zero_shot)
+            scores, score = validate(args, run.processes, run.model, run.tokenizer, validation)
         row |= scores
-    is_best = score > run.best if score is not None else not readers and zero_shot is None
+    # Where nothing can be measured the last epoch counts as the best.
+    is_best = score > run.best if score is not None else not validation.readers and validation.zero_shot is None
     run.best = score if is_best and score is not None else run.best
     run.epoch, run.step_in_epoch, run.epoch_sums = done, 0, []
-    run.logger.row("epoch", run.step, {**row, "best": run.best if math.isfinite(run.best) else None})
+    run.writer.row("epoch", run.step, {**row, "best": run.best if math.isfinite(run.best) else None})
     save(run, is_best)
     return row
 
 
-def evaluate(args: argparse.Namespace, processes: distributed.Processes, logger: utils.Logger) -> dict[str, float]:
+def evaluate(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     """Validate a checkpoint, once the processes have met."""
-    say = logger.line
-    model, tokenizer = trained_model(args, say)
-    return validate(
-        args,
-        processes,
-        model.to(processes.device),
-        tokenizer,
-        say,
-        build_validation(args, model.objective, say),
-        zero_shot_set(args, model, say),
-    )[0]
+    model, tokenizer = pretrained_model(args)
+    validation = build_validation(args, model)
+    return validate(args, processes, model.to(processes.device), tokenizer, validation)[0]
 
 
-def train(args: argparse.Namespace, processes: distributed.Processes, logger: utils.Logger) -> dict:
+def train(args: argparse.Namespace, processes: Processes, writer: utils.MetricWriter) -> dict:
     """All epochs that are left, once the processes have met."""
-    say = logger.line
     utils.seed_everything(args.seed)  # all ranks start from the same weights
-    model, tokenizer = build_model(args, say)
+    model, tokenizer = build_model(args)
     with distributed.main_process_first(processes):
-        reader = build_reader(args, "train", args.caption_filter, say)
-        readers = build_validation(args, model.objective, say)
-    zero_shot = zero_shot_set(args, model, say)
-    model, trained, optimizer, autocast, scaler = prepare_training(args, model, processes)
-    utils.seed_everything(args.seed + processes.rank)  # dropout differs between ranks
-    loader = build_loader(args, reader, model, tokenizer, processes)
-    run = Run(
-        args,
-        processes,
-        model,
-        trained,
-        tokenizer,
-        model.objective.loss(args.ssl_temp, args.ssl_scale, args.gather_with_grad),
-        optimizer,
-        autocast,
-        scaler,
-        loader,
-        math.ceil(len(loader.batch_sampler) / args.update_freq),
-        logger,
-        resume_settings(args, model, tokenizer, processes, len(reader)),
-        epoch=args.start_epoch,
-    )
+        reader = build_reader(args, "train", args.caption_filter)
+        validation = build_validation(args, model)
+    run = build_run(args, processes, writer, model, tokenizer, reader)
     resume(run)  # first, because a refusal leaves the run's files as they are
     record_settings(args, run, len(reader))
 
     scores = {}
-    with StopRequest() as stop:
+    with utils.StopRequest() as stop:
         while run.epoch < args.epochs:
             if not train_one_epoch(run, stop):
                 return {**scores, "stopped_by": stop.name}
-            scores = finish_epoch(run, readers, zero_shot)
+            scores = finish_epoch(run, validation)
     return scores
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UsageError for flags that exclude each other."""
+    starts = [f"--{n.replace('_', '-')}" for n in ("resume", "init", "medclip_weights") if getattr(args, n)]
+    if len(starts) > 1:
+        raise utils.UsageError(f"{' and '.join(starts)} cannot both say where the weights come from: choose one")
+    if args.start_epoch >= args.epochs:
+        raise utils.UsageError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
+    if args.shard and args.accum_negatives == "full":
+        raise utils.UsageError("--shard keeps no whole tower to run twice: use it with --accum-negatives micro")
+    if not 0 <= args.val_fraction < 1:
+        raise utils.UsageError(f"--val-fraction {args.val_fraction}: a fraction from 0 to below 1")
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; returns the last epoch's scores, and `stopped_by` where a signal came first."""
     args = get_args_parser().parse_args(argv)
-    starts = [f"--{n.replace('_', '-')}" for n in ("resume", "init", "medclip_weights") if getattr(args, n)]
-    if len(starts) > 1:
-        raise ValueError(f"{' and '.join(starts)} cannot both say where the weights come from: choose one")
-    if args.start_epoch >= args.epochs:
-        raise ValueError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
-    if args.shard and args.accum_negatives == "full":
-        raise ValueError("--shard keeps no whole tower to run twice: use it with --accum-negatives micro")
+    check_arguments(args)
     processes = distributed.init_distributed(args)
     if args.shard and processes.world_size == 1:
-        raise ValueError("--shard splits the model over several processes: start it with torchrun or submitit")
-    logger = utils.Logger(Path(args.output_dir), processes.is_main, args.wandb, vars(args))
-    with closing(logger), distributed.ending_together(processes, logger.line):
-        return (evaluate if args.evaluate else train)(args, processes, logger)
+        raise utils.UsageError("--shard splits the model over several processes: start it with torchrun or submitit")
+    with utils.start_logging(args.output_dir, processes.is_main), distributed.ending_together(processes):
+        if args.evaluate:
+            return evaluate(args, processes)
+        with closing(utils.MetricWriter(Path(args.output_dir), processes.is_main, args.wandb, vars(args))) as writer:
+            return train(args, processes, writer)
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main)

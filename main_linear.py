@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import distributed
 import downstream
+import loader
 import metrics
 import models
 import utils
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = get_args_parser().parse_args(argv)
     args.seed = args.seed or 0
     processes = distributed.init_distributed(args)
-    with distributed.ending_together(processes):
+    with utils.start_logging(is_main=processes.is_main), distributed.ending_together(processes):
         return evaluate(args, processes)
 
 
@@ -206,7 +207,8 @@ def record_settings(args: argparse.Namespace, backbone: Backbone, processes: dis
 
 def loading_of(args: argparse.Namespace, processes: distributed.Processes) -> Loading:
     """--workers is a node's, to be divided among its processes."""
-    return Loading(args.batch_size, args.workers // distributed.processes_of_node(processes), args.skip_broken, processes)
+    workers = args.workers // distributed.processes_of_node(processes)
+    return Loading(args.batch_size, workers, args.skip_broken, processes)
 
 
 def kept_features(
@@ -274,7 +276,7 @@ def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: distribu
         report.append(describe_differences(args.baseline, differences))
     if processes.is_main:
         write_predictions(Path(args.output_dir) / "predictions.csv", test.rows, prob)
-        print("\n\n".join(report))
+        log.info("\n\n".join(report))
     return results
 
 
@@ -417,7 +419,7 @@ def probe_features(args: argparse.Namespace, backbone: Backbone, processes: dist
         prob = knn_probabilities(train, test.features, args.knn, num_classes, processes.device)
         results["knn"] = {**evaluate(prob), "k": args.knn}
     if processes.is_main:
-        print(describe_probes(results))
+        log.info(describe_probes(results))
     return results
 
 
@@ -514,7 +516,7 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: distribut
     test = downstream.create_downstream(args.dataset, False, partial(linear_eval_view, backbone.preprocess), catalog)
     sampler = GlobalBatchSampler(len(train), args.batch_size, processes.rank, processes.world_size, args.seed)
     workers = loading_of(args, processes).loader_processes()
-    batches = make_loader(
+    source = loader.make_loader(
         TrainViews(train, backbone.preprocess, args.seed),
         batch_sampler=sampler,
         workers=workers,
@@ -541,7 +543,7 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: distribut
         "weights_sha256": fingerprint,
     }
     start, best = resume_sgd(args, head, optimizer, settings)
-    logger = utils.Logger(Path(args.output_dir), enabled=processes.is_main)
+    writer = utils.MetricWriter(Path(args.output_dir), processes.is_main)
     metric = downstream.metric_of(args.dataset, catalog)
     evaluate = partial(evaluate_linear, args, backbone, head, test, metric, processes)
     if args.evaluate:
@@ -555,13 +557,13 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: distribut
     for epoch in range(start, args.epochs):
         optimizer.param_groups[0]["lr"] = base * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
         sampler.set_epoch(epoch)
-        train_epoch(args, backbone, trained, loader, optimizer, epoch, logger, processes)
+        train_epoch(args, backbone, trained, source, optimizer, epoch, writer, processes)
         is_last = epoch + 1 == args.epochs
         is_best = False
         if is_last or (epoch + 1) % args.eval_freq == 0:
             scores = evaluate()
             is_best, best = scores["score"] > best, max(best, scores["score"])
-            logger.row("test", (epoch + 1) * len(loader), {k: v for k, v in scores.items() if k != "metric"})
+            writer.row("test", (epoch + 1) * len(source), {k: v for k, v in scores.items() if k != "metric"})
             log.info(f"epoch {epoch + 1}: test {scores['metric']} {scores['score']:.2f} (best {best:.2f})")
         if processes.is_main:
             save_sgd(args, head, optimizer, settings, epoch + 1, best, is_best)
@@ -569,7 +571,7 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: distribut
     if backbone.fingerprint() != fingerprint:
         raise RuntimeError("the frozen tower has changed; its features and this result are not those of --pretrained")
     log.info(f"{args.dataset}: {scores['metric']} {scores['score']:.2f} after {args.epochs} epochs")
-    logger.close()
+    writer.close()
     return {
         "model": backbone.name,
         "dataset": args.dataset,
@@ -586,15 +588,15 @@ def train_epoch(
     args: argparse.Namespace,
     backbone: Backbone,
     head: nn.Module,
-    loader: DataLoader,
+    source: DataLoader,
     optimizer: torch.optim.Optimizer,
     epoch: int,
-    logger: utils.Logger,
+    writer: utils.MetricWriter,
     processes: distributed.Processes,
 ) -> None:
     backbone.model.eval()
     loss_sum, correct, seen = 0.0, 0.0, 0
-    for step, (images, labels) in enumerate(loader):
+    for step, (images, labels) in enumerate(loader.batches(source)):
         labels = labels.to(processes.device, non_blocking=True)
         with torch.no_grad():
             features = backbone.encode(images.to(processes.device, non_blocking=True)).float()  # (B, d)
@@ -606,17 +608,17 @@ def train_epoch(
         loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-        if (step + 1) % args.print_freq == 0 or step + 1 == len(loader):
+        if (step + 1) % args.print_freq == 0 or step + 1 == len(source):
             parts = distributed.gather_objects(processes, (float(loss_sum), float(correct), seen))
             mean_loss, top1 = (sum(part[i] for part in parts) / sum(part[2] for part in parts) for i in (0, 1))
             if not math.isfinite(mean_loss):  # the same on every process
                 raise ValueError(f"the loss is {mean_loss} in epoch {epoch}: lower --lr {args.lr:g}")
             rate = optimizer.param_groups[0]["lr"]
             log.info(
-                f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{len(loader)}: loss {mean_loss:.4f}, "
+                f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{len(source)}: loss {mean_loss:.4f}, "
                 f"top-1 {100 * top1:.2f}, learning rate {rate:.4g}"
             )
-            logger.row("train", epoch * len(loader) + step + 1, {"loss": mean_loss, "top1": 100 * top1, "lr": rate})
+            writer.row("train", epoch * len(source) + step + 1, {"loss": mean_loss, "top1": 100 * top1, "lr": rate})
 
 
 def evaluate_linear(
@@ -681,4 +683,4 @@ def save_sgd(
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main)

@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -52,7 +53,9 @@ from datasets import (
     write_index,
 )
 from transforms import UnreadableImage, decode_image, read_image
-from utils import HelpFormatter, atomic_write, write_json
+from utils import HelpFormatter, atomic_write, run_script, start_logging, write_json
+
+log = logging.getLogger("medslip")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -72,7 +75,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = get_args_parser().parse_args(argv or ["yfcc15m"])
-    args.run(args)
+    with start_logging():
+        args.run(args)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -126,11 +130,11 @@ def add_yfcc_parser(commands) -> None:
 
 def run_yfcc(args: argparse.Namespace) -> None:
     captioned, listed = make_yfcc(args.ids, args.subset, args.dataset, args.output_dir)
-    print(f"{captioned:,} captioned images in {args.output_dir / 'yfcc15m.pkl'}")
-    print(f"{listed:,} images in {args.output_dir / 'yfcc100m.pkl'}")
+    log.info(f"{captioned:,} captioned images in {args.output_dir / 'yfcc15m.pkl'}")
+    log.info(f"{listed:,} images in {args.output_dir / 'yfcc100m.pkl'}")
     if args.root is not None:
         reader = create_reader("yfcc15m", args.root, str(args.output_dir / "yfcc15m.pkl"))
-        print("\n".join(reader.log))
+        log.info("\n".join(reader.log))
 
 
 def make_yfcc(ids: Path, subset: Path, table: Path, output_dir: Path) -> tuple[int, int]:
@@ -371,8 +375,8 @@ def make_cbis(root: str | Path, val_folds: int = 5, seed: int = 0, merge_types: 
     for kind, lesions in tables.items():
         rows = [lesion.cells for lesion in lesions]
         write_table(root / f"{kind}.csv", rows)
-        print(f"{root / kind}.csv\n{count_table(rows)}\n{len(unresolved[kind])} images could not be resolved")
-        print("".join(f"  {line}\n" for line in unresolved[kind]))
+        log.info(f"{root / kind}.csv\n{count_table(rows)}\n{len(unresolved[kind])} images could not be resolved")
+        log.info("".join(f"  {line}\n" for line in unresolved[kind]))
     return {root / f"{kind}.csv": lines for kind, lines in unresolved.items()}
 
 
@@ -713,7 +717,7 @@ def add_shards_parser(commands) -> None:
 
 def run_shards(args: argparse.Namespace) -> None:
     reader = create_reader(args.dataset, args.root, args.metadata, args.split)
-    print("\n".join(reader.log))
+    log.info("\n".join(reader.log))
     make_shards(reader, args.output, args.shard_size, args.short_side, args.workers)
 
 
@@ -759,9 +763,9 @@ def make_shards(
         for count in each(write_shard, missing):
             bar.update(count)
     skipped = len(broken.path.read_bytes().splitlines()) if broken.path.is_file() else 0
-    print(f"{output}: {len(numbers)} shards of up to {shard_size} images, {len(missing)} of them written now")
+    log.info(f"{output}: {len(numbers)} shards of up to {shard_size} images, {len(missing)} of them written now")
     if skipped:
-        print(f"{skipped} images cannot be decoded and were skipped: see {broken.path}")
+        log.info(f"{skipped} images cannot be decoded and were skipped: see {broken.path}")
     return skipped
 
 
@@ -864,9 +868,10 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
             for outcome in each(shrink_file, batch):
                 counts[outcome] += 1
                 bar.update()
-    print(", ".join(f"{counts[outcome]:,} {outcome}" for outcome in SHRINK_OUTCOMES if counts[outcome]) or "no files")
+    outcomes = (f"{counts[outcome]:,} {outcome}" for outcome in SHRINK_OUTCOMES if counts[outcome])
+    log.info(", ".join(outcomes) or "no files")
     if counts["broken"]:
-        print(f"{broken.path} names the images that cannot be decoded; they were copied as they are")
+        log.info(f"{broken.path} names the images that cannot be decoded; they were copied as they are")
     return counts
 
 
@@ -945,4 +950,4 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,13 +9,14 @@ the model itself, because the published SLIP checkpoints keep the text transform
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import timm
 import torch
@@ -26,8 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 import losses
 import utils
-from tokenizer import create_tokenizer
+from tokenizer import Tokenizer, create_tokenizer
 from transforms import IMAGENET_MEAN, IMAGENET_STD, MEDCLIP_MEAN, MEDCLIP_STD, Preprocess
+
+log = logging.getLogger("medslip")
 
 LOGIT_SCALE_START = math.log(1 / 0.07)  # CLIP, section 2.5
 LOGIT_SCALE_MAX = 4.6052  # ln(100): "clipped to prevent scaling the logits by more than 100"; the published value
@@ -159,8 +162,18 @@ def build_ssl_head(feature_dim: int, mlp_dim: int, emb_dim: int) -> nn.Sequentia
     )
 
 
-class _ImageModel(nn.Module):
-    """What the three models share: an image tower, and towers that can be held fixed."""
+class ImageModel(nn.Module):
+    """What the three models share: an image tower, and towers that can be held fixed.
+
+    `create_model` names what it has built: its settings as plain values, its objective, how its images are prepared.
+    """
+
+    name: str
+    config: dict[str, Any]
+    objective: Objective
+    preprocess: Preprocess
+    visual: Any
+    text: Any
 
     def __init__(self, visual: nn.Module, feature_dim: int):
         super().__init__()
@@ -224,7 +237,7 @@ class _ImageModel(nn.Module):
         return self
 
 
-class CLIP(_ImageModel):
+class CLIP(ImageModel):
     """Image-text contrast (Radford et al. 2021).
 
     Args:
@@ -270,7 +283,7 @@ class CLIP(_ImageModel):
         }
 
 
-class SIMCLR(_ImageModel):
+class SIMCLR(ImageModel):
     """Contrast between two augmented views of an image (Chen et al. 2020)."""
 
     def __init__(self, visual: nn.Module, feature_dim: int, ssl_mlp_dim: int = 4096, ssl_emb_dim: int = 256):
@@ -334,7 +347,7 @@ class SLIP(CLIP):
 class Objective:
     """All that the scripts ask about a training objective. A new one is one entry of OBJECTIVES."""
 
-    model: type[_ImageModel]
+    model: type[ImageModel]
     inputs: tuple[str, ...]  # what the model's forward takes, in its order: of datasets.ContrastiveDataset.INPUTS
     loss: Callable[[losses.LossSettings], nn.Module]  # maps what forward returns to a dictionary of metrics
     metrics: tuple[str, ...]  # keys of that dictionary, `loss` first
@@ -397,8 +410,9 @@ class ModelConfig:
     ssl_emb_dim: int = 256  # output width of the SimCLR head
 
 
+BERT_VOCABULARY = 28996  # tokens of Bio_ClinicalBERT, which MedCLIP's text tower was trained with
 _TINY_TEXT = dict(embed_dim=256, text_width=256, text_heads=4, text_layers=6)
-_BERT_BASE = dict(text_tower="bert", vocab_size=28996, text_width=768, text_heads=12, text_layers=12)
+_BERT_BASE = dict(text_tower="bert", vocab_size=BERT_VOCABULARY, text_width=768, text_heads=12, text_layers=12)
 TOWERS = {
     "VITT16": dict(vision_tower="vit_tiny_patch16_224", **_TINY_TEXT),
     "VITS16": dict(vision_tower="vit_small_patch16_224", vision_kwargs=dict(num_heads=12)),  # MoCo v3's ViT-S
@@ -494,7 +508,7 @@ def resolve_config(name: str, **overrides) -> ModelConfig:
     return replace(MODELS[name], **overrides)
 
 
-def create_model(name: str, **overrides) -> nn.Module:
+def create_model(name: str, **overrides) -> ImageModel:
     """Build a model with fresh weights.
 
     Args:
@@ -524,7 +538,7 @@ globals().update({name: partial(create_model, name) for name in MODELS})
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def resize_position_embeddings(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def resize_position_embeddings(state_dict: dict[str, Tensor], model: ImageModel) -> dict[str, Tensor]:
     """`state_dict` with the ViT's position embeddings (1, 1 + h*w, d) resampled to the grid of `model`."""
     key = "visual.pos_embed"
     wanted = dict(model.named_parameters()).get(key)
@@ -537,7 +551,7 @@ def resize_position_embeddings(state_dict: dict[str, Tensor], model: nn.Module) 
     return {**state_dict, key: resized}
 
 
-def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, other_head: bool = False) -> None:
+def load_weights(model: ImageModel, state_dict: dict[str, Tensor], source: str, other_head: bool = False) -> None:
     """Load every parameter and buffer by name.
 
     Args:
@@ -573,9 +587,9 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, o
 class Pretrained:
     """A model in eval mode with all that evaluating it takes."""
 
-    model: nn.Module
+    model: ImageModel
     preprocess: Preprocess
-    tokenizer: Callable | None  # None: no text side, or MedCLIP's weights without --bert-vocab
+    tokenizer: Tokenizer | None  # None: no text side, or MedCLIP's weights without --bert-vocab
     source: str  # what was loaded, for people
 
 
@@ -620,10 +634,15 @@ def load_pretrained(
             f"{path} is neither a checkpoint of ours, nor a published SLIP file (no state_dict), nor "
             f"MedCLIP weights; its keys begin {list(state)[:5]}"
         )
-    return Pretrained(loaded.eval(), loaded.preprocess, tokenizer, f"{loaded.name} from {kind} {path}")
+    loaded.eval()
+    remark = utils.unfinished(state, path)
+    if remark:
+        log.warning(f"{path} is {remark}")
+    source = f"{loaded.name} from {kind} {path}" + (f", {remark}" if remark else "")
+    return Pretrained(loaded, loaded.preprocess, tokenizer, source)
 
 
-def _from_ours(state: dict, path: str | Path, pooling: dict) -> tuple[nn.Module, Callable | None, str]:
+def _from_ours(state: dict, path: str | Path, pooling: dict) -> tuple[ImageModel, Tokenizer | None, str]:
     config = {k: v for k, v in state["model"]["config"].items() if k != "objective"}
     model = create_model(state["model"]["name"], **{**config, **pooling})
     load_weights(model, state["state_dict"], str(path))
@@ -634,7 +653,7 @@ def _from_ours(state: dict, path: str | Path, pooling: dict) -> tuple[nn.Module,
 
 def _from_medclip(
     state: dict, path: str | Path, bert_vocab: str | None, pooling: dict
-) -> tuple[nn.Module, Callable | None, str]:
+) -> tuple[ImageModel, Tokenizer | None, str]:
     import medclip
 
     name = {"medclip-swin": "MEDCLIP_VIT", "medclip-resnet50": "MEDCLIP_RESNET"}[medclip.tower_name(state)]
@@ -644,7 +663,7 @@ def _from_medclip(
     return model, tokenizer, "MedCLIP weights"
 
 
-def _from_published(state: dict, path: str | Path, name: str | None) -> tuple[nn.Module, Callable | None, str]:
+def _from_published(state: dict, path: str | Path, name: str | None) -> tuple[ImageModel, Tokenizer | None, str]:
     args = state.get("args")
     args = vars(args) if args is not None and not isinstance(args, dict) else args or {}
     name = name or args.get("model")
@@ -662,10 +681,21 @@ def _from_published(state: dict, path: str | Path, name: str | None) -> tuple[nn
     return model, tokenizer, "published checkpoint"
 
 
-def initialise(model: nn.Module, path: str | Path) -> None:
+def initialise(model: ImageModel, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Start `model` from the weights at `path` alone: towers must match, a ViT's position embeddings are resized to the
-    model's image size, and a SimCLR head that only one side has is passed over."""
+    model's image size, and a SimCLR head that only one side has is passed over.
+
+    Args:
+        tokenizer: of the new run; one that numbers the words in another way is refused where the file says its own.
+    """
     state = read_pretrained(path)
+    if tokenizer is not None and (spec := state.get("tokenizer")) is not None:
+        ours = tokenizer.spec()
+        if spec["kind"] != ours["kind"] or spec.get("vocab") != ours.get("vocab"):
+            raise ValueError(
+                f"the vocabulary of {path} ({spec['kind']}) and that of this run ({ours['kind']}) differ: the same ids "
+                "would mean other words; give the same --bert-vocab as its run, or none where it had none"
+            )
     if _is_medclip_state(state):
         import medclip
 

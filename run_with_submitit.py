@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +25,9 @@ from types import ModuleType
 import submitit
 from submitit.core.utils import UncompletedJobError
 
+import utils
+
+log = logging.getLogger("medslip")
 HERE = Path(__file__).resolve().parent
 MAX_TIMEOUTS = 30  # times that a job may reach its time limit before it stays out of the queue, as SLIP's launcher
 
@@ -107,12 +112,13 @@ class ScriptJob:
         os.environ.update(rank_environment(env))
         output_dir = Path(self.output_dir.replace("%j", env.job_id))
         output_dir.mkdir(parents=True, exist_ok=True)
+        with utils.start_logging(output_dir, is_main=env.global_rank == 0):
+            return self.run(env, output_dir, requeue)
+
+    def run(self, env: submitit.JobEnvironment, output_dir: Path, requeue: Callable[[], None]) -> dict | None:
         start = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
-        tell(
-            env,
-            output_dir,
-            f"{env.cluster} job {env.job_id}, start {start}: {env.num_tasks} task(s) on {', '.join(env.hostnames)}",
-        )
+        where = f"{env.num_tasks} task(s) on {', '.join(env.hostnames)}"
+        log.info(f"{env.cluster} job {env.job_id}, start {start}: {where}")
         result = importlib.import_module(self.script).main([*self.argv, "--output-dir", str(output_dir)])
         stopped_by = result.get("stopped_by") if isinstance(result, dict) else None
         if not stopped_by:
@@ -121,17 +127,11 @@ class ScriptJob:
             raise SystemExit(0)  # leaves no result file: rank 0 says how it goes on
         goes_on, why = after_stop(env, stopped_by)
         if not goes_on:
-            tell(
-                env,
-                output_dir,
-                f"job {env.job_id} ends here: {why}. Its checkpoint is in {output_dir}; submitted "
+            log.info(f"job {env.job_id} ends here: {why}. Its checkpoint is in {output_dir}; submitted "
                 f"again with --output-dir {output_dir}, the run continues from it",
             )
             raise UncompletedJobError(f"stopped by {stopped_by}: {why}")
-        tell(
-            env,
-            output_dir,
-            f"job {env.job_id}: {why}. It goes back into the queue and continues from the "
+        log.info(f"job {env.job_id}: {why}. It goes back into the queue and continues from the "
             "checkpoint when it starts again",
         )
         return requeue()  # ends the process
@@ -198,14 +198,6 @@ def after_stop(env: submitit.JobEnvironment, stopped_by: str) -> tuple[bool, str
     if job.get("PreemptTime", "None") != "None":
         return True, "another job takes its place (preemption)"
     return warned, "its time limit is near" if warned else f"it was asked to stop by {stopped_by}"
-
-
-def tell(env: submitit.JobEnvironment, output_dir: Path, text: str) -> None:
-    """One line for people, in the job's output and in the run's log.txt, from rank 0."""
-    if env.global_rank == 0:
-        print(text, flush=True)
-        with open(output_dir / "log.txt", "a", encoding="utf8") as file:
-            file.write(text + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,6 +275,11 @@ def submit(script: str, argv: list[str] | None = None, timeout: int = 2800, node
     `timeout` and `nodes` are the defaults of these flags. Returns the jobs: none after --dry-run.
     """
     args, script_argv = split_arguments(importlib.import_module(script), argv, timeout, nodes)
+    with utils.start_logging():
+        return submit_script(script, args, script_argv)
+
+
+def submit_script(script: str, args: argparse.Namespace, script_argv: list[str]) -> list[submitit.Job]:
     folder = Path(args.job_dir or "jobs/%j").absolute()
     output_dir = str(Path(args.output_dir).absolute() if args.output_dir else folder)
     jobs = [ScriptJob(script, script_argv, output_dir)]
@@ -291,13 +288,13 @@ def submit(script: str, argv: list[str] | None = None, timeout: int = 2800, node
             ScriptJob(script, [*script_argv, "--seed", str(seed)], f"{output_dir}/seed{seed}") for seed in args.seeds
         ]
     if args.dry_run:
-        print(
+        log.info(
             f"on this machine: {local_settings(args)}\n"
             if args.local
             else cluster_executor(args, folder, script, Sbatch).text(len(jobs))
         )
         for job in jobs:
-            print(f"# {script}.py {shlex.join(job.argv)} --output-dir {job.output_dir}")
+            log.info(f"# {script}.py {shlex.join(job.argv)} --output-dir {job.output_dir}")
         return []
     if args.local:
         return run_here(args, folder, jobs)
@@ -327,8 +324,8 @@ def run_here(args: argparse.Namespace, folder: Path, jobs: list[ScriptJob]) -> l
 
 
 def announce(job: submitit.Job, what: ScriptJob) -> None:
-    print(
-        f"job {job.job_id}: files in {job.paths.folder}, run in {what.output_dir.replace('%j', job.job_id)}", flush=True
+    log.info(
+        f"job {job.job_id}: files in {job.paths.folder}, run in {what.output_dir.replace('%j', job.job_id)}"
     )
 
 
@@ -339,4 +336,5 @@ def main(argv: list[str] | None = None) -> list[submitit.Job]:
 if __name__ == "__main__":
     import run_with_submitit
 
-    run_with_submitit.main()  # by its name, so that the stored job refers to this file instead of copying from it
+    # By its name, so that the stored job refers to this file instead of copying from it.
+    utils.run_script(run_with_submitit.main)

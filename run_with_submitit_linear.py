@@ -10,6 +10,7 @@ from __future__ import annotations
 import submitit
 
 import run_with_submitit
+import utils
 
 
 def main(argv: list[str] | None = None) -> list[submitit.Job]:
@@ -17,4 +18,4 @@ def main(argv: list[str] | None = None) -> list[submitit.Job]:
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main)

@@ -13,6 +13,7 @@ import html
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Protocol
 
 import ftfy
 import regex
@@ -20,6 +21,23 @@ import torch
 
 CONTEXT_LENGTH = 77  # CLIP's, and MedCLIP's cut for captions
 BPE_PATH = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")  # CLIP's merges, from open_clip_torch
+
+
+class Tokenizer(Protocol):
+    """What training and evaluation ask of a tokenizer."""
+
+    kind: str  # key of TOKENIZERS
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def spec(self) -> dict[str, Any]:
+        """Plain values from which `create_tokenizer` makes it again."""
+        ...
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
+        """n texts to token ids (n, L)."""
+        ...
 
 
 def _pad(rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:

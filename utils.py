@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -212,8 +212,11 @@ def save_checkpoint(state: dict, path: str | Path) -> None:
     atomic_write(path, lambda file: torch.save(state, file))
 
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     """Read a checkpoint of ours or a published SLIP file onto the CPU without running any code it might carry.
+
+    Args:
+        mmap: map tensors into memory instead of reading them, where only the plain values are of interest.
 
     Raises:
         FileNotFoundError: nothing at `path`.
@@ -224,12 +227,30 @@ def load_checkpoint(path: str | Path) -> dict:
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
         with torch.serialization.safe_globals(_PUBLISHED_TYPES):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # the restricted unpickler raises any kind on bytes that are no checkpoint
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     return state
+
+
+def unfinished(state: dict, path: str | Path) -> str:
+    """What to say of a training checkpoint whose run has not reached its end; "" for one that has, or is no run's.
+
+    The best checkpoint of a run is of an earlier epoch; whether the run was finished says the newest one beside it.
+    """
+    path = Path(path)
+    newest = path.with_name("checkpoint.pt")
+    if path.name == "checkpoint_best.pt" and newest.is_file():
+        with suppress(ValueError):
+            state = load_checkpoint(newest, mmap=True)
+    args = state.get("args")
+    epochs = args.get("epochs") if isinstance(args, dict) else None
+    if "step_in_epoch" not in state or not epochs or state["epoch"] >= epochs:
+        return ""
+    step = f", step {state['step']} of {state['steps_per_epoch'] * epochs}" if "steps_per_epoch" in state else ""
+    return f"unfinished: epoch {state['epoch']} of {epochs}{step}"
 
 
 def strip_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -444,10 +465,13 @@ def start_logging(output_dir: str | Path | None = None, is_main: bool = True) ->
     level, handlers = log.level, []
     log.setLevel(logging.INFO if is_main else logging.ERROR)
     if is_main:
-        handlers.append(_Terminal())
+        if not any(isinstance(handler, _Terminal) for handler in log.handlers):  # a script may call another's main
+            handlers.append(_Terminal())
         if output_dir is not None:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf8"))
+            file = logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf8", delay=True)
+            if file.baseFilename not in {getattr(handler, "baseFilename", "") for handler in log.handlers}:
+                handlers.append(file)
     for handler in handlers:
         handler.setFormatter(_Lines())
         log.addHandler(handler)

@@ -109,26 +109,23 @@ class Ours:
     def __init__(self, args: argparse.Namespace, device: torch.device):
         processes = distributed.Processes(device=device)
         utils.seed_everything(args.seed)
-        model, self.tokenizer = training.build_model(args, say=lambda line: None)
-        model, trained, optimizer, autocast, scaler = training.prepare_training(args, model, processes)
+        model, self.tokenizer = training.build_model(args)
+        step = training.prepare_step(args, processes, model)
+        nothing: Any = None
         self.run = training.Run(
-            args,
-            processes,
-            model,
-            trained.train(),
-            self.tokenizer,
-            model.objective.loss(args.ssl_temp, args.ssl_scale, args.gather_with_grad),
-            optimizer,
-            autocast,
-            scaler,
-            loader=None,
+            **vars(step),
+            tokenizer=self.tokenizer,
+            loader=nothing,
+            sampler=nothing,
             steps_per_epoch=1000,
-            logger=None,
+            writer=nothing,
             settings={},
         )
-        self.model, self.trim = model, not model.text.reads_padding
-        self.totals = torch.zeros(len(model.objective.metrics) + 2, device=device)
-        with autocast():
+        self.run.called.train()
+        self.model: Any = step.model
+        self.trim = not self.model.text.reads_padding
+        self.totals = training.Totals.zero(len(self.model.objective.metrics), device)
+        with step.autocast():
             on = torch.is_autocast_enabled(device.type)
             self.dtype = torch.get_autocast_dtype(device.type) if on else torch.float32
 
@@ -147,8 +144,8 @@ class Ours:
 
     def end_of_interval(self) -> None:
         """What the loop does at each log line: the one wait for the device."""
-        *_, skipped = self.totals.tolist()
-        self.totals.zero_()
+        skipped = self.totals.skipped.item()
+        self.totals = training.Totals.zero(len(self.model.objective.metrics), self.run.processes.device)
         if skipped:
             raise FloatingPointError(f"{skipped:.0f} updates were not finite")
 
@@ -162,7 +159,7 @@ class Plain:
     def __init__(self, args: argparse.Namespace, device: torch.device):
         utils.seed_everything(args.seed)
         args = argparse.Namespace(**{**vars(args), "grad_checkpointing": False})
-        model, self.tokenizer = training.build_model(args, say=lambda line: None)
+        model, self.tokenizer = training.build_model(args)
         self.model, self.device, self.args = write_scores_out(model).to(device).train(), device, args
         self.optimizer = torch.optim.AdamW(
             utils.parameter_groups(model, args.wd),

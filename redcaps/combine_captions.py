@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import fields_of  # noqa: E402
 from metadata import iter_json  # noqa: E402
-from utils import atomic_write  # noqa: E402
+from utils import atomic_write, run_script, start_logging  # noqa: E402
+
+log = logging.getLogger("medslip")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -86,16 +89,17 @@ def combine(files: list[Path], output: Path, subreddits: list[str]) -> tuple[Cou
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
-    files = annotation_files(args.input, args.output)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    found, kept = combine(files, args.output, args.subreddits)
-    for name in sorted(kept) if args.subreddits else ():
-        print(f"{name}: {kept[name]:,}")
-    print(
-        f"{args.output}: {kept.total():,} of {found.total():,} annotations, {len(kept):,} of {len(found):,} "
-        f"subreddits, {len(files):,} files"
-    )
+    with start_logging():
+        files = annotation_files(args.input, args.output)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        found, kept = combine(files, args.output, args.subreddits)
+        for name in sorted(kept) if args.subreddits else ():
+            log.info(f"{name}: {kept[name]:,}")
+        log.info(
+            f"{args.output}: {kept.total():,} of {found.total():,} annotations, {len(kept):,} of {len(found):,} "
+            f"subreddits, {len(files):,} files"
+        )
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 import distributed
+import losses
 import models
 import utils
 from transforms import Preprocess
@@ -200,11 +201,11 @@ def batches(model, n, seed=0, size=32):
 def gradients(model, micro_batches, accumulate, processes=distributed.Processes()):  # noqa: B008
     run = SimpleNamespace(
         model=model,
-        trained=model,
+        called=model,
         processes=processes,
         autocast=nullcontext,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
-        loss=model.objective.loss(ssl_temp=0.1, ssl_scale=0.7, gather_with_grad=True),
+        loss=model.objective.loss(losses.LossSettings(ssl_scale=0.7)),
     )
     metrics = list(accumulate(run, micro_batches))
     return metrics, {n: p.grad for n, p in model.named_parameters()}

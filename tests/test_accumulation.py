@@ -9,6 +9,7 @@ from helpers import batches, command, gradients, split, tiny_medslip, tiny_model
 from torch import nn
 
 import distributed
+import losses
 import main
 
 OBJECTIVES = ("CLIP", "SIMCLR", "SLIP")
@@ -108,7 +109,7 @@ def _ddp_rank(rank, world, objective):
     model.load_state_dict(single.state_dict())
     model = distributed.synchronise_batchnorm(model, processes)
     wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    loss = model.objective.loss(0.1, 1.0, True)
+    loss = model.objective.loss(losses.LossSettings())
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     values = []
     for step in range(3):

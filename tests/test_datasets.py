@@ -873,7 +873,7 @@ def test_a_broken_image_is_an_error_that_names_it(corrupt_reader):
 def test_broken_images_are_named_and_replaced_from_seed_epoch_and_index(corrupt_reader, tmp_path):
     def epoch_of(file, epoch=4):
         samples = ContrastiveDataset(
-            corrupt_reader, INPUTS, PREPROCESS, 0, bad_samples=tmp_path / file, max_bad_share=0.5
+            corrupt_reader, INPUTS, PREPROCESS, 0, bad_samples=tmp_path / file, max_bad_fraction=0.5
         )
         return [samples[epoch, i] for i in range(12)]
 
@@ -890,7 +890,7 @@ def test_broken_images_are_named_and_replaced_from_seed_epoch_and_index(corrupt_
 
 def test_workers_name_a_broken_image_once(corrupt_reader, tmp_path):
     path = tmp_path / "bad.txt"
-    samples = ContrastiveDataset(corrupt_reader, ("view1", "view2"), PREPROCESS, 0, bad_samples=path, max_bad_share=0.5)
+    samples = ContrastiveDataset(corrupt_reader, ("view1", "view2"), PREPROCESS, 0, bad_samples=path, max_bad_fraction=0.5)
     sampler = GlobalBatchSampler(12, 2)
     loader = DataLoader(samples, batch_sampler=sampler, collate_fn=Collate(), num_workers=2)
     for epoch in range(3):
@@ -902,12 +902,12 @@ def test_workers_name_a_broken_image_once(corrupt_reader, tmp_path):
 
 def test_too_many_broken_images_end_the_run(corrupt_reader, tmp_path):
     path = tmp_path / "bad.txt"
-    samples = ContrastiveDataset(corrupt_reader, INPUTS, PREPROCESS, 0, bad_samples=path, max_bad_share=0.2)  # 2 of 12
+    samples = ContrastiveDataset(corrupt_reader, INPUTS, PREPROCESS, 0, bad_samples=path, max_bad_fraction=0.2)  # 2 of 12
     samples[0, 2]
     with pytest.raises(UnreadableImage, match="3 images cannot be read.*bad.txt"):
         for i in range(12):
             samples[0, i]
-    later = ContrastiveDataset(corrupt_reader, INPUTS, PREPROCESS, 0, bad_samples=path, max_bad_share=0.1)
+    later = ContrastiveDataset(corrupt_reader, INPUTS, PREPROCESS, 0, bad_samples=path, max_bad_fraction=0.1)
     with pytest.raises(UnreadableImage, match="images cannot be read"):  # a resumed run counts on
         later[0, 2]
 
@@ -915,7 +915,7 @@ def test_too_many_broken_images_end_the_run(corrupt_reader, tmp_path):
 def test_when_nothing_can_be_read_the_search_ends(reader, tmp_path):
     for i in range(12):
         Path(reader.name(i)).write_bytes(b"")
-    samples = ContrastiveDataset(reader, INPUTS, PREPROCESS, 0, bad_samples=tmp_path / "bad.txt", max_bad_share=1)
+    samples = ContrastiveDataset(reader, INPUTS, PREPROCESS, 0, bad_samples=tmp_path / "bad.txt", max_bad_fraction=1)
     with pytest.raises(UnreadableImage, match="10 images in a row cannot be read"):
         samples[0, 0]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import tiny_medslip
 
+import losses
 import medclip
 import models
 
@@ -153,7 +154,7 @@ def test_every_parameter_receives_a_gradient(name):
     )
     views = [torch.randn(4, 3, 64, 64) for _ in range(3)]
     tokens = torch.randint(1, 50, (4, 6))
-    loss = model.objective.loss(ssl_temp=0.1, ssl_scale=1.0, gather_with_grad=True)
+    loss = model.objective.loss(losses.LossSettings())
     loss(model(views[0], tokens, *views[1:]))["loss"].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 

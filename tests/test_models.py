@@ -58,7 +58,7 @@ def test_outputs_losses_and_gradients_equal_the_reference(objective):
     outputs = model(*case["inputs"])
     for key, value in case["train_outputs"].items():
         torch.testing.assert_close(outputs[key], value, rtol=1e-5, atol=1e-5)
-    loss = model.objective.loss(ssl_temp=0.1, ssl_scale=1.0, gather_with_grad=True)
+    loss = model.objective.loss(losses.LossSettings())
     result = loss(outputs)
     assert tuple(sorted(result)) == tuple(sorted(model.objective.metrics)) == tuple(sorted(case["losses"]))
     for key, value in case["losses"].items():

@@ -7,6 +7,7 @@ from helpers import batches, command, tiny_model, weights
 from roco_tree import make_roco
 
 import distributed
+import losses
 import main
 import models
 import utils
@@ -67,8 +68,8 @@ def _scale_gradient(rank, world):
     inputs = [x.float() if x.is_floating_point() else x for x in batches(single, 8)]
     processes = distributed.Processes(rank, world)
     model = distributed.shard(model, processes)
-    assert model.logit_scale.shape == () and not isinstance(model.logit_scale, utils.DTensor)
-    loss = model.objective.loss(0.1, 1.0, True)
+    assert model.logit_scale.shape == () and not isinstance(model.logit_scale, distributed.DTensor)
+    loss = model.objective.loss(losses.LossSettings())
     loss(model(*[x[rank * 4 : (rank + 1) * 4] for x in inputs]))["loss"].backward()
     distributed.average_gradients([model.logit_scale], processes)
     grad = model.logit_scale.grad.clone()
