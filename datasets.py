@@ -188,13 +188,18 @@ def first_file(choices: list[Path], split: str) -> Path:
 
 
 def grouped(rows: Iterable[Row]) -> Iterable[Row]:
-    """Rows of the same image as one, with all their captions, at the place of the first."""
+    """Rows of the same image as one with all their captions, at the place of the first; rows without a caption stay."""
     first: dict[str | int, Row] = {}
+    out = []
     for row in rows:
-        if (earlier := first.setdefault(row.image, row)) is not row:
+        if not any(text.strip() for text in row.captions):
+            out.append(row)
+        elif (earlier := first.setdefault(row.image, row)) is row:
+            out.append(row)
+        else:
             earlier.captions = [*earlier.captions, *(text for text in row.captions if text not in earlier.captions)]
             earlier.rows += 1
-    return first.values()
+    return out
 
 
 class NothingKept(ValueError):
@@ -283,14 +288,14 @@ class Reader:
             several += row.rows * (row.rows > 1)
             captions = [text.strip() for text in row.captions]
             if not exists(row):
-                absent += 1
+                absent += row.rows
                 if len(absent_images) < ABSENT_SAMPLE:
                     absent_images.append(row.image)
-                elif (place := rng.randrange(absent)) < ABSENT_SAMPLE:
+                elif (place := rng.randrange(max(absent, 1))) < ABSENT_SAMPLE:
                     absent_images[place] = row.image
                 first_absent = first_absent or f"{row.image} ({row.where})".strip()
             elif not any(captions):
-                silent += 1
+                silent += row.rows
                 first_silent = first_silent or row.where
             else:
                 images.append(row.image)

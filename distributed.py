@@ -67,18 +67,37 @@ def processes_of_node(processes: Processes) -> int:
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("processes and device")
-    group.add_argument("--world-size", default=1, type=int,
-                       help="number of processes; torchrun and submitit set it, so leave it alone")
+    group.add_argument(
+        "--world-size", default=1, type=int, help="number of processes; torchrun and submitit set it, so leave it alone"
+    )
     group.add_argument("--rank", default=0, type=int, help="rank of this process; set by the launcher")
-    group.add_argument("--local_rank", "--local-rank", default=0, type=int,
-                       help="rank of this process on its node; set by the launcher")
-    group.add_argument("--dist-url", default="env://", type=str,
-                       help="rendezvous; env:// reads MASTER_ADDR and MASTER_PORT, which torchrun sets")
+    group.add_argument(
+        "--local_rank",
+        "--local-rank",
+        default=0,
+        type=int,
+        help="rank of this process on its node; set by the launcher",
+    )
+    group.add_argument(
+        "--dist-url",
+        default="env://",
+        type=str,
+        help="rendezvous; env:// reads MASTER_ADDR and MASTER_PORT, which torchrun sets",
+    )
     group.add_argument("--dist-backend", default="nccl", type=str, help="nccl on GPUs; on the CPU gloo is always used")
-    group.add_argument("--dist-timeout", default=600, type=float, metavar="SECONDS",
-                       help="a collective that hangs longer than this ends the run")
-    group.add_argument("--gpu", default=None, type=int,
-                       help="index of the GPU to use; by default the local rank's. -1 computes on the CPU")
+    group.add_argument(
+        "--dist-timeout",
+        default=600,
+        type=float,
+        metavar="SECONDS",
+        help="a collective that hangs longer than this ends the run",
+    )
+    group.add_argument(
+        "--gpu",
+        default=None,
+        type=int,
+        help="index of the GPU to use; by default the local rank's. -1 computes on the CPU",
+    )
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
 
@@ -125,10 +144,10 @@ def _release_group() -> None:
 
 @contextmanager
 def ending_together(processes: Processes) -> Iterator[None]:
-    """Leave the process group after the block; where a rank fails in it, all end, and each names the first failure.
+    """Leave the process group after the block; where a rank fails in it, all end, and the main one names the failure.
 
     The rank that failed raises its own error. The others find their connections broken (or are ended by the launcher)
-    and exit without a traceback about sockets; one rank speaks for all.
+    and exit without a traceback about sockets.
     """
     try:
         yield
@@ -143,12 +162,14 @@ def ending_together(processes: Processes) -> Iterator[None]:
                 f"long it may): {str(error).partition('. ')[0]}"
             )
         first, store = _first_failure(mine)
-        log.info(f"all ranks end: {first}")  # from the main rank
+        from_elsewhere = lost or first != mine
+        if processes.is_main and from_elsewhere:
+            log.error(f"all ranks end: {first}")
         traceback.clear_frames(error.__traceback__)  # what they hold must not outlive the group
         _break_connections(processes, store)
-        if lost or first != mine:
-            heard = store is not None and not processes.is_main  # the main rank is there to say it
-            raise SystemExit(1 if heard else f"error: rank {processes.rank} ends: {first}") from None
+        if from_elsewhere:
+            said = processes.is_main or store is not None  # without a store the main rank is no longer there to say it
+            raise SystemExit(1 if said else f"error: rank {processes.rank} ends: {first}") from None
         raise
     leave_distributed(processes)
 

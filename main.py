@@ -255,7 +255,7 @@ def build_tokenizer(args: argparse.Namespace, config: models.ModelConfig) -> Tok
     elif config.text_tower == "bert":
         log.info(f"{args.model}: no --bert-vocab, so the text tower reads CLIP's vocabulary")
     tokenizer = create_tokenizer(spec)
-    if args.medclip_weights and tokenizer.vocab_size != models.BERT_VOCABULARY:
+    if args.medclip_weights and args.bert_vocab and tokenizer.vocab_size != models.BERT_VOCABULARY:
         raise ValueError(
             f"--bert-vocab {args.bert_vocab} has {tokenizer.vocab_size} tokens, MedCLIP's text tower "
             f"{models.BERT_VOCABULARY}: give the vocab.txt of Bio_ClinicalBERT"

@@ -127,11 +127,13 @@ class ScriptJob:
             raise SystemExit(0)  # leaves no result file: rank 0 says how it goes on
         goes_on, why = after_stop(env, stopped_by)
         if not goes_on:
-            log.info(f"job {env.job_id} ends here: {why}. Its checkpoint is in {output_dir}; submitted "
+            log.info(
+                f"job {env.job_id} ends here: {why}. Its checkpoint is in {output_dir}; submitted "
                 f"again with --output-dir {output_dir}, the run continues from it",
             )
             raise UncompletedJobError(f"stopped by {stopped_by}: {why}")
-        log.info(f"job {env.job_id}: {why}. It goes back into the queue and continues from the "
+        log.info(
+            f"job {env.job_id}: {why}. It goes back into the queue and continues from the "
             "checkpoint when it starts again",
         )
         return requeue()  # ends the process
@@ -324,9 +326,7 @@ def run_here(args: argparse.Namespace, folder: Path, jobs: list[ScriptJob]) -> l
 
 
 def announce(job: submitit.Job, what: ScriptJob) -> None:
-    log.info(
-        f"job {job.job_id}: files in {job.paths.folder}, run in {what.output_dir.replace('%j', job.job_id)}"
-    )
+    log.info(f"job {job.job_id}: files in {job.paths.folder}, run in {what.output_dir.replace('%j', job.job_id)}")
 
 
 def main(argv: list[str] | None = None) -> list[submitit.Job]:

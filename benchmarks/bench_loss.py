@@ -37,9 +37,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def full_matrices(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def full_matrices(outputs: dict[str, Tensor], temperature: float = 0.1, ssl_scale: float = 1.0) -> dict[str, Tensor]:
     """The formula, with all logits at once."""
-    return {"loss": losses.slip_loss(*(outputs[name].float() for name in NAMES), outputs["logit_scale"])}
+    embeddings = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (outputs[name] for name in NAMES))
+    scale = outputs["logit_scale"]
+    return {"loss": losses.slip_loss(*embeddings, scale=scale, ssl_scale=ssl_scale, temperature=temperature)}
 
 
 METHODS = {"tiles": losses.SLIPLoss(losses.SIMCLRLoss(0.1)), "full": full_matrices}

@@ -45,6 +45,7 @@ import models
 import probes
 import utils
 from datasets import CBIS_CLASSES, CBIS_KINDS, CbisLesions
+from features import Backbone, Loading, extract_or_reuse
 from transforms import Preprocess, eval_view
 
 SETS = (*(f"cbis_{kind}" for kind in CBIS_KINDS), "digits")
@@ -111,14 +112,14 @@ def open_set(name: str, root: Path | None, preprocess: Preprocess, seed: int) ->
 
 
 def top1(labels: np.ndarray, prob: np.ndarray) -> float:
-    return main_linear.score_set("digits", labels, prob)["score"]
+    return main_linear.score_set(labels, prob, "top1")["score"]
 
 
 def view_of(preprocess: Preprocess, image) -> torch.Tensor:
     return eval_view(preprocess)(image, None)
 
 
-def published(backbone: probes.Backbone, splits: Splits, penalty: float, args: argparse.Namespace) -> np.ndarray:
+def published(backbone: Backbone, splits: Splits, penalty: float, args: argparse.Namespace) -> np.ndarray:
     """Test probabilities (n, k) of a linear layer trained with the tower in the loop."""
     torch.manual_seed(args.seed)
     labelled = ConcatDataset([splits.train, splits.val])
@@ -158,13 +159,13 @@ def first_two(samples: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cached(
-    backbone: probes.Backbone, splits: Splits, args: argparse.Namespace, folder: Path
+    backbone: Backbone, splits: Splits, args: argparse.Namespace, folder: Path
 ) -> tuple[np.ndarray, dict[str, float], tuple[probes.Samples, probes.Samples, probes.Head]]:
     """Test probabilities (n, k) as main_linear.py gets them, the seconds of its parts, and what was fitted on."""
-    loading = probes.Loading(folder, args.batch_size, args.workers)
+    loading = Loading(args.batch_size, args.workers, processes=args.processes)
     start = time.perf_counter()
     features = {
-        name: probes.extract_or_reuse(backbone, getattr(splits, name), name, loading, args.processes)[0]
+        name: extract_or_reuse(backbone, getattr(splits, name), name, loading, folder)[0]
         for name in ("train", "val", "test")
     }
     extracted = time.perf_counter()
@@ -201,7 +202,7 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def measure(name: str, backbone: probes.Backbone, args: argparse.Namespace) -> dict:
+def measure(name: str, backbone: Backbone, args: argparse.Namespace) -> dict:
     splits = open_set(name, args.root, backbone.preprocess, args.seed)
     backbone.encode(torch.stack([splits.train[i][0] for i in range(4)]).to(args.device))  # warm
     runs = []
@@ -280,7 +281,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         utils.seed_everything(args.seed)
         model = models.create_model("CLIP_VITT16", vision_tower=args.arch, image_size=args.size)
         model = model.eval().requires_grad_(False).to(args.device)
-        backbone = probes.Backbone(model.visual, model, model.preprocess, "backbone", f"{args.arch}, untrained")
+        backbone = Backbone(model.visual, model, model.preprocess, "backbone", f"{args.arch}, untrained")
     where = torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine()
     print(f"{where}, {torch.get_num_threads()} threads, {args.workers} loader processes; {utils.versions()}")
     rows = []

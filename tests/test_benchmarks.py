@@ -61,7 +61,7 @@ def test_flops_are_those_of_the_formulas():
     vision = 3 * 2 * tokens * block
     text = 2 * 77 * (12 * 32**2 + 2 * 32 * 77)
     heads = width * dim + 32 * dim + 2 * (width * head + head * head + head * out)
-    loss = 2 * B * B * dim + 4 * B * B * out  # image-text in both directions; four quarters of the views
+    loss = B * B * dim + (2 * B) ** 2 * out  # images with captions; all views with all views
     expected = 6 * B * (vision + text + heads) + 4 * B * patches + 6 * loss
     assert bench_step.count_flops(plain, B) == expected
 

@@ -16,7 +16,6 @@ import distributed
 import downstream
 import features
 import models
-import utils
 from downstream import ZeroShotSet
 from features import Loading
 from transforms import Preprocess, UnreadableImage, as_view, eval_view
@@ -134,13 +133,13 @@ def test_a_rank_whose_images_are_all_skipped_still_takes_part():
 
 
 def test_loader_processes_never_outnumber_the_cores(monkeypatch):
-    monkeypatch.setattr(utils, "cores", lambda: 6)
+    monkeypatch.setattr(distributed, "cores", lambda: 6)
     assert Loading(workers=64).loader_processes() == 6 and Loading(workers=2).loader_processes() == 2
     four = distributed.Processes(0, 4)
     assert Loading(workers=64, processes=four).loader_processes() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two nodes of two processes
     assert Loading(workers=64, processes=four).loader_processes() == 3
-    monkeypatch.setattr(utils, "cores", lambda: 1)
+    monkeypatch.setattr(distributed, "cores", lambda: 1)
     assert Loading(workers=64, processes=four).loader_processes() == 0
 
 

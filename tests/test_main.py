@@ -106,9 +106,9 @@ def test_the_text_tower_is_given_what_it_reads(roco, tmp_path, monkeypatch, mode
     """Captions of 9 to 12 tokens in a context of 24; MedCLIP's own pooling reads the padding too."""
     seen, original = set(), main.accumulate_micro
 
-    def watched(run, micro_batches):
+    def watched(run, micro_batches, groups):
         seen.update(inputs[1].shape[1] for inputs in micro_batches)
-        yield from original(run, micro_batches)
+        yield from original(run, micro_batches, groups)
 
     monkeypatch.setattr(main, "accumulate_micro", watched)
     argv = command(roco, tmp_path, "--epochs", "1", "--eval-freq", "9", *extra, model=model)
@@ -388,11 +388,11 @@ def test_resume_names_where_to_start_and_a_further_run_goes_on(roco, tmp_path):
 def test_one_bad_step_spoils_neither_weights_nor_statistics_nor_meters(roco, tmp_path, monkeypatch):
     original, steps = main.accumulate_micro, []
 
-    def poisoned(run, micro_batches):
+    def poisoned(run, micro_batches, groups):
         steps.append(1)
         if len(steps) == 2:
             micro_batches[0][0][:] = torch.nan
-        yield from original(run, micro_batches)
+        yield from original(run, micro_batches, groups)
 
     monkeypatch.setattr(main, "accumulate_micro", poisoned)
     argv = command(roco, tmp_path, "--epochs", "1", "--print-freq", "3")
@@ -409,7 +409,7 @@ def test_a_filter_that_leaves_no_validation_pair_validates_on_the_whole_pool(roc
         command(roco, tmp_path, "--caption-filter", "case 1?[0-9]\\b", "--batch-size", "4", "--epochs", "1")
     )
     assert row["val_full_candidates"] == 8 and "val_candidates" not in row
-    assert "the whole pool chooses" in (tmp_path / "log.txt").read_text()
+    assert "all candidates choose" in (tmp_path / "log.txt").read_text()
 
 
 def test_contradictory_and_empty_commands_are_refused(roco, tmp_path):

@@ -56,7 +56,7 @@ def test_index_is_built_where_the_archives_are(tmp_path, capsys):
     flags = [f"--{flag}={tmp_path / name}" for flag, name in zip(("ids", "subset", "dataset"), names, strict=True)]
     make_dataset.main(["yfcc15m", *flags, "--output-dir", str(tmp_path / "out"), "--root", str(tmp_path)])
     assert list((tmp_path / "out").glob("*.index"))
-    assert "5 images with captions" in capsys.readouterr().out
+    assert "5 pictures with captions" in capsys.readouterr().out
 
 
 def test_errors_name_the_file_and_the_line(tmp_path, monkeypatch):

@@ -272,3 +272,36 @@ def test_torn_and_foreign_files_are_named(tmp_path, content):
     torch.save({"weights": 1}, path)
     with pytest.raises(ValueError, match="neither.*weights"):
         models.load_pretrained(path)
+
+
+def test_an_objective_is_one_entry(monkeypatch, tmp_path):
+    """A toy objective, image against caption by squared distance, added by one entry and trained for an epoch."""
+    import main
+    from helpers import command
+    from roco_tree import make_roco
+
+    class Distance(torch.nn.Module):
+        def __init__(self, settings):
+            super().__init__()
+            self.scale = settings.ssl_scale
+
+        def forward(self, outputs):
+            loss = self.scale * (outputs["image_embed"] - outputs["text_embed"]).square().mean()
+            return {"loss": loss, "distance": loss}
+
+    toy = models.Objective(models.CLIP, ("image", "text"), Distance, ("loss", "distance"), ("retrieval",))
+    monkeypatch.setitem(models.OBJECTIVES, "toy", toy)
+    for name, config in models.variants("toy").items():
+        monkeypatch.setitem(models.MODELS, name, config)
+    run = command(make_roco(tmp_path / "roco"), tmp_path / "run", "--epochs", "4", model="TOY_VITT16")
+    scores = main.main([*run, "--lr", "1e-2", "--warmup-epochs", "0", "--batch-size", "4"])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses_of_steps = [row["distance"] for row in rows if row["kind"] == "train"]
+    assert losses_of_steps[-1] < losses_of_steps[0] and scores["val_candidates"] > 0
+    assert models.load_pretrained(tmp_path / "run" / "checkpoint.pt").model.objective is toy
+
+
+def test_an_unknown_objective_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "MOCO_VITT16", models.ModelConfig("moco", "vit_tiny_patch16_224"))
+    with pytest.raises(ValueError, match="unknown objective 'moco': choose one of clip, simclr, slip"):
+        models.create_model("MOCO_VITT16")

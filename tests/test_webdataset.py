@@ -63,7 +63,7 @@ def test_a_folder_of_shards(shards):
     reader = create_reader("webdataset", shards)
     check(reader, range(24))
     assert reader.name(7) == f"{shards}/00001.tar/000000007.jpg" and reader.data(7) == jpeg(70)
-    assert "24 images with captions" in reader.log[0] and reader.dropped == 0
+    assert "24 pictures with captions" in reader.log[0] and reader.dropped == 0
     check(pickle.loads(pickle.dumps(reader)), range(24))  # as a spawned worker gets it
     filtered = create_reader("webdataset", shards, caption_filter="1$")
     check(filtered, [1, 11, 21])
@@ -315,8 +315,7 @@ def test_an_interrupted_index_leaves_nothing_behind(shards, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
-        create_reader("webdataset", shards)
+    assert "no index kept (disk full)" in create_reader("webdataset", shards).log[-1]
     assert not list(shards.glob("*.index")) and not list(shards.glob("*.tmp"))
 
 
@@ -367,5 +366,5 @@ def test_training_on_shards_equals_training_on_their_source(tmp_path):
             ]
         )
         weights[name] = utils.load_checkpoint(output / "checkpoint.pt")["state_dict"]
-    assert scores["webdataset"] == scores["roco"] and scores["roco"]["val_pool"] == 6
+    assert scores["webdataset"] == scores["roco"] and scores["roco"]["val_candidates"] == 6
     assert all(torch.equal(value, weights["webdataset"][key]) for key, value in weights["roco"].items())
