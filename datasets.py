@@ -36,21 +36,10 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from colour import Colours, apply_colour
+from images import UnreadableImage, decode_image, decode_pixels, read_bytes, read_image
 from metadata import iter_json, read_pickle
-from transforms import (
-    Preprocess,
-    UnreadableImage,
-    View,
-    apply_colour,
-    as_view,
-    decode_image,
-    decode_pixels,
-    eval_view,
-    read_bytes,
-    read_image,
-    ssl_pixels,
-    train_pixels,
-)
+from transforms import Preprocess, View, as_view, eval_view, ssl_pixels, train_pixels
 
 SPLITS = ("train", "validation", "test")
 
@@ -359,6 +348,10 @@ class Reader:
     def picture(self, i: int) -> Image.Image:
         """The name that scripts of others know `image` by."""
         return self.image(i)
+
+    def pixels(self, i: int) -> torch.Tensor:
+        """`image` as uint8 planes (3, H, W), or (1, H, W) of a grey JPEG."""
+        return decode_pixels(self.data(i), self.name(i))
 
     def fingerprint(self) -> str:
         """SHA-256 over the paths and captions of all pairs, in their order."""
@@ -1135,8 +1128,8 @@ class ContrastiveDataset(Dataset):
     single channel where the image is grey; "text": a caption, drawn if there are several. Every choice
     comes from (seed, epoch, index), so the number of workers or ranks changes no sample.
 
-    With `colour_later` the SSL views are crops as they are, and "view1_colour", "view2_colour" the rows of
-    numbers with which `transforms.apply_colour_batch` finishes them on the accelerator.
+    With `colour_later` the SSL views are crops as they are, and "view1_colour", "view2_colour" say with what
+    `colour.apply_colour_batch` finishes them on the accelerator.
 
     With `groups` a sample also has "groups", two whole numbers that are the same for the same file of an image
     and for the same caption.
@@ -1186,7 +1179,7 @@ class ContrastiveDataset(Dataset):
             if name in self.inputs:
                 sample[name], colour = ssl_pixels(self.preprocess, pixels, rng)
                 if self.colour_later:
-                    sample[f"{name}_colour"] = colour.row()
+                    sample[f"{name}_colour"] = colour
                 else:
                     sample[name] = torch.from_numpy(apply_colour(sample[name].numpy(), colour).copy())
         return sample
@@ -1248,7 +1241,7 @@ class Collate:
     """Samples to a batch: views stacked to uint8 (B, 3, S, S), "text" tokenised to (B, L), "index" (B,), "groups"
     (B, 2).
 
-    Rows of colours become float64 (B, 14).
+    What happens to the views' colours becomes `colour.Colours`.
 
     With `trim`, for a text tower that never reads padding, what lies behind the longest caption, rounded up to a
     multiple of 8 tokens, is cut off: nothing to compute there, and few different lengths.
@@ -1271,7 +1264,7 @@ class Collate:
             elif name in ("index", "groups"):
                 batch[name] = torch.tensor(values)
             elif name.endswith("_colour"):
-                batch[name] = torch.tensor(values, dtype=torch.float64)
+                batch[name] = Colours.of(values)
             else:
                 # The channels innermost, as resizing leaves them and convolutions like them.
                 views = [view.expand(3, -1, -1).permute(1, 2, 0) for view in values]

@@ -40,8 +40,9 @@ from torch.utils.data import Dataset
 
 import metadata
 from datasets import CBIS_CLASSES, READERS, CbisLesions, TextColumn
+from images import read_image
 from metrics import SET_METRICS
-from transforms import Preprocess, View, as_view, read_image
+from transforms import Preprocess, View, as_view
 
 log = logging.getLogger("medslip")
 

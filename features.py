@@ -30,8 +30,9 @@ import models
 import utils
 from datasets import EvalPairs, Reader
 from downstream import ZeroShotSet
+from images import UnreadableImage
 from tokenizer import Tokenizer
-from transforms import Preprocess, UnreadableImage, View
+from transforms import Preprocess, View
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tower

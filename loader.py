@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import distributed
 import utils
-from transforms import UnreadableImage
+from images import UnreadableImage
 
 log = logging.getLogger("medslip")
 

@@ -37,11 +37,12 @@ import loader
 import losses
 import models
 import utils
+from colour import apply_colour_batch
 from distributed import Processes
 from features import Loading, classify_zeroshot, embed_pairs
 from metrics import percent, retrieval_metrics
 from tokenizer import Tokenizer, create_tokenizer
-from transforms import Preprocess, apply_colour_batch
+from transforms import Preprocess
 
 log = logging.getLogger("medslip")
 HERE = Path(__file__).parent

@@ -29,7 +29,6 @@ import numpy as np
 import sklearn
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.functional as VF
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
@@ -53,7 +52,7 @@ from probes import (
     knn_probabilities,
     stratified_part,
 )
-from transforms import Preprocess, eval_view, random_resized_crop
+from transforms import Preprocess, centre_square, eval_view, random_resized_crop
 
 log = logging.getLogger("medslip")
 
@@ -375,9 +374,7 @@ def linear_eval_view(preprocess: Preprocess, img: Image.Image) -> Tensor:
     """SLIP's view for linear evaluation: the short side 8/7 of the size (256 for 224), then the centre."""
     if preprocess.prepare != "slip":  # a whole square already
         return eval_view(preprocess)(img, None)
-    whole: Any = preprocess.open(img)  # torchvision's annotations know only tensors
-    centre: Any = VF.center_crop(VF.resize(whole, [round(preprocess.size * 8 / 7)]), [preprocess.size] * 2)
-    return preprocess.tensor(centre)
+    return preprocess.tensor(centre_square(preprocess.open(img), round(preprocess.size * 8 / 7), preprocess.size))
 
 
 def score_set(labels: np.ndarray, outputs: np.ndarray, metric: str) -> metrics.Scores:

@@ -52,7 +52,7 @@ from datasets import (
     rows_index,
     write_index,
 )
-from transforms import UnreadableImage, decode_image, read_image
+from images import UnreadableImage, decode_image, read_image
 from utils import HelpFormatter, atomic_write, run_script, start_logging, write_json
 
 log = logging.getLogger("medslip")

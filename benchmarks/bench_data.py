@@ -8,6 +8,7 @@ operations. The methods take turns, sample by sample, in one process on one thre
 
     published   Pillow, torchvision's first transforms, float32 out (Mu et al. 2021, section 3.2, and its code)
     all on CPU  what a worker of main.py does when it trains on a CPU; uint8 out
+    all on CPU, torch alone  the same views with the accelerator's code for colours, in batches of one
     crops only  what it does when it trains on a GPU, where the colours of the batch are changed; uint8 out
 
 In the row `shrunk` ours reads the copy that make_dataset.py shrink --short-side 448 writes, the published method the
@@ -33,17 +34,10 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 import utils
+from colour import Colours, apply_colour, apply_colour_batch
+from images import decode_image, decode_pixels
 from make_dataset import encode, shrink
-from transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Preprocess,
-    apply_colour,
-    decode_image,
-    decode_pixels,
-    ssl_pixels,
-    train_pixels,
-)
+from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, ssl_pixels, train_pixels
 
 PREPROCESS = Preprocess(224)
 KINDS = {  # width, height, colour or grey, short side of the shrunk copy
@@ -138,7 +132,21 @@ def all_on_cpu(data: bytes, rng: np.random.Generator) -> list[Tensor]:
     return [first, *(torch.from_numpy(apply_colour(crop.numpy(), colour).copy()) for crop, colour in crops)]
 
 
-METHODS: dict[str, Callable] = {"published": published, "all on CPU": all_on_cpu, "crops only": crops_only}
+def one_implementation(data: bytes, rng: np.random.Generator) -> list[Tensor]:
+    """`all on CPU` without NumPy: each view as a batch of one goes through what the accelerator runs."""
+    first, *crops = crops_only(data, rng)
+    return [
+        first,
+        *(apply_colour_batch(crop.expand(3, -1, -1)[None], Colours.of([colour]))[0] for crop, colour in crops),
+    ]
+
+
+METHODS: dict[str, Callable] = {
+    "published": published,
+    "all on CPU": all_on_cpu,
+    "all on CPU, torch alone": one_implementation,
+    "crops only": crops_only,
+}
 
 
 # ------------------------------------------------------------------------------------------------- checks

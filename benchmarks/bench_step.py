@@ -45,7 +45,7 @@ import distributed
 import main as training
 import models
 import utils
-from transforms import draw_colour
+from colour import draw_colour
 
 SMALL = [
     "--image-size",
@@ -248,8 +248,7 @@ def make_batch(method: Ours | Plain, batch_size: int, device: torch.device | Non
     ]
     if on_gpu and not method.floats:
         samples = [
-            {**sample, **{f"{key}_colour": draw_colour(rng).row() for key in views if key != "image"}}
-            for sample in samples
+            {**sample, **{f"{key}_colour": draw_colour(rng) for key in views if key != "image"}} for sample in samples
         ]
     batch = datasets.Collate(method.tokenizer, method.trim)(samples)
     if method.floats:

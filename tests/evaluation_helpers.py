@@ -7,7 +7,7 @@ from torch import nn
 
 import models
 import utils
-from transforms import UnreadableImage
+from images import UnreadableImage
 
 CPU = torch.device("cpu")
 

@@ -13,6 +13,8 @@ import torch
 from helpers import (
     LARGE,
     PREPROCESS,
+    SslView,
+    TrainView,
     all_captions,
     command,
     grey_of,
@@ -40,9 +42,10 @@ from datasets import (
     caption_pattern,
     create_reader,
 )
+from images import UnreadableImage, read_image
 from metadata import RefusedPickle, iter_json, read_pickle
 from tokenizer import SimpleTokenizer
-from transforms import Preprocess, UnreadableImage, eval_view, read_image, ssl_view, train_view
+from transforms import Preprocess, eval_view
 
 
 # ---------------------------------------------------------------------------------------------------- columns
@@ -729,9 +732,9 @@ def test_a_sample_holds_the_views_of_its_objective(reader):
     rng, img = np.random.default_rng((3, 2, 5)), read_image(reader.name(5))
     rng.integers(1)  # the caption is drawn first
     for name, view in (
-        ("image", train_view(PREPROCESS)),
-        ("view1", ssl_view(PREPROCESS)),
-        ("view2", ssl_view(PREPROCESS)),
+        ("image", TrainView(PREPROCESS)),
+        ("view1", SslView(PREPROCESS)),
+        ("view2", SslView(PREPROCESS)),
     ):
         assert torch.equal(PREPROCESS.normalise(sample[name]), view(img, rng))
     clip = ContrastiveDataset(reader, ("image", "text"), PREPROCESS, seed=3)[2, 5]

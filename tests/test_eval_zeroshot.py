@@ -16,7 +16,8 @@ import features
 import metrics
 import models
 import utils
-from transforms import Preprocess, UnreadableImage
+from images import UnreadableImage
+from transforms import Preprocess
 
 
 def command(folder, name="checkpoint_best.pt"):

@@ -18,7 +18,8 @@ import features
 import models
 from downstream import ZeroShotSet
 from features import Loading
-from transforms import Preprocess, UnreadableImage, as_view, eval_view
+from images import UnreadableImage
+from transforms import Preprocess, as_view, eval_view
 
 
 def classify(model, dataset, loading=None, metric="top1", names=NAMES):

@@ -276,9 +276,10 @@ def test_torn_and_foreign_files_are_named(tmp_path, content):
 
 def test_an_objective_is_one_entry(monkeypatch, tmp_path):
     """A toy objective, image against caption by squared distance, added by one entry and trained for an epoch."""
-    import main
     from helpers import command
     from roco_tree import make_roco
+
+    import main
 
     class Distance(torch.nn.Module):
         def __init__(self, settings):

@@ -19,7 +19,7 @@ from PIL import Image
 import datasets
 import make_dataset
 from datasets import create_reader
-from transforms import decode_image, read_image, to_rgb8
+from images import decode_image, read_image, to_rgb8
 
 needs_webdataset = pytest.mark.skipif(importlib.util.find_spec("webdataset") is None, reason="pip install webdataset")
 

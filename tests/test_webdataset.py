@@ -19,8 +19,8 @@ import main
 import make_dataset
 import utils
 from datasets import Collate, ContrastiveDataset, GlobalBatchSampler, TarPool, create_reader
+from images import UnreadableImage
 from tokenizer import SimpleTokenizer
-from transforms import UnreadableImage
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> None:

@@ -1,0 +1,323 @@
+"""Image files of every kind to RGB with 8 bits."""
+
+import io
+import struct
+import zlib
+from functools import partial
+
+import numpy as np
+import pytest
+from helpers import grainy, image, planes
+from PIL import Image
+
+from images import (
+    UnreadableImage,
+    decode_image,
+    decode_pixels,
+    read_image,
+    to_rgb8,
+    window_to_8bit,
+)
+
+
+def test_percentile_window_maps_the_middle_99_percent():
+    array = np.random.default_rng(0).permutation(np.arange(2000)).reshape(40, 50) + 1000
+    low, high = 1000 + 0.005 * 1999, 1000 + 0.995 * 1999
+    expected = np.clip(np.round(255 * (array - low) / (high - low)), 0, 255)
+    for dtype in (np.uint16, np.int32, np.float64):
+        got = window_to_8bit(array.astype(dtype))
+        assert got.dtype == np.uint8
+        assert np.abs(got - expected).max() <= 1e-9
+    assert np.array_equal(window_to_8bit(array.astype(np.uint16), invert=True), 255 - expected)
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+def test_windows_equal_pydicoms(function):
+    pydicom = pytest.importorskip("pydicom")
+    array = np.arange(-300, 900, dtype=np.int16).reshape(30, 40)
+    dataset = pydicom.Dataset()
+    dataset.WindowCenter, dataset.WindowWidth, dataset.VOILUTFunction = 250, 401, function
+    dataset.PhotometricInterpretation, dataset.BitsStored, dataset.PixelRepresentation = "MONOCHROME2", 16, 1
+    theirs = pydicom.pixels.apply_windowing(array, dataset)  # -32768 to 32767
+    expected = (theirs + 32768) / 65535 * 255
+    got = window_to_8bit(array, 250, 401, function=function)
+    assert np.abs(got - expected).max() <= 0.51
+
+
+def test_flat_masked_and_empty_images():
+    assert (window_to_8bit(np.full((3, 3), 700, dtype=np.uint16)) == 0).all()
+    mask = np.zeros((100, 100), dtype=np.uint16)
+    mask[0, 0] = 4095  # fewer than 0.5 percent: both percentiles are 0
+    assert window_to_8bit(mask)[0, 0] == 255 and window_to_8bit(mask).sum() == 255
+    odd = np.array([[np.nan, 0.0], [1.0, np.inf]])
+    assert window_to_8bit(odd, 0.5, 1.0, function="LINEAR_EXACT").tolist() == [[0, 0], [255, 0]]
+    assert (window_to_8bit(np.full((2, 2), np.nan)) == 0).all()
+
+
+@pytest.mark.parametrize("width, function", [(0.5, "LINEAR"), (-1, "SIGMOID"), (10, "CUBIC")])
+def test_impossible_windows_are_refused(width, function):
+    with pytest.raises(ValueError, match="CUBIC|width"):
+        window_to_8bit(np.zeros((2, 2)), 5, width, function=function)
+
+
+def test_a_16_bit_png_keeps_its_contrast(tmp_path):
+    array = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)  # 12 bits, as detectors give
+    Image.fromarray(array).save(tmp_path / "deep.png")
+    got = np.asarray(read_image(tmp_path / "deep.png"))
+    assert got.shape == (64, 64, 3)
+    assert 120 < got.mean() < 135 and got.std() > 70  # clipping at 255 would give a white image
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV"])
+def test_modes_of_eight_bits_are_converted_as_pillow_does(mode):
+    img = image().convert(mode)
+    assert np.array_equal(to_rgb8(img), img.convert("RGB"))
+
+
+@pytest.mark.parametrize("mode, dtype", [("I;16", "<u2"), ("I;16B", ">u2"), ("I", "<i4"), ("F", "<f4")])
+def test_deep_modes_are_windowed(mode, dtype):
+    array = np.arange(40 * 50).reshape(40, 50).astype(dtype)
+    img = Image.frombytes(mode, (50, 40), array.tobytes())
+    assert np.array_equal(np.asarray(to_rgb8(img))[..., 1], window_to_8bit(array))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_lie_on_white(mode):
+    img = Image.new("RGBA", (4, 4), (10, 10, 10, 255))
+    img.putpixel((0, 0), (0, 0, 0, 0))
+    if mode == "P":
+        img = Image.new("P", (4, 4), 1)
+        img.putpalette([0, 0, 0, 10, 10, 10])
+        img.putpixel((0, 0), 0)
+        img.info["transparency"] = 0
+    else:
+        img = img.convert(mode)
+    got = np.asarray(to_rgb8(img))
+    assert got[0, 0].tolist() == [255] * 3 and got[3, 3].tolist() == [10] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1", "P", "I;16"])
+def test_planes_are_the_image_that_pillow_reads(file_format, mode):
+    img = image(83, 61)
+    if mode == "I;16":
+        img = Image.fromarray(np.arange(83 * 61).reshape(61, 83).astype(np.uint16))
+    else:
+        img = img.convert(mode)
+    for options in [{}, {"progressive": True, "quality": 60, "subsampling": 2}, {"exif": b"Exif\0\0"}]:
+        buffer = io.BytesIO()
+        try:
+            img.save(buffer, file_format, **options)
+        except (OSError, ValueError):
+            pytest.skip(f"there is no {file_format} of mode {mode}")
+        expected = planes(decode_image(buffer.getvalue(), "x"))
+        got = decode_pixels(buffer.getvalue(), "x").numpy()
+        assert np.array_equal(np.broadcast_to(got, expected.shape), expected)
+        assert (len(got) == 1) == (file_format == "JPEG" and Image.open(buffer).mode == "L")
+
+
+def test_broken_files_are_named(tmp_path):
+    buffer = io.BytesIO()
+    image(200, 200).save(buffer, "JPEG")
+    whole = buffer.getvalue()
+    png = io.BytesIO()
+    image(200, 200).save(png, "PNG")
+    damaged = bytearray(png.getvalue())
+    damaged[60:400] = bytes(340)
+    cases = {
+        "cut.jpg": whole[: len(whole) // 2],
+        "empty.jpg": b"",
+        "text.jpg": b"no image",
+        "bad.png": damaged,
+    }
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UnreadableImage, match=name):
+            read_image(tmp_path / name)
+        with pytest.raises(UnreadableImage, match=name):
+            decode_pixels((tmp_path / name).read_bytes(), name)
+    with pytest.raises(FileNotFoundError, match="absent.jpg"):
+        read_image(tmp_path / "absent.jpg")
+
+
+def write_dicom(path, array, **values):
+    pydicom = pytest.importorskip("pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalMammographyXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    dataset = pydicom.Dataset()
+    dataset.file_meta = meta
+    dataset.SOPClassUID, dataset.SOPInstanceUID = (
+        meta.MediaStorageSOPClassUID,
+        meta.MediaStorageSOPInstanceUID,
+    )
+    dataset.Rows, dataset.Columns = array.shape
+    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    for name, value in values.items():
+        setattr(dataset, name, value)
+    dataset.PixelData = array.astype("<u2").tobytes()
+    dataset.save_as(path, enforce_file_format=True)
+
+
+@pytest.mark.parametrize(
+    "values, window",
+    [
+        ({}, {}),
+        ({"WindowCenter": 1000, "WindowWidth": 500}, {"center": 1000, "width": 500}),
+        ({"WindowCenter": [1000, 3000], "WindowWidth": [500, 10]}, {"center": 1000, "width": 500}),
+        ({"WindowCenter": 0, "WindowWidth": 0}, {}),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, {"invert": True}),
+        (
+            {"WindowCenter": 1000, "WindowWidth": 500, "VOILUTFunction": "SIGMOID"},
+            {"center": 1000, "width": 500, "function": "SIGMOID"},
+        ),
+    ],
+)
+def test_dicom_goes_through_its_window(tmp_path, values, window):
+    array = np.arange(4000).reshape(50, 80)
+    write_dicom(tmp_path / "a.dcm", array, **values)
+    got = np.asarray(read_image(tmp_path / "a.dcm"))
+    assert got.shape == (50, 80, 3)
+    assert np.array_equal(got[..., 0], window_to_8bit(array.astype(np.uint16), **window))
+
+
+def test_dicom_rescales_before_the_window(tmp_path):
+    array = np.arange(4000).reshape(50, 80)
+    values = {"RescaleSlope": 2, "RescaleIntercept": -1024, "WindowCenter": 40, "WindowWidth": 400}
+    write_dicom(tmp_path / "a.dcm", array, **values)
+    got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 2]
+    assert np.array_equal(got, window_to_8bit(2.0 * array - 1024, 40, 400))
+
+
+def test_a_broken_dicom_is_named(tmp_path):
+    pytest.importorskip("pydicom")
+    (tmp_path / "bad.dcm").write_bytes(b"no DICOM")
+    with pytest.raises(UnreadableImage, match="bad.dcm"):
+        read_image(tmp_path / "bad.dcm")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# More than 8 bits in several channels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def png_of_16_bits(samples: np.ndarray) -> bytes:
+    """(H, W, C) written by hand, as Pillow writes no such file: C = 1 to 4 are grey, grey and alpha, RGB, RGBA."""
+    height, width, channels = samples.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in samples)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    parts = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff_of_16_bits(samples: np.ndarray, order: str) -> bytes:
+    height, width, channels = samples.shape
+    data, bits = samples.astype(f"{order}u2").tobytes(), struct.pack(f"{order}{channels}H", *[16] * channels)
+    values = {256: width, 257: height, 259: 1, 262: 2, 273: 8, 277: channels, 278: height, 279: len(data)}
+    values |= {258: 8 + len(data)} | ({338: 2} if channels == 4 else {})
+    kinds = {258: (3, channels), 273: (4, 1), 279: (4, 1)}
+    entries = b""
+    for tag, value in sorted(values.items()):
+        kind, count = kinds.get(tag, (3, 1))
+        short = kind == 3 and count == 1
+        entries += struct.pack(f"{order}HHI", tag, kind, count)
+        entries += struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value)
+    start = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8 + len(data) + len(bits))
+    return start + data + bits + struct.pack(f"{order}H", len(values)) + entries + bytes(4)
+
+
+RAMP = np.tile(np.linspace(0, 4095, 64).astype(np.uint16), (64, 1))[..., None]  # 12 bits
+OPAQUE = np.full_like(RAMP, 65535)
+
+
+@pytest.mark.parametrize(
+    "write", [png_of_16_bits, partial(tiff_of_16_bits, order="<"), partial(tiff_of_16_bits, order=">")]
+)
+@pytest.mark.parametrize("parts", [[RAMP, OPAQUE], [RAMP] * 3, [RAMP, RAMP, RAMP, OPAQUE]], ids=["LA", "RGB", "RGBA"])
+def test_twelve_bits_in_several_channels_look_like_the_grey_image(write, parts):
+    if write is not png_of_16_bits and len(parts) == 2:
+        pytest.skip("Pillow reads no such TIFF, and says so")
+    expected = np.broadcast_to(window_to_8bit(RAMP), (64, 64, 3))
+    data = write(np.concatenate(parts, -1))
+    assert np.array_equal(np.asarray(decode_image(data, "x")), expected)
+    assert np.array_equal(decode_pixels(data, "x").permute(1, 2, 0).numpy(), expected)
+
+
+def test_colours_of_16_bits_share_one_window_and_transparent_parts_are_white():
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 3000, (9, 7, 3)).astype(np.uint16)
+    alpha = np.where(np.arange(7) < 3, 65535, 0).astype(np.uint16)[None, :, None].repeat(9, 0)
+    got = np.asarray(decode_image(png_of_16_bits(np.concatenate([colours, alpha], -1)), "x"))
+    assert np.array_equal(got[:, :3], window_to_8bit(colours)[:, :3]) and (got[:, 3:] == 255).all()
+
+
+@pytest.mark.parametrize("factor", [1, 256, 257])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_8_bit_image_in_16_bits_is_that_image(factor, channels):
+    small = np.asarray(grainy())[..., :channels] // 2 + 20  # neither black nor white: a window would stretch it
+    got = np.asarray(decode_image(png_of_16_bits(small.astype(np.uint16) * factor), "x"))
+    assert np.array_equal(got, np.broadcast_to(small, got.shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a DICOM file says about its display
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_padding_does_not_set_the_contrast_and_is_black(tmp_path):
+    inside = np.arange(3000).reshape(50, 60) % 1000 + 500
+    array = np.pad(inside, ((0, 0), (0, 40)), constant_values=4000)
+    array[:, 80:] = 3990
+    for photometric in ("MONOCHROME2", "MONOCHROME1"):
+        values = {"PixelPaddingValue": 4000, "PixelPaddingRangeLimit": 3980, "PhotometricInterpretation": photometric}
+        write_dicom(tmp_path / "a.dcm", array, **values)
+        got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 0]
+        expected = window_to_8bit(inside.astype(np.uint16), invert=photometric == "MONOCHROME1")
+        assert np.array_equal(got[:, :60], expected) and not got[:, 60:].any()
+
+
+def test_a_voi_lut_is_looked_up(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    table = pydicom.Dataset()
+    curve = (np.linspace(0, 1, 4096) ** 2 * 1023).astype(np.uint16)
+    table.LUTDescriptor, table.LUTData = [4096, 0, 10], curve.tobytes()
+    array = np.arange(4000).reshape(50, 80)
+    write_dicom(tmp_path / "a.dcm", array, VOILUTSequence=pydicom.Sequence([table]))
+    got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 0]
+    assert np.array_equal(got, np.rint(curve[array] * (255 / 1023)).astype(np.uint8))
+
+
+def test_a_presentation_of_inverse_shape_is_inverted(tmp_path):
+    array = np.arange(4000).reshape(50, 80)
+    write_dicom(tmp_path / "a.dcm", array, PresentationLUTShape="INVERSE")
+    got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 0]
+    assert np.array_equal(got, window_to_8bit(array.astype(np.uint16), invert=True))
+
+
+def test_a_palette_shows_its_colours(tmp_path):
+    pytest.importorskip("pydicom")
+    red, green, blue = (np.random.default_rng(i).integers(0, 65536, 256).astype("<u2") for i in range(3))
+    tables = {f"{name}PaletteColorLookupTableData": table.tobytes() for name, table in
+              (("Red", red), ("Green", green), ("Blue", blue))}  # fmt: skip
+    descriptors = {f"{name}PaletteColorLookupTableDescriptor": [256, 0, 16] for name in ("Red", "Green", "Blue")}
+    array = np.arange(4000).reshape(50, 80) % 256
+    write_dicom(tmp_path / "a.dcm", array, PhotometricInterpretation="PALETTE COLOR", **tables, **descriptors)
+    expected = np.stack([table[array] >> 8 for table in (red, green, blue)], -1)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.dcm")), expected)
+
+
+@pytest.mark.parametrize("name", ["a.dicom", "IM0001", "a.jpg"])
+def test_dicom_is_known_by_its_content(tmp_path, name):
+    array = np.arange(4000).reshape(50, 80)
+    write_dicom(tmp_path / name, array)
+    got = np.asarray(read_image(tmp_path / name))[..., 0]
+    assert np.array_equal(got, window_to_8bit(array.astype(np.uint16)))
