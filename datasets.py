@@ -1,4 +1,4 @@
-"""Image-text sources, what the training loop draws from them, and the CBIS-DDSM lesions.
+"""Image-text sources, and what the training loop draws from them.
 
 A reader is one source of images with captions: `len(r)`, `r.captions(i) -> list[str]`, `r.image(i)` in
 RGB, `r.name(i) -> str` for messages, `r.dropped` absent images, `r.log` lines worth printing. Each
@@ -9,8 +9,6 @@ shared arrays.
 
 from __future__ import annotations
 
-import codecs
-import csv
 import hashlib
 import json
 import os
@@ -28,23 +26,27 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
-from tqdm import tqdm
 
 from colour import Colours, apply_colour
-from images import UnreadableImage, decode_image, decode_pixels, read_bytes, read_image
-from metadata import iter_json, read_pickle
-from transforms import Preprocess, View, as_view, eval_view, ssl_pixels, train_pixels
+from images import UnreadableImage, decode_image, decode_pixels, read_bytes
+from metadata import Table, fields_of, inside, iter_json, read_pickle
+from transforms import Preprocess, View, as_view, ssl_pixels, train_pixels
+from utils import Progress
 
 SPLITS = ("train", "validation", "test")
 
 
-# -------------------------------------------------------------------------------- text without Python objects
+# ---------------------------------------------------------------------------------------------------------------------
+# Text without Python objects
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 class TextColumn:
     """Many texts as one UTF-8 buffer (uint8) and n + 1 offsets (uint32, or int64 beyond 4 GiB).
 
@@ -56,8 +58,8 @@ class TextColumn:
         self.data, self.offsets = data, offsets
 
     @classmethod
-    def from_strings(cls, texts: Iterable[str]) -> TextColumn:
-        builder = TextBuilder()
+    def of_paths(cls, texts: Iterable[str]) -> TextColumn:
+        builder = TextBuilder(paths=True)
         for text in texts:
             builder.append(text)
         return builder.column()
@@ -68,17 +70,23 @@ class TextColumn:
     def __getitem__(self, i: int) -> str:
         if not 0 <= i < len(self):
             raise IndexError(f"text {i} of {len(self)}")
-        return self.data[self.offsets[i] : self.offsets[i + 1]].tobytes().decode("utf-8")
+        return self.data[self.offsets[i] : self.offsets[i + 1]].tobytes().decode("utf-8", "surrogateescape")
 
 
 class TextBuilder:
-    """A TextColumn in the making."""
+    """A TextColumn in the making.
 
-    def __init__(self):
+    Args:
+        paths: keep names of files that are not UTF-8, which Python writes with lone surrogates, as they are. In texts
+            such a character (JSON can hold one) becomes "?".
+    """
+
+    def __init__(self, paths: bool = False):
         self.data, self.offsets = bytearray(), array("q", [0])
+        self.errors = "surrogateescape" if paths else "replace"
 
     def append(self, text: str) -> None:
-        self.data += text.encode("utf-8", errors="replace")  # JSON can hold a lone surrogate: it becomes "?"
+        self.data += text.encode("utf-8", self.errors)
         self.offsets.append(len(self.data))
 
     def column(self) -> TextColumn:
@@ -86,7 +94,11 @@ class TextBuilder:
         return TextColumn(data, offsets.astype(np.uint32) if len(data) < 2**32 else offsets)
 
 
-# -------------------------------------------------------------------------------------------- caption filters
+# ---------------------------------------------------------------------------------------------------------------------
+# Caption filters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 # Stems of words that name the kind of image. "Mammary", mammoplasty and the Mammotome make no mammogram;
 # panoramic and lateral views may be CT; angiography and fluoroscopy use x-rays but look like no radiograph.
 MAMMO_WORDS = (
@@ -120,7 +132,11 @@ def caption_pattern(caption_filter: str) -> re.Pattern | None:
         ) from error
 
 
-# ----------------------------------------------------------------------------------------- what readers share
+# ---------------------------------------------------------------------------------------------------------------------
+# What readers share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Row:
     """One image as its metadata states it."""
@@ -159,13 +175,6 @@ class Listing:
             except (FileNotFoundError, NotADirectoryError):
                 self.folders[folder] = set()
         return name in self.folders[folder]
-
-
-def inside(path: str, where: str) -> str:
-    """`path` if it cannot leave the folder that it is relative to; else ValueError naming the row."""
-    if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/"):
-        raise ValueError(f"{where}: the path {path!r} may leave the data root ('/' first, '..', '\\')")
-    return path
 
 
 def first_file(choices: list[Path], split: str) -> Path:
@@ -257,6 +266,10 @@ class Reader:
         """The rows of `files` as they stand there."""
         raise NotImplementedError
 
+    def wanted(self, row: Row) -> str:
+        """A row's image, for messages."""
+        return str(row.image)
+
     def finder(self) -> Callable[[Row], bool]:
         """Whether a row's image exists, for many rows."""
         listing = Listing(self.root)
@@ -265,14 +278,14 @@ class Reader:
     def columns(self) -> Columns:
         """Read `rows` once: those with image and caption stay; the others are counted, the first named."""
         exists = self.finder()
-        images, texts = array("i") if self.numbered else TextBuilder(), TextBuilder()
+        images, texts = array("i") if self.numbered else TextBuilder(paths=True), TextBuilder()
         first = array("q", [0])
         absent = silent = 0  # rows without an image, rows without a caption
         first_absent = first_silent = ""
         several = 0  # rows of images that have others
         absent_images: list = []  # some of them, to be looked for when an index is read again
         rng = random.Random(0)
-        rows = tqdm(self.rows(), "indexing", unit=" rows") if self.indexed else grouped(self.rows())
+        rows = Progress(self.rows(), "indexing", unit=" rows") if self.indexed else grouped(self.rows())
         for row in rows:
             several += row.rows * (row.rows > 1)
             captions = [text.strip() for text in row.captions]
@@ -282,7 +295,7 @@ class Reader:
                     absent_images.append(row.image)
                 elif (place := rng.randrange(max(absent, 1))) < ABSENT_SAMPLE:
                     absent_images[place] = row.image
-                first_absent = first_absent or f"{row.image} ({row.where})".strip()
+                first_absent = first_absent or f"{self.wanted(row)} ({row.where})".strip()
             elif not any(captions):
                 silent += row.rows
                 first_silent = first_silent or row.where
@@ -363,7 +376,11 @@ class Reader:
         return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------- ROCO
+# ---------------------------------------------------------------------------------------------------------------------
+# ROCO
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 class Roco(Reader):
     """ROCO v1 (Pelka et al. 2018): `{train,validation,test}/{radiology,non-radiology}/images/<id>.jpg` beside
     `captions.txt`, or the first MedSLIP's `selected_pairs.txt`: lines of an id, white space and the caption.
@@ -445,71 +462,9 @@ class RocoV2(Reader):
             yield Row(where, f"{self.images}/{inside(fields[image], where)}.jpg", [fields[caption]])
 
 
-# ----------------------------------------------------------------------------------------------------- tables
-class Table:
-    """A CSV or TSV file in UTF-8 whose first line names the columns; iterating yields (where, fields).
-
-    Raises:
-        ValueError: naming file and line, for another encoding, a row that has not as many fields as the header, or a
-            quotation mark that is never closed.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        with self._open() as file:
-            try:
-                line = file.readline()
-            except UnicodeDecodeError as error:
-                raise ValueError(self._not_utf8("in its first lines", error)) from error
-        self.delimiter = max("\t", ",", ";", key=line.count)
-        fields = next(csv.reader([line], delimiter=self.delimiter), [])
-        self.header = [name.strip().lower() for name in fields]
-
-    def _open(self) -> TextIO:
-        with open(self.path, "rb") as file:
-            start = file.read(4096)
-        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start:
-            raise ValueError(
-                f"{self.path} is in another encoding than UTF-8 (UTF-16, as spreadsheets call Unicode text, or no text "
-                "at all): save it as CSV in UTF-8"
-            )
-        return open(self.path, encoding="utf-8-sig", newline="")
-
-    def _not_utf8(self, place: str, error: UnicodeDecodeError) -> str:
-        return f"{self.path} is not in the encoding UTF-8 {place} ({error}): save it as CSV in UTF-8"
-
-    def column(self, *names: str) -> int:
-        """Position of the first of `names` that the header holds, in any case."""
-        for name in names:
-            if name in self.header:
-                return self.header.index(name)
-        header = ", ".join(self.header)
-        raise ValueError(f"{self.path} has no column {' or '.join(names)}; its columns: {header}")
-
-    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
-        with self._open() as file:
-            rows = csv.reader(file, delimiter=self.delimiter, strict=True)
-            try:
-                next(rows, None)
-                for fields in rows:
-                    where = f"{self.path} line {rows.line_num}"
-                    if fields and len(fields) != len(self.header):
-                        raise ValueError(
-                            f"{where} has {len(fields)} fields, the header {len(self.header)}: a text that holds the "
-                            f"separator {self.delimiter!r} has to be in quotation marks"
-                        )
-                    if self.delimiter == "\t" and any("\n" in field for field in fields):
-                        raise ValueError(
-                            f"{where} ends a quoted field of several lines: a tab-separated table with a "
-                            "stray quotation mark; write the table as CSV, or remove the mark"
-                        )
-                    if fields:
-                        yield where, fields
-            except csv.Error as error:
-                why = "a quotation mark is never closed" if "unexpected end" in str(error) else str(error)
-                raise ValueError(f"{self.path} line {rows.line_num}: {why}") from error
-            except UnicodeDecodeError as error:
-                raise ValueError(self._not_utf8(f"after line {rows.line_num}", error)) from error
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 SPLIT_NAMES = {
@@ -583,7 +538,11 @@ def held_out(path: str, fraction: float) -> bool:
     return number_of(path.encode("utf-8", "surrogateescape")) < fraction * 2**63
 
 
-# ---------------------------------------------------------------------------------------------- large sources
+# ---------------------------------------------------------------------------------------------------------------------
+# Large sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 class ArchivePool:
     """Open archives, the last `size` that were used; every process opens its own."""
 
@@ -591,10 +550,11 @@ class ArchivePool:
 
     def __init__(self, size: int = 64):
         self.size, self.process = size, os.getpid()
+        self.by_name: dict[Path, dict[str, list[str]]] = {}  # of zip archives whose members have other names
         self.archives: OrderedDict[Path, zipfile.ZipFile | BinaryIO] = OrderedDict()
 
     def __getstate__(self) -> dict:
-        return {"size": self.size, "process": -1, "archives": OrderedDict()}
+        return {"size": self.size, "process": -1, "by_name": {}, "archives": OrderedDict()}
 
     def archive(self, path: Path) -> zipfile.ZipFile | BinaryIO:
         if self.process != os.getpid():  # a forked handle shares its position in the file with its parent
@@ -615,9 +575,29 @@ class ZipPool(ArchivePool):
     def read(self, path: Path, member: str) -> bytes:
         """A member's bytes; FileNotFoundError for an absent archive, UnreadableImage for a damaged one."""
         try:
-            return self.archive(path).read(member)
+            archive = self.archive(path)
+            return archive.read(member if member in archive.NameToInfo else self.alike(path, archive, member))
         except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as error:
             raise UnreadableImage(f"cannot read the image {path}/{member}: {error}") from error
+
+    def alike(self, path: Path, archive: zipfile.ZipFile, member: str) -> str:
+        """The member of that name in any folder and case; KeyError where there is none, or more than one."""
+        if path not in self.by_name:
+            self.by_name[path] = members_by_name(archive.namelist())
+        found = self.by_name[path].get(member.lower(), [])
+        if len(found) != 1:
+            raise KeyError(f"{len(found)} members are called {member}" + (f": {', '.join(found[:3])}" if found else ""))
+        return found[0]
+
+
+def members_by_name(names: Iterable[str]) -> dict[str, list[str]]:
+    """{file name in lower case: members of that name in any folder}, without what macOS adds."""
+    members: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, last = name.rpartition("/")
+        if last and not last.startswith("._") and "__MACOSX" not in folder:
+            members.setdefault(last.lower(), []).append(name)
+    return members
 
 
 class TarPool(ArchivePool):
@@ -633,6 +613,9 @@ class TarPool(ArchivePool):
         if len(data) < size:
             raise UnreadableImage(f"{path} ends before byte {offset + size}")
         return data
+
+
+_YFCC = re.compile(r"[0-9]{3}\.jpg")
 
 
 class Yfcc15m(Reader):
@@ -678,11 +661,16 @@ class Yfcc15m(Reader):
                             names = file.namelist()
                     except zipfile.BadZipFile as error:
                         raise ValueError(f"{path} is damaged: fetch it again or delete it") from error
-                    numbers = [int(name[:3]) for name in names if re.fullmatch(r"[0-9]{3}\.jpg", name)]
+                    found = members_by_name(names)
+                    numbers = [int(n[:3]) for n, places in found.items() if _YFCC.fullmatch(n) and len(places) == 1]
                     present[1000 * archive + np.array(numbers, dtype=int)] = True
             return bool(present[row.image])
 
         return exists
+
+    def wanted(self, row: Row) -> str:
+        archive, member = divmod(int(row.image), 1000)
+        return f"{self._archive(archive)}/{member:03d}.jpg"
 
     def _archive(self, number: int) -> Path:
         return self.root / "images" / f"{number // 1000:02d}" / f"{number % 1000:03d}.zip"
@@ -765,7 +753,11 @@ class RedCaps(Reader):
             yield Row(where, f"{'images/' if folder in downloaded else ''}{folder}/{image}.jpg", [caption])
 
 
-# -------------------------------------------------------------------------------------------------- tar shards
+# ---------------------------------------------------------------------------------------------------------------------
+# Tar shards
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 SHARD_IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp")  # extensions of a sample's image
 
 
@@ -835,6 +827,14 @@ class WebDataset(Reader):
         return self.archives.read(*self._place(i)[:3])
 
 
+def read_list(path: Path) -> list:
+    """The list in a `.pkl` or `.npy`; only plain values are read."""
+    rows = read_pickle(path)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds {type(rows).__name__}, not a list of rows")
+    return rows
+
+
 def expand_shards(pattern: str) -> list[str]:
     """The paths that a brace pattern, or several joined by `::`, stands for."""
     if "{" not in pattern and "::" not in pattern:
@@ -854,25 +854,42 @@ def shard_samples(path: Path, file: BinaryIO) -> dict[str, dict[str, tuple[int, 
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                where = f"{path} member {member.name!r}"
-                name = inside(member.name, where).removeprefix("./")
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse() or member.size < 0:
-                    raise ValueError(f"{where} is no plain file (type {member.type!r}): refused")
-                folder, slash, last = name.rpartition("/")
-                stem, _, kind = last.partition(".")
-                kinds = samples.setdefault(folder + slash + stem, {})
-                if kinds.setdefault(kind.lower(), place := (member.offset_data, member.size)) != place:
-                    raise ValueError(f"{where} is there twice")
-            file.seek(archive.offset)
+        while True:  # archives one after the other (cat a.tar b.tar): each has its end mark
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    _take_member(member, samples, f"{path} member {member.name!r}")
+                file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # a damaged header ends the loop in silence
                 raise tarfile.ReadError(f"it breaks off at byte {archive.offset}")
+            if not _skip_zeros(file):
+                return samples
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is no complete, uncompressed tar archive: {error}") from error
-    return samples
+
+
+def _take_member(member: tarfile.TarInfo, samples: dict[str, dict[str, tuple[int, int]]], where: str) -> None:
+    name = inside(member.name, where).removeprefix("./")
+    if member.isdir():
+        return
+    if not member.isreg() or member.issparse() or member.size < 0:
+        raise ValueError(f"{where} is no plain file (type {member.type!r}): refused")
+    folder, slash, last = name.rpartition("/")
+    if last.startswith("._"):  # what macOS's tar adds beside each file
+        return
+    stem, _, kind = last.partition(".")
+    kinds = samples.setdefault(folder + slash + stem, {})
+    if kinds.setdefault(kind.lower(), place := (member.offset_data, member.size)) != place:
+        raise ValueError(f"{where} is there twice")
+
+
+def _skip_zeros(file: BinaryIO) -> bool:
+    """Go to the next block that is not all zeros; False at the end of the file."""
+    while blocks := file.read(1 << 20):
+        if filled := len(blocks) - len(blocks.lstrip(b"\0")) < len(blocks):
+            first = next(i for i in range(0, len(blocks), tarfile.BLOCKSIZE) if any(blocks[i : i + tarfile.BLOCKSIZE]))
+            file.seek(first - len(blocks), os.SEEK_CUR)
+            return filled
+    return False
 
 
 def shard_captions(file: BinaryIO, members: dict[str, tuple[int, int]], where: str) -> list[str]:
@@ -895,23 +912,11 @@ def shard_captions(file: BinaryIO, members: dict[str, tuple[int, int]], where: s
     return [caption] if isinstance(caption, str) else []
 
 
-def read_list(path: Path) -> list:
-    """The list in a `.pkl` or `.npy`; only plain values are read."""
-    rows = read_pickle(path)
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds {type(rows).__name__}, not a list of rows")
-    return rows
+# ---------------------------------------------------------------------------------------------------------------------
+# The index
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def fields_of(item: object, where: str, **types: type | tuple[type, ...]) -> list:
-    """The named fields of a dict; ValueError names the row and a field absent or of another type."""
-    for name, kind in types.items():
-        if not isinstance(item, dict) or not isinstance(item.get(name), kind):
-            raise ValueError(f"{where} has no proper field {name!r}: {str(item)[:80]}")
-    return [item[name] for name in types]
-
-
-# ------------------------------------------------------------------------------------------------------ index
 # One file of .npy arrays, mapped into memory, after a first one that holds JSON. It stays valid as long as
 # the metadata keeps size and time; images that come or go later are not noticed: delete the file to index
 # anew.
@@ -1048,7 +1053,11 @@ def load_index(path: Path, key: list) -> Columns | None:
     return Columns(images, texts, arrays["first"], head["dropped"], head["log"], head.get("absent", []))
 
 
-# --------------------------------------------------------------------------------------------------- registry
+# ---------------------------------------------------------------------------------------------------------------------
+# The registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 READERS: dict[str, type[Reader]] = {
     "roco": Roco,
     "roco_nonradiology": RocoNonRadiology,
@@ -1083,7 +1092,11 @@ def create_reader(
     return READERS[name](root, metadata, split, caption_filter, cache_dir, val_fraction)
 
 
-# --------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------------------------------
+# What training draws
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 class UnreadableImages:
     """The unreadable images of a run, one line each in a file that all workers and ranks append to.
 
@@ -1283,77 +1296,3 @@ class EvalPairs(Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         return self.view(self.reader.image(i)), i
-
-
-# -------------------------------------------------------------------------------------------------- CBIS-DDSM
-CBIS_CLASSES = ("BENIGN", "BENIGN_WITHOUT_CALLBACK", "MALIGNANT")
-CBIS_KINDS = ("calc", "mass", "both")
-CBIS_SPLITS = ("train", "val", "test")
-CBIS_IMAGES = ("crop", "full", "mask")
-# Columns of the tables that make_dataset.py writes; the last three hold paths relative to the root, or
-# nothing.
-CBIS_COLUMNS = (
-    "lesion", "type", "split", "patient", "side", "view", "abnormality", "pathology", *CBIS_IMAGES,
-)  # fmt: skip
-
-
-class CbisLesions(Dataset):
-    """One split of the lesion table <root>/<kind>.csv: `ds[i] -> (tensor (3, size, size), label, row)`.
-
-    The label indexes CBIS_CLASSES; `row` is the lesion's row of the table. `image` says which of the
-    lesion's images is read. With `skip_missing` lesions without it are skipped and counted in `dropped`,
-    else they are an error: a figure on fewer lesions is another figure.
-
-    Raises ValueError for an unknown kind, split or image, for missing images and for a table that is not
-    ours or names a file outside the root; FileNotFoundError where there is no table.
-    """
-
-    classes = CBIS_CLASSES
-
-    def __init__(
-        self,
-        root: str | Path,
-        kind: str,
-        split: str,
-        image: str = "crop",
-        preprocess: Preprocess | None = None,
-        skip_missing: bool = False,
-    ):
-        options = {"kind": (kind, CBIS_KINDS), "split": (split, CBIS_SPLITS), "image": (image, CBIS_IMAGES)}
-        for name, (value, choices) in options.items():
-            if value not in choices:
-                raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
-        table = Path(root) / f"{kind}.csv"
-        rows = [row for row in read_lesions(table) if row["split"] == split]
-        self.rows = [row for row in rows if row[image]]
-        self.dropped = len(rows) - len(self.rows)
-        if self.dropped and not skip_missing:
-            named = ", ".join(row["lesion"] for row in rows if not row[image])
-            raise ValueError(f"{table}: {self.dropped} of {len(rows)} {split} lesions have no {image}: {named}")
-        self.paths = [Path(root) / row[image] for row in self.rows]
-        self.labels = [CBIS_CLASSES.index(row["pathology"]) for row in self.rows]
-        self.patients = [row["patient"] for row in self.rows]
-        self.view = eval_view(preprocess or Preprocess())
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, dict[str, str]]:
-        return self.view(read_image(self.paths[i]), None), self.labels[i], self.rows[i]
-
-
-def read_lesions(table: Path) -> list[dict[str, str]]:
-    """All rows of a table that `make_dataset.py cbis` wrote; raises as CbisLesions does."""
-    if not table.is_file():
-        raise FileNotFoundError(f"{table} does not exist: write it with make_dataset.py cbis --root {table.parent}")
-    with open(table, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != CBIS_COLUMNS:
-            raise ValueError(f"{table} has columns {reader.fieldnames}, not {', '.join(CBIS_COLUMNS)}")
-        rows = list(reader)
-    for number, row in enumerate(rows, 1):
-        if row["pathology"] not in CBIS_CLASSES or row["split"] not in CBIS_SPLITS:
-            raise ValueError(f"{table}, row {number}: pathology {row['pathology']!r}, split {row['split']!r}")
-        for image in CBIS_IMAGES:
-            inside(row[image], f"{table}, row {number}")
-    return rows

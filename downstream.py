@@ -25,7 +25,7 @@ import logging
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
 import metadata
-from datasets import CBIS_CLASSES, READERS, CbisLesions, TextColumn
+from cbis import CBIS_CLASSES, CbisLesions
+from datasets import READERS, TextColumn
 from images import read_image
 from metrics import SET_METRICS
 from transforms import Preprocess, View, as_view
@@ -52,7 +53,7 @@ TYPES = ("imagefolder", "filelist", "special")
 REQUIRED = ("path", "type", "train", "test")
 OPTIONAL = ("labels", "templates", "metric", "folders", "images")
 DEFAULT_TEMPLATES = ["a photo of a {}."]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".dcm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".dcm", ".dicom")
 Transform = Callable[..., torch.Tensor]  # takes an RGB image
 
 
@@ -354,9 +355,9 @@ def create_downstream(
     if entry["type"] == "special":
         return SPECIAL[name](name, entry, train, transform, download)
     path, split = _existing(name, Path(entry["path"])), entry["train" if train else "test"]
-    if entry["type"] == "imagefolder":
-        return image_folders(_existing(name, path / split), transform, entry.get("folders"))
     others = entry["test" if train else "train"]
+    if entry["type"] == "imagefolder":
+        return image_folders(_existing(name, path / split), transform, entry.get("folders"), path / others)
     return file_list(name, path, split, others, transform, Path(entry.get("images", path)))
 
 
@@ -371,17 +372,21 @@ def _existing(name: str, path: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def image_folders(root: Path, transform: Transform | None, folders: Sequence[str] | None = None) -> ImageFiles:
+def image_folders(
+    root: Path, transform: Transform | None, folders: Sequence[str] | None = None, other: Path | None = None
+) -> ImageFiles:
     """One folder a class, in order of their names; in numeric order where every name is a number.
 
     flowers has folders 1 to 102, which a sort by letters would scramble: 1, 10, 100, ... `folders` names them in
     class order instead; then others on disk, or missing ones, are a ValueError.
+
+    Args:
+        other: the other split, whose classes are numbered together with these: one that a split lacks shifts nothing.
     """
-    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
-    if not classes:
+    own = _class_folders(root)
+    if not own:
         raise ValueError(f"{root} holds no class folders")
-    if all(name.isdecimal() for name in classes):
-        classes.sort(key=int)
+    classes = in_order(own | (_class_folders(other) if other is not None and other.is_dir() else set()))
     if folders is not None:
         if set(folders) != set(classes):
             raise ValueError(f"{root}: class folders {', '.join(classes)}; must be {', '.join(folders)}")
@@ -390,21 +395,45 @@ def image_folders(root: Path, transform: Transform | None, folders: Sequence[str
 
     def paths() -> Iterator[str]:
         for label, name in enumerate(classes):
+            if name not in own:
+                continue
             for path in _images_below(root / name):
                 labels.append(label)
                 yield path[len(os.path.join(root, "")) :]
             if not labels or labels[-1] != label:
                 raise ValueError(f"class folder {root / name} holds no images")
 
-    column = TextColumn.from_strings(paths())
+    column = TextColumn.of_paths(paths())
     return ImageFiles(root, column, classes, np.array(labels), transform)
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes in the order of their numbers: sorted, as numbers where all are."""
+    names = list(names)
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+
+def _class_folders(root: Path) -> set[str]:
+    return {entry.name for entry in os.scandir(root) if entry.is_dir() and not is_system(entry.name)}
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder is hidden, or what an operating system or a disk station left there."""
+    return name.startswith(".") or name in ("@eaDir", "__MACOSX", "#recycle", "Thumbs.db", "lost+found")
+
+
 def _images_below(folder: Path) -> Iterator[str]:
+    """Paths of all images below a folder, in order; a folder that links lead to twice is walked once."""
+    seen = set()
     for where, subfolders, files in os.walk(folder, followlinks=True):
-        subfolders.sort()
+        real = os.path.realpath(where)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not is_system(name))
         for file in sorted(files):
-            if file.lower().endswith(IMAGE_SUFFIXES):
+            if file.lower().endswith(IMAGE_SUFFIXES) and not is_system(file):
                 yield os.path.join(where, file)
 
 
@@ -424,14 +453,15 @@ def file_list(
     other = path / f"{other_split}_labels.npy"
     every = np.concatenate([labels, _read_npy(other, labels.dtype.kind)]) if other.exists() else labels
     if labels.dtype.kind == "U":
-        names = np.unique(every)
-        classes, labels = names.tolist(), np.searchsorted(names, labels)
+        classes = in_order(set(every.tolist()))
+        number = {name: i for i, name in enumerate(classes)}
+        labels = np.array([number[name] for name in labels.tolist()])
     elif labels.min() < 0:
         raise ValueError(f"{path / f'{split}_labels.npy'}: class {labels.min()} in row {labels.argmin()}")
     else:
         classes = [str(i) for i in range(every.max() + 1)]
     roots = [os.path.abspath(path), os.path.abspath(images)]
-    column = TextColumn.from_strings(
+    column = TextColumn.of_paths(
         _inside(file, roots, f"{split}_images.npy, row {i}") for i, file in enumerate(files)
     )
     return ImageFiles(path, column, classes, labels, transform)
@@ -501,7 +531,7 @@ def _digits(name: str, entry: dict, train: bool, transform, download: bool) -> I
 def _cbis(name: str, entry: dict, train: bool, transform, download: bool) -> ImageFiles:
     """Lesion crops of the table that make_dataset.py wrote beside CBIS-DDSM."""
     lesions = CbisLesions(entry["path"], name.removeprefix("cbis_"), entry["train" if train else "test"])
-    paths = TextColumn.from_strings(os.path.abspath(path) for path in lesions.paths)
+    paths = TextColumn.of_paths(os.path.abspath(path) for path in lesions.paths)
     return ImageFiles(Path("/"), paths, list(CBIS_CLASSES), np.array(lesions.labels), transform)
 
 

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import distributed
 import loader
@@ -224,11 +223,12 @@ def each_once(
         device=loading.device,
         collate=_collate,
     )
-    silent = True if not title or not processes.is_main else None  # None: where there is no terminal
     rows: list[list[Tensor]] = []
-    progress = tqdm(loader.batches(source), desc=title, total=len(source), disable=silent, leave=False)
+    steps = loader.batches(source)
+    if title and processes.is_main:
+        steps = utils.Progress(steps, title, total=len(source), leave=False, unit=" batches")
     with evaluating(model):
-        for numbers, images, targets, error in progress:
+        for numbers, images, targets, error in steps:
             if error is not None and not loading.skip_broken:
                 raise error
             if len(numbers):
@@ -337,7 +337,7 @@ def embed_pairs(
     def compute(numbers: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
         return [model.encode_image(images).float(), model.encode_text(tokens[numbers].to(device)).float()]
 
-    numbers, images, texts = each_once(model, EvalPairs(reader, preprocess), compute, loading)
+    numbers, images, texts = each_once(model, EvalPairs(reader, preprocess), compute, loading, "retrieval")
     return images, texts, [captions[i] for i in numbers.tolist()]
 
 
@@ -446,5 +446,5 @@ def classify_zeroshot(
         logits = (F.normalize(features.float(), dim=-1) @ classifier).cpu()  # (B, C)
         return [targets, metrics.target_ranks(logits, targets), metrics.binary_margins(logits)]
 
-    _, targets, ranks, margins = each_once(model, labelled.dataset, compute, loading)
+    _, targets, ranks, margins = each_once(model, labelled.dataset, compute, loading, "zero-shot")
     return metrics.classification_scores(targets, ranks, margins, len(names), labelled.metric)

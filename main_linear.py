@@ -41,8 +41,10 @@ import loader
 import metrics
 import models
 import utils
-from datasets import CBIS_CLASSES, CBIS_IMAGES, CBIS_KINDS, CbisLesions, GlobalBatchSampler
+from cbis import CBIS_CLASSES, CBIS_IMAGES, CBIS_KINDS, CbisLesions, read_lesions
+from datasets import GlobalBatchSampler
 from features import Backbone, Loading, extract, extract_or_reuse, load_backbone
+from metadata import read_table
 from probes import (
     MEDSLIP_SIZE,
     Head,
@@ -163,8 +165,11 @@ def main(argv: list[str] | None = None) -> dict:
 def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict:
     """The command once its processes have met."""
     on_cbis = args.dataset in CBIS_SETS
-    if not on_cbis:
-        find_set(args)  # an unknown name ends the run before a model is loaded
+    # What is missing ends the run before a model is loaded.
+    if on_cbis:
+        read_lesions(Path(cbis_root(args)) / f"{CBIS_SETS[args.dataset]}.csv")
+    else:
+        find_set(args)
     medslip = on_cbis and args.protocol == "medslip"
     features = args.features or ("projection" if medslip else "backbone")
     backbone = load_backbone(
@@ -227,7 +232,7 @@ PREDICTION_COLUMNS = (*LESION_COLUMNS, "predicted", *(f"prob_{name}" for name in
 
 def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes) -> dict:
     """Fit one linear layer and evaluate it on the test table; prints, writes predictions, returns the results."""
-    root = args.root or downstream.read_catalog(args.catalog)[args.dataset]["path"]
+    root = cbis_root(args)
     baseline = read_predictions(args.baseline) if args.baseline else None
     skipped = {}
 
@@ -279,6 +284,17 @@ def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: distribu
     return results
 
 
+def cbis_root(args: argparse.Namespace) -> str:
+    """--root, or where the catalog says that CBIS-DDSM lies; its three tables are in one folder."""
+    if args.root:
+        return args.root
+    catalog = downstream.read_catalog(args.catalog)
+    entry = next((catalog[name] for name in (args.dataset, *CBIS_SETS) if name in catalog), None)
+    if entry is None:
+        raise ValueError(f"{args.catalog} does not say where {args.dataset} lies: give --root")
+    return entry["path"]
+
+
 def macro_auroc(labels: np.ndarray, prob: np.ndarray) -> float:
     return metrics.classification_metrics(labels, prob, CBIS_CLASSES)["auroc"]
 
@@ -325,11 +341,21 @@ def write_predictions(path: Path, rows: list[dict[str, str]], prob: np.ndarray) 
 
 def read_predictions(path: str | Path) -> dict[str, np.ndarray]:
     """Lesion -> probabilities (3,) of a predictions.csv; another table is a ValueError that names the file."""
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != PREDICTION_COLUMNS:
-            raise ValueError(f"{path} is no predictions.csv of this script; its columns: {reader.fieldnames}")
-        return {row["lesion"]: np.array([float(row[f"prob_{c}"]) for c in CBIS_CLASSES]) for row in reader}
+    columns = [name.lower() for name in PREDICTION_COLUMNS]
+    try:
+        rows = read_table(Path(path), columns)
+    except ValueError as error:
+        raise ValueError(f"{path} is no predictions.csv of this script: {error}") from error
+    predictions = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            prob = np.array([float(row[f"prob_{name.lower()}"]) for name in CBIS_CLASSES])
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from error
+        if row["lesion"] in predictions:
+            raise ValueError(f"{path}, row {number}: the lesion {row['lesion']} is there twice")
+        predictions[row["lesion"]] = prob
+    return predictions
 
 
 def compare(

@@ -11,7 +11,6 @@ python make_dataset.py demo --root R    a small synthetic radiology world in the
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import logging
@@ -24,8 +23,8 @@ import shutil
 import struct
 import sys
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,13 +36,9 @@ from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
-from sklearn.model_selection import StratifiedGroupKFold
-from tqdm import tqdm
 
+from cbis import CBIS_COLUMNS, make_cbis
 from datasets import (
-    CBIS_CLASSES,
-    CBIS_COLUMNS,
-    CBIS_IMAGES,
     READERS,
     RawFile,
     Reader,
@@ -52,8 +47,8 @@ from datasets import (
     rows_index,
     write_index,
 )
-from images import UnreadableImage, decode_image, read_image
-from utils import HelpFormatter, atomic_write, run_script, start_logging, write_json
+from images import UnreadableImage, decode_image
+from utils import HelpFormatter, Progress, atomic_write, run_script, start_logging, write_json
 
 log = logging.getLogger("medslip")
 
@@ -79,9 +74,9 @@ def main(argv: list[str] | None = None) -> None:
         args.run(args)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # YFCC15M: a list of wanted numbers and a table of 100 million rows -> pickled metadata
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 YFCC_ROWS = 10**8  # numbers have at most 8 digits
 YFCC_HTML = re.compile(r"<a.*?>|</a>|</?[bi]>")
@@ -210,7 +205,7 @@ def wanted_rows(path: Path, wanted: np.ndarray) -> Iterator[tuple[int, list[byte
     """(number, [title, description]) of the table's wanted rows, with a progress bar over its bytes."""
     with (
         open(path, "rb") as file,
-        tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, mininterval=1) as bar,
+        Progress(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as bar,
     ):
         for line_number, line in enumerate(file, 1):
             bar.update(len(line))
@@ -290,28 +285,9 @@ def pickled_str(text: str) -> bytes:
     return pickle.BINUNICODE + struct.pack("<I", len(data)) + data
 
 
-# ------------------------------------------------------------------------------------------------------------
-# CBIS-DDSM: four case tables and a tree of series folders -> one table of lesions per abnormality type
-# ------------------------------------------------------------------------------------------------------------
-
-CASE_TABLES = {
-    kind: {"train": f"{kind}_case_description_train_set.csv", "test": f"{kind}_case_description_test_set.csv"}
-    for kind in ("calc", "mass")
-}
-# Our column -> the case tables' column, spelt with underscores (the calc tables write `breast density`).
-CASE_COLUMNS = {
-    "patient": "patient_id",
-    "side": "left_or_right_breast",
-    "view": "image_view",
-    "abnormality": "abnormality_id",
-    "pathology": "pathology",
-}
-PATH_COLUMNS = {
-    "crop": "cropped_image_file_path",
-    "full": "image_file_path",
-    "mask": "ROI_mask_file_path",
-}
-DESCRIPTIONS = {"cropped images": "crop", "full mammogram images": "full", "ROI mask images": "mask"}
+# ---------------------------------------------------------------------------------------------------------------------
+# CBIS-DDSM: four case tables and a tree of series folders -> one table of lesions for each abnormality type; cbis.py
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def add_cbis_parser(commands) -> None:
@@ -355,250 +331,9 @@ def run_cbis(args: argparse.Namespace) -> None:
     make_cbis(args.root, args.val_folds, args.seed, args.merge_types)
 
 
-def make_cbis(root: str | Path, val_folds: int = 5, seed: int = 0, merge_types: bool = False) -> dict[Path, list[str]]:
-    """Writes the lesion tables under `root`; prints their counts and each row that lacks an image.
-
-    Returns the lines about missing images of each table. Nothing is written before all tables are complete.
-    Raises FileNotFoundError for a missing table or tree, ValueError for a table that is not CBIS-DDSM's, for
-    patients in both training and test, and for too few patients to split off a validation set.
-    """
-    root = Path(root)
-    images = index_series(root)
-    tables = {kind: read_case_tables(root, kind) for kind in CASE_TABLES}
-    if merge_types:
-        tables = {"both": [lesion for lesions in tables.values() for lesion in lesions]}
-    unresolved = {}
-    for kind, lesions in tables.items():
-        refuse_shared_patients(lesions, f"{root / kind}.csv")
-        split_off_validation(lesions, val_folds, seed)
-        unresolved[kind] = [line for lesion in lesions for line in lesion.resolve(images, root)]
-    for kind, lesions in tables.items():
-        rows = [lesion.cells for lesion in lesions]
-        write_table(root / f"{kind}.csv", rows)
-        log.info(f"{root / kind}.csv\n{count_table(rows)}\n{len(unresolved[kind])} images could not be resolved")
-        log.info("".join(f"  {line}\n" for line in unresolved[kind]))
-    return {root / f"{kind}.csv": lines for kind, lines in unresolved.items()}
-
-
-@dataclass(frozen=True)
-class SeriesImage:
-    """An image file of a series, with the description that dicom_info.csv gives it ('' if none)."""
-
-    path: Path  # relative to the root
-    description: str = ""
-
-
-@dataclass(frozen=True)
-class Lesion:
-    """A row of a case table on its way into ours."""
-
-    where: str  # file and row, for messages
-    series: dict[str, str]  # crop, full, mask -> SeriesInstanceUID
-    cells: dict[str, str]  # our columns
-
-    def resolve(self, images: dict[str, list[SeriesImage]], root: Path) -> list[str]:
-        """Fills in the image paths; returns a line for each one that could not be found or told apart."""
-        full = images.get(self.series["full"], [])
-        # The crop and the mask mostly share a series, and where they do not, their paths may be swapped.
-        lesion = [p for uid in {self.series["crop"]: 0, self.series["mask"]: 0} for p in images.get(uid, [])]
-        found = {"full": full[0]} if len(full) == 1 else {}
-        found |= tell_crop_from_mask(lesion, root)
-        self.cells.update({kind: image.path.as_posix() for kind, image in found.items()})
-        candidates = {"crop": lesion, "full": full, "mask": lesion}
-        return [
-            f"{self.where}, {self.cells['lesion']}: no {kind} among {len(candidates[kind])} images, "
-            f"series {self.series[kind]}"
-            for kind in CBIS_IMAGES
-            if kind not in found
-        ]
-
-
-def tell_crop_from_mask(images: list[SeriesImage], root: Path) -> dict[str, SeriesImage]:
-    """The crop and the mask of one lesion among its images, as far as they can be told.
-
-    The crop is the one described so, else the one that is not nearly binary; of two images the other is the
-    mask. File order and the `1-`/`2-` prefix of the names say nothing.
-    """
-    kinds = [described_kind(image, root) for image in images]
-    if "crop" not in kinds:
-        for i, kind in enumerate(kinds):
-            if not kind:
-                kinds[i] = "mask" if nearly_binary(root / images[i].path) else "crop"
-    elif len(images) == 2:
-        kinds[1 - kinds.index("crop")] = kinds[1 - kinds.index("crop")] or "mask"
-    return {kind: images[kinds.index(kind)] for kind in ("crop", "mask") if kinds.count(kind) == 1}
-
-
-def described_kind(image: SeriesImage, root: Path) -> str:
-    """crop, full, mask, or '' where nothing describes the image."""
-    text = image.description
-    if not text and image.path.suffix == ".dcm":
-        text = dicom_description(root / image.path)
-    return DESCRIPTIONS.get(text, "")
-
-
-def nearly_binary(path: Path) -> bool:
-    """Whether almost all pixels lie at the image's two ends, as a mask's do but for JPEG's ringing."""
-    grey = np.asarray(read_image(path).convert("L"), dtype=np.int16)
-    low, high = int(grey.min()), int(grey.max())
-    margin = 0.1 * (high - low)
-    return bool(((grey <= low + margin) | (grey >= high - margin)).mean() > 0.95)
-
-
-def dicom_description(path: Path) -> str:
-    """SeriesDescription in the file's own header; metadata.csv has but one for a crop and its mask."""
-    try:
-        import pydicom
-    except ImportError as error:
-        raise ImportError(f"{path} is a DICOM file: pip install pydicom") from error
-    try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesDescription"])
-    except pydicom.errors.InvalidDicomError as error:
-        raise ValueError(f"{path} is not a DICOM file: {error}") from error
-    return str(header.get("SeriesDescription", "")).strip()
-
-
-def index_series(root: Path) -> dict[str, list[SeriesImage]]:
-    """SeriesInstanceUID -> its images on disk. Where both editions are there, the JPEG one is used."""
-    if not (root / "jpeg").is_dir() and not (root / "CBIS-DDSM").is_dir():
-        raise FileNotFoundError(
-            f"{root} has neither jpeg/ (JPEG edition) nor CBIS-DDSM/ (DICOM edition): "
-            "--root is the folder that holds one of them"
-        )
-    return index_dicom(root) | index_jpeg(root)
-
-
-def index_jpeg(root: Path) -> dict[str, list[SeriesImage]]:
-    described, info = {}, root / "csv" / "dicom_info.csv"
-    if info.is_file():
-        for row in read_csv(info, required=("image_path", "SeriesDescription")):
-            described["/".join(row["image_path"].split("/")[-2:])] = row["SeriesDescription"]
-    series: dict[str, list[SeriesImage]] = defaultdict(list)
-    for path in sorted((root / "jpeg").glob("*/*.jpg")):
-        uid, name = path.parts[-2:]
-        series[uid].append(SeriesImage(path.relative_to(root), described.get(f"{uid}/{name}", "")))
-    return dict(series)
-
-
-def index_dicom(root: Path) -> dict[str, list[SeriesImage]]:
-    """Series folders are named by UID, or by date and description; then metadata.csv tells the UID."""
-    folders = {folder.name: folder for folder in (root / "CBIS-DDSM").glob("*/*/*") if folder.is_dir()}
-    if (root / "metadata.csv").is_file():
-        for number, row in enumerate(read_csv(root / "metadata.csv", ("Series_UID", "File_Location")), 1):
-            folder = root / row["File_Location"].replace("\\", "/")
-            if not folder.resolve().is_relative_to(root.resolve()):
-                raise ValueError(f"{root / 'metadata.csv'}, row {number}: {folder} is outside {root}")
-            folders[row["Series_UID"]] = folder
-    return {
-        uid: [SeriesImage(path.relative_to(root)) for path in sorted(folder.glob("*.dcm"))]
-        for uid, folder in folders.items()
-    }
-
-
-def read_csv(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
-    """Rows with every cell stripped (published paths carry line breaks) and spaces in column names as `_`."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        reader.fieldnames = [name.strip().replace(" ", "_") for name in reader.fieldnames or ()]
-        missing = [name for name in required if name not in reader.fieldnames]
-        if missing:
-            raise ValueError(f"{path}: no column {', '.join(missing)}; found {', '.join(reader.fieldnames)}")
-        return [{name: (row[name] or "").strip() for name in reader.fieldnames} for row in reader]
-
-
-def read_case_tables(root: Path, kind: str) -> list[Lesion]:
-    """The lesions of one abnormality type (calc, mass), training table first."""
-    lesions: dict[str, Lesion] = {}
-    for split, name in CASE_TABLES[kind].items():
-        path = next((folder / name for folder in (root / "csv", root) if (folder / name).is_file()), None)
-        if path is None:
-            raise FileNotFoundError(f"no {name} in {root / 'csv'} or {root}")
-        for number, row in enumerate(read_csv(path, (*CASE_COLUMNS.values(), *PATH_COLUMNS.values())), 1):
-            lesion = read_lesion(row, f"{path}, row {number}", kind, split)
-            first = lesions.setdefault(f"{split} {lesion.cells['lesion']}", lesion)
-            if first is not lesion:
-                raise ValueError(f"{lesion.where} is the same lesion as {first.where}")
-    return list(lesions.values())
-
-
-def read_lesion(row: dict[str, str], where: str, kind: str, split: str) -> Lesion:
-    cells = dict.fromkeys(CBIS_COLUMNS, "") | {name: row[column] for name, column in CASE_COLUMNS.items()}
-    if cells["pathology"] not in CBIS_CLASSES:
-        raise ValueError(f"{where}: pathology {cells['pathology']!r} is not one of {', '.join(CBIS_CLASSES)}")
-    parts = (cells[name] for name in ("patient", "side", "view", "abnormality"))
-    cells |= {"lesion": "_".join((kind, *parts)), "type": kind, "split": split}
-    series = {}
-    for image, column in PATH_COLUMNS.items():
-        steps = row[column].split("/")  # case / study / series / file
-        if len(steps) != 4:
-            raise ValueError(f"{where}: {column} {row[column]!r} is not case/study/series/file")
-        series[image] = steps[2]
-    return Lesion(where, series, cells)
-
-
-def shared_patients(lesions: Iterable[Lesion]) -> list[str]:
-    """Patients with lesions in more than one split."""
-    splits = defaultdict(set)
-    for lesion in lesions:
-        splits[lesion.cells["patient"]].add(lesion.cells["split"])
-    return sorted(patient for patient, names in splits.items() if len(names) > 1)
-
-
-def refuse_shared_patients(lesions: list[Lesion], table: str) -> None:
-    if shared := shared_patients(lesions):
-        raise ValueError(
-            f"{table} would have {len(shared)} patients in both training and test, which makes test metrics "
-            f"too good: {', '.join(shared)}"
-        )
-
-
-def split_off_validation(lesions: list[Lesion], folds: int, seed: int) -> None:
-    """Turns about 1/folds of the training rows into `val`: whole patients, pathologies in proportion.
-
-    Of the folds the one whose share of each pathology is closest to the whole is taken.
-    """
-    train = [lesion for lesion in lesions if lesion.cells["split"] == "train"]
-    labels = np.array([CBIS_CLASSES.index(lesion.cells["pathology"]) for lesion in train])
-    patients = [lesion.cells["patient"] for lesion in train]
-    if folds < 2 or len(set(patients)) < folds:
-        raise ValueError(f"--val-folds {folds}: choose 2 to {len(set(patients))}, the number of patients")
-    total = np.bincount(labels, minlength=len(CBIS_CLASSES))
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    parts = [held_out for _, held_out in splitter.split(labels, labels, patients)]
-    counts = [np.bincount(labels[part], minlength=len(total)) for part in parts]
-    best = int(np.argmin([np.abs(count / total - 1 / folds).max() for count in counts]))
-    if (counts[best] == 0).any() or (counts[best] == total).any():
-        raise ValueError(
-            f"--val-folds {folds}: splitting {len(set(patients))} patients leaves training or validation "
-            f"without a pathology (lesions: {dict(zip(CBIS_CLASSES, total.tolist(), strict=True))})"
-        )
-    for i in parts[best]:
-        train[i].cells["split"] = "val"
-
-
-def write_table(path: Path, rows: list[dict[str, str]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, CBIS_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def count_table(rows: list[dict[str, str]]) -> str:
-    """Lesions, pathologies, patients and images of each split, as aligned text."""
-    lines = [("", "lesions", *CBIS_CLASSES, "patients", *CBIS_IMAGES)]
-    for title in ("train", "val", "train+val", "test"):
-        part = [row for row in rows if row["split"] in title.split("+")]
-        pathology = Counter(row["pathology"] for row in part)
-        distinct = [len({row[column] for row in part} - {""}) for column in ("patient", *CBIS_IMAGES)]
-        lines.append((title, len(part), *(pathology[name] for name in CBIS_CLASSES), *distinct))
-    widths = [max(len(str(line[i])) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(str(x).rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Shrunk images
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 JPEG_QUALITY = 95
 EXTENSIONS = {  # Pillow's name of a format that --dataset webdataset reads -> the extension in a shard
@@ -681,9 +416,9 @@ def keep_settings(path: Path, settings: dict, output: str) -> None:
         write_json(path, settings)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Shards: any reader of main.py -> tar archives of key.jpg, key.txt and key.json
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def add_shards_parser(commands) -> None:
@@ -758,7 +493,7 @@ def make_shards(
     shards = Shards(reader, output, shard_size, short_side, broken)
     numbers = range(math.ceil(len(reader) / shard_size))
     missing = [number for number in numbers if not shards.path(number).is_file()]
-    with over_processes(workers, shards) as each, tqdm(total=len(reader), unit=" images") as bar:
+    with over_processes(workers, shards) as each, Progress(desc="writing", total=len(reader), unit=" images") as bar:
         bar.update(len(reader) - sum(len(shards.rows(number)) for number in missing))
         for count in each(write_shard, missing):
             bar.update(count)
@@ -811,9 +546,9 @@ def tar_writer() -> type:
     return TarWriter
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Shrink: a folder of images -> the same folder with smaller images
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def add_shrink_parser(commands) -> None:
@@ -862,7 +597,7 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
     paths = (path for path in walk_files(root) if path not in ("shrink.json", "bad_samples.txt"))  # of an earlier copy
     with (
         over_processes(workers, (root, output, short_side, broken), chunk=16) as each,
-        tqdm(desc="shrinking", unit=" files") as bar,
+        Progress(desc="shrinking", unit=" files") as bar,
     ):
         while batch := list(islice(paths, 4096)):  # a pool's map takes in all that it is given
             for outcome in each(shrink_file, batch):
@@ -918,9 +653,9 @@ def shrink_file(name: str) -> str:
     return outcome
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Demo: the synthetic world of synthetic/
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def add_demo_parser(commands) -> None:

@@ -1,19 +1,21 @@
-"""Metadata files that others wrote, read without running what they may hold.
+"""Metadata files that others wrote, read without running what they may hold, and without guessing what they mean.
 
-A pickle is a program. `read_pickle` executes only those that build plain values and numpy arrays, and even
-these never reach numpy: its own functions would take addresses from the file (an object array over given
-bytes is a list of pointers), so stand-ins below collect what the pickle states. `iter_json` reads long JSON
-lists piece by piece.
+Tables are refused where a row is not what the header says. A pickle is a program: `read_pickle` executes only those
+that build plain values and numpy arrays, and even these never reach numpy: its own functions would take addresses from
+the file (an object array over given bytes is a list of pointers), so stand-ins below collect what the pickle states.
+`iter_json` reads long JSON lists piece by piece. No path leaves its root (`inside`).
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 
@@ -22,7 +24,110 @@ class RefusedPickle(ValueError):
     """A pickle that asks for more than plain values; the message names what it asks for."""
 
 
-# ---------------------------------------------------------------------------------------------------- pickles
+def inside(path: str, where: str) -> str:
+    """`path` if it cannot leave the folder that it is relative to; else ValueError naming the row."""
+    if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/"):
+        raise ValueError(f"{where}: the path {path!r} may leave the data root ('/' first, '..', '\\')")
+    return path
+
+
+def fields_of(item: object, where: str, **types: type | tuple[type, ...]) -> list:
+    """The named fields of a dict; ValueError names the row and a field absent or of another type."""
+    for name, kind in types.items():
+        if not isinstance(item, dict) or not isinstance(item.get(name), kind):
+            raise ValueError(f"{where} has no proper field {name!r}: {str(item)[:80]}")
+    return [item[name] for name in types]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """A CSV or TSV file in UTF-8 whose first line names the columns; iterating yields (where, fields).
+
+    Raises:
+        ValueError: naming file and line, for another encoding, a row that has not as many fields as the header, or a
+            quotation mark that is never closed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._open() as file:
+            try:
+                line = file.readline()
+            except UnicodeDecodeError as error:
+                raise ValueError(self._not_utf8("in its first lines", error)) from error
+        self.delimiter = max("\t", ",", ";", key=line.count)
+        fields = next(csv.reader([line], delimiter=self.delimiter), [])
+        self.header = [name.strip().lower() for name in fields]
+
+    def _open(self) -> TextIO:
+        with open(self.path, "rb") as file:
+            start = file.read(4096)
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start:
+            raise ValueError(
+                f"{self.path} is in another encoding than UTF-8 (UTF-16, as spreadsheets call Unicode text, or no text "
+                "at all): save it as CSV in UTF-8"
+            )
+        return open(self.path, encoding="utf-8-sig", newline="")
+
+    def _not_utf8(self, place: str, error: UnicodeDecodeError) -> str:
+        return f"{self.path} is not in the encoding UTF-8 {place} ({error}): save it as CSV in UTF-8"
+
+    def column(self, *names: str) -> int:
+        """Position of the first of `names` that the header holds, in any case."""
+        for name in names:
+            if name in self.header:
+                return self.header.index(name)
+        header = ", ".join(self.header)
+        raise ValueError(f"{self.path} has no column {' or '.join(names)}; its columns: {header}")
+
+    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
+        with self._open() as file:
+            rows = csv.reader(file, delimiter=self.delimiter, strict=True)
+            try:
+                next(rows, None)
+                for fields in rows:
+                    where = f"{self.path} line {rows.line_num}"
+                    if fields and len(fields) != len(self.header):
+                        raise ValueError(
+                            f"{where} has {len(fields)} fields, the header {len(self.header)}: a text that holds the "
+                            f"separator {self.delimiter!r} has to be in quotation marks"
+                        )
+                    if self.delimiter == "\t" and any("\n" in field for field in fields):
+                        raise ValueError(
+                            f"{where} ends a quoted field of several lines: a tab-separated table with a "
+                            "stray quotation mark; write the table as CSV, or remove the mark"
+                        )
+                    if fields:
+                        yield where, fields
+            except csv.Error as error:
+                why = "a quotation mark is never closed" if "unexpected end" in str(error) else str(error)
+                raise ValueError(f"{self.path} line {rows.line_num}: {why}") from error
+            except UnicodeDecodeError as error:
+                raise ValueError(self._not_utf8(f"after line {rows.line_num}", error)) from error
+
+
+def read_table(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
+    """All rows of a table by the names of its columns, in lower case with spaces as `_`; every cell stripped.
+
+    Raises:
+        ValueError: as `Table`, or a column of `required` is missing.
+    """
+    table = Table(path)
+    names = [name.replace(" ", "_") for name in table.header]
+    if missing := [name for name in required if name not in names]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; found {', '.join(names)}")
+    return [dict(zip(names, map(str.strip, fields), strict=True)) for _, fields in table]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pickles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 class _Dtype:
     """For numpy.dtype: type code and byte order of numbers and strings."""
 
@@ -98,7 +203,11 @@ def _read_npy(file: BinaryIO) -> list:
     return np.lib.format.read_array(file, allow_pickle=False).tolist()
 
 
-# ------------------------------------------------------------------------------------------------------- JSON
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def iter_json(path: str | Path, key: str = "") -> Iterator[object]:
     """The elements of a long JSON list, one by one: the file's own, or the one under `key` of its object.
 

@@ -604,7 +604,9 @@ def read_pretrained(path: str | Path) -> dict:
         import medclip
 
         return medclip.read_weights(path)
-    return utils.load_checkpoint(path)
+    state = utils.load_checkpoint(path)
+    bare = state and all(isinstance(value, Tensor) for value in state.values()) and not _is_medclip_state(state)
+    return {"state_dict": state} if bare else state
 
 
 def load_pretrained(

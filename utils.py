@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 import distributed
 
@@ -168,9 +170,34 @@ def compile_towers(model: nn.Module, **options) -> None:
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What the published SLIP checkpoints hold beside tensors and plain values.
-_PUBLISHED_TYPES = [argparse.Namespace, pathlib.PosixPath]
-_WRAPPERS = ("module.", "_orig_mod.")
+
+class _Float64:
+    """For numpy.dtype in a checkpoint: double precision and nothing else."""
+
+    def __init__(self, code: str, *flags: bool):
+        if code != "f8":
+            raise ValueError(f"a numpy number of type {code!r}")
+        self.order = "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", ">", "="):
+            raise ValueError(f"a numpy number of byte order {state[1]!r}")
+        self.order = state[1]
+
+
+def _scalar(dtype: _Float64, data: bytes) -> float:
+    return struct.unpack(f"{dtype.order}d", data)[0]
+
+
+# What the published SLIP checkpoints hold beside tensors and plain values. SLIP's own training left its learning rate
+# as a numpy.float64, whose module has another name from numpy 2 on; it becomes a plain number.
+_PUBLISHED_TYPES: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    (_Float64, "numpy.dtype"),
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+]
 
 
 def atomic_write(path: str | Path, write: Callable) -> None:
@@ -229,10 +256,33 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
         with torch.serialization.safe_globals(_PUBLISHED_TYPES):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # the restricted unpickler raises any kind on bytes that are no checkpoint
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        why = _why_unreadable(path, error)
+        raise ValueError(f"{path} is not a readable checkpoint: {why}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     return state
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """What a file is, as far as its first bytes tell, or the refused type without torch's advice to trust it."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    kinds = {
+        b"\xff\xd8\xff": "a JPEG image",
+        b"\x89PNG": "a PNG image",
+        b"\x1f\x8b": "a gzip archive",
+        b"%PDF": "a PDF",
+    }
+    if not start:
+        return "the file is empty"
+    for mark, kind in kinds.items():
+        if start.startswith(mark):
+            return f"it is {kind}"
+    if start.lstrip()[:1] in (b"{", b"<") or b"git-lfs" in start:
+        return f"it is text that begins {start.lstrip()[:40]!r}, perhaps a failed download"
+    if named := re.search(r"(?:GLOBAL|type|global) (\S+) (?:was not|is not|that)", str(error)):
+        return f"it holds {named[1]}, which is neither a tensor nor a plain value and would be code to run"
+    return str(error).splitlines()[0]
 
 
 def unfinished(state: dict, path: str | Path) -> str:
@@ -254,12 +304,13 @@ def unfinished(state: dict, path: str | Path) -> str:
 
 
 def strip_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameter names without what DistributedDataParallel and torch.compile put before them."""
+    """Parameter names without what DistributedDataParallel, torch.compile and Lightning put before them."""
     out = {}
     for key, value in state_dict.items():
-        while key.startswith(_WRAPPERS):
-            key = key.split(".", 1)[1]
-        out[key] = value
+        key = key.replace("_orig_mod.", "")  # also inside, where towers were compiled one by one
+        out[key.removeprefix("module.")] = value
+    if out and all(key.startswith("model.") for key in out):  # Lightning's module holds the model
+        out = {key.removeprefix("model."): value for key, value in out.items()}
     return out
 
 
@@ -447,8 +498,6 @@ class _Terminal(logging.Handler):
     """Lines on standard output that do not tear a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
@@ -543,6 +592,25 @@ class MetricWriter:
             if file is not None:
                 file.close()
         self.enabled = False
+
+
+QUIET_SECONDS = 10  # without a line, at most, where there is no terminal
+
+
+class Progress(tqdm):
+    """tqdm's bar on a terminal; elsewhere a log line every ten seconds."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.as_lines = not sys.stderr.isatty()
+        quiet = {"mininterval": QUIET_SECONDS, "leave": False} if self.as_lines else {}
+        super().__init__(*args, **{**options, **quiet})
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if not self.as_lines:
+            super().display(msg, pos)
+        elif self.n and time.time() - self.start_t >= QUIET_SECONDS:
+            of = f" of {self.total:,}" if self.total else ""
+            log.info(f"{self.desc.removesuffix(': ')}: {self.n:,}{of}{self.unit if self.unit.strip() != 'it' else ''}")
 
 
 def format_seconds(seconds: float) -> str:

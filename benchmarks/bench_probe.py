@@ -44,7 +44,7 @@ import metrics
 import models
 import probes
 import utils
-from datasets import CBIS_CLASSES, CBIS_KINDS, CbisLesions
+from cbis import CBIS_CLASSES, CBIS_KINDS, CbisLesions
 from features import Backbone, Loading, extract_or_reuse
 from transforms import Preprocess, eval_view
 

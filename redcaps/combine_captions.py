@@ -17,13 +17,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import fields_of  # noqa: E402
 from metadata import iter_json  # noqa: E402
-from utils import atomic_write, run_script, start_logging  # noqa: E402
+from utils import Progress, atomic_write, run_script, start_logging  # noqa: E402
 
 log = logging.getLogger("medslip")
 
@@ -55,7 +53,7 @@ def annotation_files(folder: Path, output: Path) -> list[Path]:
 
 def annotations(files: list[Path], counts: Counter) -> Iterator[dict]:
     """All annotations, counted by subreddit; ValueError names file and annotation where a field is absent."""
-    for path in tqdm(files, "combining", unit=" files", disable=None):
+    for path in Progress(files, "combining", unit=" files"):
         for number, item in enumerate(iter_json(path, "annotations")):
             fields = fields_of(item, f"{path} annotation {number}", image_id=str, subreddit=str, caption=str)
             counts[fields[1].lower()] += 1

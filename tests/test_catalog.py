@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import downstream
-from datasets import CBIS_CLASSES
+from cbis import CBIS_CLASSES
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "catalog_check.json").read_text())
 PUBLISHED = [name for name in GOLDEN if name != "_"]

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
+import cbis
 import datasets
 import downstream
 import features
@@ -260,9 +261,9 @@ def test_download_is_left_to_torchvision(tmp_path, monkeypatch):
 
 def test_cbis_crops_through_the_catalog(tmp_path):
     rows = []
-    for i, (pathology, split) in enumerate(zip(datasets.CBIS_CLASSES * 2, ["train"] * 3 + ["test"] * 3, strict=True)):
+    for i, (pathology, split) in enumerate(zip(cbis.CBIS_CLASSES * 2, ["train"] * 3 + ["test"] * 3, strict=True)):
         Image.fromarray(pixels(i % 3)).save(tmp_path / f"{i}.png")
-        cells = dict.fromkeys(datasets.CBIS_COLUMNS, "")
+        cells = dict.fromkeys(cbis.CBIS_COLUMNS, "")
         cells |= {
             "lesion": f"calc_{i}",
             "type": "calc",
@@ -271,11 +272,11 @@ def test_cbis_crops_through_the_catalog(tmp_path):
             "crop": f"{i}.png",
         }
         rows.append(",".join(cells.values()))
-    (tmp_path / "calc.csv").write_text("\n".join([",".join(datasets.CBIS_COLUMNS), *rows]) + "\n")
+    (tmp_path / "calc.csv").write_text("\n".join([",".join(cbis.CBIS_COLUMNS), *rows]) + "\n")
     catalog = {"cbis_calc": {"path": str(tmp_path), "type": "special", "train": "train", "test": "test"}}
     for train in (True, False):
         dataset = downstream.create_downstream("cbis_calc", train, None, catalog)
-        assert dataset.classes == list(datasets.CBIS_CLASSES)
+        assert dataset.classes == list(cbis.CBIS_CLASSES)
         assert [stated_class(image, False) for image, _ in (dataset[i] for i in range(3))] == [0, 1, 2]
         assert dataset.labels.tolist() == [0, 1, 2]
     with pytest.raises(FileNotFoundError, match=r"mass\.csv"):

@@ -30,7 +30,7 @@ import make_dataset
 import models
 import probes
 import utils
-from datasets import CBIS_CLASSES
+from cbis import CBIS_CLASSES
 from downstream import create_downstream
 from metrics import METRICS
 from transforms import Preprocess, eval_view
