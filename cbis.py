@@ -229,11 +229,12 @@ def dicom_description(path: Path) -> str:
     """SeriesDescription in the file's own header; metadata.csv has but one for a crop and its mask."""
     try:
         import pydicom
+        from pydicom.errors import InvalidDicomError
     except ImportError as error:
         raise ImportError(f"{path} is a DICOM file: pip install pydicom") from error
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesDescription"])
-    except pydicom.errors.InvalidDicomError as error:
+    except InvalidDicomError as error:
         raise ValueError(f"{path} is not a DICOM file: {error}") from error
     return str(header.get("SeriesDescription", "")).strip()
 
@@ -347,7 +348,7 @@ def split_off_validation(lesions: list[Lesion], folds: int, seed: int) -> None:
 
 def write_table(path: Path, rows: list[dict[str, str]]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, CBIS_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, list[str](CBIS_COLUMNS), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     atomic_write(path, lambda file: file.write(text.getvalue().encode()))
@@ -355,7 +356,7 @@ def write_table(path: Path, rows: list[dict[str, str]]) -> None:
 
 def count_table(rows: list[dict[str, str]]) -> str:
     """Lesions, pathologies, patients and images of each split, as aligned text."""
-    lines = [("", "lesions", *CBIS_CLASSES, "patients", *CBIS_IMAGES)]
+    lines: list[tuple] = [("", "lesions", *CBIS_CLASSES, "patients", *CBIS_IMAGES)]
     for title in ("train", "val", "train+val", "test"):
         part = [row for row in rows if row["split"] in title.split("+")]
         pathology = Counter(row["pathology"] for row in part)

@@ -312,8 +312,8 @@ def _hue_batch(x: Tensor, values: Tensor) -> Tensor:
 
 @cache
 def _hue_tables_on(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    hues, *others = (torch.from_numpy(table).to(device) for table in hue_tables())
-    return hues.int(), *others
+    hues, chromas, shares = (torch.from_numpy(table).to(device) for table in hue_tables())
+    return hues.int(), chromas, shares
 
 
 _JITTER_BATCH = (_brightness_batch, _contrast_batch, _saturation_batch, _hue_batch)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -58,8 +58,8 @@ class TextColumn:
         self.data, self.offsets = data, offsets
 
     @classmethod
-    def of_paths(cls, texts: Iterable[str]) -> TextColumn:
-        builder = TextBuilder(paths=True)
+    def from_strings(cls, texts: Iterable[str], paths: bool = False) -> TextColumn:
+        builder = TextBuilder(paths)
         for text in texts:
             builder.append(text)
         return builder.column()
@@ -142,7 +142,7 @@ class Row:
     """One image as its metadata states it."""
 
     where: str  # file and line, for messages
-    image: str | int  # path relative to the root, or a number where a rule gives the path
+    image: Any  # path relative to the root, or a number where a rule gives the path
     captions: list[str]
     rows: int = 1  # of the metadata
 
@@ -187,7 +187,7 @@ def first_file(choices: list[Path], split: str) -> Path:
 
 def grouped(rows: Iterable[Row]) -> Iterable[Row]:
     """Rows of the same image as one with all their captions, at the place of the first; rows without a caption stay."""
-    first: dict[str | int, Row] = {}
+    first: dict[Any, Row] = {}
     out = []
     for row in rows:
         if not any(text.strip() for text in row.captions):
@@ -278,7 +278,8 @@ class Reader:
     def columns(self) -> Columns:
         """Read `rows` once: those with image and caption stay; the others are counted, the first named."""
         exists = self.finder()
-        images, texts = array("i") if self.numbered else TextBuilder(paths=True), TextBuilder()
+        images: Any = array("i") if self.numbered else TextBuilder(paths=True)
+        texts = TextBuilder()
         first = array("q", [0])
         absent = silent = 0  # rows without an image, rows without a caption
         first_absent = first_silent = ""
@@ -372,7 +373,7 @@ class Reader:
         parts = [self.images.data, self.images.offsets] if isinstance(self.images, TextColumn) else [self.images]
         for part in (*parts, self.texts.data, self.texts.offsets, self.first, self.kept):
             if part is not None:
-                digest.update(np.ascontiguousarray(part))
+                digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
 
 
@@ -407,8 +408,8 @@ class Roco(Reader):
             own_split = split_folder.name
             roots.append(split_folder.parent)
         for root in roots:
-            found = [captions_in(root / self.split / kind) for kind in self.kinds]
-            if all(found):
+            found = [path for kind in self.kinds if (path := captions_in(root / self.split / kind)) is not None]
+            if len(found) == len(self.kinds):
                 self.root, self.files = root, found
                 return
         alone = captions_in(given)
@@ -546,17 +547,17 @@ def held_out(path: str, fraction: float) -> bool:
 class ArchivePool:
     """Open archives, the last `size` that were used; every process opens its own."""
 
-    opener: Callable[[Path], zipfile.ZipFile | BinaryIO]
+    opener: Callable[[Path], Any]
 
     def __init__(self, size: int = 64):
         self.size, self.process = size, os.getpid()
         self.by_name: dict[Path, dict[str, list[str]]] = {}  # of zip archives whose members have other names
-        self.archives: OrderedDict[Path, zipfile.ZipFile | BinaryIO] = OrderedDict()
+        self.archives: OrderedDict[Path, Any] = OrderedDict()
 
     def __getstate__(self) -> dict:
         return {"size": self.size, "process": -1, "by_name": {}, "archives": OrderedDict()}
 
-    def archive(self, path: Path) -> zipfile.ZipFile | BinaryIO:
+    def archive(self, path: Path) -> Any:
         if self.process != os.getpid():  # a forked handle shares its position in the file with its parent
             self.archives, self.process = OrderedDict(), os.getpid()
         if path not in self.archives:
@@ -603,7 +604,7 @@ def members_by_name(names: Iterable[str]) -> dict[str, list[str]]:
 class TarPool(ArchivePool):
     """Members of tar archives by their place in the file."""
 
-    opener = staticmethod(partial(open, mode="rb"))
+    opener: Any = staticmethod(partial(open, mode="rb"))
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """A member's bytes; FileNotFoundError for an absent archive, UnreadableImage where it is shorter."""
@@ -644,7 +645,8 @@ class Yfcc15m(Reader):
         if columns is None:
             return read_list(self.files[0])
         texts = columns.texts
-        numbers = map(int, columns.images)
+        images: Any = columns.images
+        numbers = map(int, images)
         return ((number, texts[2 * i], texts[2 * i + 1]) for i, number in enumerate(numbers))
 
     def finder(self) -> Callable[[Row], bool]:
@@ -662,7 +664,11 @@ class Yfcc15m(Reader):
                     except zipfile.BadZipFile as error:
                         raise ValueError(f"{path} is damaged: fetch it again or delete it") from error
                     found = members_by_name(names)
-                    numbers = [int(n[:3]) for n, places in found.items() if _YFCC.fullmatch(n) and len(places) == 1]
+                    numbers = [
+                        int(n[:3])
+                        for n, places in found.items()
+                        if _YFCC.fullmatch(n) and (len(places) == 1 or n in places)
+                    ]
                     present[1000 * archive + np.array(numbers, dtype=int)] = True
             return bool(present[row.image])
 
@@ -777,7 +783,7 @@ class WebDataset(Reader):
 
     indexed = True
 
-    def __init__(self, root: str | Path, metadata: str = "", *arguments: str | Path, **keywords: str | Path):
+    def __init__(self, root: str | Path, metadata: str = "", *arguments: Any, **keywords: Any):
         if not metadata and root and not Path(root).is_dir():
             root, metadata = ".", str(root)
         super().__init__(root, metadata, *arguments, **keywords)
@@ -998,7 +1004,11 @@ def one_process(lock: Path) -> Iterator[None]:
 
 
 def save_index(path: Path, key: list, columns: Columns) -> None:
-    arrays = {"texts": columns.texts.data, "text_offsets": columns.texts.offsets, "first": columns.first}
+    arrays: dict[str, np.ndarray | RawFile] = {
+        "texts": columns.texts.data,
+        "text_offsets": columns.texts.offsets,
+        "first": columns.first,
+    }
     if isinstance(columns.images, TextColumn):
         arrays |= {"pictures": columns.images.data, "picture_offsets": columns.images.offsets}
     else:
@@ -1008,11 +1018,11 @@ def save_index(path: Path, key: list, columns: Columns) -> None:
 
 def write_index(path: Path, head: dict, arrays: dict[str, np.ndarray | RawFile]) -> None:
     """The file that `load_index` maps: all of it or, where that fails, none."""
-    head = np.frombuffer(json.dumps({**head, "arrays": list(arrays)}).encode(), dtype=np.uint8)
+    described = np.frombuffer(json.dumps({**head, "arrays": list(arrays)}).encode(), dtype=np.uint8)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            for values in (head, *arrays.values()):
+            for values in (described, *arrays.values()):
                 if isinstance(values, RawFile):
                     length = values.path.stat().st_size // np.dtype(values.dtype).itemsize
                     header = {"descr": values.dtype, "fortran_order": False, "shape": (length,)}
@@ -1209,7 +1219,8 @@ class ContrastiveDataset(Dataset):
                 self.broken.add(self.reader.name(index), str(error))
                 stand_in = np.random.default_rng((self.seed, epoch, index, attempt))
                 index = int(stand_in.integers(len(self.reader)))
-        raise UnreadableImage(f"{self.ATTEMPTS} images in a row cannot be read: see {self.broken.path}")
+        named = f": see {self.broken.path}" if self.broken else ""
+        raise UnreadableImage(f"{self.ATTEMPTS} images in a row cannot be read{named}")
 
 
 def number_of(data: bytes) -> int:
@@ -1264,11 +1275,11 @@ class Collate:
         self.tokenizer = tokenizer  # None where no text is read
         self.trim = trim
 
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = {}
+    def __call__(self, samples: list[dict]) -> dict[str, Any]:
+        batch: dict[str, Any] = {}
         for name in samples[0]:
             values = [sample[name] for sample in samples]
-            if name == "text":
+            if name == "text" and self.tokenizer is not None:
                 tokens = self.tokenizer(values)  # (B, L)
                 if self.trim:
                     longest = int(tokens.any(0).nonzero().max()) + 1  # every caption has its start and end token
@@ -1295,4 +1306,4 @@ class EvalPairs(Dataset):
         return len(self.reader)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return self.view(self.reader.image(i)), i
+        return self.view(self.reader.image(i), None), i

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -107,9 +108,9 @@ def init_distributed(args: argparse.Namespace) -> Processes:
     A launcher is recognised by RANK and WORLD_SIZE in the environment (torchrun sets them), so a plain command inside a
     Slurm shell stays a single process.
     """
-    rank = int(os.environ.get("RANK", args.rank))
-    world_size = int(os.environ.get("WORLD_SIZE", args.world_size))
-    local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    rank = int(os.environ.get("RANK") or args.rank)
+    world_size = int(os.environ.get("WORLD_SIZE") or args.world_size)
+    local_rank = int(os.environ.get("LOCAL_RANK") or args.local_rank)
     use_gpu = torch.cuda.is_available() and args.gpu != -1
     if args.gpu is not None and args.gpu >= 0 and not use_gpu:
         raise ValueError(f"--gpu {args.gpu}: no GPU is available on this machine; use --gpu -1 for the CPU")
@@ -195,7 +196,7 @@ def _break_connections(processes: Processes, store: dist.Store | None) -> None:
     end = time.monotonic() + 5
     with suppress(RuntimeError):  # the store may go meanwhile
         informed = store.add("informed", 1) if store else processes.world_size
-        while processes.is_main and informed < processes.world_size and time.monotonic() < end:
+        while store and processes.is_main and informed < processes.world_size and time.monotonic() < end:
             time.sleep(0.05)
             informed = store.add("informed", 0)
 
@@ -219,7 +220,7 @@ def gather_objects(processes: Processes, obj: object) -> list:
     """What each rank passes in, in rank order, on every rank."""
     if processes.world_size == 1:
         return [obj]
-    out = [None] * processes.world_size
+    out: list[Any] = [None] * processes.world_size
     dist.all_gather_object(out, obj)
     return out
 
@@ -306,7 +307,7 @@ class CollectiveBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean = sum_over_processes(x.sum(axes)) / count  # (C,)
         centred = x - mean.view(shape)
         var = sum_over_processes(centred.square().sum(axes)) / count  # (C,), biased as in the normalisation
-        if self.track_running_stats:
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
@@ -336,7 +337,7 @@ def synchronise_batchnorm(model: nn.Module, processes: Processes) -> nn.Module:
 @contextmanager
 def batchnorm_statistics_kept(module: nn.Module) -> Iterator[None]:
     """Training-mode forward passes inside the block leave BatchNorm's running statistics as they are."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms: list[Any] = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
     for norm in norms:
         norm.momentum = 0.0
@@ -377,7 +378,7 @@ def replicate(model: nn.Module, processes: Processes) -> nn.Module:
         return model
     # Each rank keeps its own BatchNorm buffers, which `synchronise_batchnorm` has made equal. torch 2.13 renamed this.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    options = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     devices = [processes.device.index] if processes.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, **options)
 

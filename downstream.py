@@ -403,7 +403,7 @@ def image_folders(
             if not labels or labels[-1] != label:
                 raise ValueError(f"class folder {root / name} holds no images")
 
-    column = TextColumn.of_paths(paths())
+    column = TextColumn.from_strings(paths(), paths=True)
     return ImageFiles(root, column, classes, np.array(labels), transform)
 
 
@@ -461,9 +461,8 @@ def file_list(
     else:
         classes = [str(i) for i in range(every.max() + 1)]
     roots = [os.path.abspath(path), os.path.abspath(images)]
-    column = TextColumn.of_paths(
-        _inside(file, roots, f"{split}_images.npy, row {i}") for i, file in enumerate(files)
-    )
+    paths = (_inside(file, roots, f"{split}_images.npy, row {i}") for i, file in enumerate(files))
+    column = TextColumn.from_strings(paths, paths=True)
     return ImageFiles(path, column, classes, labels, transform)
 
 
@@ -531,7 +530,7 @@ def _digits(name: str, entry: dict, train: bool, transform, download: bool) -> I
 def _cbis(name: str, entry: dict, train: bool, transform, download: bool) -> ImageFiles:
     """Lesion crops of the table that make_dataset.py wrote beside CBIS-DDSM."""
     lesions = CbisLesions(entry["path"], name.removeprefix("cbis_"), entry["train" if train else "test"])
-    paths = TextColumn.of_paths(os.path.abspath(path) for path in lesions.paths)
+    paths = TextColumn.from_strings((os.path.abspath(path) for path in lesions.paths), paths=True)
     return ImageFiles(Path("/"), paths, list(CBIS_CLASSES), np.array(lesions.labels), transform)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 from timm.models._manipulate import MATCH_PREV_GROUP, group_with_matcher
 from torch import nn
@@ -37,7 +38,7 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
     if isinstance(visual := getattr(model, "visual", None), nn.Module):
         prefix, tower = "visual.", visual
     names = [name for name, _ in tower.named_parameters()]
-    ids = group_with_matcher(((name, None) for name in [*names, _HEAD]), _matcher(tower), reverse=True)
+    ids: Any = group_with_matcher(((name, None) for name in [*names, _HEAD]), _matcher(tower), reverse=True)
     if ids[_HEAD] < 2:
         raise ValueError(f"layer decay finds no blocks in the image tower {type(tower).__name__}")
     return {
@@ -54,7 +55,7 @@ def layer_scales(ids: dict[str, int], decay: float) -> dict[str, float]:
     return {name: decay ** (last - i) for name, i in ids.items()}
 
 
-def _matcher(tower: nn.Module) -> dict | Callable:
+def _matcher(tower: Any) -> dict | Callable:
     """What makes up the stem and each block or stage of `tower`, in timm's form of regular expressions."""
     if isinstance(tower, ResNet):
         return dict(stem=r"conv1\.|bn1\.", blocks=r"layer(\d+)\.")

@@ -103,7 +103,9 @@ def make_loader(
         persistent: keep the processes from one epoch to the next.
         generator: what seeds the workers; its own where starting a loader must leave other random numbers alone.
     """
-    chunks = {"batch_sampler": batch_sampler} if batch_sampler is not None else {"batch_size": batch_size}
+    chunks: dict[str, Any] = (
+        {"batch_sampler": batch_sampler} if batch_sampler is not None else {"batch_size": batch_size}
+    )
     return DataLoader(
         _Forwarding(dataset),
         **chunks,

@@ -9,6 +9,7 @@ whose `loss` is to be minimised. Everything is computed in float32 (float64 stay
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ class CLIPLoss(nn.Module):
                 all_image, all_text = (  # (N*B, D) each
                     distributed.gather_batch(x, self.gather_with_grad) for x in (image, text)
                 )
-                masks = {}
+                masks: dict[str, Any] = {}
                 if groups is not None:
                     masks = {"row_groups": groups, "column_groups": distributed.gather_batch(groups, with_grad=False)}
                 image_loss, match = contrast_rows(image, all_text, scale, first_own=first, **masks)
@@ -145,7 +146,7 @@ class SIMCLRLoss(nn.Module):
                 a, b, first = _unit(a), _unit(b), len(a) * distributed.rank()
                 all_a, all_b = distributed.gather_batch(a), distributed.gather_batch(b)  # (N*B, D) each
                 # The columns are all second views, then all first ones, among which a row meets itself.
-                places = {"first_own": first, "first_excluded": len(all_b) + first}
+                places: dict[str, Any] = {"first_own": first, "first_excluded": len(all_b) + first}
                 loss_a, match = contrast_rows(a, torch.cat([all_b, all_a]), scale, **places)
                 loss_b, _ = contrast_rows(b, torch.cat([all_a, all_b]), scale, **places)
                 loss = (loss_a + loss_b) / 2

@@ -661,21 +661,23 @@ def accumulate_full(
     run.scaler.scale(metrics["loss"]).backward()  # the heads' gradients, and those of the features
     # Second pass: the same features with a graph, through which each micro-batch's part of the gradient flows on.
     after = utils.random_state(run.processes.device)
-    parts = [leaf.grad.split([len(inputs[0]) for inputs in micro_batches]) for leaf in leaves]
+    sizes = [len(inputs[0]) for inputs in micro_batches]
+    parts = [leaf.grad.split(sizes) for leaf in leaves if leaf.grad is not None]  # every leaf has one
     for inputs, state, grads in zip(micro_batches, states, zip(*parts, strict=True), strict=True):
         utils.set_random_state(state, run.processes.device)  # the first pass's dropout once more
         with run.autocast():
             outputs = run.model.towers(*inputs)
         learning = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
         if learning:  # none where the towers are frozen
-            torch.autograd.backward(*zip(*learning, strict=True))
+            features_of_learning, gradients = zip(*learning, strict=True)
+            torch.autograd.backward(features_of_learning, gradients)
     utils.set_random_state(after, run.processes.device)
     # DistributedDataParallel averages what runs through its own forward, which the towers did not.
     distributed.average_gradients(run.model.parameters(), run.processes)
     yield metrics
 
 
-def to_device(batch: dict[str, Tensor], key: str, preprocess: Preprocess, device: torch.device) -> Tensor:
+def to_device(batch: dict[str, Any], key: str, preprocess: Preprocess, device: torch.device) -> Tensor:
     """Tokens as they are; images finished and normalised there, (B, 3, S, S), the channels innermost in memory."""
     x = batch[key].to(device, non_blocking=True)
     if x.dtype != torch.uint8:
@@ -685,7 +687,7 @@ def to_device(batch: dict[str, Tensor], key: str, preprocess: Preprocess, device
     return preprocess.normalise(x).to(memory_format=torch.channels_last)
 
 
-def update(run: Run, batches: list[dict[str, Tensor]], totals: Totals) -> None:
+def update(run: Run, batches: list[dict[str, Any]], totals: Totals) -> None:
     """One optimizer step over micro-batches, whose metrics are added to `totals`.
 
     An update whose gradient is not finite is skipped, decided on the device and alike on all ranks. An error leaves

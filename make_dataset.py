@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 import numpy as np
@@ -346,8 +346,8 @@ def shrink(img: Image.Image, short_side: int) -> Image.Image | None:
     scale = short_side / min(img.size)
     if scale >= 1:
         return None
-    size = tuple(max(short_side, round(side * scale)) for side in img.size)
-    return img.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(short_side, round(side * scale)) for side in img.size)
+    return img.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def encode(img: Image.Image, file_format: str) -> bytes:
@@ -379,6 +379,9 @@ def over_processes(workers: int, shared: object, chunk: int = 1) -> Iterator[Cal
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     with ProcessPoolExecutor(workers, multiprocessing.get_context(method), _share, (shared,)) as pool:
         yield partial(pool.map, chunksize=chunk)
+
+
+_shared: Any = None
 
 
 def _share(shared: object) -> None:
@@ -540,7 +543,7 @@ def pack(reader: Reader, i: int, short_side: int | None) -> tuple[bytes, str]:
 
 def tar_writer() -> type:
     try:
-        from webdataset import TarWriter
+        from webdataset.writer import TarWriter
     except ImportError as error:
         raise ImportError("writing shards needs webdataset: pip install webdataset") from error
     return TarWriter

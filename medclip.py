@@ -11,6 +11,7 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ WEIGHTS_NAME = "pytorch_model.bin"
 class SwinTower(SwinModel):
     """Hugging Face's Swin; (B, 3, H, W) to the mean of the last stage's normalised tokens (B, 768)."""
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> Any:  # a Tensor: the mean pooling is always there
         return super().forward(pixel_values, interpolate_pos_encoding=True).pooler_output
 
 
@@ -42,7 +43,7 @@ def build_image_tower(name: str, settings: dict) -> tuple[nn.Module, int]:
     if name == "medclip-resnet50":
         if settings:
             raise ValueError(f"medclip-resnet50 takes no settings, got {settings}")
-        tower = resnet50()
+        tower: Any = resnet50()
         tower.fc = nn.Identity()  # MedCLIP's fc is the projection, which the model holds
         return tower, 2048
     raise ValueError(f"unknown MedCLIP image tower {name!r}: choose medclip-swin or medclip-resnet50")
@@ -77,7 +78,7 @@ class BertText:
         if self.layers < 2:
             raise ValueError(f"MedCLIP's text embedding reads layers 1, 2 and the last, so {self.layers} is too few")
 
-    def attach(self, model: nn.Module, embed_dim: int) -> None:
+    def attach(self, model: Any, embed_dim: int) -> None:
         """Register BERT and its projection on `model`. The pooler, which MedCLIP never reads, is skipped."""
         config = BertConfig(
             vocab_size=self.vocab_size,
@@ -91,10 +92,10 @@ class BertText:
         model.text_projection = nn.Parameter(torch.empty(self.width, embed_dim))
         nn.init.normal_(model.text_projection, std=self.width**-0.5)
 
-    def checkpoint_gradients(self, model: nn.Module) -> None:
+    def checkpoint_gradients(self, model: Any) -> None:
         model.bert.gradient_checkpointing_enable()
 
-    def encode(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def encode(self, model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids (B, L) to embeddings (B, embed_dim); real tokens are those up to the last id that is not 0."""
         if attention_mask is None:
             attention_mask = (tokens != 0).flip(1).cumsum(1).flip(1) > 0  # (B, L)
@@ -180,7 +181,7 @@ def _to_medclip_name(key: str) -> str:
     return name
 
 
-def _name_map(model: nn.Module) -> dict[str, str]:
+def _name_map(model: Any) -> dict[str, str]:
     """Our name to MedCLIP's for everything MedCLIP holds: no SimCLR head, no fixed index buffers."""
     names = {key: _to_medclip_name(key) for key in model.state_dict() if not key.startswith("image_mlp.")}
     resnet = model.config["vision_tower"] == "medclip-resnet50"
@@ -188,7 +189,7 @@ def _name_map(model: nn.Module) -> dict[str, str]:
     return {ours: theirs for ours, theirs in names.items() if not _UNUSED.search(theirs)}
 
 
-def load_medclip(model: nn.Module, state: dict[str, Tensor], source: str = "the file") -> None:
+def load_medclip(model: Any, state: dict[str, Tensor], source: str = "the file") -> None:
     """Copy MedCLIP's weights into a MEDCLIP_* or MEDSLIP_* model, key for key; a SimCLR head keeps its fresh weights.
 
     Raises:
@@ -220,7 +221,7 @@ def _shorten(names: list[str], most: int = 40) -> str:
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "") or "none"
 
 
-def export_medclip(model: nn.Module, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def export_medclip(model: Any, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Both towers as the state dictionary that MedCLIP itself loads strictly under transformers 4.24.
 
     `weights` is the model's state dictionary where the model itself holds only a part of each tensor.

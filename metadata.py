@@ -36,7 +36,7 @@ def fields_of(item: object, where: str, **types: type | tuple[type, ...]) -> lis
     for name, kind in types.items():
         if not isinstance(item, dict) or not isinstance(item.get(name), kind):
             raise ValueError(f"{where} has no proper field {name!r}: {str(item)[:80]}")
-    return [item[name] for name in types]
+    return [item[name] for name in types] if isinstance(item, dict) else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

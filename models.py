@@ -112,7 +112,7 @@ class CLIPText:
     modules = ("token_embedding", "positional_embedding", "transformer", "ln_final")
     reads_padding = False  # attention is causal, and the read-out stands before the padding
 
-    def attach(self, model: nn.Module, embed_dim: int) -> None:
+    def attach(self, model: Any, embed_dim: int) -> None:
         """Register the tower's parameters on `model`, in the initial distributions of CLIP's published code."""
         model.positional_embedding = nn.Parameter(torch.empty(self.context_length, self.width))
         model.text_projection = nn.Parameter(torch.empty(self.width, embed_dim))
@@ -122,16 +122,17 @@ class CLIPText:
         nn.init.normal_(model.token_embedding.weight, std=0.02)
         nn.init.normal_(model.positional_embedding, std=0.01)
         nn.init.normal_(model.text_projection, std=self.width**-0.5)
+        block: Any
         for block in model.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=self.width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=self.width**-0.5 * (2 * self.layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=self.width**-0.5 * (2 * self.layers) ** -0.5)
 
-    def checkpoint_gradients(self, model: nn.Module) -> None:
+    def checkpoint_gradients(self, model: Any) -> None:
         model.transformer.checkpointed = True
 
-    def encode(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def encode(self, model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Tokens (B, L), L at most the context, to embeddings (B, embed_dim). Causal, so it needs no mask."""
         if tokens.shape[1] > self.context_length:
             raise ValueError(f"captions of {tokens.shape[1]} tokens do not fit a context of {self.context_length}")
@@ -411,9 +412,11 @@ class ModelConfig:
 
 
 BERT_VOCABULARY = 28996  # tokens of Bio_ClinicalBERT, which MedCLIP's text tower was trained with
-_TINY_TEXT = dict(embed_dim=256, text_width=256, text_heads=4, text_layers=6)
-_BERT_BASE = dict(text_tower="bert", vocab_size=BERT_VOCABULARY, text_width=768, text_heads=12, text_layers=12)
-TOWERS = {
+_TINY_TEXT: dict[str, Any] = dict(embed_dim=256, text_width=256, text_heads=4, text_layers=6)
+_BERT_BASE: dict[str, Any] = dict(
+    text_tower="bert", vocab_size=BERT_VOCABULARY, text_width=768, text_heads=12, text_layers=12
+)
+TOWERS: dict[str, dict[str, Any]] = {
     "VITT16": dict(vision_tower="vit_tiny_patch16_224", **_TINY_TEXT),
     "VITS16": dict(vision_tower="vit_small_patch16_224", vision_kwargs=dict(num_heads=12)),  # MoCo v3's ViT-S
     "VITB16": dict(vision_tower="vit_base_patch16_224"),
@@ -435,7 +438,7 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-def _timm_tower(config: ModelConfig) -> nn.Module:
+def _timm_tower(config: ModelConfig) -> Any:
     """Any timm image model without its classifier; a ViT's position embeddings follow the image size."""
     name = config.vision_tower
     if not timm.is_model(name):
@@ -444,7 +447,7 @@ def _timm_tower(config: ModelConfig) -> nn.Module:
     fixed_size = timm.get_pretrained_cfg(name, allow_unregistered=True)
     size = dict(img_size=config.image_size) if fixed_size is not None and fixed_size.fixed_input_size else {}
     try:
-        tower = timm.create_model(name, num_classes=0, **size, **config.vision_kwargs)
+        tower: Any = timm.create_model(name, num_classes=0, **size, **config.vision_kwargs)
     except TypeError as error:
         raise ValueError(f"vision tower {name!r} does not take the settings {config.vision_kwargs}: {error}") from error
     if getattr(tower, "cls_token", None) is not None:
@@ -463,7 +466,7 @@ def _image_tower(config: ModelConfig) -> tuple[nn.Module, int]:
     return tower, getattr(tower, "head_hidden_size", None) or tower.num_features
 
 
-def _text_tower(config: ModelConfig) -> CLIPText:
+def _text_tower(config: ModelConfig) -> Any:
     sizes = dict(
         context_length=config.context_length,
         vocab_size=config.vocab_size,

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import submitit
 from submitit.core.utils import UncompletedJobError
@@ -158,7 +159,8 @@ def guard_requeue(env: submitit.JobEnvironment):
     and data loader workers, forked from here, must not do that too.
     """
     number = getattr(signal, f"SIG{env.USR_SIG}")
-    handler, process = signal.getsignal(number), os.getpid()
+    handler: Any = signal.getsignal(number)
+    process = os.getpid()
 
     def in_this_process(signum, frame) -> None:
         if os.getpid() == process:
@@ -225,7 +227,7 @@ def split_arguments(script: ModuleType, argv: list[str] | None, timeout: int, no
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = script.get_args_parser()
     parser.prog, parser.allow_abbrev = Path(sys.argv[0]).name, False
-    parser.description = __doc__.replace("main.py", f"{script.__name__}.py")
+    parser.description = (__doc__ or "").replace("main.py", f"{script.__name__}.py")
     parser.set_defaults(output_dir=None)
     add_job_arguments(parser, timeout, nodes)
     args = parser.parse_args(argv)
@@ -306,7 +308,7 @@ def submit_script(script: str, args: argparse.Namespace, script_argv: list[str])
     return submitted
 
 
-def cluster_executor(args: argparse.Namespace, folder: Path, script: str, kind: type) -> submitit.SlurmExecutor:
+def cluster_executor(args: argparse.Namespace, folder: Path, script: str, kind: type) -> Any:
     executor = kind(folder, max_num_timeout=MAX_TIMEOUTS)
     executor.update_parameters(**sbatch_settings(args, f"medslip-{script}"))
     return executor

@@ -34,8 +34,9 @@ __all__ = [  # with what others import from here
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MEDCLIP_MEAN = (0.5862785803043838,) * 3
-MEDCLIP_STD = (0.27950088968644304,) * 3
+_MEDCLIP = 0.5862785803043838, 0.27950088968644304  # of grey images
+MEDCLIP_MEAN = (_MEDCLIP[0], _MEDCLIP[0], _MEDCLIP[0])
+MEDCLIP_STD = (_MEDCLIP[1], _MEDCLIP[1], _MEDCLIP[1])
 PREPARES = ("slip", "medclip")
 View = Callable[[Image.Image, np.random.Generator | None], Tensor]
 
@@ -115,7 +116,7 @@ class Preprocess:
 @cache
 def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
     """Kept on the device: a copy for each batch would wait for it."""
-    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+    return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)
 
 
 def pad_to_square(img: Image.Image, least: int) -> Image.Image:

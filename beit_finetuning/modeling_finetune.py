@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import timm
 import torch
@@ -60,7 +61,7 @@ def _add_table(module: nn.Module, grid: tuple[int, int], heads: int) -> None:
     module.register_buffer("relative_position_index", gen_relative_position_index(grid))
 
 
-def _bias(module: nn.Module) -> Tensor:
+def _bias(module: Any) -> Tensor:
     return module.relative_position_bias_table[module.relative_position_index].permute(2, 0, 1)
 
 
@@ -174,7 +175,7 @@ class Beit(nn.Module):
         self.pos_drop = nn.Dropout(drop)
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
         own_grid = grid if use_rel_pos_bias else None
-        rates = calculate_drop_path_rates(drop_path, depth)
+        rates: Any = calculate_drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, own_grid, mlp_ratio, init_values, drop, attn_drop, rate) for rate in rates
         )
@@ -193,6 +194,7 @@ class Beit(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
+            block: Any
             for i, block in enumerate(self.blocks, start=1):
                 for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
                     weight.div_(math.sqrt(2 * i))  # the residual stream grows with the depth (BEiT, section 2.5)
@@ -278,7 +280,7 @@ class TowerClassifier(nn.Module):
 
 
 def tower_classifier(
-    model: nn.Module,
+    model: models.ImageModel,
     num_classes: int,
     *,
     image_size: int | None = None,
@@ -298,7 +300,7 @@ def tower_classifier(
         ValueError: the tower takes no such size or rate.
     """
     config = model.config
-    settings = dict(config["vision_kwargs"])
+    settings: dict[str, Any] = dict(config["vision_kwargs"])
     size = image_size or config["image_size"]
     if drop_path is not None and config["vision_tower"] == "medclip-resnet50":
         if drop_path > 0:

@@ -10,12 +10,12 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
-from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 from torchvision import transforms
 
@@ -69,7 +69,7 @@ class TrainView:
     def __init__(self, preprocess: Preprocess, augmentation: Augmentation = Augmentation()):  # noqa: B008, frozen
         self.preprocess = preprocess
         a = augmentation
-        self.transform = create_transform(
+        self.transform: Any = create_transform(
             preprocess.size,
             is_training=True,
             color_jitter=a.color_jitter,
@@ -103,11 +103,12 @@ class EvalView:
             crop_pct = 224 / 256 if size < 384 else 1.0
         if not 0 < crop_pct <= 1:
             raise ValueError(f"the centre crop is a fraction above 0 and at most 1 of the short side, not {crop_pct:g}")
-        self.preprocess, self.transform = preprocess, None
+        self.preprocess = preprocess
+        self.transform: Any = None
         if preprocess.prepare == "slip" and size > 32:
             self.transform = transforms.Compose(
                 [
-                    transforms.Resize(int(size / crop_pct), str_to_interp_mode("bicubic")),
+                    transforms.Resize(int(size / crop_pct), transforms.InterpolationMode.BICUBIC),
                     transforms.CenterCrop(size),
                 ]
             )
@@ -165,6 +166,7 @@ class Criterion(nn.Module):
     def __init__(self, smoothing: float = 0.1, class_weights: Tensor | None = None):
         super().__init__()
         self.smoothing = smoothing
+        self.class_weights: Tensor | None
         self.register_buffer("class_weights", class_weights)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -141,11 +142,9 @@ def resize_relative_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     if side < 7:  # a cubic spline needs four points, and an odd side of five has no room for a progression
         raise ValueError(f"a table of {side} x {side} relative positions is too small to interpolate")
     y, x = (_progression(side, n) for n in wanted)
+    spline: Any = RectBivariateSpline  # its annotations know only single points
     targets = [np.arange(n) - n // 2 for n in wanted]
-    columns = [
-        RectBivariateSpline(y, x, head.reshape(side, side))(*targets).reshape(-1)
-        for head in table[:-3].double().numpy().T
-    ]
+    columns = [spline(y, x, head.reshape(side, side))(*targets).reshape(-1) for head in table[:-3].double().numpy().T]
     resized = torch.from_numpy(np.stack(columns, axis=1)).to(table.dtype)
     return torch.cat([resized, table[-3:]])
 

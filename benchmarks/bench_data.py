@@ -24,6 +24,7 @@ import io
 import platform
 import time
 from collections.abc import Callable
+from typing import Any
 
 import common  # noqa: F401  first: it finds the modules below
 import numpy as np
@@ -100,8 +101,8 @@ def blur(img: Image.Image) -> Image.Image:
 
 
 NORMALIZE = [T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-TRAIN = T.Compose([T.RandomResizedCrop(224, scale=(0.5, 1.0)), *NORMALIZE])
-SSL = T.Compose(
+TRAIN: Any = T.Compose([T.RandomResizedCrop(224, scale=(0.5, 1.0)), *NORMALIZE])
+SSL: Any = T.Compose(
     [
         T.RandomResizedCrop(224, scale=(0.08, 1.0)),
         T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
@@ -163,6 +164,11 @@ def statistics(view: Tensor) -> list[float]:
     ]
 
 
+def p_value(a: np.ndarray, b: np.ndarray) -> float:
+    result: Any = ks_2samp(a, b, method="asymp")
+    return result.pvalue
+
+
 def compare(data: bytes, draws: int, seed: int) -> dict[str, float]:
     """Least p-value over the statistics: the published SSL view with itself, and with ours, for one image."""
     torch.manual_seed(seed)
@@ -176,7 +182,7 @@ def compare(data: bytes, draws: int, seed: int) -> dict[str, float]:
     first, again = (np.array([statistics(SSL(img)) for _ in range(draws)]) for _ in range(2))
     mine = np.array([statistics(ours(i)) for i in range(draws)])
     return {
-        name: min(ks_2samp(a, b, method="asymp").pvalue for a, b in zip(first.T, other.T, strict=True))
+        name: min(p_value(a, b) for a, b in zip(first.T, other.T, strict=True))
         for name, other in (("control", again), ("ours", mine))
     }
 

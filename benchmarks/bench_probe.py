@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import common  # noqa: F401  first: it finds the modules below
 import numpy as np
@@ -45,7 +46,7 @@ import models
 import probes
 import utils
 from cbis import CBIS_CLASSES, CBIS_KINDS, CbisLesions
-from features import Backbone, Loading, extract_or_reuse
+from features import Backbone, Loading, extract_or_reuse, load_backbone
 from transforms import Preprocess, eval_view
 
 SETS = (*(f"cbis_{kind}" for kind in CBIS_KINDS), "digits")
@@ -88,11 +89,11 @@ class Splits:
 
 def open_set(name: str, root: Path | None, preprocess: Preprocess, seed: int) -> Splits:
     if name == "digits":
-        whole = downstream.create_downstream(name, True, None)
+        whole: Any = downstream.create_downstream(name, True, None)
         held_out = probes.stratified_part(whole.labels, 0.1, 1, np.random.default_rng(seed))
         fitted = np.setdiff1d(np.arange(len(whole)), held_out)
         view = partial(view_of, preprocess)
-        parts = [
+        parts: list[Any] = [
             downstream.ImageArray(whole.pixels[rows], whole.classes, whole.labels[rows], view, whole.upsample)
             for rows in (fitted, held_out)
         ]
@@ -103,12 +104,13 @@ def open_set(name: str, root: Path | None, preprocess: Preprocess, seed: int) ->
         if root is None:
             raise ValueError(f"{name} needs --root: `python make_dataset.py demo --root DIR` draws DIR/cbis")
         kind = name.removeprefix("cbis_")
-        parts = [CbisLesions(root, kind, split, "crop", preprocess) for split in ("train", "val", "test")]
-        groups, classes = [row["patient"] for row in parts[2].rows], list(CBIS_CLASSES)
+        parts: list[Any] = [CbisLesions(root, kind, split, "crop", preprocess) for split in ("train", "val", "test")]
+        groups, classes = [row["patient"] for row in parts[2].rows], list[str](CBIS_CLASSES)
         score = main_linear.macro_auroc
     names = ("train", "val", "test")
     labels = {split: np.array(part.labels) for split, part in zip(names, parts, strict=True)}
-    return Splits(*parts, labels, groups, classes, score)
+    train, val, test = parts
+    return Splits(train, val, test, labels, groups, classes, score)
 
 
 def top1(labels: np.ndarray, prob: np.ndarray) -> float:
@@ -219,7 +221,7 @@ def measure(name: str, backbone: Backbone, args: argparse.Namespace) -> dict:
     start, start_cpu = time.perf_counter(), cpu_seconds()
     theirs = published(backbone, splits, head.chosen["lambda"], args)
     seconds_published = {"all": time.perf_counter() - start, "cpu": cpu_seconds() - start_cpu}
-    last = dict(malignant=splits.classes[-1], seed=args.seed)
+    last: dict[str, Any] = dict(malignant=splits.classes[-1], seed=args.seed)
     of_test = splits.labels["test"]
     both = {
         method: metrics.patient_bootstrap(of_test, prob, splits.groups, splits.classes, **last)
@@ -276,7 +278,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.processes = distributed.Processes(0, 1, 0, args.device)
     if args.pretrained:
-        backbone = probes.load_backbone(argparse.Namespace(**vars(args), model=None, untrained=False), args.device)
+        backbone = load_backbone(args.pretrained, arch=args.arch, device=args.device)
     else:
         utils.seed_everything(args.seed)
         model = models.create_model("CLIP_VITT16", vision_tower=args.arch, image_size=args.size)

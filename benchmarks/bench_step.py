@@ -37,7 +37,7 @@ import common
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
@@ -161,7 +161,8 @@ class Plain:
         utils.seed_everything(args.seed)
         args = argparse.Namespace(**{**vars(args), "grad_checkpointing": False})
         model, self.tokenizer = training.build_model(args)
-        self.model, self.device, self.args = write_scores_out(model).to(device).train(), device, args
+        self.model: Any = write_scores_out(model).to(device).train()
+        self.device, self.args = device, args
         self.optimizer = torch.optim.AdamW(
             utils.parameter_groups(model, args.wd),
             lr=args.lr,
@@ -206,8 +207,9 @@ class Plain:
 METHODS = {"ours": Ours, "plain": Plain}
 
 
-def write_scores_out(model: nn.Module) -> nn.Module:
+def write_scores_out(model: Any) -> Any:
     """Every attention of the model as matrix product, softmax, matrix product."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # timm
             module.fused_attn = False

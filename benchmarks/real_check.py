@@ -14,6 +14,7 @@ import csv
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import common  # noqa: F401  first: it finds the modules below
 import numpy as np
@@ -62,7 +63,7 @@ def write_digits(folder: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = []
     for split, train in (("train", True), ("validation", False)):
-        digits = downstream.create_downstream("digits", train, None)
+        digits: Any = downstream.create_downstream("digits", train, None)
         for i in range(len(digits)):
             image, label = digits[i]
             name = f"{split}_{i:04d}.png"

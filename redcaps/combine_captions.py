@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -51,8 +52,9 @@ def annotation_files(folder: Path, output: Path) -> list[Path]:
     return files
 
 
-def annotations(files: list[Path], counts: Counter) -> Iterator[dict]:
+def read_annotations(files: list[Path], counts: Counter) -> Iterator[dict]:
     """All annotations, counted by subreddit; ValueError names file and annotation where a field is absent."""
+    item: Any
     for path in Progress(files, "combining", unit=" files"):
         for number, item in enumerate(iter_json(path, "annotations")):
             fields = fields_of(item, f"{path} annotation {number}", image_id=str, subreddit=str, caption=str)
@@ -70,7 +72,7 @@ def combine(files: list[Path], output: Path, subreddits: list[str]) -> tuple[Cou
 
     def write(file) -> None:
         file.write(b"[")
-        for item in annotations(files, found):
+        for item in read_annotations(files, found):
             name = item["subreddit"].lower()
             if not wanted or name in wanted:
                 file.write((b",\n" if kept else b"\n") + json.dumps(item).encode())

@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import cbis
-import datasets
 import downstream
 import features
 import transforms

@@ -412,6 +412,7 @@ def test_a_folder_holds_one_set_of_shards(table, tmp_path):
 
 def test_without_the_library_shards_say_what_to_install(table, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.setitem(sys.modules, "webdataset.writer", None)
     with pytest.raises(ImportError, match="pip install webdataset"):
         make_dataset.make_shards(create_reader("csv", table), tmp_path / "out")
     assert not (tmp_path / "out").exists()
