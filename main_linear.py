@@ -20,7 +20,8 @@ import json
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +33,6 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import distributed
@@ -183,7 +183,7 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
         results = probe_features(args, backbone, processes)
     else:
         results = train_sgd(args, backbone, processes)
-    if processes.is_main:
+    if processes.is_main and "stopped_by" not in results:
         utils.write_json(Path(args.output_dir) / "results.json", results)
     return results
 
@@ -529,145 +529,176 @@ def learning_rate(args: argparse.Namespace, world_size: int) -> float:
     return args.lr * batch / 256
 
 
+@dataclass
+class LinearRun:
+    """One linear layer in training on a frozen tower."""
+
+    args: argparse.Namespace
+    processes: distributed.Processes
+    backbone: Backbone
+    head: nn.Linear
+    called: nn.Module  # the head, or its DistributedDataParallel wrapper
+    optimizer: torch.optim.Optimizer
+    base_lr: float
+    source: DataLoader
+    sampler: GlobalBatchSampler
+    writer: utils.MetricWriter
+    settings: dict  # compared when the run is continued
+    epoch: int = 0
+    step_in_epoch: int = 0
+    best: float = -math.inf  # score on the test split
+
+    @property
+    def step(self) -> int:
+        return self.epoch * len(self.sampler) + self.step_in_epoch
+
+
 def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes) -> dict:
     """Train one linear layer for --epochs and evaluate it; returns the metrics of the last epoch and of the best.
 
-    The best is the best on the test split, as published, hence too good; the last epoch's score is the result.
+    The best is the best on the test split, as published, hence too good; the last epoch's score is the result. Where a
+    signal comes first there is a checkpoint within the epoch, and only `stopped_by` in what is returned.
     """
-    catalog, device = find_set(args), processes.device
+    catalog = find_set(args)
     train = downstream.create_downstream(args.dataset, True, None, catalog)
     test = downstream.create_downstream(args.dataset, False, partial(linear_eval_view, backbone.preprocess), catalog)
-    sampler = GlobalBatchSampler(len(train), args.batch_size, processes.rank, processes.world_size, args.seed)
-    workers = loading_of(args, processes).loader_processes()
-    source = loader.make_loader(
-        TrainViews(train, backbone.preprocess, args.seed),
-        batch_sampler=sampler,
-        workers=workers,
-        device=device,
-        persistent=True,
-    )
-
-    head = nn.Linear(backbone.width(), len(train.classes)).to(device)
-    with torch.no_grad():
-        head.weight.copy_(0.01 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(args.seed)))
-        head.bias.zero_()
-    base = learning_rate(args, processes.world_size)
-    optimizer = torch.optim.SGD(head.parameters(), base, momentum=args.momentum, weight_decay=args.wd)
-    fingerprint = backbone.fingerprint()
-    settings = {
-        "dataset": args.dataset,
-        "epochs": args.epochs,
-        "learning_rate": base,
-        "momentum": args.momentum,
-        "wd": args.wd,
-        "global_batch": sampler.global_batch,
-        "seed": args.seed,
-        "features": backbone.features,
-        "weights_sha256": fingerprint,
-    }
-    start, best = resume_sgd(args, head, optimizer, settings)
-    writer = utils.MetricWriter(Path(args.output_dir), processes.is_main)
     metric = downstream.metric_of(args.dataset, catalog)
-    evaluate = partial(evaluate_linear, args, backbone, head, test, metric, processes)
+    run = build_linear_run(args, processes, backbone, train)
+    resume_sgd(run)
+    evaluate = partial(evaluate_linear, run, test, metric)
     if args.evaluate:
-        start = args.epochs
+        run.epoch = args.epochs
     log.info(
         f"{len(train):,} training images, {len(train.classes)} classes; {args.batch_size} x "
-        f"{processes.world_size} process(es) = batch {sampler.global_batch}; learning rate {base:g}"
+        f"{processes.world_size} process(es) = batch {run.sampler.global_batch}; learning rate {run.base_lr:g}"
     )
-    trained = head if processes.world_size == 1 else DistributedDataParallel(head)
     scores = None
-    for epoch in range(start, args.epochs):
-        optimizer.param_groups[0]["lr"] = base * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
-        sampler.set_epoch(epoch)
-        train_epoch(args, backbone, trained, source, optimizer, epoch, writer, processes)
-        is_last = epoch + 1 == args.epochs
-        is_best = False
-        if is_last or (epoch + 1) % args.eval_freq == 0:
-            scores = evaluate()
-            is_best, best = scores["score"] > best, max(best, scores["score"])
-            writer.row("test", (epoch + 1) * len(source), {k: v for k, v in scores.items() if k != "metric"})
-            log.info(f"epoch {epoch + 1}: test {scores['metric']} {scores['score']:.2f} (best {best:.2f})")
-        if processes.is_main:
-            save_sgd(args, head, optimizer, settings, epoch + 1, best, is_best)
+    with closing(run.writer), utils.StopRequest() as stop:
+        while run.epoch < args.epochs:
+            if not train_epoch(run, stop):
+                return {"stopped_by": stop.name}
+            is_best = False
+            if run.epoch == args.epochs or run.epoch % args.eval_freq == 0:
+                scores = evaluate()
+                is_best, run.best = scores["score"] > run.best, max(run.best, scores["score"])
+                run.writer.row("test", run.step, {k: v for k, v in scores.items() if k != "metric"})
+                log.info(f"epoch {run.epoch}: test {scores['metric']} {scores['score']:.2f} (best {run.best:.2f})")
+            save_sgd(run, is_best)
     scores = scores or evaluate()
-    if backbone.fingerprint() != fingerprint:
+    if backbone.fingerprint() != run.settings["weights_sha256"]:
         raise RuntimeError("the frozen tower has changed; its features and this result are not those of --pretrained")
     log.info(f"{args.dataset}: {scores['metric']} {scores['score']:.2f} after {args.epochs} epochs")
-    writer.close()
     return {
         "model": backbone.name,
         "dataset": args.dataset,
         "features": backbone.features,
         "protocol": "sgd",
         "unit": "percent",
-        "settings": settings,
+        "settings": run.settings,
         **scores,
-        "best_score_on_test": best,
+        "best_score_on_test": run.best,
     }
 
 
-def train_epoch(
-    args: argparse.Namespace,
-    backbone: Backbone,
-    head: nn.Module,
-    source: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    writer: utils.MetricWriter,
-    processes: distributed.Processes,
-) -> None:
-    backbone.model.eval()
-    loss_sum, correct, seen = 0.0, 0.0, 0
-    for step, (images, labels) in enumerate(loader.batches(source)):
+def build_linear_run(
+    args: argparse.Namespace, processes: distributed.Processes, backbone: Backbone, train: downstream.Downstream
+) -> LinearRun:
+    """The run at its first step; the layer starts as published, normal with a std of 0.01."""
+    sampler = GlobalBatchSampler(len(train), args.batch_size, processes.rank, processes.world_size, args.seed)
+    head = nn.Linear(backbone.width(), len(train.classes)).to(processes.device)
+    with torch.no_grad():
+        head.weight.copy_(0.01 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(args.seed)))
+        head.bias.zero_()
+    base = learning_rate(args, processes.world_size)
+    return LinearRun(
+        args=args,
+        processes=processes,
+        backbone=backbone,
+        head=head,
+        called=distributed.replicate(head, processes),
+        optimizer=torch.optim.SGD(head.parameters(), base, momentum=args.momentum, weight_decay=args.wd),
+        base_lr=base,
+        source=loader.make_loader(
+            TrainViews(train, backbone.preprocess, args.seed),
+            batch_sampler=sampler,
+            workers=loading_of(args, processes).loader_processes(),
+            device=processes.device,
+            persistent=True,
+        ),
+        sampler=sampler,
+        writer=utils.MetricWriter(Path(args.output_dir), processes.is_main),
+        settings={
+            "dataset": args.dataset,
+            "epochs": args.epochs,
+            "learning_rate": base,
+            "momentum": args.momentum,
+            "wd": args.wd,
+            "global_batch": sampler.global_batch,
+            "seed": args.seed,
+            "features": backbone.features,
+            "weights_sha256": backbone.fingerprint(),
+        },
+        epoch=args.start_epoch,
+    )
+
+
+def train_epoch(run: LinearRun, stop: utils.StopRequest) -> bool:
+    """The rest of the epoch that `run` stands in; False when a signal ended it early, after a checkpoint."""
+    args, processes, steps = run.args, run.processes, len(run.sampler)
+    rate = run.base_lr * 0.5 * (1 + math.cos(math.pi * run.epoch / args.epochs))
+    run.optimizer.param_groups[0]["lr"] = rate
+    run.sampler.set_epoch(run.epoch, start_step=run.step_in_epoch)
+    run.backbone.model.eval()
+    loss_sum, correct, seen = torch.zeros((), device=processes.device), 0.0, 0
+    for images, labels in loader.batches(run.source):
         labels = labels.to(processes.device, non_blocking=True)
         with torch.no_grad():
-            features = backbone.encode(images.to(processes.device, non_blocking=True)).float()  # (B, d)
-        logits = head(features)  # (B, C)
+            features = run.backbone.encode(images.to(processes.device, non_blocking=True)).float()  # (B, d)
+        logits = run.called(features)  # (B, C)
         loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
+        run.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        run.optimizer.step()
+        run.step_in_epoch += 1
         loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-        if (step + 1) % args.print_freq == 0 or step + 1 == len(source):
-            parts = distributed.gather_objects(processes, (float(loss_sum), float(correct), seen))
-            mean_loss, top1 = (sum(part[i] for part in parts) / sum(part[2] for part in parts) for i in (0, 1))
-            if not math.isfinite(mean_loss):  # the same on every process
-                raise ValueError(f"the loss is {mean_loss} in epoch {epoch}: lower --lr {args.lr:g}")
-            rate = optimizer.param_groups[0]["lr"]
-            log.info(
-                f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{len(source)}: loss {mean_loss:.4f}, "
-                f"top-1 {100 * top1:.2f}, learning rate {rate:.4g}"
-            )
-            writer.row("train", epoch * len(source) + step + 1, {"loss": mean_loss, "top1": 100 * top1, "lr": rate})
+        if run.step_in_epoch % args.print_freq and run.step_in_epoch < steps:
+            continue
+        parts = distributed.gather_objects(processes, (float(loss_sum), float(correct), seen, stop.name))
+        mean_loss, top1 = (sum(part[i] for part in parts) / sum(part[2] for part in parts) for i in (0, 1))
+        if not math.isfinite(mean_loss):  # the same on every process
+            raise ValueError(f"the loss is {mean_loss} in epoch {run.epoch}: lower --lr {args.lr:g}")
+        log.info(
+            f"epoch {run.epoch + 1}/{args.epochs} step {run.step_in_epoch}/{steps}: loss {mean_loss:.4f}, "
+            f"top-1 {100 * top1:.2f}, learning rate {rate:.4g}"
+        )
+        run.writer.row("train", run.step, {"loss": mean_loss, "top1": 100 * top1, "lr": rate})
+        if (names := [part[3] for part in parts if part[3]]) and run.step_in_epoch < steps:
+            stop.name = names[0]
+            save_sgd(run)
+            log.info(f"stopped by {stop.name} in epoch {run.epoch + 1}: the same command continues from the checkpoint")
+            return False
+    run.epoch, run.step_in_epoch = run.epoch + 1, 0
+    return True
 
 
-def evaluate_linear(
-    args: argparse.Namespace,
-    backbone: Backbone,
-    head: nn.Linear,
-    test: downstream.Downstream,
-    metric: str,
-    processes: distributed.Processes,
-) -> metrics.Scores:
+def evaluate_linear(run: LinearRun, test: downstream.Downstream, metric: str) -> metrics.Scores:
     """Metrics of the linear layer on the test split, each image once on any number of processes."""
-    whole = replace(backbone, encode=lambda images: head(backbone.encode(images).float()))
-    logits, kept = extract(whole, test, f"{args.dataset} test", loading_of(args, processes))
+    whole = replace(run.backbone, encode=lambda images: run.head(run.backbone.encode(images).float()))
+    logits, kept = extract(whole, test, f"{run.args.dataset} test", loading_of(run.args, run.processes))
     skipped = {"samples_skipped": len(test) - len(kept)} if len(kept) < len(test) else {}
     return {**score_set(test.labels[kept], logits, metric), **skipped}
 
 
-def resume_sgd(
-    args: argparse.Namespace, head: nn.Linear, optimizer: torch.optim.Optimizer, settings: dict
-) -> tuple[int, float]:
-    """Load --resume or this directory's checkpoint, if there is one; returns the next epoch and the best score."""
+def resume_sgd(run: LinearRun) -> None:
+    """Continue from --resume or this directory's checkpoint, if there is one."""
+    args, settings = run.args, run.settings
     path = Path(args.resume or Path(args.output_dir) / "linear_checkpoint.pt")
     if not args.resume and not path.is_file():
         if args.evaluate:
             raise ValueError("--evaluate needs --resume, the linear layer to evaluate")
-        return args.start_epoch, -math.inf
+        return
     state = utils.load_checkpoint(path)
     if "settings" not in state:
         raise ValueError(f"{path} is no checkpoint of main_linear.py: it has no settings")
@@ -679,30 +710,28 @@ def resume_sgd(
     ]
     if differ:
         raise ValueError(f"{path} is of another run ({'; '.join(differ)}): choose another --output-dir")
-    head.load_state_dict(state["state_dict"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["epoch"], state["best_acc1"]
+    run.head.load_state_dict(state["state_dict"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.epoch, run.best = state["epoch"], state["best_acc1"]
+    run.step_in_epoch = state.get("step_in_epoch", 0)
 
 
-def save_sgd(
-    args: argparse.Namespace,
-    head: nn.Linear,
-    optimizer: torch.optim.Optimizer,
-    settings: dict,
-    epoch: int,
-    best: float,
-    is_best: bool,
-) -> None:
+def save_sgd(run: LinearRun, is_best: bool = False) -> None:
+    if not run.processes.is_main:
+        return
     state = {
-        "epoch": epoch,
-        "state_dict": head.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "best_acc1": best,
-        "settings": settings,
-        "args": json.loads(json.dumps(vars(args))),
+        "epoch": run.epoch,
+        "step_in_epoch": run.step_in_epoch,
+        "steps_per_epoch": len(run.sampler),
+        "step": run.step,
+        "state_dict": run.head.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "best_acc1": run.best,
+        "settings": run.settings,
+        "args": json.loads(json.dumps(vars(run.args))),
     }
     for name in ["linear_checkpoint.pt"] + ["linear_best.pt"] * is_best:
-        utils.save_checkpoint(state, Path(args.output_dir) / name)
+        utils.save_checkpoint(state, Path(run.args.output_dir) / name)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import cbis_tree
@@ -376,16 +377,18 @@ def test_an_interrupted_run_continues_as_if_it_never_stopped(catalog, checkpoint
     epochs = []
     train_epoch = main_linear.train_epoch
 
-    def stop_after_three(*args):
+    def stop_after_three(run, stop):
         if len(epochs) == 3:
             raise KeyboardInterrupt
-        epochs.append(args[5])
-        train_epoch(*args)
+        epochs.append(run.epoch)
+        return train_epoch(run, stop)
 
     monkeypatch.setattr(main_linear, "train_epoch", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
         classify(catalog, checkpoint, tmp_path / "parts")
-    monkeypatch.setattr(main_linear, "train_epoch", lambda *args: epochs.append(args[5]) or train_epoch(*args))
+    monkeypatch.setattr(
+        main_linear, "train_epoch", lambda run, stop: epochs.append(run.epoch) or train_epoch(run, stop)
+    )
     parts = classify(catalog, checkpoint, tmp_path / "parts")
     assert epochs == [0, 1, 2, 3, 4, 5]
     for name, value in head_of(tmp_path / "whole").items():
@@ -394,6 +397,29 @@ def test_an_interrupted_run_continues_as_if_it_never_stopped(catalog, checkpoint
     with pytest.raises(ValueError, match="learning_rate .* there"):
         classify(catalog, checkpoint, tmp_path / "parts", "--lr", "1")
     assert classify(catalog, checkpoint, tmp_path / "parts", "--lr", "1", "--evaluate")["score"] == whole["score"]
+
+
+def test_a_signal_within_an_epoch_leaves_a_checkpoint_and_the_rest_is_the_unbroken_run(
+    catalog, checkpoint, tmp_path, monkeypatch
+):
+    frequent = ("--print-freq", "1", "-b", "4")
+    whole = classify(catalog, checkpoint, tmp_path / "whole", *frequent)
+    cross_entropy, steps = main_linear.F.cross_entropy, []
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return cross_entropy(*args)
+
+    monkeypatch.setattr(main_linear.F, "cross_entropy", interrupted)
+    assert classify(catalog, checkpoint, tmp_path / "parts", *frequent) == {"stopped_by": "SIGUSR1"}
+    assert not (tmp_path / "parts" / "results.json").exists()
+    state = utils.load_checkpoint(tmp_path / "parts" / "linear_checkpoint.pt")
+    assert state["step_in_epoch"] > 0 and state["step"] == 4
+    assert classify(catalog, checkpoint, tmp_path / "parts", *frequent) == whole
+    for name, value in head_of(tmp_path / "whole").items():
+        assert torch.equal(value, head_of(tmp_path / "parts")[name])
 
 
 def one_of_two_by_sgd(rank: int, world: int, catalog: Path, checkpoint: Path, output_dir: Path) -> None:

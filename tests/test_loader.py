@@ -1,0 +1,227 @@
+"""Loader processes: whom signals reach, what is said of one that dies, and that a stopped run loses nothing."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from helpers import DROPOUT, ROOT, assert_same_run, command, environment, write_checkpoint
+from PIL import Image
+from roco_tree import make_roco
+from torch.utils.data import Dataset
+
+import distributed
+import loader
+import main
+import utils
+from images import UnreadableImage
+
+CPU = torch.device("cpu")
+
+
+class Slow(Dataset):
+    def __init__(self, n: int, seconds: float, corrupt: int = -1):
+        self.n, self.seconds, self.corrupt = n, seconds, corrupt
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        if i == self.corrupt:
+            raise UnreadableImage(f"cannot decode the image {i}.jpg")
+        time.sleep(self.seconds)
+        return i
+
+
+def workers() -> list[int]:
+    """Process ids of this process's loader processes."""
+    pids = [process.pid for process in multiprocessing.active_children()]
+    assert pids
+    return pids
+
+
+def test_workers_leave_signals_to_their_parent():
+    source = loader.make_loader(Slow(12, 0.05), workers=2, device=CPU)
+    seen, hit = [], 0
+    with utils.StopRequest() as stop:
+        for batch in loader.batches(source):
+            seen += batch.tolist()
+            for pid in workers():
+                for number in utils.SIGNALS:
+                    os.kill(pid, number)
+                    hit += 1
+        assert not stop.name and hit >= 2 * 4
+        os.kill(os.getpid(), signal.SIGTERM)  # and the parent still hears its own
+        assert stop.name == "SIGTERM"
+    assert seen == list(range(12))
+
+
+def test_a_worker_that_dies_is_named():
+    source = loader.make_loader(Slow(400, 0.05), workers=2, device=CPU)
+    with pytest.raises(loader.LoaderFailed, match=r"a loader process has died: \d+ by SIGKILL.*fewer --workers"):
+        for i, _ in enumerate(loader.batches(source)):
+            if i == 2:
+                os.kill(workers()[0], signal.SIGKILL)
+
+
+def test_no_batch_is_waited_for_without_limit(monkeypatch):
+    monkeypatch.setattr(loader, "POLL_SECONDS", 1)
+    source = loader.make_loader(Slow(2, 60), workers=1, device=CPU)
+    with pytest.raises(loader.LoaderFailed, match=r"no batch came for [123] s from 1 loader processes"):
+        next(loader.batches(source, limit=0.5))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_about_data_comes_as_it_is(workers):
+    source = loader.make_loader(Slow(6, 0, corrupt=3), workers=workers, device=CPU)
+    with pytest.raises(UnreadableImage, match=r"^cannot decode the image 3.jpg$"):
+        list(loader.batches(source))
+
+
+def test_full_shared_memory_is_named(monkeypatch, tmp_path):
+    usage = type("Usage", (), {"total": 64 * 2**20, "free": 2**10, "used": 0})
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: usage)
+    source = loader.make_loader(Slow(40, 0.05), workers=1, device=CPU)
+    with pytest.raises(loader.LoaderFailed, match=r"shared memory is full: /dev/shm has 0.0 of 64.0 MiB.*--workers 0"):
+        for _ in loader.batches(source):
+            os.kill(workers()[0], signal.SIGKILL)
+
+
+def test_workers_never_outnumber_the_cores(monkeypatch):
+    monkeypatch.setattr(distributed, "cores", lambda: 2)
+    assert loader.loader_processes(10, distributed.Processes()) == 2
+    assert loader.loader_processes(1, distributed.Processes()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_worker_dies_keeps_the_last_whole_step(tmp_path, monkeypatch):
+    """The checkpoint is that of an unbroken run at this step, and the run continues to the same end."""
+    roco = make_roco(tmp_path / "roco")
+    frequent = ("--batch-size", "4", "--save-every-minutes", "1000")
+    main.main(command(roco, tmp_path / "whole", *DROPOUT, *frequent))
+    batches, read = loader.batches, []
+
+    def dying(source, **options):
+        for batch in batches(source, **options):
+            read.append(1)
+            if len(read) == 9 and hasattr(source.batch_sampler, "set_epoch"):  # the third of the second epoch
+                raise loader.LoaderFailed("a loader process has died: 1 by SIGKILL")
+            yield batch
+
+    with monkeypatch.context() as m:
+        m.setattr(loader, "batches", dying)
+        m.setattr(main, "validate", lambda *args: ({}, None))  # reads batches of its own
+        with pytest.raises(loader.LoaderFailed, match="has died"):
+            main.main(command(roco, tmp_path / "parts", *DROPOUT, *frequent))
+    state = utils.load_checkpoint(tmp_path / "parts" / "checkpoint.pt")
+    assert (state["epoch"], state["step_in_epoch"]) == (1, 2)
+    assert "checkpoint of the last whole step written" in (tmp_path / "parts" / "log.txt").read_text()
+    main.main(command(roco, tmp_path / "parts", *DROPOUT, *frequent))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def signalled(argv: list, number: int, seconds: float, started) -> int:
+    """The exit code of a command in a process group of its own, all of which gets a signal after it has started."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, argv)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 120
+    while process.poll() is None and not started() and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(seconds)
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode in (0, 128 + number), output
+    return process.returncode
+
+
+def lines_of(log) -> int:
+    return log.read_text().count("\nepoch ") if log.exists() else 0
+
+
+def more_lines(log, before: int) -> bool:
+    return lines_of(log) > before
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [[], ["-m", "torch.distributed.run", "--nproc_per_node=2"]], ids=["alone", "torchrun"]
+)
+def test_signals_to_the_whole_group_lose_nothing(tmp_path, launcher):
+    """Random signals at random moments, 20 in a row: the run goes on from its last step each time."""
+    roco = make_roco(tmp_path / "roco", train=64)
+    common = [*DROPOUT, "--batch-size", "4", "--epochs", "30", "-j", "2", "--eval-freq", "100", "--gpu", "-1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def argv(folder) -> list:
+        return [*launcher, ROOT / "main.py", *command(roco, folder, *common)]
+
+    subprocess.run([sys.executable, *argv(whole)], env=environment(), check=True)
+    rng, log, stopped = random.Random(0), parts / "log.txt", 0
+    for _ in range(20 if not launcher else 6):
+        before = lines_of(log)
+        number = rng.choice(utils.SIGNALS if not launcher else (signal.SIGTERM, signal.SIGINT))
+        code = signalled(argv(parts), number, rng.random() * 0.5, partial(more_lines, log, before))
+        stopped += code != 0
+        if "this run is finished" in log.read_text():
+            break
+    assert stopped >= (10 if not launcher else 3)
+    subprocess.run(
+        [sys.executable, *launcher, ROOT / "main.py", *command(roco, parts, *common)], env=environment(), check=True
+    )
+    assert_same_run(whole, parts)
+    steps = [line.split("[")[1].split("/")[0] for line in log.read_text().splitlines() if line.startswith("epoch ")]
+    assert len(steps) <= 30 * (64 // 4 // (2 if launcher else 1)) + stopped + 1  # no step was done twice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", utils.SIGNALS)
+def test_signals_to_the_group_of_a_linear_run_lose_nothing(tmp_path, number):
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 12), ("val", 4)):
+        for label in ("a", "b"):
+            (tmp_path / "set" / split / label).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(
+                    tmp_path / f"set/{split}/{label}/{i}.png"
+                )
+    utils.write_json(
+        tmp_path / "catalog.json",
+        {"mine": {"path": str(tmp_path / "set"), "type": "imagefolder", "train": "train", "test": "val"}},
+    )
+    checkpoint = write_checkpoint(tmp_path / "weights.pt", "vit")
+
+    def argv(folder: str) -> list:
+        common = ["--catalog", tmp_path / "catalog.json", "--dataset", "mine", "--pretrained", checkpoint]
+        run = ["--epochs", "60", "--eval-freq", "100", "-b", "4", "-p", "1", "-j", "2", "--gpu", "-1"]
+        return [ROOT / "main_linear.py", *common, *run, "--output-dir", tmp_path / folder]
+
+    subprocess.run([sys.executable, *map(str, argv("whole"))], env=environment(), check=True)
+    rows = tmp_path / "parts" / "log.jsonl"
+    code = signalled(argv("parts"), number, 0.2, rows.exists)
+    assert code == 128 + number
+    subprocess.run([sys.executable, *map(str, argv("parts"))], env=environment(), check=True)
+    first, second = (
+        utils.load_checkpoint(tmp_path / name / "linear_checkpoint.pt")["state_dict"] for name in ("whole", "parts")
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
