@@ -114,14 +114,14 @@ def test_a_run_whose_worker_dies_keeps_the_last_whole_step(tmp_path, monkeypatch
 
     def dying(source, **options):
         for batch in batches(source, **options):
-            read.append(1)
-            if len(read) == 9 and hasattr(source.batch_sampler, "set_epoch"):  # the third of the second epoch
+            training = hasattr(source.batch_sampler, "set_epoch")
+            read.extend([1] * training)
+            if training and len(read) == 9:  # the third of the second epoch
                 raise loader.LoaderFailed("a loader process has died: 1 by SIGKILL")
             yield batch
 
     with monkeypatch.context() as m:
         m.setattr(loader, "batches", dying)
-        m.setattr(main, "validate", lambda *args: ({}, None))  # reads batches of its own
         with pytest.raises(loader.LoaderFailed, match="has died"):
             main.main(command(roco, tmp_path / "parts", *DROPOUT, *frequent))
     state = utils.load_checkpoint(tmp_path / "parts" / "checkpoint.pt")
