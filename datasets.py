@@ -181,7 +181,8 @@ def first_file(choices: list[Path], split: str) -> Path:
     """The first that is there, else FileNotFoundError naming them."""
     path = next((path for path in choices if path.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"no captions of the split {split!r} at {' or '.join(map(str, choices))}")
+        tried = " or ".join(map(str, choices[:4])) + (" or under its other names" if len(choices) > 4 else "")
+        raise FileNotFoundError(f"no captions of the split {split!r} at {tried}")
     return path
 
 

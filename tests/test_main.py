@@ -2,18 +2,25 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import DROPOUT, assert_same_run, command, stop_after, weights
+from helpers import DROPOUT, GOLDENS, ROOT, assert_same_run, command, environment, save_jpeg, stop_after, weights
 from roco_tree import make_roco
 
+import losses
 import main
 import models
 import utils
+from datasets import create_reader
 
 
 @pytest.fixture(scope="module")
@@ -462,3 +469,136 @@ def test_freezing_and_published_gather_reach_the_run(roco, tmp_path):
     trained = weights(tmp_path)
     assert torch.equal(trained["visual.blocks.0.attn.qkv.weight"], fresh.visual.blocks[0].attn.qkv.weight)
     assert not torch.equal(trained["image_projection"], fresh.image_projection)
+
+
+# --- what others have left -------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_an_earlier_version_is_continued(roco, tmp_path):
+    """A checkpoint of commit 60cae9c in the middle of its second epoch; the losses are those of its unbroken run."""
+    shutil.copy(GOLDENS / "run_of_60cae9c.pt", tmp_path / "checkpoint_step00000008.pt")
+    argv = command(roco, tmp_path, "vision.proj_drop_rate=0.1", "--batch-size", "4", model="SIMCLR_VITT16")
+    main.main(argv)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert losses == pytest.approx([1.0972395, 3.3515673, 2.1471329, 0.5372905], rel=1e-3)
+
+
+def edited(folder: Path, captions: Callable[[int], str]) -> None:
+    rows = "".join(f"{i}.jpg,{captions(i)}\n" for i in range(16))
+    (folder / "train.csv").write_text(f"image,caption\n{rows}")
+
+
+def csv_command(folder: Path, *extra) -> list[str]:
+    argv = command(folder, folder / "out", *extra)
+    argv[argv.index("--dataset") + 1] = "csv"
+    return argv
+
+
+@pytest.fixture
+def table(tmp_path):
+    for i in range(16):
+        save_jpeg(tmp_path / f"{i}.jpg", 10 * i)
+    edited(tmp_path, "finding number {}".format)
+    return tmp_path
+
+
+def test_other_captions_are_not_continued_on(table):
+    main.main(csv_command(table, "--epochs", "1", "--start-epoch", "0"))
+    edited(table, lambda i: f"another text {99 - i}")
+    with pytest.raises(ValueError, match="its settings differ.*images and captions"):
+        main.main(csv_command(table, "--epochs", "1"))
+
+
+def test_a_table_without_splits_holds_images_out(table):
+    rows = (table / "train.csv").read_text().splitlines()[1:]
+    (table / "pairs.csv").write_text("\n".join(["image,caption", *rows, *(row + " again" for row in rows)]))
+    scores = main.main(csv_command(table, "--metadata", "pairs.csv", "--val-fraction", "0.25", "--batch-size", "4"))
+    held = create_reader("csv", table, "pairs.csv", "validation", val_fraction=0.25)
+    kept = create_reader("csv", table, "pairs.csv", "train", val_fraction=0.25)
+    assert scores["val_candidates"] == len(held) and len(held) + len(kept) == 16 and 1 <= len(held) < 10
+    assert not {held.name(i) for i in range(len(held))} & {kept.name(i) for i in range(len(kept))}
+    assert "no column split: 25% of the images" in (table / "out" / "log.txt").read_text()
+    everything = main.main(csv_command(table, "--metadata", "pairs.csv", "--val-fraction", "0", "--output-dir", "x"))
+    assert "val_candidates" not in everything
+
+
+@pytest.mark.parametrize("accumulation", ["micro", "full"])
+def test_duplicates_are_no_negatives_in_training(table, accumulation, monkeypatch):
+    """Two images with the same bytes, and two captions that are equal: the loss of the formula with a mask."""
+    shutil.copy(table / "0.jpg", table / "1.jpg")
+    edited(table, lambda i: "the same words" if i in (4, 9) else f"finding {i}")
+    seen, full = [], main.accumulate_full if accumulation == "full" else main.accumulate_micro
+
+    def watched(run, micro_batches, groups):
+        found = list(full(run, micro_batches, groups))
+        if not seen:
+            with torch.no_grad():
+                if accumulation == "full":
+                    inputs = [torch.cat(parts) for parts in zip(*micro_batches, strict=True)]
+                    found_groups = torch.cat(groups)
+                else:
+                    inputs, found_groups = micro_batches[0], groups[0]
+                outputs = run.model(*inputs)
+            duplicates = (found_groups[:, None] == found_groups[None]).any(-1)
+            off = ~torch.eye(len(duplicates), dtype=torch.bool)
+            expected = [
+                losses.clip_loss(outputs["image_embed"], outputs["text_embed"], outputs["logit_scale"], mask)
+                for mask in (duplicates, None)
+            ]
+            seen.append((found[0]["clip_loss"].item(), *map(float, expected), int((duplicates & off).sum())))
+        return iter(found)
+
+    monkeypatch.setattr(main, f"accumulate_{accumulation}", watched)
+    extra = ["--mask-duplicates", "--epochs", "1", "--update-freq", "2" if accumulation == "full" else "1"]
+    size = ["--batch-size", "8" if accumulation == "full" else "16", "--accum-negatives", accumulation]
+    main.main(csv_command(table, *extra, *size))
+    got, masked, plain, pairs = seen[0]
+    assert pairs == 4 and got == pytest.approx(masked, rel=1e-5) and abs(got - plain) > 1e-4
+
+
+# --- what the command line says --------------------------------------------------------------------------------------
+
+
+def shell(*argv) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "main.py", *map(str, argv)], env=environment(), capture_output=True, text=True
+    )
+
+
+def test_errors_are_one_line_and_have_the_exit_code_of_their_kind(table):
+    for argv, code, words in [
+        (csv_command(table / "absent"), 1, "no captions of the split 'train' at"),
+        (csv_command(table, "--epochs", "1", "--start-epoch", "3"), 2, "--start-epoch 3 leaves nothing"),
+        (csv_command(table, "--init", "a.pt", "--resume", "b.pt"), 2, "choose one"),
+        (csv_command(table, "--resume", table / "0.jpg"), 1, "it is a JPEG image"),
+    ]:
+        done = shell(*argv)
+        (line,) = done.stderr.strip().splitlines()
+        assert done.returncode == code and line.startswith("error: ") and words in line
+    assert "Traceback" in shell(*csv_command(table / "absent"), "--debug").stderr
+
+
+def test_a_stopped_run_says_so_to_the_shell_and_to_whoever_reads_it(roco, tmp_path, monkeypatch):
+    update, steps = main.update, []
+
+    def stopping(*args):
+        update(*args)
+        steps.append(1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(main, "update", stopping)
+    monkeypatch.setattr(sys, "argv", ["main.py", *command(roco, tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        utils.run_script(main.main)
+    assert left.value.code == 128 + signal.SIGTERM
+    source = models.load_pretrained(tmp_path / "checkpoint.pt").source
+    assert source.endswith("unfinished: epoch 1 of 2, step 4 of 6")
+    assert "unfinished: epoch 1 of 2" in models.load_pretrained(tmp_path / "checkpoint_best.pt").source
+    monkeypatch.setattr(main, "update", update)
+    main.main(command(roco, tmp_path))
+    assert all(
+        "unfinished" not in models.load_pretrained(path).source
+        for path in map(tmp_path.joinpath, ("checkpoint.pt", "checkpoint_best.pt"))
+    )
