@@ -507,10 +507,9 @@ def resume_settings(
     return json.loads(json.dumps(settings))  # tuples and lists compare equal after a round trip
 
 
-def save(run: Run, is_best: bool = False, alone: bool = False) -> None:
-    """Checkpoint the run as it stands. Every rank calls this; `alone` is for the main one when others are lost."""
-    own = utils.random_state(run.processes.device)
-    random_states = [own] if alone else distributed.gather_objects(run.processes, own)
+def save(run: Run, is_best: bool = False) -> None:
+    """Checkpoint the run as it stands; every rank calls this."""
+    random_states = distributed.gather_objects(run.processes, utils.random_state(run.processes.device))
     weights, optimizer = distributed.training_state(run.model, run.optimizer)
     run.last_save = time.monotonic()
     if not run.processes.is_main:
@@ -759,12 +758,14 @@ def train_one_epoch(run: Run, stop: utils.StopRequest) -> bool:
     interval = Interval(run)
     with closing(bar):
         while run.step_in_epoch < run.steps_per_epoch:
+            random_numbers = utils.random_state(device)  # of the last whole step
             try:
                 with interval.waiting():
                     group = list(islice(batches, args.update_freq))
                 interval.images += sum(len(batch["index"]) for batch in group) * run.processes.world_size
                 update(run, group, totals)
             except Exception:
+                utils.set_random_state(random_numbers, device)
                 save_last_step(run, totals)
                 raise
             bar.update()
@@ -799,17 +800,17 @@ def train_one_epoch(run: Run, stop: utils.StopRequest) -> bool:
 
 
 def save_last_step(run: Run, totals: Totals) -> None:
-    """A checkpoint of the last whole step when the next one has failed: its data, or another rank.
+    """A checkpoint of the last whole step when the next one has failed, in its data or otherwise.
 
-    What is left of a model that is split over processes cannot be saved by one of them.
+    Of one process: where there are several, a lost one has taken its random numbers with it, without which the run
+    could not be continued exactly, and the last checkpoint of all of them is what there is.
     """
-    if distributed.is_sharded(run.model) or not run.processes.is_main or not run.step_in_epoch:
+    if run.processes.world_size > 1 or not run.step_in_epoch:
         return
-    if run.processes.world_size == 1:
-        for i, value in enumerate([*totals.metrics.tolist(), totals.count.item()]):
-            run.epoch_sums[i] += value
+    for i, value in enumerate([*totals.metrics.tolist(), totals.count.item()]):
+        run.epoch_sums[i] += value
     try:
-        save(run, alone=True)
+        save(run)
     except Exception as error:  # the first one is what the user needs to see
         log.warning(f"no checkpoint of the last step: {error}")
     else:

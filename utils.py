@@ -96,8 +96,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # tha
 class StopRequest:
     """Remembers one of SIGNALS, so that the loop can checkpoint and leave between two steps."""
 
+    AGAIN = 2.0  # s, before which a second Ctrl-C is the same one: torchrun passes on what its group has got already
+
     def __init__(self):
         self.name = ""
+        self.since = 0.0
         self.previous = {}
 
     def __enter__(self) -> StopRequest:
@@ -113,9 +116,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
-        if self.name and number == signal.SIGINT:
+        if self.name and number == signal.SIGINT and time.monotonic() - self.since > self.AGAIN:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
-        self.name = signal.Signals(number).name
+        if not self.name:
+            self.name, self.since = signal.Signals(number).name, time.monotonic()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
