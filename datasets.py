@@ -17,7 +17,6 @@ import re
 import shutil
 import tarfile
 import zipfile
-import zlib
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -579,7 +578,9 @@ class ZipPool(ArchivePool):
         try:
             archive = self.archive(path)
             return archive.read(member if member in archive.NameToInfo else self.alike(path, archive, member))
-        except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as error:
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # zipfile and zlib raise any kind on damaged archives
             raise UnreadableImage(f"cannot read the image {path}/{member}: {error}") from error
 
     def alike(self, path: Path, archive: zipfile.ZipFile, member: str) -> str:

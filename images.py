@@ -27,8 +27,8 @@ class UnreadableImage(ValueError):
 
 # What the decoders of Pillow and pydicom raise on damaged files, and on files too large to be images.
 _DECODE_ERRORS = (
-    ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, RuntimeError, SyntaxError,
-    TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError,
+    ValueError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,12 +214,11 @@ def _decode_dicom(data: bytes, name: str) -> Image.Image:
     """The first frame as its file wants it displayed."""
     try:
         import pydicom
-        from pydicom.errors import InvalidDicomError
     except ImportError as error:
         raise ImportError(f"{name} is a DICOM file; to read it, install pydicom") from error
     try:
         return _displayed(pydicom.dcmread(io.BytesIO(data)))
-    except (*_DECODE_ERRORS, InvalidDicomError) as error:
+    except Exception as error:  # pydicom raises any kind on damaged files
         raise UnreadableImage(f"cannot decode the image {name}: {error}") from error
 
 

@@ -190,7 +190,7 @@ def read_pickle(path: str | Path) -> object:
             return _PlainUnpickler(file).load()
         except RefusedPickle as error:
             raise RefusedPickle(f"{path} asks for {error}, not for plain values") from error
-        except (pickle.PickleError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except Exception as error:  # the unpickler raises any kind on damaged files
             raise ValueError(f"{path} is no readable pickle or .npy file: {error}") from error
 
 

@@ -286,7 +286,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return f"it is text that begins {start.lstrip()[:40]!r}, perhaps a failed download"
     if named := re.search(r"(?:GLOBAL|type|global) (\S+) (?:was not|is not|that)", str(error)):
         return f"it holds {named[1]}, which is neither a tensor nor a plain value and would be code to run"
-    return str(error).splitlines()[0]
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def unfinished(state: dict, path: str | Path) -> str:
