@@ -567,7 +567,7 @@ def resume(run: Run) -> None:
         raise ValueError(
             f"{source} was not written by this code and cannot be continued; --init starts a new run from its weights"
         )
-    if differ := differences(state["settings"], run.settings):
+    if differ := utils.differences({"mask_duplicates": False, **state["settings"]}, run.settings):
         raise ValueError(
             f"cannot continue {source}, its settings differ (choose another --output-dir for a new run): "
             + "; ".join(differ)
@@ -586,12 +586,6 @@ def resume(run: Run) -> None:
         log.info(f"this run is finished: it has done {run.epoch} of {run.args.epochs} epochs")
         return
     log.info(f"continuing at epoch {run.epoch}, step {run.step_in_epoch} of {run.steps_per_epoch}")
-
-
-def differences(theirs: dict, ours: dict) -> list[str]:
-    """What two runs do not share. What a checkpoint of an earlier version does not record is taken to agree."""
-    theirs = {**ours, "mask_duplicates": False, **theirs}
-    return [f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in sorted(theirs) if theirs[k] != ours.get(k)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

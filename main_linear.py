@@ -14,14 +14,12 @@ features extracted once, logistic regression (--cache-features), label fractions
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import logging
 import math
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +29,6 @@ import sklearn
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -41,10 +38,20 @@ import loader
 import metrics
 import models
 import utils
-from cbis import CBIS_CLASSES, CBIS_IMAGES, CBIS_KINDS, CbisLesions, read_lesions
+from cbis import (
+    CBIS_CLASSES,
+    CBIS_IMAGES,
+    CBIS_KINDS,
+    CbisLesions,
+    Predictions,
+    describe_results,
+    macro_auroc,
+    read_lesions,
+    score_difference,
+    score_predictions,
+)
 from datasets import GlobalBatchSampler
 from features import Backbone, Loading, extract, extract_or_reuse, load_backbone
-from metadata import read_table
 from probes import (
     MEDSLIP_SIZE,
     Head,
@@ -226,14 +233,11 @@ def kept_features(
 # The CBIS-DDSM probe
 # ---------------------------------------------------------------------------------------------------------------------
 
-LESION_COLUMNS = ("lesion", "patient", "side", "view", "abnormality", "pathology")
-PREDICTION_COLUMNS = (*LESION_COLUMNS, "predicted", *(f"prob_{name}" for name in CBIS_CLASSES))
-
 
 def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes) -> dict:
     """Fit one linear layer and evaluate it on the test table; prints, writes predictions, returns the results."""
     root = cbis_root(args)
-    baseline = read_predictions(args.baseline) if args.baseline else None
+    baseline = Predictions.read(args.baseline) if args.baseline else None
     skipped = {}
 
     def samples(split: str) -> Samples:
@@ -249,10 +253,6 @@ def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: distribu
     head = PROTOCOLS[args.protocol](train, val, len(CBIS_CLASSES), macro_auroc, args.seed)
     test = samples("test")  # read once, after everything is chosen
     prob = head.probabilities(test.features)
-    patients = [row["patient"] for row in test.rows]
-    intervals = metrics.patient_bootstrap(
-        test.labels, prob, patients, CBIS_CLASSES, resamples=args.resamples, seed=args.seed
-    )
     results = {
         "model": backbone.name,
         "dataset": args.dataset,
@@ -265,22 +265,15 @@ def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: distribu
         "validation_score": "auroc",
         "lesions": {"train": len(train.rows), "val": len(val.rows), "test": len(test.rows)},
         "lesions_skipped": skipped,
-        "test_patients": len(set(patients)),
-        "unit": "fraction",
-        "interval": {"level": 0.95, "resamples": args.resamples, "over": "patients"},
-        "metrics": {name: asdict(interval) for name, interval in intervals.items()},
-        "classes": list(CBIS_CLASSES),
-        "confusion": confusion_matrix(test.labels, prob.argmax(1), labels=range(len(CBIS_CLASSES))).tolist(),
     }
-    report = [describe(results, intervals)]
+    predictions = Predictions(test.rows, prob)
+    results |= score_predictions(predictions, resamples=args.resamples, seed=args.seed)
     if baseline is not None:
-        differences = compare(baseline, test, prob, args)
-        results["baseline"] = args.baseline
-        results["difference"] = {name: asdict(difference) for name, difference in differences.items()}
-        report.append(describe_differences(args.baseline, differences))
+        results |= score_difference(predictions, baseline, args.baseline, resamples=args.resamples, seed=args.seed)
     if processes.is_main:
-        write_predictions(Path(args.output_dir) / "predictions.csv", test.rows, prob)
-        log.info("\n\n".join(report))
+        predictions.write(Path(args.output_dir) / "predictions.csv")
+        how = f"{results['features']} features, {results['protocol']} protocol"
+        log.info(describe_results(results, how))
     return results
 
 
@@ -293,85 +286,6 @@ def cbis_root(args: argparse.Namespace) -> str:
     if entry is None:
         raise ValueError(f"{args.catalog} does not say where {args.dataset} lies: give --root")
     return entry["path"]
-
-
-def macro_auroc(labels: np.ndarray, prob: np.ndarray) -> float:
-    return metrics.classification_metrics(labels, prob, CBIS_CLASSES)["auroc"]
-
-
-def describe(results: dict, intervals: dict[str, metrics.Interval]) -> str:
-    """The row of the published tables in percent, as Markdown, and the confusion matrix."""
-    skipped = results["lesions_skipped"]["test"]
-    lines = [
-        f"{results['dataset']}: {results['lesions']['test']} test lesions of {results['test_patients']} "
-        + ("patients" if not skipped else f"patients ({skipped} MORE SKIPPED, image missing or corrupt)")
-        + f", {results['image_kind']} images, {results['features']} features, {results['protocol']} protocol",
-        f"Percent, with 95% intervals from {results['interval']['resamples']} resamples of the patients.",
-        "",
-        f"| Model | {' | '.join(metrics.METRICS.values())} |",
-        "| --- |" + " --- |" * len(metrics.METRICS),
-        f"| {results['model']} | {' | '.join(interval.percent() for interval in intervals.values())} |",
-        "",
-        "Confusion matrix, a row for each true class:",
-    ]
-    width = max(map(len, results["classes"]))
-    lines.append(" " * width + "  " + "  ".join(results["classes"]))
-    for name, counts in zip(results["classes"], results["confusion"], strict=True):
-        cells = (str(n).rjust(len(title)) for n, title in zip(counts, results["classes"], strict=True))
-        lines.append(f"{name.rjust(width)}  " + "  ".join(cells))
-    return "\n".join(lines)
-
-
-def describe_differences(baseline: str, differences: dict[str, metrics.Difference]) -> str:
-    lines = [f"Difference to {baseline}, percentage points, paired over patients:"]
-    for name, difference in differences.items():
-        lines.append(f"  {metrics.METRICS[name]:<22} {difference.percent()}, p = {difference.p_value:.4f}")
-    return "\n".join(lines)
-
-
-def write_predictions(path: Path, rows: list[dict[str, str]], prob: np.ndarray) -> None:
-    """One line a test lesion: who it is, its pathology, the predicted one and the three probabilities."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(PREDICTION_COLUMNS)
-    for row, p in zip(rows, prob.tolist(), strict=True):
-        writer.writerow([*(row[name] for name in LESION_COLUMNS), CBIS_CLASSES[int(np.argmax(p))], *p])
-    utils.atomic_write(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def read_predictions(path: str | Path) -> dict[str, np.ndarray]:
-    """Lesion -> probabilities (3,) of a predictions.csv; another table is a ValueError that names the file."""
-    columns = [name.lower() for name in PREDICTION_COLUMNS]
-    try:
-        rows = read_table(Path(path), columns)
-    except ValueError as error:
-        raise ValueError(f"{path} is no predictions.csv of this script: {error}") from error
-    predictions = {}
-    for number, row in enumerate(rows, 1):
-        try:
-            prob = np.array([float(row[f"prob_{name.lower()}"]) for name in CBIS_CLASSES])
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from error
-        if row["lesion"] in predictions:
-            raise ValueError(f"{path}, row {number}: the lesion {row['lesion']} is there twice")
-        predictions[row["lesion"]] = prob
-    return predictions
-
-
-def compare(
-    baseline: dict[str, np.ndarray], test: Samples, prob: np.ndarray, args: argparse.Namespace
-) -> dict[str, metrics.Difference]:
-    lesions = [row["lesion"] for row in test.rows]
-    if set(lesions) != set(baseline):
-        raise ValueError(
-            f"{args.baseline} holds {len(baseline)} lesions that are not the {len(lesions)} of this test table: "
-            "a paired comparison needs the same ones"
-        )
-    theirs = np.stack([baseline[lesion] for lesion in lesions])
-    patients = [row["patient"] for row in test.rows]
-    return metrics.paired_patient_bootstrap(
-        test.labels, prob, theirs, patients, CBIS_CLASSES, resamples=args.resamples, seed=args.seed
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -369,6 +369,12 @@ def find_training_checkpoint(output_dir: Path, notify: Callable[[str], object] =
     return None
 
 
+def differences(theirs: dict, ours: dict) -> list[str]:
+    """What the settings of two runs do not share. What a checkpoint does not record is taken to agree."""
+    theirs = {**ours, **theirs}
+    return [f"{k}: {theirs[k]!r} there, {ours.get(k)!r} now" for k in sorted(theirs) if theirs[k] != ours.get(k)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedule and parameter groups
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,776 @@
+"""End-to-end fine-tuning of an image tower on labelled images, by BEiT's recipe (Bao et al. 2021, appendix H).
+
+    torchrun --nproc_per_node=8 beit_finetuning/run_class_finetuning.py --model beit_base_patch16_224 \
+        --finetune slip_base_100ep.pt --model_key state_dict --model_prefix module.visual. \
+        --disable_rel_pos_bias --abs_pos_emb --use_cls --nb_classes 1000 ...
+    python beit_finetuning/run_class_finetuning.py --data_set cbis_mass --data_path /path/to/cbis-ddsm \
+        --finetune runs/vit_mammo/checkpoint_best.pt --batch_size 32 --lr 1e-4 --epochs 20 ...
+
+--model names BEiT's architecture, as the published commands do, or stays `tower`: then the tower of --finetune,
+whatever it is (ViT, MedCLIP's Swin or ResNet-50, any of timm), gets a linear layer. What is chosen (the epoch, on
+CBIS-DDSM) is chosen on the validation split; without one the last epoch is the result. An interrupted run continues by
+itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+if __name__ == "__main__":  # started as a file, whose folder is then the first place of imports
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import cbis
+import distributed
+import downstream
+import loader
+import metrics
+import models
+import utils
+from beit_finetuning import optim
+from beit_finetuning.modeling_finetune import BEIT_MODELS, create_beit, create_tower, tower_classifier
+from beit_finetuning.views import Augmentation, Criterion, EvalView, Mix, TrainView, beit_preprocess
+from beit_finetuning.weights import load_weights
+from datasets import GlobalBatchSampler
+from distributed import Processes
+from downstream import TextColumn
+from features import Loading, each_once
+
+log = logging.getLogger("medslip")
+CBIS_SETS = {f"cbis_{kind}": kind for kind in cbis.CBIS_KINDS}
+# What must not differ between a run and its continuation.
+RESUME_SETTINGS = (
+    "model", "data_set", "image_kind", "nb_classes", "input_size", "epochs", "warmup_epochs", "warmup_steps", "lr",
+    "min_lr", "layer_decay", "weight_decay", "weight_decay_end", "opt_betas", "opt_eps", "update_freq", "clip_grad",
+    "drop_path", "drop", "attn_drop_rate", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode",
+    "smoothing", "aa", "color_jitter", "train_interpolation", "reprob", "remode", "recount", "class_weights",
+    "model_ema", "model_ema_decay", "seed", "enable_deepspeed",
+)  # fmt: skip
+
+
+# fmt: off
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "run_class_finetuning.py", description=__doc__, formatter_class=utils.HelpFormatter, allow_abbrev=False
+    )
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    add_optimizer_arguments(parser)
+    add_augmentation_arguments(parser)
+    add_run_arguments(parser)
+    distributed.add_distributed_arguments(parser)
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="tower", type=str, metavar="NAME",
+                       help=f"{', '.join(BEIT_MODELS)}: BEiT's architecture as the published commands name it. tower: "
+                       "that of --finetune with its own preprocessing. A name of models.MODELS or timm: fresh weights")
+    model.add_argument("--finetune", default="", type=str, metavar="CKPT",
+                       help="the weights to start from: a published SLIP file, a checkpoint of ours, BEiT's; with "
+                       "--model tower also MedCLIP's folder, zip or pytorch_model.bin")
+    model.add_argument("--model_key", default="model|module|state_dict", type=str,
+                       help="where a file keeps its weights; with | between several, the first that is there")
+    model.add_argument("--model_prefix", default="", type=str,
+                       help="what the tower's names begin with, module.visual. in SLIP's files; extra or missing "
+                       "`module.` does not matter")
+    model.add_argument("--input_size", default=None, type=int, metavar="PIXELS",
+                       help="side of the images (default: the model's, 224); position embeddings are interpolated")
+    positions = model.add_mutually_exclusive_group()
+    positions.add_argument("--rel_pos_bias", dest="rel_pos_bias", action="store_true", default=True,
+                           help="a table of relative positions in each block, BEiT's default")
+    positions.add_argument("--disable_rel_pos_bias", dest="rel_pos_bias", action="store_false",
+                           help="none, as SLIP's towers have none")
+    model.add_argument("--abs_pos_emb", action="store_true", help="absolute position embeddings, as SLIP's towers have")
+    model.add_argument("--layer_scale_init_value", default=0.1, type=float,
+                       help="start of the factor on each block's output; 0 for none, as SLIP's towers have none")
+    pooling = model.add_mutually_exclusive_group()
+    pooling.add_argument("--use_mean_pooling", dest="use_mean_pooling", action="store_true", default=True,
+                         help="read the mean of the patches, BEiT's default")
+    pooling.add_argument("--use_cls", dest="use_mean_pooling", action="store_false", help="read the class token")
+    model.add_argument("--init_scale", default=0.001, type=float, help="factor on the head's initial weights")
+    model.add_argument("--drop", default=0.0, type=float, help="dropout in the blocks; BEiT's architecture only")
+    model.add_argument("--attn_drop_rate", default=0.0, type=float, help="of attention; BEiT's architecture only")
+    model.add_argument("--drop_path", default=0.1, type=float,
+                       help="stochastic depth of the last block, rising from 0 at the first; ResNet-50 takes only 0")
+    model.add_argument("--train_batchnorm", action="store_true",
+                       help="let BatchNorm (a ResNet's) gather statistics anew; by default it keeps those of "
+                       "pre-training, because fine-tuning's batches are small and mixed")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_set", default="IMNET", type=str, metavar="NAME",
+                      help="IMNET (the catalog's imagenet), CIFAR (its cifar100), image_folder (--data_path and "
+                      f"--eval_data_path), {', '.join(CBIS_SETS)}, or any other labelled set of the catalog")
+    data.add_argument("--data_path", default="", type=str,
+                      help="where the set lies (default: its path in the catalog); of image_folder the training images")
+    data.add_argument("--eval_data_path", default="", type=str, help="image_folder: the images to evaluate on")
+    data.add_argument("--catalog", default=str(downstream.CATALOG), type=str, help="where the sets are")
+    data.add_argument("--nb_classes", default=0, type=int,
+                      help="number of classes (default: what the set has); another number than the set's is an error")
+    data.add_argument("--imagenet_default_mean_and_std", action="store_true",
+                      help="normalise by ImageNet's mean and std, as SLIP's towers expect; BEiT's architecture is "
+                      "normalised by 0.5 otherwise, other towers always as they were trained")
+    data.add_argument("--image_kind", default="crop", choices=cbis.CBIS_IMAGES, help="CBIS: which image of a lesion")
+    data.add_argument("--skip_broken", "--skip-broken", action="store_true",
+                      help="evaluate on the images that can be decoded, and report fewer; by default an error")
+    data.add_argument("--num_workers", "--workers", "-j", default=10, type=int,
+                      help="loader processes for each process, never more than its cores")
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    train = parser.add_argument_group("optimisation")
+    train.add_argument("--batch_size", default=64, type=utils.positive_int, help="images for each process")
+    train.add_argument("--epochs", default=30, type=utils.positive_int, help="passes over the training images")
+    train.add_argument("--update_freq", default=1, type=utils.positive_int, help="micro-batches for each update")
+    train.add_argument("--lr", default=5e-4, type=float,
+                       help="peak learning rate of the head, absolute: the published 4e-3 belongs to 8 x 128 images")
+    train.add_argument("--lr_for_batch", default=0, type=int, metavar="IMAGES",
+                       help="scale --lr linearly from this batch to the batch of all processes, 1024 for the published "
+                       "rates; 0 leaves it as it is, as published")
+    train.add_argument("--min_lr", default=1e-6, type=float, help="at the last update")
+    train.add_argument("--warmup_lr", default=1e-6, type=float, help="unused, as in the published code: it starts at 0")
+    train.add_argument("--warmup_epochs", default=5, type=int, help="epochs of linear warm-up")
+    train.add_argument("--warmup_steps", default=-1, type=int, help="updates of warm-up in place of --warmup_epochs")
+    train.add_argument("--layer_decay", default=0.9, type=float,
+                       help="factor on the rate from one layer to the one before it; 0.65 for ViT-S and B, 0.75 for L")
+    train.add_argument("--opt", default="adamw", choices=("adamw",), help="the recipe's optimizer")
+    train.add_argument("--opt_betas", default=(0.9, 0.999), nargs=2, type=float, help="of AdamW")
+    train.add_argument("--opt_eps", default=1e-8, type=float, help="of AdamW")
+    train.add_argument("--weight_decay", default=0.05, type=float, help="of what has two dimensions or more")
+    train.add_argument("--weight_decay_end", default=None, type=float, help="by half a cosine to this, else constant")
+    train.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true",
+                       help="spare tables of relative positions")
+    train.add_argument("--clip_grad", default=None, type=float, metavar="NORM", help="of the gradient; none by default")
+    train.add_argument("--enable_deepspeed", action="store_true",
+                       help="half precision (fp16) with a dynamic loss scale on GPUs, as deepspeed did it in the "
+                       "published commands; deepspeed itself is not needed. Otherwise bf16 where the GPU has it")
+    train.add_argument("--disable-amp", "--disable_amp", action="store_true", help="compute in float32 on GPUs as well")
+    train.add_argument("--class_weights", default="none", choices=("none", "balanced"),
+                       help="balanced: each class weighs the same in the loss; choose by `validation` in results.json")
+    train.add_argument("--model_ema", action="store_true", help="keep a moving average of the weights, evaluated too")
+    train.add_argument("--model_ema_decay", default=0.9999, type=float, help="of the moving average")
+    train.add_argument("--seed", default=0, type=int, help="of the head, batches, views, dropout and the bootstrap")
+
+
+def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
+    views = parser.add_argument_group("training views")
+    a = Augmentation()
+    views.add_argument("--aa", default=a.auto_augment, type=str, help="timm's policy; \"\" for none")
+    views.add_argument("--color_jitter", default=a.color_jitter, type=float, help="used where --aa is none")
+    views.add_argument("--train_interpolation", default=a.interpolation, choices=("bicubic", "bilinear", "random"),
+                       help="of the random crop")
+    views.add_argument("--reprob", default=a.erase_prob, type=float, help="probability of erasing a part")
+    views.add_argument("--remode", default=a.erase_mode, choices=("const", "rand", "pixel"), help="what fills it")
+    views.add_argument("--recount", default=a.erase_count, type=int, help="parts erased")
+    views.add_argument("--mixup", default=0.0, type=float, help="alpha of mixup; 0.8 in the published commands")
+    views.add_argument("--cutmix", default=0.0, type=float, help="alpha of CutMix; 1 in the published commands")
+    views.add_argument("--cutmix_minmax", default=None, nargs=2, type=float, help="side fractions in place of --cutmix")
+    views.add_argument("--mixup_prob", default=1.0, type=float, help="of mixing a batch at all")
+    views.add_argument("--mixup_switch_prob", default=0.5, type=float, help="of CutMix where both are on")
+    views.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a draw")
+    views.add_argument("--smoothing", default=0.1, type=float, help="of labels, inside mixed targets too")
+    views.add_argument("--crop_pct", default=None, type=float,
+                       help="evaluation: the centre's fraction of the short side (default: 224/256, from 384 pixels 1)")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("evaluation, checkpoints, logging")
+    run.add_argument("--output_dir", "--output-dir", default="./", type=str,
+                     help="checkpoints, logs and results go here; a run found here is continued")
+    run.add_argument("--disable_eval_during_finetuning", action="store_true",
+                     help="evaluate after the last epoch alone; a validation split is always evaluated")
+    run.add_argument("--eval", "--evaluate", "-e", dest="evaluate", action="store_true",
+                     help="only evaluate the run in --output_dir")
+    run.add_argument("--print-freq", "--print_freq", default=10, type=utils.positive_int, metavar="UPDATES",
+                     help="updates between log lines")
+    run.add_argument("--save-every-minutes", "--save_every_minutes", default=30.0, type=float, metavar="MINUTES",
+                     help="checkpoint within an epoch this often")
+    run.add_argument("--resamples", default=2000, type=utils.positive_int, help="CBIS: of the patients, for intervals")
+    run.add_argument("--baseline", default="", type=str, metavar="PREDICTIONS.CSV",
+                     help="CBIS: another run's predictions: adds the paired difference to them")
+# fmt: on
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sets:
+    """Labelled images without a transform: to train on, to choose on (None where there is no such split), to report."""
+
+    train: downstream.Downstream
+    val: downstream.Downstream | None
+    test: downstream.Downstream
+    metric: str  # one of metrics.SET_METRICS; CBIS-DDSM reports its own
+    lesions: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # CBIS: rows of each split
+    absent: dict[str, int] = field(default_factory=dict)  # CBIS: lesions without an image, where they are skipped
+
+    @property
+    def classes(self) -> list[str]:
+        return self.train.classes
+
+
+def open_sets(args: argparse.Namespace) -> Sets:
+    """The set that the flags name; ValueError with the choices for an unknown one."""
+    if args.data_set in CBIS_SETS:
+        return open_lesions(args)
+    if args.data_set == "image_folder":
+        if not args.data_path or not args.eval_data_path:
+            raise utils.UsageError("--data_set image_folder needs --data_path and --eval_data_path")
+        folders = Path(args.data_path), Path(args.eval_data_path)
+        for folder in folders:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{folder} is not a folder of class folders")
+        train, test = (downstream.image_folders(own, None, other=other) for own, other in (folders, folders[::-1]))
+        return Sets(train, None, test, "top1")
+    aliases = {"IMNET": "imagenet", "CIFAR": "cifar100"}
+    name: str = aliases.get(args.data_set) or args.data_set
+    catalog = downstream.read_catalog(args.catalog)
+    entry = downstream.entry_of(name, catalog)
+    if args.data_path:
+        catalog[name] = {**entry, "path": args.data_path}
+    train, test = (downstream.create_downstream(name, split, None, catalog) for split in (True, False))
+    return Sets(train, None, test, downstream.metric_of(name, catalog))
+
+
+def open_lesions(args: argparse.Namespace) -> Sets:
+    """CBIS-DDSM: its patient-grouped validation split chooses the epoch, its test table is read at the end."""
+    root = args.data_path or downstream.read_catalog(args.catalog).get("cbis_calc", {}).get("path", "")
+    images, rows, absent = {}, {}, {}
+    for split in cbis.CBIS_SPLITS:
+        lesions = cbis.CbisLesions(root, CBIS_SETS[args.data_set], split, args.image_kind, None, args.skip_broken)
+        paths = TextColumn.from_strings((str(path.absolute()) for path in lesions.paths), paths=True)
+        classes, labels = [str(name) for name in cbis.CBIS_CLASSES], np.array(lesions.labels)
+        images[split] = downstream.ImageFiles(Path("/"), paths, classes, labels, None)
+        rows[split], absent[split] = lesions.rows, lesions.dropped
+    return Sets(images["train"], images["val"], images["test"], "top1", rows, absent)
+
+
+class Views(Dataset):
+    """`ds[epoch, index] -> (view (3, S, S), label)`; every random number comes from (seed, epoch, index)."""
+
+    def __init__(self, images: downstream.Downstream, view: TrainView, seed: int):
+        self.images, self.view, self.seed = images, view, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        return self.view(self.images.image(index), rng), int(self.images.labels[index])
+
+
+class EvalImages(Dataset):
+    """`ds[i] -> (evaluation view (3, S, S), label)`."""
+
+    def __init__(self, images: downstream.Downstream, view: EvalView):
+        self.images, self.view = images, view
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.view(self.images.image(i)), int(self.images.labels[i])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, Any, str]:
+    """The network with the weights it starts from, its preprocessing, and what it is, for people."""
+    if args.model in BEIT_MODELS:
+        size = args.input_size or 224
+        model = create_beit(
+            args.model,
+            img_size=size,
+            num_classes=num_classes,
+            use_abs_pos_emb=args.abs_pos_emb,
+            use_rel_pos_bias=args.rel_pos_bias,
+            use_mean_pooling=args.use_mean_pooling,
+            init_values=args.layer_scale_init_value,
+            init_scale=args.init_scale,
+            drop=args.drop,
+            attn_drop=args.attn_drop_rate,
+            drop_path=args.drop_path,
+        )
+        if args.finetune:
+            load_weights(model, args.finetune, args.model_key, args.model_prefix)
+        source = f" from {args.finetune}" if args.finetune else ", fresh weights"
+        return model, beit_preprocess(size, args.imagenet_default_mean_and_std), f"{args.model}{source}, fine-tuned"
+    options = dict(init_scale=args.init_scale, freeze_batchnorm=not args.train_batchnorm, drop_path=args.drop_path)
+    if args.model != "tower":
+        tower = create_tower(args.model, num_classes, args.input_size or 224, **options)
+        name = f"{args.model}, fresh weights"
+    elif not args.finetune:
+        raise utils.UsageError("--model tower needs --finetune, or --model a name whose weights start afresh")
+    else:
+        loaded = models.load_pretrained(args.finetune)
+        tower = tower_classifier(loaded.model, num_classes, image_size=args.input_size, **options)
+        name = loaded.source
+    return tower, tower.preprocess, f"{name}, fine-tuned"
+
+
+def class_weights(args: argparse.Namespace, labels: np.ndarray, num_classes: int) -> Tensor | None:
+    """(classes,), of mean 1 over the training images; None where all weigh the same."""
+    if args.class_weights == "none":
+        return None
+    counts = np.bincount(labels, minlength=num_classes)
+    if (counts == 0).any():
+        raise ValueError(f"--class_weights balanced: class {int(counts.argmin())} has no training images")
+    return torch.from_numpy(len(labels) / (num_classes * counts)).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A fine-tuning in progress."""
+
+    args: argparse.Namespace
+    processes: Processes
+    model: Any  # the bare network
+    called: nn.Module  # what averages its gradients over the processes
+    ema: Any  # timm's moving average, or None
+    name: str
+    view: EvalView
+    sets: Sets
+    criterion: Criterion
+    mix: Mix | None
+    optimizer: torch.optim.Optimizer
+    autocast: Callable[[], AbstractContextManager]
+    scaler: torch.amp.GradScaler
+    source: DataLoader
+    sampler: GlobalBatchSampler
+    writer: utils.MetricWriter
+    settings: dict
+    lr: float  # peak, scaled
+    epoch: int = 0
+    step_in_epoch: int = 0
+    best: float = -math.inf  # validation score
+    epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the loss, and updates
+    last_save: float = field(default_factory=time.monotonic)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.sampler) / self.args.update_freq)
+
+    @property
+    def step(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.step_in_epoch
+
+    @property
+    def warmup(self) -> int:
+        return self.args.warmup_steps if self.args.warmup_steps >= 0 else self.args.warmup_epochs * self.steps_per_epoch
+
+
+def precision(args: argparse.Namespace, device: torch.device):
+    """Autocast context and gradient scaler: fp16 with --enable_deepspeed, else as in pre-training."""
+    if not args.enable_deepspeed or args.disable_amp or device.type != "cuda":
+        return utils.autocast_of(device, args.disable_amp)
+    return lambda: torch.autocast("cuda", dtype=torch.float16), torch.amp.GradScaler("cuda")
+
+
+def build_run(args: argparse.Namespace, processes: Processes, writer: utils.MetricWriter) -> Run:
+    sets = open_sets(args)
+    num_classes = len(sets.classes)
+    if args.nb_classes not in (0, num_classes):
+        raise ValueError(f"--nb_classes {args.nb_classes}: {args.data_set} has {num_classes} classes")
+    utils.seed_everything(args.seed)  # all ranks start from the same head
+    model, preprocess, name = build_model(args, num_classes)
+    model = distributed.synchronise_batchnorm(model, processes).to(processes.device)
+    groups = optim.parameter_groups(
+        model,
+        args.weight_decay,
+        args.layer_decay,
+        decay_relative_tables=not args.disable_weight_decay_on_rel_pos_bias,
+    )
+    batch = args.batch_size * processes.world_size * args.update_freq
+    lr = args.lr * batch / args.lr_for_batch if args.lr_for_batch else args.lr
+    optimizer = optim.create_optimizer(groups, lr, tuple(args.opt_betas), args.opt_eps)
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    mix = None
+    if mixes:
+        minmax = tuple(args.cutmix_minmax) if args.cutmix_minmax else None
+        mix = Mix(num_classes, args.mixup, args.cutmix, minmax, args.mixup_prob, args.mixup_switch_prob,
+                  args.mixup_mode, args.smoothing)  # fmt: skip
+        if args.batch_size % 2:
+            raise utils.UsageError(
+                f"mixup and cutmix pair the images of a batch: --batch_size {args.batch_size} is odd"
+            )
+    augmentation = Augmentation(
+        args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount
+    )
+    sampler = GlobalBatchSampler(len(sets.train), args.batch_size, processes.rank, processes.world_size, args.seed)
+    criterion = Criterion(args.smoothing, class_weights(args, sets.train.labels, num_classes)).to(processes.device)
+    autocast, scaler = precision(args, processes.device)
+    utils.seed_everything(args.seed + processes.rank)  # dropout differs between ranks
+    return Run(
+        args=args,
+        processes=processes,
+        model=model,
+        called=distributed.replicate(model, processes),
+        ema=moving_average(model, args),
+        name=name,
+        view=EvalView(preprocess, args.crop_pct),
+        sets=sets,
+        criterion=criterion,
+        mix=mix,
+        optimizer=optimizer,
+        autocast=autocast,
+        scaler=scaler,
+        source=loader.make_loader(
+            Views(sets.train, TrainView(preprocess, augmentation), args.seed),
+            batch_sampler=sampler,
+            workers=loader.loader_processes(args.num_workers, processes),
+            device=processes.device,
+            persistent=True,
+            generator=torch.Generator(),
+        ),
+        sampler=sampler,
+        writer=writer,
+        settings=resume_settings(args, sets, preprocess, sampler.global_batch),
+        lr=lr,
+    )
+
+
+def moving_average(model: nn.Module, args: argparse.Namespace) -> Any:
+    if not args.model_ema:
+        return None
+    from timm.utils import ModelEmaV2
+
+    return ModelEmaV2(model, decay=args.model_ema_decay)
+
+
+def resume_settings(args: argparse.Namespace, sets: Sets, preprocess: Any, global_batch: int) -> dict:
+    settings = {key: getattr(args, key) for key in RESUME_SETTINGS}
+    settings |= {
+        "classes": sets.classes,
+        "training_images": len(sets.train),
+        "preprocess": preprocess.to_dict(),
+        "global_batch": global_batch,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def record_settings(run: Run) -> None:
+    """Everything that determines this run, and the lines a person wants to see."""
+    args, world = run.args, run.processes.world_size
+    effective = run.sampler.global_batch * args.update_freq
+    derived = {
+        "model": run.name,
+        "preprocess": run.settings["preprocess"],
+        "training_images": len(run.sets.train),
+        "classes": len(run.sets.classes),
+        "world_size": world,
+        "device": str(run.processes.device),
+        "effective_batch": effective,
+        "steps_per_epoch": run.steps_per_epoch,
+        "learning_rate": run.lr,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+    }
+    if run.processes.is_main:
+        settings = {"args": vars(args), "derived": derived, "versions": utils.versions()}
+        utils.write_json(Path(args.output_dir) / "settings.json", settings)
+    log.info(json.dumps(vars(args), default=str))
+    scales = sorted({group["lr_scale"] for group in run.optimizer.param_groups})
+    log.info(f"{run.name}: {derived['parameters']:,} parameters; factors on the rate {scales[0]:.3g} to {scales[-1]:g}")
+    log.info(
+        f"{args.data_set}: {len(run.sets.train):,} training images, {len(run.sets.classes)} classes; {args.batch_size} "
+        f"x {args.update_freq} x {world} process(es) = batch {effective}; {run.steps_per_epoch} updates an epoch; "
+        f"learning rate {run.lr:g}" + ("" if args.lr_for_batch else " (not scaled)")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def update(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """One optimizer step over micro-batches; returns the mean loss () on the device."""
+    args, total = run.args, run.steps_per_epoch * run.args.epochs
+    rate = optim.learning_rate(run.step, total, run.lr, args.min_lr, run.warmup)
+    decay = optim.scheduled_weight_decay(run.step, total, args.weight_decay, args.weight_decay_end)
+    optim.set_rates(run.optimizer, rate, decay if args.weight_decay_end is not None else None)
+    losses = []
+    for i, (images, labels) in enumerate(batches):
+        images = images.to(run.processes.device, non_blocking=True)
+        target = labels.to(run.processes.device, non_blocking=True)
+        if run.mix is not None:
+            rng = np.random.default_rng((args.seed, run.processes.rank, run.step, i))
+            images, target = run.mix(images, target, rng)
+        with distributed.gradient_exchange(run.called, last=i == len(batches) - 1):
+            with run.autocast():
+                logits = run.called(images)
+            loss = run.criterion(logits, target) / len(batches)
+            run.scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    if args.clip_grad is not None:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.ema is not None:
+        run.ema.update(run.model)
+    run.step_in_epoch += 1
+    return torch.stack(losses).sum()
+
+
+def train_one_epoch(run: Run, stop: utils.StopRequest) -> bool:
+    """The rest of the epoch that `run` stands in; False when a signal ended it early, after a checkpoint."""
+    args, processes = run.args, run.processes
+    run.called.train()
+    run.sampler.set_epoch(run.epoch, start_step=run.step_in_epoch * args.update_freq)
+    batches = loader.batches(run.source)
+    loss_sum, updates, since, images = torch.zeros((), device=processes.device), 0, time.monotonic(), 0
+    while run.step_in_epoch < run.steps_per_epoch:
+        group = list(islice(batches, args.update_freq))
+        images += sum(len(labels) for _, labels in group) * processes.world_size
+        loss_sum += update(run, group)
+        updates += 1
+        if run.step_in_epoch % args.print_freq and run.step_in_epoch < run.steps_per_epoch:
+            continue
+        # The one point at which ranks meet and the host waits for the device.
+        save_due = processes.is_main and time.monotonic() - run.last_save > 60 * args.save_every_minutes
+        told = distributed.gather_objects(processes, (float(loss_sum), stop.name, save_due))
+        mean = sum(loss for loss, _, _ in told) / len(told) / updates
+        if not math.isfinite(mean):  # the same on every rank
+            raise FloatingPointError(
+                f"the loss is {mean} up to epoch {run.epoch}, update {run.step_in_epoch}: lower --lr {args.lr:g}; the "
+                "last checkpoint is intact"
+            )
+        run.epoch_sums = [run.epoch_sums[0] + mean * updates, run.epoch_sums[1] + updates]
+        rate = max(group["lr"] for group in run.optimizer.param_groups)
+        speed = images / (time.monotonic() - since)
+        log.info(
+            f"epoch {run.epoch} [{run.step_in_epoch}/{run.steps_per_epoch}]  loss {mean:.4f}  lr {rate:.3g}  "
+            f"{speed:.0f} images/s"
+        )
+        run.writer.row("train", run.step, {"loss": mean, "lr": rate, "images_per_second": speed})
+        loss_sum, updates, since, images = torch.zeros_like(loss_sum), 0, time.monotonic(), 0
+        if names := [name for _, name, _ in told if name]:
+            stop.name = names[0]
+            save(run)
+            log.info(
+                f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, update {run.step_in_epoch}; the "
+                "same command continues from it"
+            )
+            return False
+        if told[0][2] and run.step_in_epoch < run.steps_per_epoch:
+            save(run)
+    return True
+
+
+def finish_epoch(run: Run) -> None:
+    """Evaluate where it is due, checkpoint, and keep the best of the validation split."""
+    args, done = run.args, run.epoch + 1
+    row = {"epoch": run.epoch, "loss": run.epoch_sums[0] / max(run.epoch_sums[1], 1)}
+    score = None
+    if run.sets.val is not None:
+        score = validation_score(run, run.model)
+        row["validation"] = score
+        log.info(f"epoch {run.epoch}: validation macro AUROC {score:.4f}")
+    elif not args.disable_eval_during_finetuning and done < args.epochs:
+        scores = test_scores(run, run.model)
+        row |= {f"test_{k}": v for k, v in scores.items() if k != "metric"}
+        log.info(f"epoch {run.epoch}: test {scores['metric']} {scores['score']:.2f}")
+    is_best = score > run.best if score is not None else True
+    run.best = max(run.best, score) if score is not None else run.best
+    run.epoch, run.step_in_epoch, run.epoch_sums = done, 0, [0.0, 0.0]
+    run.writer.row("epoch", run.step, row)
+    save(run, is_best)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save(run: Run, is_best: bool = False) -> None:
+    """Checkpoint the run as it stands; every rank calls this."""
+    states = distributed.gather_objects(run.processes, utils.random_state(run.processes.device))
+    run.last_save = time.monotonic()
+    if not run.processes.is_main:
+        return
+    state = {
+        "epoch": run.epoch,
+        "step_in_epoch": run.step_in_epoch,
+        "step": run.step,
+        "steps_per_epoch": run.steps_per_epoch,
+        "state_dict": run.model.state_dict(),
+        "state_dict_ema": run.ema.module.state_dict() if run.ema is not None else None,
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "best": run.best,
+        "epoch_sums": run.epoch_sums,
+        "random": states,
+        "settings": run.settings,
+        "args": json.loads(json.dumps(vars(run.args), default=str)),
+        "versions": utils.versions(),
+    }
+    utils.save_training_checkpoint(state, Path(run.args.output_dir), run.step, is_best, keep_last=2)
+
+
+def resume(run: Run) -> None:
+    """Continue from the newest checkpoint in the output directory, if there is one."""
+    output_dir = Path(run.args.output_dir)
+    state = utils.find_training_checkpoint(output_dir)
+    if state is None:
+        return
+    if "settings" not in state or "data_set" not in state["settings"]:
+        raise ValueError(f"{output_dir} holds the checkpoints of another kind of run: choose another --output_dir")
+    if differ := utils.differences(state["settings"], run.settings):
+        raise ValueError(
+            f"cannot continue the run in {output_dir}, its settings differ (a new run takes another --output_dir): "
+            + "; ".join(differ)
+        )
+    run.model.load_state_dict(state["state_dict"])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(state["state_dict_ema"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.epoch, run.step_in_epoch = state["epoch"], state["step_in_epoch"]
+    run.best, run.epoch_sums = state["best"], list(state["epoch_sums"])
+    if len(state["random"]) == run.processes.world_size:
+        utils.set_random_state(state["random"][run.processes.rank], run.processes.device)
+    else:
+        log.info("the number of processes has changed: dropout goes on from fresh random numbers")
+    log.info(
+        f"continuing at epoch {run.epoch} of {run.args.epochs}, update {run.step_in_epoch} of {run.steps_per_epoch}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def logits_of(run: Run, model: nn.Module, images: downstream.Downstream, title: str) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (n, classes) in float32 and the numbers (n,) of their images, each once on any number of processes."""
+    loading = Loading(run.args.batch_size, run.args.num_workers, run.args.skip_broken, run.processes)
+
+    def compute(numbers: Tensor, batch: Tensor, targets: Tensor) -> list[Tensor]:
+        with run.autocast():
+            return [model(batch).float()]
+
+    numbers, logits = each_once(model, EvalImages(images, run.view), compute, loading, title)
+    return logits.numpy(), numbers.numpy()
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(logits).double().softmax(-1).numpy()
+
+
+def validation_score(run: Run, model: nn.Module) -> float:
+    assert run.sets.val is not None
+    logits, kept = logits_of(run, model, run.sets.val, "validation")
+    return cbis.macro_auroc(run.sets.val.labels[kept], probabilities(logits))
+
+
+def test_scores(run: Run, model: nn.Module) -> metrics.Scores:
+    """All metrics of the set in percent."""
+    logits, kept = logits_of(run, model, run.sets.test, "test")
+    skipped = {"samples_skipped": len(run.sets.test) - len(kept)} if len(kept) < len(run.sets.test) else {}
+    return {**metrics.percent(metrics.score_outputs(run.sets.test.labels[kept], logits, run.sets.metric)), **skipped}
+
+
+def report(run: Run) -> dict:
+    """The finished run's results: of the last epoch, or of the best on the validation split where there is one."""
+    results: dict[str, Any] = {"model": run.name, "dataset": run.args.data_set, "protocol": "fine-tuning"}
+    results["settings"] = run.settings
+    if run.sets.val is None:
+        scores = test_scores(run, run.model)
+        results |= {"unit": "percent", **scores}
+        log.info(f"{run.args.data_set}: {scores['metric']} {scores['score']:.2f} after {run.epoch} epochs")
+        if run.ema is not None:
+            results["ema"] = average = test_scores(run, run.ema.module)
+            log.info(f"{run.args.data_set}, averaged weights: {average['metric']} {average['score']:.2f}")
+        return results
+    return results | report_lesions(run)
+
+
+def report_lesions(run: Run) -> dict:
+    """CBIS-DDSM's test table, read once, with the weights that the validation split chose."""
+    args = run.args
+    baseline = cbis.Predictions.read(args.baseline) if args.baseline else None
+    best = utils.load_checkpoint(Path(args.output_dir) / "checkpoint_best.pt")
+    run.model.load_state_dict(best["state_dict"])
+    logits, kept = logits_of(run, run.model, run.sets.test, "test")
+    predictions = cbis.Predictions([run.sets.lesions["test"][i] for i in kept], probabilities(logits))
+    results: dict[str, Any] = {
+        "model": run.name,
+        "dataset": args.data_set,
+        "image_kind": args.image_kind,
+        "chosen": {"epoch": best["epoch"], "epochs": args.epochs, "class_weights": args.class_weights},
+        "validation": best["best"],
+        "validation_score": "auroc",
+        "lesions": {split: len(rows) for split, rows in run.sets.lesions.items()} | {"test": len(kept)},
+        "lesions_skipped": {**run.sets.absent, "test": run.sets.absent["test"] + len(run.sets.test) - len(kept)},
+    }
+    results |= cbis.score_predictions(predictions, args.resamples, args.seed)
+    if baseline is not None:
+        results |= cbis.score_difference(predictions, baseline, args.baseline, args.resamples, args.seed)
+    if run.processes.is_main:
+        predictions.write(Path(args.output_dir) / "predictions.csv")
+        log.info(cbis.describe_results(results, f"fine-tuned end to end, epoch {best['epoch']} of {args.epochs}"))
+    return results
+
+
+def fine_tune(args: argparse.Namespace, processes: Processes, writer: utils.MetricWriter) -> dict:
+    """All epochs that are left, then the results, once the processes have met."""
+    run = build_run(args, processes, writer)
+    resume(run)
+    if args.evaluate:
+        if run.epoch == 0:
+            raise ValueError(f"--eval needs a finished run in --output_dir; there is none in {args.output_dir}")
+    else:
+        record_settings(run)
+        with utils.StopRequest() as stop:
+            while run.epoch < args.epochs:
+                if not train_one_epoch(run, stop):
+                    return {"stopped_by": stop.name}
+                finish_epoch(run)
+    results = report(run)
+    if processes.is_main:
+        utils.write_json(Path(args.output_dir) / "results.json", results)
+    return results
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Fine-tune as the command line says; returns what results.json holds, or `stopped_by` after a signal."""
+    args = get_args_parser().parse_args(argv)
+    processes = distributed.init_distributed(args)
+    with utils.start_logging(args.output_dir, processes.is_main), distributed.ending_together(processes):
+        with closing(utils.MetricWriter(Path(args.output_dir), processes.is_main)) as writer:
+            return fine_tune(args, processes, writer)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
