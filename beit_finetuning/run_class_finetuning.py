@@ -58,7 +58,7 @@ RESUME_SETTINGS = (
     "model", "data_set", "image_kind", "nb_classes", "input_size", "epochs", "warmup_epochs", "warmup_steps", "lr",
     "min_lr", "layer_decay", "weight_decay", "weight_decay_end", "opt_betas", "opt_eps", "update_freq", "clip_grad",
     "drop_path", "drop", "attn_drop_rate", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode",
-    "smoothing", "aa", "color_jitter", "train_interpolation", "reprob", "remode", "recount", "class_weights",
+    "smoothing", "aa", "color_jitter", "train_interpolation", "reprob", "remode", "recount", "hflip", "class_weights",
     "model_ema", "model_ema_decay", "seed", "enable_deepspeed",
 )  # fmt: skip
 
@@ -180,6 +180,8 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     views.add_argument("--reprob", default=a.erase_prob, type=float, help="probability of erasing a part")
     views.add_argument("--remode", default=a.erase_mode, choices=("const", "rand", "pixel"), help="what fills it")
     views.add_argument("--recount", default=a.erase_count, type=int, help="parts erased")
+    views.add_argument("--hflip", default=a.flip_prob, type=float,
+                       help="probability of mirroring left and right; 0 where sides matter, as in digits")
     views.add_argument("--mixup", default=0.0, type=float, help="alpha of mixup; 0.8 in the published commands")
     views.add_argument("--cutmix", default=0.0, type=float, help="alpha of CutMix; 1 in the published commands")
     views.add_argument("--cutmix_minmax", default=None, nargs=2, type=float, help="side fractions in place of --cutmix")
@@ -424,7 +426,7 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: utils.Metr
                 f"mixup and cutmix pair the images of a batch: --batch_size {args.batch_size} is odd"
             )
     augmentation = Augmentation(
-        args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount
+        args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount, args.hflip
     )
     sampler = GlobalBatchSampler(len(sets.train), args.batch_size, processes.rank, processes.world_size, args.seed)
     criterion = Criterion(args.smoothing, class_weights(args, sets.train.labels, num_classes)).to(processes.device)

@@ -56,6 +56,7 @@ class Augmentation:
     erase_prob: float = 0.25
     erase_mode: str = "pixel"  # const, rand or pixel: what the erased part is filled with
     erase_count: int = 1
+    flip_prob: float = 0.5  # of mirroring left and right
 
 
 class TrainView:
@@ -78,6 +79,7 @@ class TrainView:
             re_prob=a.erase_prob,
             re_mode=a.erase_mode,
             re_count=a.erase_count,
+            hflip=a.flip_prob,
             mean=preprocess.mean,
             std=preprocess.std,
         )

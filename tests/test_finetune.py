@@ -382,7 +382,7 @@ def test_the_script_starts_from_its_own_folder():
 @pytest.mark.slow
 def test_digits_are_read_better_by_a_fine_tuned_tower_than_by_a_probe_of_it(tmp_path):
     """The same untrained tower; the paired interval of the difference over the test images excludes zero."""
-    checkpoint = write_checkpoint(tmp_path / "weights.pt", "vit")
+    checkpoint = write_checkpoint(tmp_path / "weights.pt", "batchnorm")
     backbone = load_backbone(checkpoint)
     splits = {}
     for train in (True, False):
@@ -392,19 +392,21 @@ def test_digits_are_read_better_by_a_fine_tuned_tower_than_by_a_probe_of_it(tmp_
     head = main_linear.fit_on("digits", train, 10, 0, "top1")
     probed = head.probabilities(test.features).argmax(1) == test.labels
 
+    recipe = "--batch_size 32 --epochs 20 --warmup_epochs 2 --lr 3e-3 --layer_decay 1 --drop_path 0 --color_jitter 0"
     argv = [
         "--data_set",
         "digits",
         "--finetune",
         str(checkpoint),
-        "--batch_size",
-        "32",
-        "--epochs",
-        "8",
-        "--lr",
-        "2e-3",
+        *recipe.split(),
+        "--aa",
+        "",
+        "--reprob",
+        "0",
+        "--hflip",
+        "0",
     ]
-    argv += ["--aa", "", "--color_jitter", "0", "--reprob", "0", "-j", "0", "--gpu", "-1", "--drop_path", "0"]
+    argv += ["-j", "0", "--gpu", "-1"]
     logits, original = [], run_class_finetuning.logits_of
 
     def watched(*args):
