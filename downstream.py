@@ -19,6 +19,7 @@ that start with "_" are notes.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
@@ -307,6 +308,32 @@ class Downstream(Dataset):
 
     def image(self, i: int) -> Image.Image:
         raise NotImplementedError
+
+
+def with_transform(images: Downstream, transform: Transform) -> Downstream:
+    """The same images and labels, seen through `transform`."""
+    same = copy.copy(images)
+    same.transform = transform
+    return same
+
+
+class Views(Dataset):
+    """`ds[epoch, index] -> (view(image, rng), label)`; every random number comes from (seed, epoch, index).
+
+    Args:
+        view: an RGB image and a generator to a tensor (3, S, S).
+    """
+
+    def __init__(self, images: Downstream, view: Callable[[Image.Image, np.random.Generator], torch.Tensor], seed: int):
+        self.images, self.view, self.seed = images, view, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        return self.view(self.images.image(index), rng), int(self.images.labels[index])
 
 
 class ImageFiles(Downstream):

@@ -22,7 +22,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import sklearn
@@ -422,21 +422,6 @@ def describe_probes(results: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class TrainViews(Dataset):
-    """`ds[epoch, index] -> (view (3, S, S), label)`; every random number comes from (seed, epoch, index)."""
-
-    def __init__(self, dataset: downstream.Downstream, preprocess: Preprocess, seed: int):
-        self.dataset, self.preprocess, self.seed = dataset, preprocess, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        image, label = cast(tuple[Image.Image, int], self.dataset[index])  # the set has no transform
-        return linear_train_view(self.preprocess, image, np.random.default_rng((self.seed, epoch, index))), label
-
-
 def learning_rate(args: argparse.Namespace, world_size: int) -> float:
     """The actual learning rate at the start."""
     batch = args.batch_size * world_size if args.lr_scaling == "linear" else args.batch_size // world_size
@@ -533,7 +518,7 @@ def build_linear_run(
         optimizer=torch.optim.SGD(head.parameters(), base, momentum=args.momentum, weight_decay=args.wd),
         base_lr=base,
         source=loader.make_loader(
-            TrainViews(train, backbone.preprocess, args.seed),
+            downstream.Views(train, partial(linear_train_view, backbone.preprocess), args.seed),
             batch_sampler=sampler,
             workers=loading_of(args, processes).loader_processes(),
             device=processes.device,

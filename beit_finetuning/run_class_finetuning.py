@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 if __name__ == "__main__":  # started as a file, whose folder is then the first place of imports
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -268,34 +268,6 @@ def open_lesions(args: argparse.Namespace) -> Sets:
     return Sets(images["train"], images["val"], images["test"], "top1", rows, absent)
 
 
-class Views(Dataset):
-    """`ds[epoch, index] -> (view (3, S, S), label)`; every random number comes from (seed, epoch, index)."""
-
-    def __init__(self, images: downstream.Downstream, view: TrainView, seed: int):
-        self.images, self.view, self.seed = images, view, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
-        return self.view(self.images.image(index), rng), int(self.images.labels[index])
-
-
-class EvalImages(Dataset):
-    """`ds[i] -> (evaluation view (3, S, S), label)`."""
-
-    def __init__(self, images: downstream.Downstream, view: EvalView):
-        self.images, self.view = images, view
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.view(self.images.image(i)), int(self.images.labels[i])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,7 +419,7 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: utils.Metr
         autocast=autocast,
         scaler=scaler,
         source=loader.make_loader(
-            Views(sets.train, TrainView(preprocess, augmentation), args.seed),
+            downstream.Views(sets.train, TrainView(preprocess, augmentation), args.seed),
             batch_sampler=sampler,
             workers=loader.loader_processes(args.num_workers, processes),
             device=processes.device,
@@ -682,7 +654,7 @@ def logits_of(run: Run, model: nn.Module, images: downstream.Downstream, title: 
         with run.autocast():
             return [model(batch).float()]
 
-    numbers, logits = each_once(model, EvalImages(images, run.view), compute, loading, title)
+    numbers, logits = each_once(model, downstream.with_transform(images, run.view), compute, loading, title)
     return logits.numpy(), numbers.numpy()
 
 

@@ -519,7 +519,9 @@ def test_a_table_without_splits_holds_images_out(table):
     assert scores["val_candidates"] == len(held) and len(held) + len(kept) == 16 and 1 <= len(held) < 10
     assert not {held.name(i) for i in range(len(held))} & {kept.name(i) for i in range(len(kept))}
     assert "no column split: 25% of the images" in (table / "out" / "log.txt").read_text()
-    everything = main.main(csv_command(table, "--metadata", "pairs.csv", "--val-fraction", "0", "--output-dir", "x"))
+    everything = main.main(
+        csv_command(table, "--metadata", "pairs.csv", "--val-fraction", "0", "--output-dir", str(table / "x"))
+    )
     assert "val_candidates" not in everything
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import cbis_tree
@@ -25,6 +26,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_score, roc_auc_score
 
+import downstream
 import features as passes
 import main_linear
 import make_dataset
@@ -446,14 +448,8 @@ def test_views_are_the_published_ones():
     medclip = Preprocess(prepare="medclip")  # whole squares: there is nothing to cut off
     assert torch.equal(main_linear.linear_eval_view(medclip, img), eval_view(medclip)(img, None))
 
-    class One:
-        def __getitem__(self, i):
-            return img, 7
-
-        def __len__(self):
-            return 2
-
-    views = main_linear.TrainViews(One(), preprocess, seed=0)
+    two = downstream.ImageArray(np.stack([pixels, pixels]), [str(i) for i in range(8)], [7, 7], None)
+    views = downstream.Views(two, partial(main_linear.linear_train_view, preprocess), seed=0)
     assert views[0, 1][1] == 7 and torch.equal(views[3, 1][0], views[3, 1][0])
     assert not torch.equal(views[3, 1][0], views[4, 1][0]) and not torch.equal(views[3, 0][0], views[3, 1][0])
     ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))).convert("RGB")
