@@ -133,22 +133,26 @@ def adjust_hue(pixels: np.ndarray, turn: float) -> np.ndarray:
     Through HSV with 8 bits each, as Pillow goes: a channel is value minus a part of the chroma, which the
     hue gives.
     """
-    hues, chromas, shares = hue_tables()
+    hues, chromas, parts = hue_tables()
+    # The hue depends on the order of the three channels (six cases) and on two differences between them: together the
+    # index into a table of 6 * 256 * 256 entries.
     red, green, blue = pixels
     value = np.maximum(np.maximum(red, green), blue)
     low = np.minimum(np.minimum(red, green), blue)
-    spread, below = value - low, value - (red + green + blue - value - low)  # below: value minus the middle channel
+    # `below` is the value minus the middle channel. The sum of three wraps around at 256, and comes back when the other
+    # two are taken away.
+    spread, below = value - low, value - (red + green + blue - value - low)
     last = np.where(green == value, (blue != low) + np.uint8(2), (red != low) + np.uint8(4))
     index = np.where(red == value, blue != low, last).astype(np.uint32)  # which channel is highest, which lowest
     for part in (spread, below):
         index <<= 8
         index |= part
-    hue = np.take(hues, index) + np.uint8(int(turn * 255) % 256)  # wraps around
+    hue = np.take(hues, index) + np.uint8(int(turn * 255) % 256)  # a circle: what passes 255 begins at 0
     chroma = np.take(chromas, spread.astype(np.uint16) << 8 | value)
-    value = value + np.float32(0.5)
+    value = value + np.float32(0.5)  # the cast to uint8 below cuts off, so that this rounds
     out = np.empty_like(pixels)
-    for channel, share in zip(out, shares, strict=True):
-        channel[...] = value - np.take(share, hue) * chroma
+    for channel, part in zip(out, parts, strict=True):
+        channel[...] = value - np.take(part, hue) * chroma
     return out
 
 
@@ -178,8 +182,8 @@ def hue_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     none, whole, rising = np.zeros_like(part), np.ones_like(part), (1.0 - part.astype(np.float64)).astype(np.float32)
     cases = [(none, rising, whole), (part, none, whole), (whole, none, rising),
              (whole, part, none), (rising, whole, none), (none, whole, part)]  # fmt: skip
-    shares = np.array(cases)[sixths.astype(int) % 6, :, np.arange(256)]  # (256, 3)
-    return hues, chromas, np.ascontiguousarray(shares.T)
+    parts = np.array(cases)[sixths.astype(int) % 6, :, np.arange(256)]  # (256, 3)
+    return hues, chromas, np.ascontiguousarray(parts.T)
 
 
 _JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
@@ -194,8 +198,8 @@ def _box_weights(sigma: float) -> tuple[int, int, int]:
     single = np.float32
     variance = single(sigma) * single(sigma) / single(3)
     r = int((single(math.sqrt(12 * float(variance) + 1)) - 1) / 2)
-    share = float(single((2 * r + 1) * (r * (r + 1) - 3 * float(variance))))
-    radius = single(r) + single(share / (6 * float(variance - single((r + 1) ** 2))))
+    part = float(single((2 * r + 1) * (r * (r + 1) - 3 * float(variance))))
+    radius = single(r) + single(part / (6 * float(variance - single((r + 1) ** 2))))
     r = int(radius)
     w = int(single(2**24) / (2 * radius + 1))
     return r, w, (2**24 - (2 * r + 1) * w) // 2
@@ -209,20 +213,23 @@ def box_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
     r, w, v = (np.uint32(value) for value in _box_weights(sigma))
     pad = int(r) + 1
     x = pixels.astype(np.uint32)
-    for axis in (2, 1):
+    for axis in (2, 1):  # rows, then columns: a box is separable
         n = x.shape[axis]
         shape = list(x.shape)
         shape[axis] += 2 * pad
         padded = np.empty(shape, dtype=np.uint32)
+        # Views of the padded lines, moved by -pad to pad pixels: the sum over them is the sum over the box.
         shifted = [_along(padded, axis, i, i + n) for i in range(2 * pad + 1)]
         for _ in range(3):
             _along(padded, axis, pad, pad + n)[...] = x
+            # Beyond the edge the last pixel is repeated.
             _along(padded, axis, 0, pad)[...] = _along(x, axis, 0, 1)
             _along(padded, axis, pad + n, None)[...] = _along(x, axis, n - 1, n)
             edges = shifted[0] + shifted[-1]
             edges *= v
             x = sum(shifted[2:-1], start=shifted[1]) * w
             x += edges
+            # Weights are in units of 2^-24: half of one for rounding, then the integer part.
             x += np.uint32(1 << 23)
             x >>= np.uint32(24)
     return x.astype(np.uint8)
@@ -298,22 +305,22 @@ def _saturation_batch(x: Tensor, values: Tensor) -> Tensor:
 
 
 def _hue_batch(x: Tensor, values: Tensor) -> Tensor:
-    hues, chromas, shares = _hue_tables_on(x.device)
+    hues, chromas, parts = _hue_tables_on(x.device)
     x = x.int()
     red, green, blue = x.unbind(1)
     value, low = x.amax(1), x.amin(1)  # (n, H, W)
-    spread, below = value - low, 2 * value + low - x.sum(1, dtype=torch.int32)
+    spread, below = value - low, 2 * value + low - x.sum(1, dtype=torch.int32)  # as in adjust_hue, (n, H, W) each
     last = torch.where(green == value, (blue != low).int() + 2, (red != low).int() + 4)
     order = torch.where(red == value, (blue != low).int(), last)
     hue = (hues[order << 16 | spread << 8 | below] + values[:, HUE].int().view(-1, 1, 1)) & 0xFF
     chroma = chromas[spread << 8 | value]
-    return torch.stack([value + 0.5 - share[hue] * chroma for share in shares], 1).to(torch.uint8)
+    return torch.stack([value + 0.5 - part[hue] * chroma for part in parts], 1).to(torch.uint8)
 
 
 @cache
 def _hue_tables_on(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    hues, chromas, shares = (torch.from_numpy(table).to(device) for table in hue_tables())
-    return hues.int(), chromas, shares
+    hues, chromas, parts = (torch.from_numpy(table).to(device) for table in hue_tables())
+    return hues.int(), chromas, parts
 
 
 _JITTER_BATCH = (_brightness_batch, _contrast_batch, _saturation_batch, _hue_batch)
@@ -339,5 +346,7 @@ def _blur_batch(r: int, x: Tensor, values: Tensor) -> Tensor:
             padded = torch.cat([first.repeat(repeat), x, last.repeat(repeat)], axis)
             edges = padded.narrow(axis, 0, n) + padded.narrow(axis, 2 * r + 2, n)
             inner = sum((padded.narrow(axis, i, n) for i in range(2, 2 * r + 2)), start=padded.narrow(axis, 1, n))
+            # The sum reaches 2^32 and int32 wraps into the negative; its bits are right, and the mask takes off those
+            # that the arithmetic shift has filled with the sign.
             x = ((inner * w + edges * v + (1 << 23)) >> 24) & 0xFF
     return x.to(torch.uint8)

@@ -187,6 +187,7 @@ class _PairContrast(torch.autograd.Function):
                 weights = torch.exp(tile - lse[rows, None]).add_(tile.sub_(lse[columns]).exp_())
             dz[rows] += weights @ z[columns]
             dz[columns] += weights.T @ z[rows]
+        # The pair's own logit stands in row i and, mirrored, in row i + B: each loses it twice.
         dz[:half] -= 2 * z[half:]
         dz[half:] -= 2 * z[:half]
         dz *= grad / len(z)
@@ -245,6 +246,7 @@ class _RowContrast(torch.autograd.Function):
         ctx.first_own, ctx.first_excluded = first_own, first_excluded
         ctx.groups = None if row_groups is None else (row_groups, column_groups)
         lse, best = rows.new_full((len(rows),), -torch.inf), _Best(len(rows), rows)
+        # One pass over the tiles keeps a running logarithm of the sum of exponentials of each row.
         for r, c, tile in _RowContrast._tiles(ctx, rows, columns, scale):
             best.update(r, tile, c.start)
             lse[r] = torch.logaddexp(lse[r], tile.logsumexp(1))
@@ -265,6 +267,7 @@ class _RowContrast(torch.autograd.Function):
             drows[r] += weights @ columns[c]
             if dcolumns is not None:
                 dcolumns[c] += weights.T @ rows[r]
+        # d loss / d logit_ij = (p_ij - [j is i's own]) / B: the second part, taken off once instead of in every tile.
         drows -= columns[own]
         drows *= grad / len(rows)
         if dcolumns is not None:

@@ -1182,13 +1182,14 @@ class ContrastiveDataset(Dataset):
             raise ValueError(f"unknown inputs {', '.join(unknown)}; choose from {', '.join(self.INPUTS)}")
         self.reader, self.inputs, self.preprocess, self.seed = reader, inputs, preprocess, seed
         self.colour_later, self.groups = colour_later, groups
-        self.broken = UnreadableImages(bad_samples, max_bad_fraction * len(reader)) if bad_samples else None
+        self.unreadable = UnreadableImages(bad_samples, max_bad_fraction * len(reader)) if bad_samples else None
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
+        # The caption first, then the views as INPUTS orders them: CLIP and SLIP see the same caption and view.
         rng = np.random.default_rng((self.seed, epoch, index))
         index, data, pixels = self._pixels(epoch, index)
         pixels = self.preprocess.pixels(pixels)  # once for all views
@@ -1216,12 +1217,12 @@ class ContrastiveDataset(Dataset):
                 data = self.reader.data(index)
                 return index, data, decode_pixels(data, self.reader.name(index))
             except (UnreadableImage, FileNotFoundError) as error:
-                if self.broken is None:
+                if self.unreadable is None:
                     raise
-                self.broken.add(self.reader.name(index), str(error))
+                self.unreadable.add(self.reader.name(index), str(error))
                 stand_in = np.random.default_rng((self.seed, epoch, index, attempt))
                 index = int(stand_in.integers(len(self.reader)))
-        named = f": see {self.broken.path}" if self.broken else ""
+        named = f": see {self.unreadable.path}" if self.unreadable else ""
         raise UnreadableImage(f"{self.ATTEMPTS} images in a row cannot be read{named}")
 
 
@@ -1257,6 +1258,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
+        # Every rank draws the same permutation and takes its own part of each global batch.
         order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
         for step in range(self.start_step, len(self)):
             start = step * self.global_batch + self.rank * self.batch_size

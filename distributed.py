@@ -303,6 +303,7 @@ class CollectiveBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         axes = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
+        # Two passes: the mean first, then the squares of what is centred, which keeps small variances exact.
         count = sum_over_processes(x.new_tensor(x.numel() / x.shape[1]))
         mean = sum_over_processes(x.sum(axes)) / count  # (C,)
         centred = x - mean.view(shape)
@@ -312,6 +313,7 @@ class CollectiveBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.num_batches_tracked += 1
                 weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
                 self.running_mean += weight * (mean - self.running_mean)
+                # Running statistics hold the unbiased variance.
                 self.running_var += weight * (var * count / (count - 1) - self.running_var)
         x = centred * (var + self.eps).rsqrt().view(shape)
         return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x

@@ -239,7 +239,7 @@ def each_once(
     if not parts:
         why = f": all {len(dataset)} are missing or corrupt" if len(dataset) else ""
         raise ValueError(f"{title + ': ' if title else ''}there is no image to evaluate{why}")
-    # Ranks interleave their samples; sorting by number restores the dataset's order.
+    # Ranks interleave their samples, and some may have skipped some; sorting by number restores the dataset's order.
     order = torch.cat([part[0] for part in parts]).argsort()
     return [torch.cat(column)[order] for column in zip(*parts, strict=True)]
 

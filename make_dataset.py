@@ -467,7 +467,7 @@ class Shards:
     output: Path
     size: int
     short_side: int | None
-    broken: UnreadableImages
+    unreadable: UnreadableImages
 
     def path(self, number: int) -> Path:
         return self.output / f"{number:05d}.tar"
@@ -492,18 +492,18 @@ def make_shards(
     settings = {"reader": type(reader).__name__, "root": str(reader.root), "metadata": str(reader.files[0])}
     settings |= {"split": reader.split, "pairs": len(reader), "shard_size": shard_size, "short_side": short_side}
     keep_settings(output / "shards.json", settings, "*.tar")
-    broken = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
-    shards = Shards(reader, output, shard_size, short_side, broken)
+    unreadable = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
+    shards = Shards(reader, output, shard_size, short_side, unreadable)
     numbers = range(math.ceil(len(reader) / shard_size))
     missing = [number for number in numbers if not shards.path(number).is_file()]
     with over_processes(workers, shards) as each, Progress(desc="writing", total=len(reader), unit=" images") as bar:
         bar.update(len(reader) - sum(len(shards.rows(number)) for number in missing))
         for count in each(write_shard, missing):
             bar.update(count)
-    skipped = len(broken.path.read_bytes().splitlines()) if broken.path.is_file() else 0
+    skipped = len(unreadable.path.read_bytes().splitlines()) if unreadable.path.is_file() else 0
     log.info(f"{output}: {len(numbers)} shards of up to {shard_size} images, {len(missing)} of them written now")
     if skipped:
-        log.info(f"{skipped} images cannot be decoded and were skipped: see {broken.path}")
+        log.info(f"{skipped} images cannot be decoded and were skipped: see {unreadable.path}")
     return skipped
 
 
@@ -519,7 +519,7 @@ def write_shard(number: int) -> int:
                 try:
                     image, extension = pack(reader, i, shards.short_side)
                 except (UnreadableImage, FileNotFoundError) as error:
-                    shards.broken.add(name, str(error))
+                    shards.unreadable.add(name, str(error))
                     continue
                 about = {"key": key, "name": name.removeprefix(f"{reader.root}/"), "captions": captions}
                 about = json.dumps(about, ensure_ascii=False)
@@ -582,7 +582,7 @@ def run_shrink(args: argparse.Namespace) -> None:
 
 
 def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, workers: int = 1) -> Counter:
-    """Copies the tree with its images shrunk; returns how many files were shrunk, copied, broken or there already.
+    """Copies the tree with its images shrunk; returns how many files were shrunk, copied, unreadable or there already.
 
     An unreadable image is copied as it is and named in bad_samples.txt. Raises FileNotFoundError for an absent root and
     ValueError for an output inside it or of another command.
@@ -595,11 +595,11 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
         raise ValueError(f"--output {output} and --root {root} lie in each other: choose another folder")
     output.mkdir(parents=True, exist_ok=True)
     keep_settings(output / "shrink.json", {"root": str(root), "short_side": short_side}, "*")
-    broken = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
+    unreadable = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
     counts: Counter = Counter()
     paths = (path for path in walk_files(root) if path not in ("shrink.json", "bad_samples.txt"))  # of an earlier copy
     with (
-        over_processes(workers, (root, output, short_side, broken), chunk=16) as each,
+        over_processes(workers, (root, output, short_side, unreadable), chunk=16) as each,
         Progress(desc="shrinking", unit=" files") as bar,
     ):
         while batch := list(islice(paths, 4096)):  # a pool's map takes in all that it is given
@@ -608,12 +608,12 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
                 bar.update()
     outcomes = (f"{counts[outcome]:,} {outcome}" for outcome in SHRINK_OUTCOMES if counts[outcome])
     log.info(", ".join(outcomes) or "no files")
-    if counts["broken"]:
-        log.info(f"{broken.path} names the images that cannot be decoded; they were copied as they are")
+    if counts["unreadable"]:
+        log.info(f"{unreadable.path} names the images that cannot be decoded; they were copied as they are")
     return counts
 
 
-SHRINK_OUTCOMES = ("shrunk", "copied", "broken", "there already")
+SHRINK_OUTCOMES = ("shrunk", "copied", "unreadable", "there already")
 SHRUNK_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -632,7 +632,7 @@ def walk_files(root: Path) -> Iterator[str]:
 
 def shrink_file(name: str) -> str:
     """Copy one file of the shared root to the shared output; returns one of SHRINK_OUTCOMES."""
-    root, output, short_side, broken = _shared
+    root, output, short_side, unreadable = _shared
     source, target = root / name, output / name
     stat = source.stat()
     if target.is_file() and target.stat().st_mtime_ns == stat.st_mtime_ns:
@@ -645,8 +645,8 @@ def shrink_file(name: str) -> str:
             if small := shrink(decode_image(data, str(source)), short_side):
                 outcome, data = "shrunk", encode(small, "PNG" if format_of(data) == "PNG" else "JPEG")
         except UnreadableImage as error:
-            broken.add(str(source), str(error))
-            outcome = "broken"
+            unreadable.add(str(source), str(error))
+            outcome = "unreadable"
     if data is None:
         with open(source, "rb") as file:
             atomic_write(target, lambda copy: shutil.copyfileobj(file, copy, 1 << 20))

@@ -59,6 +59,7 @@ class CausalSelfAttention(nn.Module):
         B, L, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3*D)
         q, k, v = qkv.view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads) each
+        # Scores (B, heads, L, L) are never written out where the device has a fused kernel.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, D/heads)
         return self.out_proj(x.transpose(1, 2).reshape(B, L, D))
 

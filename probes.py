@@ -109,7 +109,7 @@ def logistic_path(
     if len(classes) < 2:
         raise ValueError(f"logistic regression needs samples of two classes; all are of class {classes.tolist()}")
     if not np.isfinite(samples.features).all():
-        raise ValueError("the features are not finite: the tower's weights, or an image, must be broken")
+        raise ValueError("the features are not finite: the tower's weights, or an image, must be corrupt")
     scaler = StandardScaler().fit(samples.features.astype(np.float64))
     x, variance, axes = _on_principal_axes(np.asarray(scaler.transform(samples.features.astype(np.float64))))
     shape = (len(variance) + 1, len(classes))  # the last row is the bias

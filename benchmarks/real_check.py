@@ -146,13 +146,13 @@ def run(argv: list[str] | None = None) -> dict:
             str(args.seed),
         ]
     )
-    pool = row["val_candidates"]
+    candidates = row["val_candidates"]
     result = {
         "check": args.check,
         "seed": args.seed,
         "cpu_seconds": round(time.process_time() - start),
-        "pool": pool,
-        "chance_r10": round(100 * min(10 / pool, 1), 2),
+        "candidates": candidates,
+        "chance_r10": round(100 * min(10 / candidates, 1), 2),
         **{k: round(v, 2) for k, v in row.items() if k.startswith("val_")},
     }
     if args.check == "digits":
