@@ -235,6 +235,9 @@ def load_zeroshot_set(
     source = f'the "labels" of {where}' if "labels" in entry else "labels.json"
     folders = entry.get("folders") or _published(name, "folders")
     check_class_order(name, dataset.classes, labels, folders=folders, source=source)
+    if "labels" in entry and folders is None and not _any_alike(dataset.classes, labels):
+        pairs = ", ".join(f"{c} = {_first_name(label)}" for c, label in zip(dataset.classes[:4], labels, strict=False))
+        log.warning(f"{where}: no class folder bears the name of its class, so their order alone pairs them: {pairs}")
     return ZeroShotSet(dataset, labels, templates, metric_of(name, catalog))
 
 
@@ -271,6 +274,15 @@ def check_class_order(
                 f"{name}: class {i} is {folder!r} on disk and {labels[i]!r} in {source}, where {folder!r} "
                 f'is class {others[0]}: put the class names, or the "folders" of the catalog entry, in the same order'
             )
+
+
+def _any_alike(classes: Sequence[str], labels: Sequence[str | Sequence[str]]) -> bool:
+    names = ([label] if isinstance(label, str) else label for label in labels)
+    return any(_key(c) in map(_key, of_class) for c, of_class in zip(classes, names, strict=True))
+
+
+def _first_name(label: str | Sequence[str]) -> str:
+    return label if isinstance(label, str) else label[0]
 
 
 def _words(folder: str) -> str:

@@ -314,7 +314,7 @@ def linear_eval_view(preprocess: Preprocess, img: Image.Image) -> Tensor:
     """SLIP's view for linear evaluation: the short side 8/7 of the size (256 for 224), then the centre."""
     if preprocess.prepare != "slip":  # a whole square already
         return eval_view(preprocess)(img, None)
-    return preprocess.tensor(centre_square(preprocess.open(img), round(preprocess.size * 8 / 7), preprocess.size))
+    return preprocess.tensor(centre_square(preprocess.whole(img), round(preprocess.size * 8 / 7), preprocess.size))
 
 
 def score_set(labels: np.ndarray, outputs: np.ndarray, metric: str) -> metrics.Scores:

@@ -79,14 +79,14 @@ class Preprocess:
             raise ValueError(f"unknown preprocessing settings: {', '.join(sorted(unknown))}")
         return cls(**values)
 
-    def open(self, img: Image.Image) -> Image.Image:
+    def whole(self, img: Image.Image) -> Image.Image:
         """The whole image as the views take it: RGB ("slip") or a grey square ("medclip"); idempotent."""
         if self.prepare == "slip":
             return to_rgb8(img)
         return pad_to_square(img if img.mode == "L" else to_rgb8(img).convert("L"), self.size)
 
     def pixels(self, image: Image.Image | Tensor) -> Tensor:
-        """`open` for uint8 planes (1 or 3, H, W), which the training views take; idempotent."""
+        """`whole` for uint8 planes (1 or 3, H, W), which the training views take; idempotent."""
         pixels = pixels_of(to_rgb8(image)) if isinstance(image, Image.Image) else image
         if self.prepare == "slip":
             return pixels
@@ -223,7 +223,7 @@ def centre_square(img: Image.Image, short: int, size: int) -> Image.Image:
 
 
 def _eval(preprocess: Preprocess, img: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
-    img = preprocess.open(img)
+    img = preprocess.whole(img)
     if preprocess.prepare == "medclip":
         return preprocess.tensor(img.resize((preprocess.size, preprocess.size), Image.Resampling.BICUBIC))
     return preprocess.tensor(centre_square(img, preprocess.size, preprocess.size))

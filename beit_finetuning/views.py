@@ -87,7 +87,7 @@ class TrainView:
             self.transform.transforms[0] = transforms.RandomCrop(preprocess.size, padding=4)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        image = self.preprocess.open(image).convert("RGB")
+        image = self.preprocess.whole(image).convert("RGB")
         with drawn_from(rng):
             return self.transform(image)
 
@@ -118,7 +118,7 @@ class EvalView:
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
         if self.transform is None:
             return eval_view(self.preprocess)(image, rng)
-        return self.preprocess.tensor(self.transform(self.preprocess.open(image)))
+        return self.preprocess.tensor(self.transform(self.preprocess.whole(image)))
 
 
 class Mix:

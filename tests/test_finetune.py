@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import GOLDENS, ROOT, environment, write_checkpoint
+from helpers import GOLDENS, ROOT, environment, tiny_medslip, write_checkpoint
 from PIL import Image
 from torch import nn
 
@@ -422,3 +422,19 @@ def test_digits_are_read_better_by_a_fine_tuned_tower_than_by_a_probe_of_it(tmp_
     low = np.quantile([rng.choice(gain, len(gain)).mean() for _ in range(2000)], 0.025)
     print(f"probe {probed.mean():.4f}, fine-tuned {tuned.mean():.4f}, gain {gain.mean():.4f}, at least {low:.4f}")
     assert low > 0
+
+
+def test_medclips_swin_is_fine_tuned_with_its_own_preprocessing(small_set, tmp_path):
+    """A tower whose layers are stages: every stage has its rate, and the images stay the grey squares it knows."""
+    model = tiny_medslip()
+    state = {
+        "state_dict": model.state_dict(),
+        "model": {"name": model.name, "config": model.config},
+        "preprocess": model.preprocess.to_dict(),
+        "tokenizer": None,
+    }
+    utils.save_checkpoint(state, tmp_path / "weights.pt")
+    fine_tune(tmp_path / "out", tmp_path, "--layer_decay", "0.5")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["derived"]["preprocess"]["prepare"] == "medclip"
+    assert "factors on the rate 0.125 to 1" in (tmp_path / "out" / "log.txt").read_text()  # stem, two stages, head

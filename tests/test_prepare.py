@@ -527,3 +527,24 @@ def test_the_yfcc_benchmark_makes_the_lists_it_reports(tmp_path):
         "Sunset over the bay, evening",
         "We walked along the shore for two hours and saw nothing but \u00e9normous gulls. More at ",
     )
+
+
+def test_shrinking_and_sharding_keep_the_contrast_of_twelve_bits(tmp_path):
+    """A radiograph of 12 bits in a 16-bit colour file: its copies look as the file itself does in training."""
+    pytest.importorskip("webdataset")
+    from test_images import png_of_16_bits
+
+    ramp = np.tile(np.linspace(0, 4095, 120).astype(np.uint16), (80, 1))[..., None].repeat(3, -1)
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "deep.png").write_bytes(png_of_16_bits(ramp))
+    (root / "train.csv").write_text("image,caption\ndeep.png,a ramp\n")
+    make_dataset.main(
+        ["shrink", "--root", str(root), "--output", str(tmp_path / "small"), "--short-side", "40", "-j", "1"]
+    )
+    reader = create_reader("csv", root)
+    assert make_dataset.make_shards(reader, tmp_path / "shards", shard_size=3, short_side=40) == 0
+    expected = np.asarray(read_image(root / "deep.png").resize((60, 40), Image.Resampling.LANCZOS), dtype=int)
+    for copy in (create_reader("csv", tmp_path / "small"), create_reader("webdataset", tmp_path / "shards")):
+        got = np.asarray(copy.image(0), dtype=int)
+        assert got.shape == (40, 60, 3) and got.max() > 250 and abs(got - expected).max() <= 2

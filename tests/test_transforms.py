@@ -215,8 +215,8 @@ def test_medclip_views_are_those_of_the_grey_square_in_colour(make):
 
 @pytest.mark.parametrize("preprocess", [SLIP, MEDCLIP])
 def test_preparing_twice_is_preparing_once(preprocess):
-    once = preprocess.open(image())
-    assert np.array_equal(preprocess.open(once), once)
+    once = preprocess.whole(image())
+    assert np.array_equal(preprocess.whole(once), once)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
