@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from torch import Tensor, nn
 from torchvision import transforms
@@ -83,6 +83,9 @@ class TrainView:
             mean=preprocess.mean,
             std=preprocess.std,
         )
+        for operation in operations(self.transform):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = posterize
         if preprocess.size <= 32:
             self.transform.transforms[0] = transforms.RandomCrop(preprocess.size, padding=4)
 
@@ -90,6 +93,18 @@ class TrainView:
         image = self.preprocess.whole(image).convert("RGB")
         with drawn_from(rng):
             return self.transform(image)
+
+
+def operations(transform: Any) -> list[Any]:
+    """The single augmentations of a policy of timm, where there is one."""
+    return [op for step in transform.transforms for op in getattr(step, "ops", ())]
+
+
+def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, but for 0 bits, which the strongest level draws: black, as Pillow made of it before it refused that."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class EvalView:

@@ -29,7 +29,7 @@ import models
 import utils
 from beit_finetuning import optim, run_class_finetuning
 from beit_finetuning.modeling_finetune import Beit, create_beit
-from beit_finetuning.views import Criterion
+from beit_finetuning.views import Augmentation, Criterion, TrainView, beit_preprocess, operations
 from beit_finetuning.weights import load_weights, resize_positions
 from features import Loading, extract, load_backbone
 from probes import Samples
@@ -438,3 +438,15 @@ def test_medclips_swin_is_fine_tuned_with_its_own_preprocessing(small_set, tmp_p
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["derived"]["preprocess"]["prepare"] == "medclip"
     assert "factors on the rate 0.125 to 1" in (tmp_path / "out" / "log.txt").read_text()  # stem, two stages, head
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-mstd0.5-inc1", "rand-m10", "augmix-m5"])
+def test_every_strength_of_a_policy_is_drawn_without_an_error(policy):
+    """The strongest posterising keeps no bit, which Pillow refuses."""
+    view = TrainView(beit_preprocess(64, True), Augmentation(auto_augment=policy))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 80, 3), np.uint8))
+    for i in range(150):
+        assert view(image, np.random.default_rng(i)).shape == (3, 64, 64)
+    for operation in operations(view.transform):
+        if operation.name.startswith("Posterize"):
+            assert not np.asarray(operation.aug_fn(image, 0)).any()
