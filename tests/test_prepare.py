@@ -469,7 +469,7 @@ def test_a_tree_is_copied_with_its_images_shrunk(tree, tmp_path, capsys):
     deep = read_image(tree / "train/images/deep.png").resize((87, 60), Image.Resampling.LANCZOS)
     assert np.array_equal(np.asarray(read_image(output / "train/images/deep.png")), np.asarray(deep))
     assert str(tree / "broken.png") in copy["bad_samples.txt"].decode()
-    assert "7 shrunk, 4 copied, 1 broken" in capsys.readouterr().out
+    assert "7 shrunk, 4 copied, 1 unreadable" in capsys.readouterr().out
 
 
 def test_a_shrunk_tree_is_continued_and_the_same_with_many_processes(tree, tmp_path):
