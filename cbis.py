@@ -35,6 +35,7 @@ log = logging.getLogger("medslip")
 # BENIGN_WITHOUT_CALLBACK: the radiologist asked for no further films and no biopsy.
 CBIS_CLASSES = ("BENIGN", "BENIGN_WITHOUT_CALLBACK", "MALIGNANT")
 CBIS_KINDS = ("calc", "mass", "both")
+CBIS_SETS = {f"cbis_{kind}": kind for kind in CBIS_KINDS}  # names in the catalog and on command lines
 CBIS_SPLITS = ("train", "val", "test")
 CBIS_IMAGES = ("crop", "full", "mask")
 # Columns of the tables that make_dataset.py writes; the last three hold paths relative to the root, or

@@ -893,10 +893,10 @@ def _take_member(member: tarfile.TarInfo, samples: dict[str, dict[str, tuple[int
 def _skip_zeros(file: BinaryIO) -> bool:
     """Go to the next block that is not all zeros; False at the end of the file."""
     while blocks := file.read(1 << 20):
-        if filled := len(blocks) - len(blocks.lstrip(b"\0")) < len(blocks):
+        if blocks.strip(b"\0"):
             first = next(i for i in range(0, len(blocks), tarfile.BLOCKSIZE) if any(blocks[i : i + tarfile.BLOCKSIZE]))
             file.seek(first - len(blocks), os.SEEK_CUR)
-            return filled
+            return True
     return False
 
 
@@ -959,14 +959,18 @@ def indexed_columns(reader: Reader, cache_dir: str | Path) -> Columns:
     folder = Path(cache_dir) if cache_dir else metadata.parent
     tag = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
     path = folder / f"{metadata.name}.{tag}.index"
-    columns = up_to_date(load_index(path, key), path, reader)
-    if columns is not None:
+    columns = load_index(path, key)
+    stale = columns is not None and images_have_come(columns, reader)
+    made = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "minutes") if columns is not None else ""
+    if columns is not None and not stale:
+        if columns.dropped:
+            columns.log.append(f"that is what the index {path} of {made} says; delete it to look for every image again")
         return columns
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     with one_process(path.with_suffix(".lock")):
-        columns = up_to_date(load_index(path, key), path, reader)
-        if columns is None:
+        columns = load_index(path, key)  # which another process may have written meanwhile
+        if columns is None or images_have_come(columns, reader):
             columns = reader.columns()
             try:
                 save_index(path, key, columns)
@@ -974,20 +978,17 @@ def indexed_columns(reader: Reader, cache_dir: str | Path) -> Columns:
                 columns.log.append(f"no index kept ({error}); with a folder in --cache-dir the next start is quick")
             else:
                 columns = load_index(path, key) or columns
+    if stale:
+        columns.log.append(f"images that were absent in the index of {made} are there now: indexed anew")
     return columns
 
 
-def up_to_date(columns: Columns | None, path: Path, reader: Reader) -> Columns | None:
-    """The columns of an index, or None where images have come since that were absent when it was made."""
-    if columns is None or not columns.dropped:
-        return columns
-    made = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "minutes")
+def images_have_come(columns: Columns, reader: Reader) -> bool:
+    """Whether some of the images that were absent when an index was made are there now."""
+    if not columns.absent:
+        return False
     exists = reader.finder()
-    if any(exists(Row(f"the index {path}", image, [])) for image in columns.absent):
-        reader.remarks.append(f"images that were absent in the index of {made} are there now: indexed anew")
-        return None
-    columns.log.append(f"that is what the index {path} of {made} says; delete it to look for every image again")
-    return columns
+    return any(exists(Row("the index", image, [])) for image in columns.absent)
 
 
 @contextmanager

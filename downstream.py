@@ -40,7 +40,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
 import metadata
-from cbis import CBIS_CLASSES, CbisLesions
+from cbis import CBIS_CLASSES, CBIS_SETS, CbisLesions
 from datasets import READERS, TextColumn
 from images import read_image
 from metrics import SET_METRICS
@@ -568,9 +568,26 @@ def _digits(name: str, entry: dict, train: bool, transform, download: bool) -> I
 
 def _cbis(name: str, entry: dict, train: bool, transform, download: bool) -> ImageFiles:
     """Lesion crops of the table that make_dataset.py wrote beside CBIS-DDSM."""
-    lesions = CbisLesions(entry["path"], name.removeprefix("cbis_"), entry["train" if train else "test"])
+    lesions = CbisLesions(entry["path"], CBIS_SETS[name], entry["train" if train else "test"])
+    return lesion_images(lesions, transform)
+
+
+def lesion_images(lesions: CbisLesions, transform: Transform | None) -> ImageFiles:
+    """The lesions' images with their labels, seen through another transform than their own."""
     paths = TextColumn.from_strings((os.path.abspath(path) for path in lesions.paths), paths=True)
-    return ImageFiles(Path("/"), paths, list(CBIS_CLASSES), np.array(lesions.labels), transform)
+    classes = [str(name) for name in CBIS_CLASSES]
+    return ImageFiles(Path("/"), paths, classes, np.array(lesions.labels), transform)
+
+
+def cbis_root(name: str, given: str, catalog_file: str | Path) -> str:
+    """`given`, or where a catalog says that CBIS-DDSM lies; its three tables are in one folder."""
+    if given:
+        return given
+    catalog = read_catalog(catalog_file)
+    entry = next((catalog[one] for one in (name, *CBIS_SETS) if one in catalog), None)
+    if entry is None:
+        raise ValueError(f"{catalog_file} does not say where {name} lies: name its folder")
+    return entry["path"]
 
 
 SPECIAL = {

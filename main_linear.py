@@ -41,7 +41,7 @@ import utils
 from cbis import (
     CBIS_CLASSES,
     CBIS_IMAGES,
-    CBIS_KINDS,
+    CBIS_SETS,
     CbisLesions,
     Predictions,
     describe_results,
@@ -65,7 +65,6 @@ from transforms import Preprocess, centre_square, eval_view, random_resized_crop
 
 log = logging.getLogger("medslip")
 
-CBIS_SETS = {f"cbis_{kind}": kind for kind in CBIS_KINDS}
 PROTOCOLS = {"logistic": fit_logistic, "medslip": fit_medslip}
 
 
@@ -174,7 +173,9 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
     on_cbis = args.dataset in CBIS_SETS
     # What is missing ends the run before a model is loaded.
     if on_cbis:
-        read_lesions(Path(cbis_root(args)) / f"{CBIS_SETS[args.dataset]}.csv")
+        read_lesions(
+            Path(downstream.cbis_root(args.dataset, args.root, args.catalog)) / f"{CBIS_SETS[args.dataset]}.csv"
+        )
     else:
         find_set(args)
     medslip = on_cbis and args.protocol == "medslip"
@@ -236,7 +237,7 @@ def kept_features(
 
 def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes) -> dict:
     """Fit one linear layer and evaluate it on the test table; prints, writes predictions, returns the results."""
-    root = cbis_root(args)
+    root = downstream.cbis_root(args.dataset, args.root, args.catalog)
     baseline = Predictions.read(args.baseline) if args.baseline else None
     skipped = {}
 
@@ -275,17 +276,6 @@ def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: distribu
         how = f"{results['features']} features, {results['protocol']} protocol"
         log.info(describe_results(results, how))
     return results
-
-
-def cbis_root(args: argparse.Namespace) -> str:
-    """--root, or where the catalog says that CBIS-DDSM lies; its three tables are in one folder."""
-    if args.root:
-        return args.root
-    catalog = downstream.read_catalog(args.catalog)
-    entry = next((catalog[name] for name in (args.dataset, *CBIS_SETS) if name in catalog), None)
-    if entry is None:
-        raise ValueError(f"{args.catalog} does not say where {args.dataset} lies: give --root")
-    return entry["path"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

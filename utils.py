@@ -312,7 +312,9 @@ def strip_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for key, value in state_dict.items():
         key = key.replace("_orig_mod.", "")  # also inside, where towers were compiled one by one
-        out[key.removeprefix("module.")] = value
+        while key.startswith("module."):
+            key = key.removeprefix("module.")
+        out[key] = value
     if out and all(key.startswith("model.") for key in out):  # Lightning's module holds the model
         out = {key.removeprefix("model."): value for key, value in out.items()}
     return out

@@ -48,11 +48,9 @@ from beit_finetuning.views import Augmentation, Criterion, EvalView, Mix, TrainV
 from beit_finetuning.weights import load_weights
 from datasets import GlobalBatchSampler
 from distributed import Processes
-from downstream import TextColumn
 from features import Loading, each_once
 
 log = logging.getLogger("medslip")
-CBIS_SETS = {f"cbis_{kind}": kind for kind in cbis.CBIS_KINDS}
 # What must not differ between a run and its continuation.
 RESUME_SETTINGS = (
     "model", "data_set", "image_kind", "nb_classes", "input_size", "epochs", "warmup_epochs", "warmup_steps", "lr",
@@ -118,7 +116,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data_set", default="IMNET", type=str, metavar="NAME",
                       help="IMNET (the catalog's imagenet), CIFAR (its cifar100), image_folder (--data_path and "
-                      f"--eval_data_path), {', '.join(CBIS_SETS)}, or any other labelled set of the catalog")
+                      f"--eval_data_path), {', '.join(cbis.CBIS_SETS)}, or any other labelled set of the catalog")
     data.add_argument("--data_path", default="", type=str,
                       help="where the set lies (default: its path in the catalog); of image_folder the training images")
     data.add_argument("--eval_data_path", default="", type=str, help="image_folder: the images to evaluate on")
@@ -234,7 +232,7 @@ class Sets:
 
 def open_sets(args: argparse.Namespace) -> Sets:
     """The set that the flags name; ValueError with the choices for an unknown one."""
-    if args.data_set in CBIS_SETS:
+    if args.data_set in cbis.CBIS_SETS:
         return open_lesions(args)
     if args.data_set == "image_folder":
         if not args.data_path or not args.eval_data_path:
@@ -257,13 +255,11 @@ def open_sets(args: argparse.Namespace) -> Sets:
 
 def open_lesions(args: argparse.Namespace) -> Sets:
     """CBIS-DDSM: its patient-grouped validation split chooses the epoch, its test table is read at the end."""
-    root = args.data_path or downstream.read_catalog(args.catalog).get("cbis_calc", {}).get("path", "")
+    root = downstream.cbis_root(args.data_set, args.data_path, args.catalog)
     images, rows, absent = {}, {}, {}
     for split in cbis.CBIS_SPLITS:
-        lesions = cbis.CbisLesions(root, CBIS_SETS[args.data_set], split, args.image_kind, None, args.skip_broken)
-        paths = TextColumn.from_strings((str(path.absolute()) for path in lesions.paths), paths=True)
-        classes, labels = [str(name) for name in cbis.CBIS_CLASSES], np.array(lesions.labels)
-        images[split] = downstream.ImageFiles(Path("/"), paths, classes, labels, None)
+        lesions = cbis.CbisLesions(root, cbis.CBIS_SETS[args.data_set], split, args.image_kind, None, args.skip_broken)
+        images[split] = downstream.lesion_images(lesions, None)
         rows[split], absent[split] = lesions.rows, lesions.dropped
     return Sets(images["train"], images["val"], images["test"], "top1", rows, absent)
 
@@ -709,6 +705,11 @@ def report_lesions(run: Run) -> dict:
         "lesions_skipped": {**run.sets.absent, "test": run.sets.absent["test"] + len(run.sets.test) - len(kept)},
     }
     results |= cbis.score_predictions(predictions, args.resamples, args.seed)
+    if run.ema is not None:
+        run.ema.module.load_state_dict(best["state_dict_ema"])
+        averaged, _ = logits_of(run, run.ema.module, run.sets.test, "test, averaged weights")
+        average = cbis.Predictions(predictions.rows, probabilities(averaged))
+        results["ema"] = cbis.score_predictions(average, args.resamples, args.seed)
     if baseline is not None:
         results |= cbis.score_difference(predictions, baseline, args.baseline, args.resamples, args.seed)
     if run.processes.is_main:

@@ -295,3 +295,22 @@ def test_demo_is_drawn_and_joined(tmp_path, caplog, monkeypatch):
     assert "SYNTHETIC" in caplog.text
     lesions = CbisLesions(tmp_path / "demo" / "cbis", "mass", "test", "crop", Preprocess(size=16))
     assert len(lesions) >= 20 and lesions[0][0].shape == (3, 16, 16)
+
+
+def test_a_mask_that_is_described_as_the_crop_never_becomes_it(tmp_path, caplog):
+    crop = np.random.default_rng(0).normal(90, 25, (30, 26)).clip(0, 255).astype(np.uint8)
+    mask = np.zeros((60, 50), np.uint8)
+    mask[20:30, 10:20] = 255
+    for name, pixels in (("1.jpg", crop), ("2.jpg", mask)):
+        Image.fromarray(pixels).save(tmp_path / name, quality=90)
+    for first, second, said in (
+        ("cropped images", "ROI mask images", False),
+        ("ROI mask images", "cropped images", True),
+        ("ROI mask images", "ROI mask images", False),
+        ("", "", False),
+    ):
+        caplog.clear()
+        images = [cbis.SeriesImage(Path("1.jpg"), first), cbis.SeriesImage(Path("2.jpg"), second)]
+        found = cbis.tell_crop_from_mask(images, tmp_path)
+        assert (found["crop"].path.name, found["mask"].path.name) == ("1.jpg", "2.jpg")
+        assert ("looks like a mask" in caplog.text) == said

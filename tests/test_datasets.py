@@ -971,3 +971,86 @@ def test_an_epoch_on_each_source_trains_both_towers(name, tmp_path):
     moved = {key for key in states[0] if not torch.equal(states[0][key], states[1][key])}
     for tower in ("visual.blocks", "transformer.resblocks", "token_embedding", "image_projection", "text_projection"):
         assert [key for key in moved if key.startswith(tower)], tower
+
+
+# --- what others' tables, indices and archives are like ---------------------------------------------------------------
+
+
+def test_an_index_of_an_unfinished_download_is_made_anew_and_says_so_once(tmp_path):
+    rows = [{"image_id": f"ab{i}", "subreddit": "itap", "caption": f"thing {i}"} for i in range(6)]
+    (tmp_path / "redcaps_v1.json").write_text(json.dumps(rows))
+    for i in range(3):
+        save_jpeg(tmp_path / "itap" / f"ab{i}.jpg")
+    assert len(create_reader("redcaps", tmp_path)) == 3
+    again = create_reader("redcaps", tmp_path)
+    assert len(again) == 3 and "that is what the index" in again.log[-1]
+    for i in range(3, 6):
+        save_jpeg(tmp_path / "itap" / f"ab{i}.jpg")
+    whole = create_reader("redcaps", tmp_path)
+    assert len(whole) == 6 and sum("indexed anew" in line for line in whole.log) == 1
+    log = "".join(create_reader("redcaps", tmp_path).log)  # nothing is left to be said
+    assert "indexed anew" not in log and "that is what" not in log
+
+
+def test_without_file_locks_the_index_is_kept_all_the_same(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(*_arguments):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    make_redcaps(tmp_path, "images")
+    assert len(create_reader("redcaps", tmp_path)) == 1 and list(tmp_path.glob("*.index"))
+
+
+def test_zip_members_are_found_in_any_folder_and_case(tmp_path):
+    members = {
+        "000": [("000.jpg", 10), ("__MACOSX/._000.jpg", 0)],
+        "001": [("001/000.jpg", 20)],
+        "002": [("000.JPG", 30)],
+        "003": [("a/000.jpg", 40), ("b/000.jpg", 50)],  # which of them is meant?
+    }
+    (tmp_path / "images" / "00").mkdir(parents=True)
+    for archive, entries in members.items():
+        with zipfile.ZipFile(tmp_path / "images" / "00" / f"{archive}.zip", "w") as file:
+            for name, grey in entries:
+                file.writestr(name, jpeg(grey))
+    rows = [(1000 * i, "title", "text") for i in range(4)]
+    (tmp_path / "yfcc15m.pkl").write_bytes(pickle.dumps(rows))
+    reader = create_reader("yfcc15m", tmp_path)
+    assert [grey_of(reader.image(i)) for i in range(len(reader))] == [10, 20, 30]
+    assert "00/003.zip/000.jpg" in "".join(reader.log)
+
+
+def test_split_names_of_all_publishers_are_known_and_others_named(tmp_path):
+    names = ["train", "restval", "Training", "val", "validate", "dev", "test", "holdout"]
+    for i in range(len(names)):
+        save_jpeg(tmp_path / f"{i}.jpg", i)
+    rows = "".join(f"{i}.jpg,text {i},{name}\n" for i, name in enumerate(names))
+    (tmp_path / "pairs.csv").write_text(f"image,caption,split\n{rows}")
+    readers = {split: create_reader("csv", tmp_path, "pairs.csv", split) for split in ("train", "validation", "test")}
+    assert [len(reader) for reader in readers.values()] == [3, 3, 1]
+    assert "1 rows of unknown splits left out: 'holdout' 1" in "".join(readers["train"].log)
+    (tmp_path / "only.csv").write_text("image,caption,split\n0.jpg,text,train\n")
+    with pytest.raises(datasets.NoSplit, match="no rows of the split 'validation'"):
+        create_reader("csv", tmp_path, "only.csv", "validation")
+
+
+def test_a_table_for_each_split_and_whole_paths_below_the_root(tmp_path):
+    for i in range(3):
+        save_jpeg(tmp_path / f"{i}.jpg", i)
+    for split, part in (("train", (0, 1)), ("val", (2,))):
+        rows = "".join(f"{tmp_path}/{i}.jpg,text {i}\n" for i in part)
+        (tmp_path / f"pairs_{split}.csv").write_text(f"image,caption\n{rows}")
+    assert all_captions(create_reader("csv", tmp_path, "pairs_{split}.csv")) == ["text 0", "text 1"]
+    assert all_captions(create_reader("csv", tmp_path, "pairs_{split}.csv", "validation")) == ["text 2"]
+
+
+def test_rows_of_one_image_are_one_pair_in_every_table(tmp_path):
+    for i in range(2):
+        save_jpeg(tmp_path / f"{i}.jpg", i)
+    rows = "".join(f"{i}.jpg,image {i} wording {k}\n" for k in range(5) for i in range(2))
+    (tmp_path / "train.csv").write_text(f"image,caption\n{rows}")
+    reader = create_reader("csv", tmp_path)
+    assert len(reader) == 2 and reader.captions(1) == [f"image 1 wording {k}" for k in range(5)]
+    assert "10 rows share their image" in "".join(reader.log)

@@ -1,6 +1,7 @@
 """The labelled sets in every layout of the catalog: 26 small trees, and files that must be refused."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -440,3 +441,42 @@ def test_a_catalog_of_an_earlier_release_keeps_published_metrics_and_folders(wor
     old["hateful_memes"]["path"] = str(tmp_path)
     with pytest.raises(ValueError, match="hateful, not_hateful; must be 0, 1"):
         downstream.load_zeroshot_set("hateful_memes", Preprocess(size=4), old)
+
+
+def test_classes_are_numbered_over_both_splits_and_system_files_never_count(tmp_path):
+    for split, names in (("train", ("a", "b", "c")), ("val", ("a", "c"))):
+        for name in names:
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(folder / "0.png")
+            (folder / "._0.png").write_bytes(b"Mac OS X")
+            (folder / "@eaDir").mkdir()
+            (folder / "@eaDir" / "0.png").write_bytes(b"a thumbnail")
+        for system in ("__MACOSX", ".ipynb_checkpoints", "@eaDir"):
+            (tmp_path / split / system).mkdir()
+    (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train" / "a")
+    entry = {"path": str(tmp_path), "type": "imagefolder", "train": "train", "test": "val"}
+    train, test = (downstream.create_downstream("mine", split, None, {"mine": entry}) for split in (True, False))
+    assert train.classes == test.classes == ["a", "b", "c"]
+    assert train.labels.tolist() == [0, 1, 2] and test.labels.tolist() == [0, 2]
+
+
+def test_a_file_name_that_is_not_utf8_is_read(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (10, 10, 10)).save(tmp_path / "x.png")
+        os.rename(tmp_path / "x.png", os.fsencode(tmp_path / "train" / name) + b"/caf\xe9.png")
+    images = downstream.image_folders(tmp_path / "train", None)
+    assert [np.asarray(images.image(i)).mean() for i in range(2)] == [10, 10]
+
+
+def test_classes_that_only_their_order_pairs_are_said(tmp_path, caplog):
+    for name in ("x1", "x2"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "test" / name / "0.png")
+    entry = {"path": str(tmp_path), "type": "imagefolder", "train": "train", "test": "test"}
+    for labels, said in ((["benign", "malignant"], True), (["x1", "x2"], False)):
+        caplog.clear()
+        catalog = downstream.Catalog({"mine": {**entry, "labels": labels}}, "mine.json")
+        downstream.load_zeroshot_set("mine", transforms.Preprocess(), catalog)
+        assert ("x1 = benign, x2 = malignant" in caplog.text) == said

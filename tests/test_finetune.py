@@ -349,8 +349,10 @@ def test_lesions_give_a_row_that_compares_with_the_probes(tower, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "weights.pt", tower)
     argv = ["--data_set", "cbis_mass", "--data_path", str(root), "--finetune", str(checkpoint), *SMALL]
     argv += ["--resamples", "50", "--class_weights", "balanced", "--drop_path", "0", "--layer_decay", "0.75"]
+    argv += ["--model_ema", "--model_ema_decay", "0.5"]
     results = run_class_finetuning.main([*argv, "--output_dir", str(tmp_path / "out")])
     assert results["validation_score"] == "auroc" and set(results["metrics"]) >= {"auroc", "f1"}
+    assert set(results["ema"]["metrics"]) == set(results["metrics"])
     predictions = cbis.Predictions.read(tmp_path / "out" / "predictions.csv")
     assert len(predictions.rows) == results["lesions"]["test"]
     np.testing.assert_allclose(predictions.prob.sum(1), 1)

@@ -111,3 +111,32 @@ def test_fused_adamw_leaves_everything_alone_where_the_gradient_is_not_finite():
     optimizer.step()
     assert torch.equal(p.detach(), before)
     assert all(torch.equal(v, state[k]) for k, v in optimizer.state[p].items())
+
+
+def test_learning_rates_of_numpy_are_read_and_other_numbers_refused(tmp_path):
+    """SLIP's own training leaves them in its optimizer's state, under the module's old name or its new one."""
+    torch.save({"lr": np.float64(0.00075)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "a.pt").read_bytes()
+    names = (b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert any(name in data for name in names)
+    for name in names:
+        (tmp_path / "b.pt").write_bytes(data.replace(names[0], name).replace(names[1], name))
+        state = utils.load_checkpoint(tmp_path / "b.pt")
+        assert state == {"lr": 0.00075} and type(state["lr"]) is float
+    for value in (np.float32(1), np.array([1.0])):
+        torch.save({"lr": value}, tmp_path / "c.pt")
+        with pytest.raises(ValueError, match="c.pt is not a readable checkpoint"):
+            utils.load_checkpoint(tmp_path / "c.pt")
+
+
+def test_wrappers_are_taken_off_parameter_names_wherever_they_stand():
+    for name in (
+        "module.a.b",
+        "module.module.a.b",
+        "_orig_mod.a.b",
+        "module._orig_mod.a.b",
+        "a._orig_mod.b",
+        "model.a.b",
+    ):
+        assert list(utils.strip_wrappers({name: torch.zeros(1)})) == ["a.b"]
+    assert list(utils.strip_wrappers(dict.fromkeys(("model.a", "b"), torch.zeros(1)))) == ["model.a", "b"]

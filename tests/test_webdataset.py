@@ -368,3 +368,23 @@ def test_training_on_shards_equals_training_on_their_source(tmp_path):
         weights[name] = utils.load_checkpoint(output / "checkpoint.pt")["state_dict"]
     assert scores["webdataset"] == scores["roco"] and scores["roco"]["val_candidates"] == 6
     assert all(torch.equal(value, weights["webdataset"][key]) for key, value in weights["roco"].items())
+
+
+def test_archives_one_after_the_other_are_read_to_the_end(tmp_path):
+    """`cat a.tar b.tar`: the second begins behind the first one's end mark."""
+    parts = []
+    for key in ("a", "b"):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for kind, data in (("jpg", jpeg()), ("txt", f"caption {key}".encode())):
+                info = tarfile.TarInfo(f"{key}.{kind}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+        parts.append(buffer.getvalue())
+    (tmp_path / "0.tar").write_bytes(b"".join(parts))
+    reader = create_reader("webdataset", tmp_path)
+    assert [reader.captions(i)[0] for i in range(len(reader))] == ["caption a", "caption b"]
+    assert [reader.image(i).size for i in range(2)] == [(24, 20)] * 2
+    (tmp_path / "0.tar").write_bytes(parts[0] + b"something else" * 100)
+    with pytest.raises(ValueError, match="0.tar"):
+        create_reader("webdataset", tmp_path)
