@@ -1,4 +1,4 @@
-"""CBIS-DDSM (Lee et al. 2017): the tables of lesions, their reader, predictions, and how all is made from a download.
+"""CBIS-DDSM (Lee et al. 2017): the tables of lesions, their reader, and how they are made from a download.
 
 `make_cbis` joins the four published case tables with the images of the JPEG or the DICOM edition and writes calc.csv
 and mass.csv, one lesion a row; `CbisLesions` reads a split of them.
@@ -11,17 +11,15 @@ import io
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedGroupKFold
 from torch.utils.data import Dataset
 
-import metrics
-from images import read_image
+from images import image_size, read_image
 from metadata import inside, read_table
 from transforms import Preprocess, eval_view
 from utils import atomic_write
@@ -43,6 +41,13 @@ CBIS_IMAGES = ("crop", "full", "mask")
 CBIS_COLUMNS = (
     "lesion", "type", "split", "patient", "side", "view", "abnormality", "pathology", *CBIS_IMAGES,
 )  # fmt: skip
+# What the radiologist wrote down, and the crop's size in pixels: no model sees them, reference rows and subgroups do.
+# Columns that follow the others in the tables; a table written before they existed is still read.
+CBIS_DESCRIPTORS = {"calc": ("calc_type", "calc_distribution"), "mass": ("mass_shape", "mass_margins")}
+CBIS_READING = (
+    "density", "assessment", "subtlety", *CBIS_DESCRIPTORS["calc"], *CBIS_DESCRIPTORS["mass"],
+)  # fmt: skip
+CROP_SIZE = ("crop_width", "crop_height")
 
 
 class CbisLesions(Dataset):
@@ -103,131 +108,6 @@ def read_lesions(table: Path) -> list[dict[str, str]]:
         for image in CBIS_IMAGES:
             inside(row[image], f"{table}, row {number}")
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Predictions and their scores
-# ---------------------------------------------------------------------------------------------------------------------
-
-LESION_COLUMNS = ("lesion", "patient", "side", "view", "abnormality", "pathology")
-PREDICTION_COLUMNS = (*LESION_COLUMNS, "predicted", *(f"prob_{name}" for name in CBIS_CLASSES))
-
-
-@dataclass
-class Predictions:
-    """Probabilities (n, 3) of n lesions, which are told by their rows of the table."""
-
-    rows: list[dict[str, str]]
-    prob: np.ndarray
-
-    @property
-    def labels(self) -> np.ndarray:
-        return np.array([CBIS_CLASSES.index(row["pathology"]) for row in self.rows])
-
-    @property
-    def patients(self) -> list[str]:
-        return [row["patient"] for row in self.rows]
-
-    def write(self, path: Path) -> None:
-        """One line a lesion: who it is, its pathology, the predicted one and the three probabilities."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(PREDICTION_COLUMNS)
-        for row, p in zip(self.rows, self.prob.tolist(), strict=True):
-            writer.writerow([*(row[name] for name in LESION_COLUMNS), CBIS_CLASSES[int(np.argmax(p))], *p])
-        atomic_write(path, lambda file: file.write(text.getvalue().encode()))
-
-    @classmethod
-    def read(cls, path: str | Path) -> Predictions:
-        """A predictions.csv; another table, a bad row or a lesion twice is a ValueError that names the file."""
-        try:
-            rows = read_table(Path(path), [name.lower() for name in PREDICTION_COLUMNS])
-        except ValueError as error:
-            raise ValueError(f"{path} is no predictions.csv of this project: {error}") from error
-        prob = []
-        for number, row in enumerate(rows, 1):
-            try:
-                prob.append([float(row[f"prob_{name.lower()}"]) for name in CBIS_CLASSES])
-            except ValueError as error:
-                raise ValueError(f"{path}, row {number}: {error}") from error
-        if twice := [lesion for lesion, n in Counter(row["lesion"] for row in rows).items() if n > 1]:
-            raise ValueError(f"{path}: the lesion {twice[0]} is there twice")
-        return cls(rows, np.array(prob).reshape(-1, len(CBIS_CLASSES)))
-
-    def in_order_of(self, other: Predictions, name: str | Path) -> np.ndarray:
-        """Probabilities in the order of another one's lesions; ValueError where these are not the same."""
-        place = {row["lesion"]: i for i, row in enumerate(self.rows)}
-        lesions = [row["lesion"] for row in other.rows]
-        if set(lesions) != set(place):
-            raise ValueError(
-                f"{name} holds {len(place)} lesions that are not the {len(lesions)} of this test table: a paired "
-                "comparison needs the same ones"
-            )
-        return self.prob[[place[lesion] for lesion in lesions]]
-
-
-def macro_auroc(labels: np.ndarray, prob: np.ndarray) -> float:
-    return metrics.classification_metrics(labels, prob, CBIS_CLASSES)["auroc"]
-
-
-def score_predictions(predictions: Predictions, resamples: int = 2000, seed: int = 0) -> dict:
-    """What results.json says of a test table: every metric with its interval over patients, and the confusion."""
-    labels, prob = predictions.labels, predictions.prob
-    intervals = metrics.patient_bootstrap(
-        labels, prob, predictions.patients, CBIS_CLASSES, resamples=resamples, seed=seed
-    )
-    return {
-        "test_patients": len(set(predictions.patients)),
-        "unit": "fraction",
-        "interval": {"level": 0.95, "resamples": resamples, "over": "patients"},
-        "metrics": {name: asdict(interval) for name, interval in intervals.items()},
-        "classes": list(CBIS_CLASSES),
-        "confusion": confusion_matrix(labels, prob.argmax(1), labels=range(len(CBIS_CLASSES))).tolist(),
-    }
-
-
-def score_difference(
-    predictions: Predictions, baseline: Predictions, name: str, resamples: int = 2000, seed: int = 0
-) -> dict:
-    """What results.json says of the paired difference to another run on the same lesions."""
-    theirs = baseline.in_order_of(predictions, name)
-    differences = metrics.paired_patient_bootstrap(
-        predictions.labels, predictions.prob, theirs, predictions.patients, CBIS_CLASSES, resamples=resamples, seed=seed
-    )
-    return {"baseline": name, "difference": {key: asdict(value) for key, value in differences.items()}}
-
-
-def describe_results(results: dict, how: str) -> str:
-    """The row of the published tables in percent, as Markdown, the confusion matrix, and the difference to a baseline.
-
-    Args:
-        how: what was done with the lesions, in words.
-    """
-    skipped = results["lesions_skipped"]["test"]
-    intervals = (metrics.Interval(**value) for value in results["metrics"].values())
-    lines = [
-        f"{results['dataset']}: {results['lesions']['test']} test lesions of {results['test_patients']} "
-        + ("patients" if not skipped else f"patients ({skipped} MORE SKIPPED, image missing or corrupt)")
-        + f", {results['image_kind']} images, {how}",
-        f"Percent, with 95% intervals from {results['interval']['resamples']} resamples of the patients.",
-        "",
-        f"| Model | {' | '.join(metrics.METRICS.values())} |",
-        "| --- |" + " --- |" * len(metrics.METRICS),
-        f"| {results['model']} | {' | '.join(interval.percent() for interval in intervals)} |",
-        "",
-        "Confusion matrix, a row for each true class:",
-    ]
-    width = max(map(len, results["classes"]))
-    lines.append(" " * width + "  " + "  ".join(results["classes"]))
-    for name, counts in zip(results["classes"], results["confusion"], strict=True):
-        cells = (str(n).rjust(len(title)) for n, title in zip(counts, results["classes"], strict=True))
-        lines.append(f"{name.rjust(width)}  " + "  ".join(cells))
-    if "difference" in results:
-        lines += ["", f"Difference to {results['baseline']}, percentage points, paired over patients:"]
-        for name, value in results["difference"].items():
-            difference = metrics.Difference(**value)
-            lines.append(f"  {metrics.METRICS[name]:<22} {difference.percent()}, p = {difference.p_value:.4f}")
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,6 +183,8 @@ class Lesion:
         found = {"full": full[0]} if len(full) == 1 else {}
         found |= tell_crop_from_mask(lesion, root)
         self.cells.update({kind: image.path.as_posix() for kind, image in found.items()})
+        if "crop" in found:
+            self.cells.update(zip(CROP_SIZE, map(str, image_size(root / found["crop"].path) or ("", "")), strict=True))
         candidates = {"crop": lesion, "full": full, "mask": lesion}
         return [
             f"{self.where}, {self.cells['lesion']}: no {kind} among {len(candidates[kind])} images, "
@@ -425,6 +307,8 @@ def read_lesion(row: dict[str, str], where: str, kind: str, split: str) -> Lesio
         raise ValueError(f"{where}: pathology {cells['pathology']!r} is not one of {', '.join(CBIS_CLASSES)}")
     parts = (cells[name] for name in ("patient", "side", "view", "abnormality"))
     cells |= {"lesion": "_".join((kind, *parts)), "type": kind, "split": split}
+    cells |= {name: row.get(name, "") for name in CBIS_READING} | dict.fromkeys(CROP_SIZE, "")
+    cells["density"] = row.get("breast_density", "")
     series = {}
     for image, column in PATH_COLUMNS.items():
         steps = row[column].split("/")  # case / study / series / file
@@ -476,7 +360,7 @@ def split_off_validation(lesions: list[Lesion], folds: int, seed: int) -> None:
 
 def write_table(path: Path, rows: list[dict[str, str]]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list[str](CBIS_COLUMNS), lineterminator="\n")
+    writer = csv.DictWriter(text, [*CBIS_COLUMNS, *CBIS_READING, *CROP_SIZE], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     atomic_write(path, lambda file: file.write(text.getvalue().encode()))

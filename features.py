@@ -47,6 +47,7 @@ class Backbone:
     preprocess: Preprocess
     features: str  # backbone or projection
     name: str  # for people
+    training: dict[str, Any] = field(default_factory=dict)  # how far the weights were trained, where the file says it
 
     def fingerprint(self) -> str:
         """SHA-256 over the names and bytes of all weights and buffers on the image side."""
@@ -89,10 +90,12 @@ def load_backbone(
     """
     fresh = f"untrained (seed {seed})"
     tower: Any
+    training: dict[str, Any] = {}
     if pretrained:
         loaded = models.load_pretrained(pretrained, model=model)
-        tower, name = loaded.model, loaded.source
+        tower, name, training = loaded.model, loaded.source, loaded.training
         if untrained:
+            training = {}
             tower, name = rebuilt(tower, seed), f"{tower.name}, {fresh}"
     else:
         utils.seed_everything(seed)
@@ -105,7 +108,7 @@ def load_backbone(
         tower = at_size(tower, size)
     tower = tower.eval().requires_grad_(False).to(device)
     encode = tower.encode_image if features == "projection" else tower.visual
-    return Backbone(encode, tower, tower.preprocess, features, name)
+    return Backbone(encode, tower, tower.preprocess, features, name, training)
 
 
 def rebuilt(model: Any, seed: int, **changes) -> Any:

@@ -183,6 +183,20 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise UnreadableImage(f"cannot decode the image {name}: {error}") from error
 
 
+def image_size(path: str | Path) -> tuple[int, int] | None:
+    """(width, height) in pixels from a file's header alone; None where there is none that can be read."""
+    try:
+        if not is_dicom(read_bytes(path)[:132], str(path)):
+            with Image.open(path) as img:
+                return img.size
+        import pydicom
+
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        return int(header.Columns), int(header.Rows)
+    except (ImportError, *_DECODE_ERRORS):
+        return None
+
+
 def decode_pixels(data: bytes, name: str) -> Tensor:
     """What `decode_image` reads, as uint8 planes (3, H, W), the channels innermost; (1, H, W) of a grey JPEG."""
     try:

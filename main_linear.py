@@ -5,7 +5,8 @@
 
 CBIS-DDSM: features are extracted once and kept in --output-dir, one linear layer is fitted on them. Whatever is
 chosen is chosen on the validation split of the training table; the test table is read once, at the end. Written
-are results.json and predictions.csv, which --baseline takes for the paired comparison of two runs.
+are results.json and predictions.csv, which --baseline takes for the paired comparison of two runs. Each reading of
+the test table is a line of test_readings.jsonl. Results of other settings are set aside, never overwritten.
 
 Any other set of dataset_catalog.json: SGD over random crops and flips as SLIP did it (after MoCo v3), or, on
 features extracted once, logistic regression (--cache-features), label fractions (--fraction) and k-NN (--knn).
@@ -19,7 +20,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,28 +33,31 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+import comparisons
 import distributed
 import downstream
 import loader
 import metrics
 import models
 import utils
-from cbis import (
-    CBIS_CLASSES,
-    CBIS_IMAGES,
-    CBIS_SETS,
-    CbisLesions,
-    Predictions,
-    describe_results,
-    macro_auroc,
-    read_lesions,
-    score_difference,
-    score_predictions,
-)
+from cbis import CBIS_CLASSES, CBIS_IMAGES, CBIS_SETS, CbisLesions, read_lesions
 from datasets import GlobalBatchSampler
 from features import Backbone, Loading, extract, extract_or_reuse, load_backbone
+from predictions import (
+    SEVERITY,
+    Predictions,
+    check_baseline,
+    count_reading,
+    describe_results,
+    macro_auroc,
+    macro_f1,
+    report_lesions,
+    set_aside_other_results,
+)
 from probes import (
+    CLASS_WEIGHTS,
     MEDSLIP_SIZE,
+    Choice,
     Head,
     Samples,
     fit_logistic,
@@ -121,15 +125,23 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
                       "epochs of AdamW in batches of 16, to compare with its tables")
     cbis.add_argument("--resamples", default=2000, type=utils.positive_int,
                       help="bootstrap resamples of the patients for the 95%% intervals")
-    cbis.add_argument("--baseline", default="", type=str, metavar="PREDICTIONS.CSV",
-                      help="another run's predictions for the same lesions: adds the paired difference to them")
+    cbis.add_argument("--baseline", default=[], nargs="+", type=str, metavar="PREDICTIONS.CSV",
+                      help="other runs' predictions for the same lesions: adds the paired difference to each")
+    cbis.add_argument("--class-weights", default="none", choices=CLASS_WEIGHTS,
+                      help="weights of the classes in the loss. balanced: each class weighs the same, which finds more "
+                      "of a rare one and is wrong about it more often; validated: what gives the better macro F1 on "
+                      "validation")
+    cbis.add_argument("--folds", default=0, type=int, metavar="K",
+                      help="choose on K folds over all training patients in place of the one validation split; 5 is "
+                      "usual and steadier, and costs K times the fits")
 
     other = parser.add_argument_group("other sets, on features extracted once")
     other.add_argument("--cache-features", action="store_true",
                        help="logistic regression in place of SGD, its penalty chosen on a tenth of the training set; "
                        "for sets of up to some 100,000 images")
     other.add_argument("--fraction", default=[], nargs="+", type=float, metavar="FRACTION",
-                       help="logistic regression on these fractions of each class, e.g. 0.01 0.1 (at least two each)")
+                       help="logistic regression on these fractions of each class, e.g. 0.01 0.1 (at least two each); "
+                       "CBIS: of the patients, the penalty chosen on folds among them")
     other.add_argument("--fraction-seeds", default=3, type=utils.positive_int, help="random draws of each fraction")
     other.add_argument("--knn", default=0, type=int, metavar="K", help="k-nearest-neighbour accuracy; 20 is usual")
 
@@ -173,9 +185,10 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
     on_cbis = args.dataset in CBIS_SETS
     # What is missing ends the run before a model is loaded.
     if on_cbis:
-        read_lesions(
-            Path(downstream.cbis_root(args.dataset, args.root, args.catalog)) / f"{CBIS_SETS[args.dataset]}.csv"
-        )
+        root = Path(downstream.cbis_root(args.dataset, args.root, args.catalog))
+        rows = read_lesions(root / f"{CBIS_SETS[args.dataset]}.csv")
+        for baseline in args.baseline:  # an hour of features before the comparison
+            check_baseline(baseline, [row for row in rows if row["split"] == "test" and row[args.image_kind]])
     else:
         find_set(args)
     medslip = on_cbis and args.protocol == "medslip"
@@ -184,16 +197,41 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
         args.pretrained, model=args.model, arch=args.arch, untrained=args.untrained, seed=args.seed,
         device=processes.device, features=features, size=MEDSLIP_SIZE if medslip else None,
     )  # fmt: skip
+    settings = settings_of(args, backbone)
+    if processes.is_main:
+        set_aside_other_results(args.output_dir, settings, args.baseline)
     record_settings(args, backbone, processes)
     if on_cbis:
-        results = probe_cbis(args, backbone, processes)
-    elif args.cache_features or args.fraction or args.knn:
-        results = probe_features(args, backbone, processes)
-    else:
+        results = probe_cbis(args, backbone, processes, settings)
+    elif not on_features(args):
         results = train_sgd(args, backbone, processes)
+    else:
+        results = probe_features(args, backbone, processes, settings)
     if processes.is_main and "stopped_by" not in results:
         utils.write_json(Path(args.output_dir) / "results.json", results)
     return results
+
+
+def on_features(args: argparse.Namespace) -> bool:
+    """Whether another set than CBIS-DDSM is evaluated on features extracted once, not by SGD."""
+    return bool(args.cache_features or args.fraction or args.knn)
+
+
+def settings_of(args: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
+    """What determines the predictions, as results.json has it; results of others are set aside."""
+    settings: dict[str, Any] = {"dataset": args.dataset, "features": backbone.features, "seed": args.seed}
+    settings["weights_sha256"] = backbone.fingerprint()
+    if args.dataset in CBIS_SETS:
+        settings |= {name: getattr(args, name) for name in ("image_kind", "protocol", "class_weights", "folds")}
+        settings["fraction"] = args.fraction
+    elif on_features(args):
+        settings |= {"cache_features": args.cache_features, "fraction": args.fraction, "knn": args.knn}
+    return settings
+
+
+def weights_of(args: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
+    """What results.json says of the weights: the file, and how far they were trained where it tells."""
+    return {"path": args.pretrained, "untrained": args.untrained or not args.pretrained, **backbone.training}
 
 
 def record_settings(args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes) -> None:
@@ -235,10 +273,11 @@ def kept_features(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes) -> dict:
+def probe_cbis(
+    args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes, settings: dict[str, Any]
+) -> dict:
     """Fit one linear layer and evaluate it on the test table; prints, writes predictions, returns the results."""
     root = downstream.cbis_root(args.dataset, args.root, args.catalog)
-    baseline = Predictions.read(args.baseline) if args.baseline else None
     skipped = {}
 
     def samples(split: str) -> Samples:
@@ -251,9 +290,13 @@ def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: distribu
         return Samples(features, np.array(lesions.labels)[kept], [lesions.rows[i] for i in kept])
 
     train, val = samples("train"), samples("val")
-    head = PROTOCOLS[args.protocol](train, val, len(CBIS_CLASSES), macro_auroc, args.seed)
-    test = samples("test")  # read once, after everything is chosen
-    prob = head.probabilities(test.features)
+    choice = Choice(macro_auroc, args.class_weights, macro_f1, args.folds, seed=args.seed)
+    head = PROTOCOLS[args.protocol](train, val, len(CBIS_CLASSES), choice)
+    two_class = fit_without_callback(args, train, val)
+    # The test table is read here for the first time, after everything is chosen.
+    readings = count_reading(args.output_dir, settings) if processes.is_main else 0
+    test = samples("test")
+    predictions = Predictions(test.rows, head.probabilities(test.features))
     results = {
         "model": backbone.name,
         "dataset": args.dataset,
@@ -261,21 +304,98 @@ def probe_cbis(args: argparse.Namespace, backbone: Backbone, processes: distribu
         "features": backbone.features,
         "feature_dim": test.features.shape[1],
         "protocol": args.protocol,
+        "settings": settings,
+        "weights": weights_of(args, backbone),
+        "test_readings": readings,
         "chosen": head.chosen,
         "validation": head.validation,
         "validation_score": "auroc",
         "lesions": {"train": len(train.rows), "val": len(val.rows), "test": len(test.rows)},
         "lesions_skipped": skipped,
     }
-    predictions = Predictions(test.rows, prob)
-    results |= score_predictions(predictions, resamples=args.resamples, seed=args.seed)
-    if baseline is not None:
-        results |= score_difference(predictions, baseline, args.baseline, resamples=args.resamples, seed=args.seed)
+    results |= report_lesions(predictions, head.held_out, args.baseline, settings, args.resamples, args.seed)
+    results["two_class"] = two_class(test)
+    if args.fraction:
+        results["fractions"] = [lesion_fraction(args, train + val, test, fraction) for fraction in args.fraction]
     if processes.is_main:
         predictions.write(Path(args.output_dir) / "predictions.csv")
         how = f"{results['features']} features, {results['protocol']} protocol"
-        log.info(describe_results(results, how))
+        log.info("\n".join([describe_results(results, how), *describe_lesion_fractions(results)]))
     return results
+
+
+def fit_without_callback(args: argparse.Namespace, train: Samples, val: Samples) -> Callable[[Samples], dict]:
+    """Benign or malignant, without the lesions that needed neither biopsy nor further films: test samples -> scores.
+
+    The radiologist dismissed these at a glance, so telling them from the others is another question than the biopsy's.
+    """
+    classes = ("BENIGN", metrics.MALIGNANT)
+    benign, dismissed = (CBIS_CLASSES.index(name) for name in ("BENIGN", "BENIGN_WITHOUT_CALLBACK"))
+
+    def two_classes(samples: Samples) -> Samples:
+        kept = samples[np.flatnonzero(samples.labels != dismissed)]
+        return replace(kept, labels=(kept.labels != benign).astype(int))
+
+    choice = Choice(partial(two_class_auroc, classes), args.class_weights, None, args.folds, seed=args.seed)
+    head = PROTOCOLS[args.protocol](two_classes(train), two_classes(val), 2, choice)
+
+    def score(test: Samples) -> dict:
+        test = two_classes(test)
+        intervals = metrics.patient_bootstrap(
+            test.labels, head.probabilities(test.features), [row["patient"] for row in test.rows], classes,
+            resamples=args.resamples, seed=args.seed,
+        )  # fmt: skip
+        values = {name: asdict(interval) for name, interval in intervals.items()}
+        return {"classes": list(classes), "lesions": len(test.rows), "chosen": head.chosen, "metrics": values}
+
+    return score
+
+
+def two_class_auroc(classes: tuple[str, str], labels: np.ndarray, prob: np.ndarray) -> float:
+    return metrics.classification_metrics(labels, prob, classes)["auroc"]
+
+
+def lesion_fraction(args: argparse.Namespace, known: Samples, test: Samples, fraction: float) -> dict:
+    """The probe on a fraction of the training patients: each metric over --fraction-seeds draws and the test patients.
+
+    Patients are drawn within their gravest pathology, at least two of each, and the setting is chosen on folds among
+    them: the usual validation split has more labels than a small fraction.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"--fraction {fraction}: a fraction of the training set is above 0 and at most 1")
+    patients = np.array([row["patient"] for row in known.rows])
+    names, gravest = np.unique(patients), []
+    for name in names:
+        own = known.labels[patients == name]
+        gravest.append(min(own, key=lambda label: SEVERITY.index(CBIS_CLASSES[label])))
+    probabilities, sizes, drawn = [], [], []
+    for draw in range(args.fraction_seeds if fraction < 1 else 1):
+        part = names[stratified_part(np.array(gravest), fraction, 2, np.random.default_rng((args.seed, draw)))]
+        samples = known[np.flatnonzero(np.isin(patients, part))]
+        choice = Choice(macro_auroc, args.class_weights, macro_f1, min(5, len(part)), seed=args.seed)
+        head = PROTOCOLS[args.protocol](samples, samples[np.arange(0)], len(CBIS_CLASSES), choice)
+        probabilities.append(head.probabilities(test.features))
+        sizes.append(len(samples.rows))
+        drawn.append(len(part))
+    found = comparisons.draw_metrics(
+        test.labels, probabilities, [row["patient"] for row in test.rows], CBIS_CLASSES, resamples=args.resamples,
+        seed=args.seed, trained=fraction < 1,
+    )  # fmt: skip
+    return {
+        "fraction": fraction,
+        "patients": drawn,
+        "lesions": sizes,
+        "values": {name: row.values.tolist() for name, row in found.items()},
+        "metrics": {name: asdict(comparisons.interval(row)) for name, row in found.items()},
+    }
+
+
+def describe_lesion_fractions(results: dict) -> list[str]:
+    return [
+        f"{part['fraction']:.2%} of the training patients ({part['patients'][0]}, {part['lesions'][0]} lesions): AUROC "
+        f"{metrics.Interval(**part['metrics']['auroc']).percent()} over {len(part['lesions'])} draws and the patients"
+        for part in results.get("fractions", ())
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,7 +432,9 @@ def score_set(labels: np.ndarray, outputs: np.ndarray, metric: str) -> metrics.S
     return metrics.percent(metrics.score_outputs(labels, outputs, metric))
 
 
-def probe_features(args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes) -> dict:
+def probe_features(
+    args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes, settings: dict[str, Any]
+) -> dict:
     """Logistic regression, label fractions and k-NN on features extracted once; prints and returns the results."""
     catalog, view = find_set(args), partial(linear_eval_view, backbone.preprocess)
     metric = downstream.metric_of(args.dataset, catalog)
@@ -331,6 +453,8 @@ def probe_features(args: argparse.Namespace, backbone: Backbone, processes: dist
         "model": backbone.name,
         "dataset": args.dataset,
         "features": backbone.features,
+        "settings": settings,
+        "weights": weights_of(args, backbone),
         "unit": "percent",
         "samples": {"train": len(train.labels), "test": len(test.labels)},
         "samples_skipped": skipped,
@@ -484,6 +608,7 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: distribut
         "protocol": "sgd",
         "unit": "percent",
         "settings": run.settings,
+        "weights": weights_of(args, backbone),
         **scores,
         "best_score_on_test": run.best,
     }

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_softmax, logit, softmax
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 from torch import Tensor
 
@@ -31,6 +33,19 @@ METRICS = {
     "precision_malignant": "Precision (Malignant)",
     "recall_malignant": "Recall (Malignant)",
 }
+# What else is said of one class, the positive one, against all others: key -> heading. The thresholds and the
+# temperature behind them are the validation samples' (`operating_point`).
+DETECTION = {
+    "auroc_malignant": "AUROC (malignant)",
+    "average_precision_malignant": "Average precision (malignant)",
+    "balanced_accuracy": "Balanced accuracy",
+    "sensitivity": "Sensitivity (malignant) at validation's threshold",
+    "specificity": "Specificity reached there",
+    "brier": "Brier score (malignant)",
+    "calibration_slope": "Calibration slope (malignant)",
+    "calibration_intercept": "Calibration intercept (malignant)",
+}
+SPECIFICITY = 0.9  # on validation, at the threshold of "sensitivity"
 # What a labelled set of the catalog can report; CLIP's evaluation uses these four.
 SET_METRICS = ("top1", "mean_per_class", "mean_top1_top5", "roc_auc")
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
@@ -63,13 +78,14 @@ class Difference(Interval):
 
 
 def classification_metrics(
-    y_true: Labels, prob: np.ndarray, classes: Sequence[str], malignant: str = MALIGNANT
+    y_true: Labels, prob: np.ndarray, classes: Sequence[str], malignant: str | None = MALIGNANT
 ) -> dict[str, float]:
     """The six columns of the published tables, through scikit-learn.
 
     y_true (n,) holds indices into `classes`, prob (n, k) softmax probabilities. AUROC is one-vs-rest;
     it, F1, precision and recall are plain means over classes. The prediction is the most probable class; the
-    precision of a class that is never predicted counts as 0.
+    precision of a class that is never predicted counts as 0. The last two columns are missing where no class is
+    `malignant` (None).
 
     Raises ValueError for logits in place of probabilities, labels out of range, and a class without samples,
     for which neither recall nor AUROC exists.
@@ -80,11 +96,14 @@ def classification_metrics(
     per_class = precision_recall_fscore_support(labels, prob.argmax(1), labels=range(len(classes)), **averaging)
     precision, recall, f1 = map(np.asarray, per_class[:3])  # (k,) each
     target = _class_index(malignant, classes)
-    values = (np.mean(auroc), f1.mean(), precision.mean(), recall.mean(), precision[target], recall[target])
-    return {name: float(value) for name, value in zip(METRICS, values, strict=True)}
+    values = [np.mean(auroc), f1.mean(), precision.mean(), recall.mean()]
+    values += [precision[target], recall[target]] if target is not None else []
+    return {name: float(value) for name, value in zip(METRICS, values, strict=False)}
 
 
-def _class_index(name: str, classes: Sequence[str]) -> int:
+def _class_index(name: str | None, classes: Sequence[str]) -> int | None:
+    if name is None:
+        return None
     if name not in classes:
         raise ValueError(f"class {name!r} is not among {', '.join(classes)}")
     return list(classes).index(name)
@@ -110,6 +129,160 @@ def _checked(y_true: Labels, prob: np.ndarray, classes: Sequence[str]) -> tuple[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One class against the others
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What the validation samples fixed before the test table was read."""
+
+    temperature: float  # probabilities become softmax(log(p) / temperature)
+    threshold: float  # probability of the positive class, before the temperature, from which on a sample is called
+
+    def calibrated(self, prob: np.ndarray) -> np.ndarray:
+        """Probabilities (n, k) at the temperature (Guo et al. 2017, section 4.2)."""
+        return softmax(_log(prob) / self.temperature, axis=1)
+
+
+def _log(prob: np.ndarray) -> np.ndarray:
+    return np.log(np.asarray(prob, dtype=np.float64).clip(min=1e-12))
+
+
+def operating_point(
+    y_true: Labels, prob: np.ndarray, positive: int, specificity: float = SPECIFICITY
+) -> OperatingPoint:
+    """Temperature and threshold from validation labels (n,) and probabilities (n, k).
+
+    The temperature minimises cross-entropy. The threshold is the lowest probability of class `positive` at which at
+    least `specificity` of the other samples stay below it.
+    """
+    labels, prob = np.asarray(y_true), np.asarray(prob, dtype=np.float64)
+    rows, logs = np.arange(len(labels)), _log(prob)
+
+    def loss(log_temperature: float) -> float:
+        return float(-log_softmax(logs / np.exp(log_temperature), axis=1)[rows, labels].mean())
+
+    found: Any = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
+    others = np.sort(prob[labels != positive, positive])
+    if not len(others):
+        raise ValueError("a threshold needs validation samples of another class than the positive one")
+    allowed = int(np.floor((1 - specificity) * len(others) + 1e-9))  # of the others may be called
+    return OperatingPoint(float(np.exp(found.x)), float(np.nextafter(others[len(others) - 1 - allowed], np.inf)))
+
+
+def detection_bootstrap(
+    y_true: Labels,
+    prob: np.ndarray,
+    patients: Sequence[str],
+    classes: Sequence[str],
+    point: OperatingPoint,
+    *,
+    malignant: str = MALIGNANT,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """DETECTION with percentile intervals over resampled patients, as `patient_bootstrap` has them.
+
+    Balanced accuracy is the mean recall of all classes, the published tables' column "Recall" under its other name.
+    The Brier score and the calibration (Cox's logistic recalibration; Van Calster et al. 2019: the slope, and the
+    intercept at slope 1) are those of the positive class at the point's temperature; NaN where it has one
+    probability for all.
+    """
+    drawn = resampled_detection(y_true, prob, patients, classes, point, malignant, resamples, seed)
+    bounds = _bounds({name: draws for name, (_, draws) in drawn.items()}, level)
+    return {name: Interval(value, *bounds[name]) for name, (value, _) in drawn.items()}
+
+
+def resampled_detection(
+    y_true: Labels,
+    prob: np.ndarray,
+    patients: Sequence[str],
+    classes: Sequence[str],
+    point: OperatingPoint,
+    malignant: str = MALIGNANT,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, tuple[float, np.ndarray]]:
+    """`resampled_metrics` for DETECTION, on the same resamples."""
+    labels, prob = _checked(y_true, prob, classes)
+    target = list(classes).index(malignant)
+    value = _weighted_detection(labels, prob, np.ones((1, len(labels))), target, point)
+    weights = _resample_weights(labels, patients, len(classes), resamples, seed)
+    draws = _weighted_detection(labels, prob, weights, target, point)
+    return {name: (float(value[name][0]), draws[name]) for name in DETECTION}
+
+
+def _weighted_detection(
+    labels: np.ndarray, prob: np.ndarray, weights: np.ndarray, target: int, point: OperatingPoint
+) -> dict[str, np.ndarray]:
+    """DETECTION for each row of weights (R, n) -> (R,)."""
+    positive, score = labels == target, prob[:, target]
+    called, calibrated = score >= point.threshold, point.calibrated(prob)[:, target]
+    of_class = np.stack([labels == c for c in range(prob.shape[1])])  # (k, n)
+    recalls = (weights @ (of_class & (prob.argmax(1) == labels)).T) / (weights @ of_class.T)  # (R, k)
+    slope, intercept = _recalibration(positive, logit(calibrated.clip(1e-12, 1 - 1e-12)), weights)
+    values = (
+        _weighted_auroc(positive, score, weights),
+        _weighted_average_precision(positive, score, weights),
+        recalls.mean(1),
+        weights @ (positive & called) / (weights @ positive),
+        weights @ (~positive & ~called) / (weights @ ~positive),
+        weights @ np.square(calibrated - positive) / weights.sum(1),
+        slope,
+        intercept,
+    )
+    return dict(zip(DETECTION, values, strict=True))
+
+
+def _weighted_average_precision(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean precision over the steps of recall, for each row of weights (R, n) -> (R,); equal scores are one step."""
+    order = np.argsort(-score, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) < 0])
+    weights = weights[:, order].astype(np.float64)
+    hits = np.add.reduceat(weights * positive[order], starts, axis=1)  # (R, distinct scores)
+    called = np.cumsum(np.add.reduceat(weights, starts, axis=1), axis=1)
+    precision = np.cumsum(hits, axis=1) / np.maximum(called, 1e-12)
+    return (hits * precision).sum(1) / hits.sum(1)
+
+
+def _recalibration(positive: np.ndarray, logits: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and intercept (R,) of outcome ~ logit for each row of weights: Newton's method on all rows at once.
+
+    The slope has an intercept of its own; the intercept returned is that of slope 1. A slope above 100 (outcomes that
+    the logits separate) is cut there.
+    """
+    rows = len(weights)
+    if np.ptp(logits) < 1e-9:
+        return np.full(rows, np.nan), _offset(positive, logits, weights)
+    a, b = np.zeros(rows), np.ones(rows)
+    for _ in range(30):
+        p = expit(a[:, None] + b[:, None] * logits)  # (R, n)
+        error, curvature = weights * (positive - p), weights * p * (1 - p)
+        h00, h01, h11 = curvature.sum(1), curvature @ logits, curvature @ np.square(logits)
+        g0, g1 = error.sum(1), error @ logits
+        det = np.maximum(h00 * h11 - h01**2, 1e-12)
+        step_a, step_b = (h11 * g0 - h01 * g1) / det, (h00 * g1 - h01 * g0) / det
+        a, b = a + step_a.clip(-5, 5), (b + step_b.clip(-5, 5)).clip(-100, 100)
+        if max(np.abs(step_a).max(), np.abs(step_b).max()) < 1e-8:
+            break
+    return b, _offset(positive, logits, weights)
+
+
+def _offset(positive: np.ndarray, logits: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The intercept (R,) of outcome ~ logit at slope 1."""
+    a = np.zeros(len(weights))
+    for _ in range(30):
+        p = expit(a[:, None] + logits)
+        step = (weights * (positive - p)).sum(1) / np.maximum((weights * p * (1 - p)).sum(1), 1e-12)
+        a += step.clip(-5, 5)
+        if np.abs(step).max() < 1e-8:
+            break
+    return a
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Classification by a probe: bootstrap over patients
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -120,7 +293,7 @@ def patient_bootstrap(
     patients: Sequence[str],
     classes: Sequence[str],
     *,
-    malignant: str = MALIGNANT,
+    malignant: str | None = MALIGNANT,
     resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
@@ -135,12 +308,29 @@ def patient_bootstrap(
     since no metric is defined on them: the interval is conditional on every class being present. Where that
     concerns most resamples the patients are too few for an interval, a ValueError.
     """
+    drawn = resampled_metrics(y_true, prob, patients, classes, malignant, resamples, seed)
+    bounds = _bounds({name: draws for name, (_, draws) in drawn.items()}, level)
+    return {name: Interval(value, *bounds[name]) for name, (value, _) in drawn.items()}
+
+
+def resampled_metrics(
+    y_true: Labels,
+    prob: np.ndarray,
+    patients: Sequence[str],
+    classes: Sequence[str],
+    malignant: str | None = MALIGNANT,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, tuple[float, np.ndarray]]:
+    """What `patient_bootstrap` summarises: each metric's value and its values (resamples,) on resampled patients.
+
+    The same labels, patients, resamples and seed give the same resamples whatever the probabilities are.
+    """
     labels, prob = _checked(y_true, prob, classes)
     point = classification_metrics(labels, prob, classes, malignant)
     weights = _resample_weights(labels, patients, len(classes), resamples, seed)
     draws = _weighted_metrics(labels, prob, weights, _class_index(malignant, classes))
-    bounds = _bounds(draws, level)
-    return {name: Interval(point[name], *bounds[name]) for name in METRICS}
+    return {name: (value, draws[name]) for name, value in point.items()}
 
 
 def paired_patient_bootstrap(
@@ -150,7 +340,7 @@ def paired_patient_bootstrap(
     patients: Sequence[str],
     classes: Sequence[str],
     *,
-    malignant: str = MALIGNANT,
+    malignant: str | None = MALIGNANT,
     resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
@@ -160,22 +350,19 @@ def paired_patient_bootstrap(
     The pairing removes the part of the spread that both share: which patients were drawn. The p-value is
     two-sided: twice the smaller fraction of resamples on either side of zero, the observed sample being one.
     """
-    labels, prob = _checked(y_true, prob, classes)
-    _, prob_baseline = _checked(y_true, prob_baseline, classes)
-    target = _class_index(malignant, classes)
-    first = classification_metrics(labels, prob, classes, malignant)
-    second = classification_metrics(labels, prob_baseline, classes, malignant)
-    weights = _resample_weights(labels, patients, len(classes), resamples, seed)
-    draws = _weighted_metrics(labels, prob, weights, target)
-    baseline = _weighted_metrics(labels, prob_baseline, weights, target)
-    draws = {name: draws[name] - baseline[name] for name in METRICS}
+    first, second = (
+        resampled_metrics(y_true, p, patients, classes, malignant, resamples, seed) for p in (prob, prob_baseline)
+    )
+    draws = {name: first[name][1] - second[name][1] for name in first}
     bounds = _bounds(draws, level)
     return {
-        name: Difference(first[name] - second[name], *bounds[name], p_value=_two_sided(draws[name])) for name in METRICS
+        name: Difference(first[name][0] - second[name][0], *bounds[name], p_value=two_sided(draws[name]))
+        for name in first
     }
 
 
-def _two_sided(draws: np.ndarray) -> float:
+def two_sided(draws: np.ndarray) -> float:
+    """Twice the smaller fraction of draws on either side of zero, the observed sample being one."""
     smaller = min((draws <= 0).sum(), (draws >= 0).sum())
     return float(min(1.0, 2 * (1 + smaller) / (1 + len(draws))))
 
@@ -210,7 +397,7 @@ def _resample_weights(
 
 
 def _weighted_metrics(
-    labels: np.ndarray, prob: np.ndarray, weights: np.ndarray, malignant: int
+    labels: np.ndarray, prob: np.ndarray, weights: np.ndarray, malignant: int | None
 ) -> dict[str, np.ndarray]:
     """Every metric of classification_metrics for each row of weights (R, n) -> (R,)."""
     k = prob.shape[1]
@@ -222,8 +409,9 @@ def _weighted_metrics(
     precision = hits / np.maximum(predicted, 1)  # never predicted: no hits either, hence 0
     f1 = 2 * hits / (actual + predicted)
     auroc = np.stack([_weighted_auroc(labels == c, prob[:, c], weights) for c in range(k)], axis=1)
-    macro = (m.mean(1) for m in (auroc, f1, precision, recall))
-    return dict(zip(METRICS, (*macro, precision[:, malignant], recall[:, malignant]), strict=True))
+    values = [m.mean(1) for m in (auroc, f1, precision, recall)]
+    values += [precision[:, malignant], recall[:, malignant]] if malignant is not None else []
+    return dict(zip(METRICS, values, strict=False))
 
 
 def _weighted_auroc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:

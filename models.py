@@ -595,6 +595,7 @@ class Pretrained:
     preprocess: Preprocess
     tokenizer: Tokenizer | None  # None: no text side, or MedCLIP's weights without --bert-vocab
     source: str  # what was loaded, for people
+    training: dict[str, Any] = field(default_factory=dict)  # epoch, epochs, step and finished, of our checkpoints
 
 
 def _is_medclip_state(state: dict) -> bool:
@@ -645,7 +646,7 @@ def load_pretrained(
     if remark:
         log.warning(f"{path} is {remark}")
     source = f"{loaded.name} from {kind} {path}" + (f", {remark}" if remark else "")
-    return Pretrained(loaded, loaded.preprocess, tokenizer, source)
+    return Pretrained(loaded, loaded.preprocess, tokenizer, source, utils.training_progress(state, path))
 
 
 def _from_ours(state: dict, path: str | Path, pooling: dict) -> tuple[ImageModel, Tokenizer | None, str]:

@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from scipy.special import softmax
+from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -56,13 +58,34 @@ LAMBDAS = tuple(10.0 ** (1 - i / 5) for i in range(30))  # 10 to 1.6e-5, five a 
 ONE_THREAD = 10**9
 
 
+Predict = Callable[[np.ndarray], np.ndarray]  # features (n, d) -> probabilities (n, k)
+CLASS_WEIGHTS = ("none", "balanced", "validated")
+
+
 @dataclass(frozen=True)
 class Head:
     """A fitted head: `probabilities(features (n, d)) -> (n, k)`, and how its setting was chosen."""
 
-    probabilities: Callable[[np.ndarray], np.ndarray]
-    chosen: dict[str, float]
-    validation: list[dict[str, float]]  # score and loss of each setting on the validation samples
+    probabilities: Predict
+    chosen: dict[str, Any]
+    validation: list[dict[str, Any]]  # score and loss of each setting on the validation samples
+    # The validation samples' labels (n,) and probabilities (n, k) by the chosen setting, fitted without them.
+    held_out: tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a probe's setting is chosen."""
+
+    score: Score  # of the validation samples; the highest is taken
+    # none, balanced (each class weighs as much as any other in the loss) or validated: of the two the one whose
+    # predictions `decide` better. Weights move the decision and hardly the ranking, so `decide` is no AUROC.
+    class_weights: str = "none"
+    decide: Score | None = None
+    # 0: on the validation samples. Else each fold over the groups of training and validation samples in turn.
+    folds: int = 0
+    group: str = "patient"  # column of a sample's row
+    seed: int = 0
 
 
 def score_setting(labels: np.ndarray, prob: np.ndarray, score: Score) -> dict[str, float]:
@@ -75,30 +98,93 @@ def best_of(sweep: list[dict[str, float]]) -> dict[str, float]:
     return max(sweep, key=lambda entry: (entry["score"], -entry["loss"]))
 
 
-def fit_logistic(train: Samples, val: Samples, num_classes: int, score: Score, seed: int = 0) -> Head:
+def folds_of(samples: Samples, choice: Choice) -> list[tuple[Samples, Samples]]:
+    """(training, held-out) samples of each fold: whole groups, classes in proportion."""
+    groups = [row[choice.group] for row in samples.rows]
+    if choice.folds < 2 or len(set(groups)) < choice.folds:
+        raise ValueError(f"{choice.folds} folds: choose 2 to {len(set(groups))}, the number of {choice.group}s")
+    splitter = StratifiedGroupKFold(choice.folds, shuffle=True, random_state=choice.seed)
+    parts = splitter.split(samples.labels, samples.labels, groups)
+    return [(samples[fitted], samples[held_out]) for fitted, held_out in parts]
+
+
+def fit_chosen(
+    train: Samples,
+    val: Samples,
+    name: str,
+    settings: Sequence[float],
+    fit: Callable[[Samples, Sequence[float], bool], list[Predict]],
+    refit: Callable[[Samples, float, bool], Predict],
+    choice: Choice,
+) -> Head:
+    """The head whose setting is best on held-out samples, fitted again on all of train and val.
+
+    Args:
+        name: of the setting, such as lambda.
+        fit: samples, settings and whether classes are balanced -> a predictor for each setting.
+        refit: the same for the last fit.
+    """
+    if choice.class_weights not in CLASS_WEIGHTS:
+        raise ValueError(f"unknown class weights {choice.class_weights!r}; choose from {', '.join(CLASS_WEIGHTS)}")
+    parts = folds_of(train + val, choice) if choice.folds else [(train, val)]
+    labels = np.concatenate([held_out.labels for _, held_out in parts])
+    validation, candidates = [], []
+    for balanced in {"none": [False], "balanced": [True], "validated": [False, True]}[choice.class_weights]:
+        predictors = [fit(fitted, settings, balanced) for fitted, _ in parts]
+        weighting = {} if choice.class_weights == "none" else {"balanced": balanced}
+
+        def held_out_by(i: int, predictors: list[list[Predict]] = predictors) -> np.ndarray:
+            """Probabilities of all held-out samples by setting i, one setting in memory at a time."""
+            return np.concatenate([fold[i](out.features) for fold, (_, out) in zip(predictors, parts, strict=True)])
+
+        sweep = [
+            {name: setting, **weighting, **score_setting(labels, held_out_by(i), choice.score)}
+            for i, setting in enumerate(settings)
+        ]
+        best = best_of(sweep)
+        prob = held_out_by(sweep.index(best))
+        if choice.class_weights == "validated":
+            best["decision"] = (choice.decide or choice.score)(labels, prob)
+        validation += sweep
+        candidates.append((best, prob))
+    best, prob = max(candidates, key=lambda candidate: candidate[0].get("decision", 0.0))  # the first of equals
+    chosen = {key: best[key] for key in (name, "balanced") if key in best}
+    return Head(refit(train + val, best[name], best.get("balanced", False)), chosen, validation, (labels, prob))
+
+
+def fit_logistic(train: Samples, val: Samples, num_classes: int, choice: Choice | Score) -> Head:
     """L2-regularised multinomial logistic regression; the penalty that is best on `val` is kept.
 
     The last fit is on train and val together with the same penalty for each sample, so no labelled sample is
-    wasted. The optimum is unique: `seed` has no influence.
+    wasted.
     """
-    path = logistic_path(train, LAMBDAS, num_classes)
-    sweep = [
-        {"lambda": penalty, **score_setting(val.labels, predict(val.features), score)}
-        for penalty, predict in zip(LAMBDAS, path, strict=True)
-    ]
-    best = best_of(sweep)["lambda"]
-    (predict,) = logistic_path(train + val, [best], num_classes, tolerance=1e-6)
-    return Head(predict, {"lambda": best}, sweep)
+    return fit_chosen(
+        train, val, "lambda", LAMBDAS,
+        lambda samples, penalties, balanced: logistic_path(samples, penalties, num_classes, balanced=balanced),
+        lambda samples, best, balanced: logistic_path(samples, [best], num_classes, 1e-6, balanced)[0],
+        choice if isinstance(choice, Choice) else Choice(choice),
+    )  # fmt: skip
+
+
+def class_weights(labels: np.ndarray) -> np.ndarray:
+    """A weight for each sample (n,), their mean being 1, with which each class weighs the same."""
+    classes, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return (len(labels) / (len(classes) * counts))[place]
 
 
 def logistic_path(
-    samples: Samples, penalties: Sequence[float], num_classes: int, tolerance: float = 1e-4
-) -> list[Callable[[np.ndarray], np.ndarray]]:
+    samples: Samples,
+    penalties: Sequence[float],
+    num_classes: int,
+    tolerance: float = 1e-4,
+    balanced: bool = False,
+) -> list[Predict]:
     """Logistic regression at each penalty, in their order: functions from features (n, d) to probabilities (n, k).
 
     Minimises mean cross-entropy + penalty / 2 * |W|^2 over standardised features in float64 until no component
     of the gradient exceeds `tolerance`. The bias is free; classes without samples get probability zero. Two
-    classes have one weight vector, as in scikit-learn, whose C is 1 / (n * penalty).
+    classes have one weight vector, as in scikit-learn, whose C is 1 / (n * penalty). With `balanced` the mean is
+    weighted by `class_weights`.
 
     One eigendecomposition of the features' covariance serves all penalties: on its axes the curvature of the
     loss at zero is diagonal, variance / k + penalty, and scaling the variables by its root lets L-BFGS make few
@@ -114,6 +200,7 @@ def logistic_path(
     x, variance, axes = _on_principal_axes(np.asarray(scaler.transform(samples.features.astype(np.float64))))
     shape = (len(variance) + 1, len(classes))  # the last row is the bias
     curve = [np.zeros(shape)]
+    weights = (class_weights(labels) if balanced else np.ones(len(labels))) / len(labels)
     with threadpool_limits(1 if x.size * len(classes) < ONE_THREAD else None):
         for penalty in penalties:
             # One vector for the difference of two classes, halved between them, has half the squared length.
@@ -122,7 +209,7 @@ def logistic_path(
             # The parabola through the last three solutions; until there are three, the last one.
             start = 3 * (curve[-1] - curve[-2]) + curve[-3] if len(curve) > 3 else curve[-1]
             result = minimize(
-                _scaled_loss, (start / scale).ravel(), args=(x, labels, strength, scale), jac=True,
+                _scaled_loss, (start / scale).ravel(), args=(x, labels, weights, strength, scale), jac=True,
                 method="L-BFGS-B", options={"maxiter": 5000, "maxfun": 10000, "gtol": tolerance, "ftol": 0.0},
             )  # fmt: skip
             if result.status == 1:
@@ -150,9 +237,9 @@ def _on_principal_axes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _scaled_loss(
-    scaled: np.ndarray, x: np.ndarray, labels: np.ndarray, strength: float, scale: np.ndarray
+    scaled: np.ndarray, x: np.ndarray, labels: np.ndarray, of_sample: np.ndarray, strength: float, scale: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Penalised mean cross-entropy at the weights scale * scaled, and its gradient by `scaled`."""
+    """Penalised cross-entropy, weighed by `of_sample` (n,), at the weights scale * scaled; its gradient by `scaled`."""
     weight = scaled.reshape(len(scale), -1) * scale  # (r + 1, k)
     rows = np.arange(len(x))
     logits = x @ weight[:-1] + weight[-1]  # (n, k)
@@ -160,10 +247,10 @@ def _scaled_loss(
     own = logits[rows, labels]
     np.exp(logits, out=logits)
     total = logits.sum(1, keepdims=True)
-    loss = (np.log(total[:, 0]) - own).mean() + strength / 2 * np.square(weight[:-1]).sum()
+    loss = (np.log(total[:, 0]) - own) @ of_sample + strength / 2 * np.square(weight[:-1]).sum()
     logits /= total  # probabilities
     logits[rows, labels] -= 1
-    logits /= len(x)
+    logits *= of_sample[:, None]
     gradient = np.vstack([x.T @ logits + strength * weight[:-1], logits.sum(0)])
     return loss, (gradient * scale).ravel()
 
@@ -186,25 +273,31 @@ MEDSLIP_BATCH = 16
 MEDSLIP_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
-def fit_medslip(train: Samples, val: Samples, num_classes: int, score: Score, seed: int = 0) -> Head:
+def fit_medslip(train: Samples, val: Samples, num_classes: int, choice: Choice | Score) -> Head:
     """A linear layer by AdamW as the first MedSLIP trained one; the learning rate that is best on `val` is kept.
 
     The last fit is on train and val together.
     """
-    sweep = []
-    for rate in MEDSLIP_RATES:
-        predict = train_medslip(train, num_classes, rate, seed)
-        sweep.append({"lr": rate, **score_setting(val.labels, predict(val.features), score)})
-    best = best_of(sweep)["lr"]
-    return Head(train_medslip(train + val, num_classes, best, seed), {"lr": best}, sweep)
+    choice = choice if isinstance(choice, Choice) else Choice(choice)
+
+    def fit(samples: Samples, rates: Sequence[float], balanced: bool) -> list[Predict]:
+        return [train_medslip(samples, num_classes, rate, choice.seed, balanced) for rate in rates]
+
+    return fit_chosen(
+        train, val, "lr", MEDSLIP_RATES, fit, lambda samples, rate, balanced: fit(samples, [rate], balanced)[0], choice
+    )
 
 
-def train_medslip(samples: Samples, num_classes: int, rate: float, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+def train_medslip(samples: Samples, num_classes: int, rate: float, seed: int, balanced: bool = False) -> Predict:
     """50 epochs over shuffled batches of 16, one cosine over the whole run; returns features -> probabilities."""
     torch.manual_seed(seed)
     scaler = StandardScaler().fit(samples.features)
     x = torch.as_tensor(scaler.transform(samples.features), dtype=torch.float32)  # (n, d)
     y = torch.as_tensor(samples.labels)
+    weight = None
+    if balanced:
+        weight = torch.ones(num_classes)
+        weight[y] = torch.as_tensor(class_weights(samples.labels), dtype=torch.float32)
     layer = nn.Linear(x.shape[1], num_classes)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=rate)
     starts = range(0, len(x), MEDSLIP_BATCH)
@@ -216,7 +309,7 @@ def train_medslip(samples: Samples, num_classes: int, rate: float, seed: int) ->
             for group in optimizer.param_groups:
                 group["lr"] = utils.cosine_lr(step, total, rate, 0.0)
             optimizer.zero_grad()
-            F.cross_entropy(layer(x[batch]), y[batch]).backward()
+            F.cross_entropy(layer(x[batch]), y[batch], weight=weight).backward()
             optimizer.step()
 
     @torch.inference_mode()

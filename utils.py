@@ -289,6 +289,16 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def training_progress(state: dict, path: str | Path) -> dict[str, Any]:
+    """How far a checkpoint's weights were trained and whether their run was finished; {} where it does not say."""
+    args = state.get("args")
+    epochs = args.get("epochs") if isinstance(args, dict) else None
+    if "step_in_epoch" not in state or not epochs:
+        return {}
+    progress = {"epoch": state["epoch"], "epochs": epochs, "finished": not unfinished(state, path)}
+    return progress | ({"step": state["step"]} if "step" in state else {})
+
+
 def unfinished(state: dict, path: str | Path) -> str:
     """What to say of a training checkpoint whose run has not reached its end; "" for one that has, or is no run's.
 

@@ -41,6 +41,7 @@ import downstream
 import loader
 import metrics
 import models
+import predictions
 import utils
 from beit_finetuning import optim
 from beit_finetuning.modeling_finetune import BEIT_MODELS, create_beit, create_tower, tower_classifier
@@ -204,8 +205,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--save-every-minutes", "--save_every_minutes", default=30.0, type=float, metavar="MINUTES",
                      help="checkpoint within an epoch this often")
     run.add_argument("--resamples", default=2000, type=utils.positive_int, help="CBIS: of the patients, for intervals")
-    run.add_argument("--baseline", default="", type=str, metavar="PREDICTIONS.CSV",
-                     help="CBIS: another run's predictions: adds the paired difference to them")
+    run.add_argument("--baseline", default=[], nargs="+", type=str, metavar="PREDICTIONS.CSV",
+                     help="CBIS: other runs' predictions: adds the paired difference to each")
 # fmt: on
 
 
@@ -261,6 +262,8 @@ def open_lesions(args: argparse.Namespace) -> Sets:
         lesions = cbis.CbisLesions(root, cbis.CBIS_SETS[args.data_set], split, args.image_kind, None, args.skip_broken)
         images[split] = downstream.lesion_images(lesions, None)
         rows[split], absent[split] = lesions.rows, lesions.dropped
+    for baseline in args.baseline:  # before hours of training
+        predictions.check_baseline(baseline, rows["test"])
     return Sets(images["train"], images["val"], images["test"], "top1", rows, absent)
 
 
@@ -661,7 +664,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 def validation_score(run: Run, model: nn.Module) -> float:
     assert run.sets.val is not None
     logits, kept = logits_of(run, model, run.sets.val, "validation")
-    return cbis.macro_auroc(run.sets.val.labels[kept], probabilities(logits))
+    return predictions.macro_auroc(run.sets.val.labels[kept], probabilities(logits))
 
 
 def test_scores(run: Run, model: nn.Module) -> metrics.Scores:
@@ -686,14 +689,25 @@ def report(run: Run) -> dict:
     return results | report_lesions(run)
 
 
+def lesion_settings(run: Run) -> dict[str, Any]:
+    """What a comparison with another run's predictions should find the same, or name."""
+    args = run.args
+    return {"dataset": args.data_set, "image_kind": args.image_kind, "protocol": "fine-tuning", "seed": args.seed}
+
+
 def report_lesions(run: Run) -> dict:
     """CBIS-DDSM's test table, read once, with the weights that the validation split chose."""
     args = run.args
-    baseline = cbis.Predictions.read(args.baseline) if args.baseline else None
+    settings = lesion_settings(run)
     best = utils.load_checkpoint(Path(args.output_dir) / "checkpoint_best.pt")
     run.model.load_state_dict(best["state_dict"])
+    assert run.sets.val is not None
+    logits, kept = logits_of(run, run.model, run.sets.val, "validation")
+    held_out = run.sets.val.labels[kept], probabilities(logits)
+    # The test table is read here for the first time.
+    readings = predictions.count_reading(args.output_dir, settings) if run.processes.is_main else 0
     logits, kept = logits_of(run, run.model, run.sets.test, "test")
-    predictions = cbis.Predictions([run.sets.lesions["test"][i] for i in kept], probabilities(logits))
+    found = predictions.Predictions([run.sets.lesions["test"][i] for i in kept], probabilities(logits))
     results: dict[str, Any] = {
         "model": run.name,
         "dataset": args.data_set,
@@ -701,20 +715,23 @@ def report_lesions(run: Run) -> dict:
         "chosen": {"epoch": best["epoch"], "epochs": args.epochs, "class_weights": args.class_weights},
         "validation": best["best"],
         "validation_score": "auroc",
+        "settings": settings,
+        "weights": {"path": args.finetune},
+        "test_readings": readings,
         "lesions": {split: len(rows) for split, rows in run.sets.lesions.items()} | {"test": len(kept)},
         "lesions_skipped": {**run.sets.absent, "test": run.sets.absent["test"] + len(run.sets.test) - len(kept)},
     }
-    results |= cbis.score_predictions(predictions, args.resamples, args.seed)
+    results |= predictions.report_lesions(found, held_out, args.baseline, settings, args.resamples, args.seed)
     if run.ema is not None:
         run.ema.module.load_state_dict(best["state_dict_ema"])
         averaged, _ = logits_of(run, run.ema.module, run.sets.test, "test, averaged weights")
-        average = cbis.Predictions(predictions.rows, probabilities(averaged))
-        results["ema"] = cbis.score_predictions(average, args.resamples, args.seed)
-    if baseline is not None:
-        results |= cbis.score_difference(predictions, baseline, args.baseline, args.resamples, args.seed)
+        average = predictions.Predictions(found.rows, probabilities(averaged))
+        results["ema"] = predictions.score_predictions(average, args.resamples, args.seed)
     if run.processes.is_main:
-        predictions.write(Path(args.output_dir) / "predictions.csv")
-        log.info(cbis.describe_results(results, f"fine-tuned end to end, epoch {best['epoch']} of {args.epochs}"))
+        found.write(Path(args.output_dir) / "predictions.csv")
+        log.info(
+            predictions.describe_results(results, f"fine-tuned end to end, epoch {best['epoch']} of {args.epochs}")
+        )
     return results
 
 

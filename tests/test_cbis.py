@@ -164,7 +164,7 @@ def test_missing_images_are_named_and_left_empty(tmp_path, caplog):
     assert lost["lesion"] in line and "no crop" in line and "row 1," in line
     assert line in caplog.text
     again = next(row for row in read_table(tmp_path, "mass") if row["lesion"] == lost["lesion"])
-    assert again == lost | {"crop": ""}
+    assert again == lost | {"crop": "", "crop_width": "", "crop_height": ""}
     assert truth[Path(again["mask"])] == "ROI mask images"
 
     with pytest.raises(ValueError, match=f"1 of .* test lesions have no crop: {lost['lesion']}"):

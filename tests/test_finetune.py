@@ -26,6 +26,7 @@ import cbis
 import downstream
 import main_linear
 import models
+import predictions
 import utils
 from beit_finetuning import optim, run_class_finetuning
 from beit_finetuning.modeling_finetune import Beit, create_beit
@@ -353,9 +354,9 @@ def test_lesions_give_a_row_that_compares_with_the_probes(tower, tmp_path):
     results = run_class_finetuning.main([*argv, "--output_dir", str(tmp_path / "out")])
     assert results["validation_score"] == "auroc" and set(results["metrics"]) >= {"auroc", "f1"}
     assert set(results["ema"]["metrics"]) == set(results["metrics"])
-    predictions = cbis.Predictions.read(tmp_path / "out" / "predictions.csv")
-    assert len(predictions.rows) == results["lesions"]["test"]
-    np.testing.assert_allclose(predictions.prob.sum(1), 1)
+    found = predictions.Predictions.read(tmp_path / "out" / "predictions.csv")
+    assert len(found.rows) == results["lesions"]["test"]
+    np.testing.assert_allclose(found.prob.sum(1), 1)
     probe = main_linear.main(
         ["--dataset", "cbis_mass", "--root", str(root), "--pretrained", str(checkpoint), "-j", "0", "--gpu", "-1",
          "--resamples", "50", "--output-dir", str(tmp_path / "probe"),

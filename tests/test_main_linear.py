@@ -164,7 +164,7 @@ def test_the_test_table_is_read_once_and_last(cbis, checkpoint, tmp_path, monkey
     monkeypatch.setattr(main_linear, "CbisLesions", recorded_lesions)
     monkeypatch.setitem(main_linear.PROTOCOLS, "logistic", recorded_fit)
     probe(cbis, tmp_path, "--pretrained", str(checkpoint))
-    assert order == ["train", "val", "chosen", "test"]
+    assert order == ["train", "val", "chosen", "chosen", "test"]  # three classes, then two of them
 
 
 def test_kept_features_are_used_only_for_the_same_weights_and_images(cbis, checkpoint, tmp_path, monkeypatch):
@@ -514,3 +514,61 @@ def test_a_set_of_ones_own_reports_the_metric_of_its_entry(catalog, checkpoint, 
     assert create_downstream("scans", True, None, {"scans": entry}).classes == ["boxer", "beagle", "Abyssinian"]
     with pytest.raises(ValueError, match="roco has captions, not classes"):
         main_linear.main(["--dataset", "roco", "--output-dir", str(tmp_path), "--gpu", "-1"])
+
+
+def test_lesion_probe_says_what_it_read_and_sets_other_results_aside(cbis, checkpoint, tmp_path):
+    flags = ("--pretrained", str(checkpoint))
+    first = probe(cbis, tmp_path, *flags)
+    assert first["weights"]["path"] == str(checkpoint) and not first["weights"]["untrained"]
+    assert first["settings"]["weights_sha256"] and first["test_readings"] == 1
+    before = (tmp_path / "predictions.csv").read_text()
+    second = probe(cbis, tmp_path, *flags, "--class-weights", "balanced", "--folds", "3")
+    assert second["test_readings"] == 2 and second["chosen"]["balanced"] is True
+    assert (tmp_path / "earlier_1" / "predictions.csv").read_text() == before
+    assert json.loads((tmp_path / "earlier_1" / "results.json").read_text()) == first
+    readings = [json.loads(line) for line in (tmp_path / "test_readings.jsonl").read_text().splitlines()]
+    assert [reading["folds"] for reading in readings] == [0, 3] and all(reading["time"] for reading in readings)
+
+
+def test_class_weights_are_chosen_on_validation(cbis, checkpoint, tmp_path):
+    results = probe(cbis, tmp_path, "--pretrained", str(checkpoint), "--class-weights", "validated")
+    best = {entry["balanced"]: entry for entry in results["validation"] if "decision" in entry}
+    assert set(best) == {False, True}
+    better = max(best.values(), key=lambda entry: entry["decision"])
+    assert best[results["chosen"]["balanced"]]["decision"] == better["decision"]
+
+
+def test_several_baselines_and_what_else_they_did_otherwise(cbis, checkpoint, tmp_path):
+    flags = ("--pretrained", str(checkpoint))
+    probe(cbis, tmp_path / "full", *flags, "--picture", "full")
+    probe(cbis, tmp_path / "same", *flags)
+    paths = [str(tmp_path / name / "predictions.csv") for name in ("full", "same")]
+    results = probe(cbis, tmp_path / "run", *flags, "--baseline", *paths)
+    assert [entry["baseline"] for entry in results["differences"]] == paths
+    assert results["difference"] == results["differences"][0]["difference"]
+    assert results["differences"][0]["settings_differ"]["image_kind"] == ["full", "crop"]
+    assert results["differences"][1]["settings_differ"] == {}
+    assert results["differences"][1]["difference"]["auroc"]["value"] == 0
+    mass = tmp_path / "mass"
+    probe(cbis, mass, *flags, "--dataset", "cbis_mass")
+    with pytest.raises(ValueError, match="are not the"):
+        probe(cbis, tmp_path / "late", *flags, "--baseline", paths[0], str(mass / "predictions.csv"))
+    assert not (tmp_path / "late").exists()  # before the features
+
+
+def test_label_fractions_on_lesions_are_fractions_of_the_patients(cbis, checkpoint, tmp_path):
+    flags = ("--pretrained", str(checkpoint), "--fraction", "0.3", "1.0", "--fraction-seeds", "2")
+    small, whole = probe(cbis, tmp_path, *flags)["fractions"]
+    patients = {row["patient"] for row in read_csv(cbis / "calc.csv") if row["split"] != "test"}
+    assert whole["patients"] == [len(patients)] and len(small["patients"]) == 2
+    assert small["patients"][0] == pytest.approx(0.3 * len(patients), abs=2)
+    assert len(small["values"]["auroc"]) == 2 and small["metrics"]["auroc"]["low"] <= small["metrics"]["auroc"]["value"]
+    with pytest.raises(ValueError, match="at most 1"):
+        probe(cbis, tmp_path / "bad", *flags[:2], "--fraction", "1.5")
+
+
+def test_two_classes_without_the_dismissed_lesions(run, cbis):
+    two = run[1]["two_class"]
+    table = [row for row in read_csv(cbis / "mass.csv") if row["split"] == "test"]
+    assert two["lesions"] == sum(row["pathology"] != "BENIGN_WITHOUT_CALLBACK" for row in table)
+    assert two["classes"] == ["BENIGN", "MALIGNANT"] and two["metrics"]["auroc"]["value"] > 0.9

@@ -1,0 +1,213 @@
+"""What is said of a test table beside its six columns, against scikit-learn and by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, log_loss, roc_auc_score
+
+import cbis
+import metrics
+import predictions
+import references
+from predictions import Predictions
+
+CLASSES = cbis.CBIS_CLASSES
+
+
+def table(n: int = 240, seed: int = 0, signal: float = 1.5) -> Predictions:
+    """Lesions of patients with two breasts and two views, and overconfident probabilities that know something."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        label = int(rng.choice(3, p=(0.5, 0.2, 0.3)))
+        rows.append({
+            "lesion": f"L{i}", "patient": f"P{i // 3}", "side": ("LEFT", "RIGHT")[i % 3 == 2],
+            "view": ("CC", "MLO")[i % 2], "abnormality": "1", "pathology": CLASSES[label], "split": "test",
+            "density": str(1 + i % 4), "assessment": "", "subtlety": "3", "crop_width": str(50 + i),
+            "crop_height": "10",
+        })  # fmt: skip
+    labels = np.array([CLASSES.index(row["pathology"]) for row in rows])
+    logits = rng.normal(0, 2, (n, 3)) + signal * 2 * np.eye(3)[labels]
+    prob = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return Predictions(rows, prob)
+
+
+def test_detection_equals_scikit_learns():
+    val, test = table(seed=1), table()
+    point = metrics.operating_point(val.labels, val.prob, 2)
+    found = metrics.detection_bootstrap(test.labels, test.prob, test.patients, CLASSES, point, resamples=200)
+    positive, score = test.labels == 2, test.prob[:, 2]
+    value = {name: interval.value for name, interval in found.items()}
+    assert value["auroc_malignant"] == pytest.approx(roc_auc_score(positive, score))
+    assert value["average_precision_malignant"] == pytest.approx(average_precision_score(positive, score))
+    assert value["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(test.labels, test.prob.argmax(1)))
+    called = score >= point.threshold
+    assert value["sensitivity"] == pytest.approx(called[positive].mean())
+    assert value["specificity"] == pytest.approx((~called)[~positive].mean())
+    calibrated = point.calibrated(test.prob)[:, 2]
+    assert value["brier"] == pytest.approx(np.mean((calibrated - positive) ** 2))
+    logit = np.log(calibrated / (1 - calibrated))[:, None]
+    second = LogisticRegression(C=1e10, tol=1e-10, max_iter=1000).fit(logit, positive)
+    assert value["calibration_slope"] == pytest.approx(second.coef_.item(), rel=1e-3)
+    for interval in found.values():
+        assert interval.low <= interval.value <= interval.high
+
+
+def test_the_intercept_makes_the_mean_probability_the_prevalence():
+    test = table()
+    point = metrics.OperatingPoint(1.0, 0.5)
+    found = metrics.detection_bootstrap(test.labels, test.prob, test.patients, CLASSES, point, resamples=50)
+    p = test.prob[:, 2].clip(1e-12, 1 - 1e-12)
+    shifted = 1 / (1 + np.exp(-(np.log(p / (1 - p)) + found["calibration_intercept"].value)))
+    assert shifted.mean() == pytest.approx((test.labels == 2).mean(), abs=1e-6)
+
+
+def test_the_threshold_keeps_the_specificity_on_validation_and_no_lower_one_does():
+    val = table(seed=1)
+    point = metrics.operating_point(val.labels, val.prob, 2, specificity=0.9)
+    others = val.prob[val.labels != 2, 2]
+    assert (others < point.threshold).mean() >= 0.9
+    lower = others[others < point.threshold].max()
+    assert (others < lower).mean() < 0.9
+
+
+def test_the_temperature_minimises_validations_cross_entropy():
+    val = table(seed=1)
+    point = metrics.operating_point(val.labels, val.prob, 2)
+    losses = [
+        log_loss(val.labels, metrics.OperatingPoint(t, 0).calibrated(val.prob))
+        for t in (point.temperature, 0.98 * point.temperature, 1.02 * point.temperature, 1.0)
+    ]
+    assert losses[0] == min(losses) and point.temperature > 1  # the probabilities are overconfident
+
+
+def test_resampled_scores_are_those_of_the_resampled_lesions():
+    """Weights of whole numbers against the same lesions repeated as often."""
+    test, point = table(60), metrics.OperatingPoint(1.3, 0.4)
+    counts = np.random.default_rng(0).integers(0, 4, len(test.rows))
+    again = test[np.repeat(np.arange(len(test.rows)), counts)]
+    one = metrics._weighted_detection(test.labels, test.prob, counts[None], 2, point)
+    other = metrics._weighted_detection(again.labels, again.prob, np.ones((1, len(again.rows))), 2, point)
+    for name in metrics.DETECTION:
+        assert one[name][0] == pytest.approx(other[name][0], abs=1e-9), name
+
+
+def test_a_constant_score_has_no_slope():
+    test = table(60)
+    prob = np.tile([0.5, 0.2, 0.3], (60, 1))
+    point = metrics.OperatingPoint(1.0, 0.5)
+    found = metrics.detection_bootstrap(test.labels, prob, test.patients, CLASSES, point, resamples=50)
+    assert predictions.plain(found["calibration_slope"])["value"] is None
+    assert found["auroc_malignant"].value == 0.5
+    assert predictions.describe_interval("calibration_slope", predictions.plain(found["calibration_slope"])) == (
+        "not defined"
+    )
+
+
+def test_units_are_the_mean_over_their_lesions_with_the_gravest_pathology():
+    test = table(60)
+    for unit, key in (("patient", ("patient",)), ("breast", ("patient", "side"))):
+        merged = predictions.by_unit(test, unit)
+        keys = [tuple(row[name] for name in key) for row in test.rows]
+        assert len(merged.rows) == len(set(keys))
+        for row, prob in zip(merged.rows, merged.prob, strict=True):
+            own = [i for i, k in enumerate(keys) if k == tuple(row[name] for name in key)]
+            assert np.allclose(prob, test.prob[own].mean(0))
+            pathologies = {test.rows[i]["pathology"] for i in own}
+            gravest = next(name for name in ("MALIGNANT", "BENIGN", "BENIGN_WITHOUT_CALLBACK") if name in pathologies)
+            assert row["pathology"] == gravest
+
+
+def test_subgroups_are_complete_and_have_their_own_scores():
+    test = table()
+    found = predictions.score_subgroups(test, resamples=50)
+    by = {name: [part for part in found if part["by"] == name] for name in predictions.SUBGROUPS}
+    assert by["assessment"] == []  # the table does not say it
+    for name in ("density", "view", "side", "size", "subtlety"):
+        assert sum(part["lesions"] for part in by[name]) == 240, name
+    assert [part["value"] for part in by["size"]] == ["small", "medium", "large"]
+    assert [part["lesions"] for part in by["size"]] == [80, 80, 80]
+    part = next(part for part in by["density"] if part["value"] == "2")
+    index = [i for i, row in enumerate(test.rows) if row["density"] == "2"]
+    own = test[np.array(index)]
+    assert part["auroc"]["value"] == pytest.approx(roc_auc_score(own.labels, own.prob, multi_class="ovr"))
+    assert part["auroc_malignant"]["value"] == pytest.approx(roc_auc_score(own.labels == 2, own.prob[:, 2]))
+
+
+def test_a_class_that_is_never_predicted_is_named():
+    test = table(60)
+    test.prob[:, 1] = 0
+    test.prob /= test.prob.sum(1, keepdims=True)
+    assert predictions.score_predictions(test, resamples=20)["never_predicted"] == ["BENIGN_WITHOUT_CALLBACK"]
+
+
+def test_a_baseline_is_checked_by_lesion_and_by_truth(tmp_path):
+    test = table(60)
+    test.write(tmp_path / "predictions.csv")
+    shuffled = [test.rows[i] for i in np.random.default_rng(0).permutation(60)]
+    again = predictions.check_baseline(tmp_path / "predictions.csv", shuffled)
+    assert [row["lesion"] for row in again.rows] == [row["lesion"] for row in shuffled]
+    with pytest.raises(ValueError, match="60 lesions that are not the 59"):
+        predictions.check_baseline(tmp_path / "predictions.csv", test.rows[1:])
+    other = [dict(row) for row in test.rows]
+    other[7]["pathology"] = "BENIGN" if other[7]["pathology"] != "BENIGN" else "MALIGNANT"
+    with pytest.raises(ValueError, match="L7 the pathology"):
+        predictions.check_baseline(tmp_path / "predictions.csv", other)
+
+
+def test_results_of_other_settings_are_set_aside_and_a_baseline_is_not_overwritten(tmp_path):
+    test = table(60)
+    test.write(tmp_path / "predictions.csv")
+    (tmp_path / "results.json").write_text(json.dumps({"settings": {"protocol": "logistic", "folds": 0}}))
+    predictions.set_aside_other_results(tmp_path, {"protocol": "logistic", "folds": 0})
+    assert (tmp_path / "results.json").exists()
+    with pytest.raises(ValueError, match="overwrite"):
+        predictions.set_aside_other_results(tmp_path, {}, [str(tmp_path / "predictions.csv")])
+    predictions.set_aside_other_results(tmp_path, {"protocol": "medslip", "folds": 0})
+    assert not (tmp_path / "results.json").exists()
+    assert sorted(path.name for path in (tmp_path / "earlier_1").iterdir()) == ["predictions.csv", "results.json"]
+
+
+def lesion_table(n: int, seed: int = 0) -> list[dict[str, str]]:
+    """A table whose assessment tells the pathology most of the time."""
+    rng = np.random.default_rng(seed)
+    rows = [dict(row) for row in table(n, seed).rows]
+    for i, row in enumerate(rows):
+        row["split"] = ("train", "train", "val", "test")[(i // 3) % 4]
+        telling = {"BENIGN": "3", "BENIGN_WITHOUT_CALLBACK": "2", "MALIGNANT": "5"}[row["pathology"]]
+        row["assessment"] = telling if rng.random() < 0.8 else str(rng.integers(2, 6))
+        row |= {"subtlety": str(rng.integers(1, 6)), "calc_type": rng.choice(["AMORPHOUS", "ROUND-PUNCTATE", "N/A"])}
+        row |= {"calc_distribution": "CLUSTERED", "mass_shape": "", "mass_margins": ""}
+    return rows
+
+
+def test_reference_rows_know_what_they_are_given_and_no_more():
+    found = references.reference_rows(lesion_table(600))
+    auroc = {}
+    for name, rows in found.items():
+        assert not isinstance(rows, str), rows
+        auroc[name] = np.mean([predictions.macro_auroc(row.labels, row.prob) for row in rows])
+    assert auroc["Radiologist: BI-RADS assessment"] > 0.8
+    assert auroc["Radiologist: assessment, descriptors, density, subtlety"] > 0.8
+    assert abs(auroc["Radiologist: descriptors"] - 0.5) < 0.15
+    assert abs(auroc["Chance"] - 0.5) < 0.03 and auroc["Always BENIGN"] == 0.5
+    assert abs(auroc[references.CROP_AREA] - 0.5) < 0.15
+
+
+def test_a_reference_without_its_columns_says_so():
+    rows = lesion_table(200)
+    for row in rows:
+        row["assessment"] = row["crop_width"] = ""
+    found = references.reference_rows(rows)
+    assert "assessment" in found["Radiologist: BI-RADS assessment"]
+    assert "crop_width" in found[references.CROP_AREA]
+    assert isinstance(found["Radiologist: descriptors"], list)
+
+
+def test_words_of_a_descriptor_count_one_by_one():
+    rows = [{"mass_shape": "ROUND-OVAL"}, {"mass_shape": "OVAL"}]
+    encode = references.Descriptors(rows, ["mass_shape"])
+    assert encode.words == [("mass_shape", "OVAL"), ("mass_shape", "ROUND")]
+    assert encode([*rows, {"mass_shape": "IRREGULAR-ROUND"}]).tolist() == [[1, 1], [1, 0], [0, 1]]
