@@ -1,0 +1,170 @@
+"""make_tables.py: the whole on a small drawn world with two towers, what it skips and repeats, and what it refuses."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+from helpers import TINY
+from sklearn.metrics import roc_auc_score
+
+import make_tables
+import utils
+from predictions import Predictions
+from synthetic import world
+
+RESNET = "--vision-tower resnet18 --image-size 32 --context-length 24 --ssl-mlp-dim 32 --ssl-emb-dim 16 --override \
+vision.layers=(1,1,1,1) vision.channels=(8,16,16,16) embed_dim=16 text_width=32 text_layers=1 text_heads=2"
+ROWS = {
+    "train": "--dataset roco --root {roco} --model SLIP_VITT16 --epochs 1 --batch-size 16 --disable-amp",
+    "probe": "--resamples 60",
+    "primary": ["calc", "ViT (mammo)"],
+    "rows": [
+        {"name": "ViT untrained", "train": shlex.join(TINY), "probe": "--untrained"},
+        {"name": "ViT (mammo)", "train": f"--caption-filter mammo {shlex.join(TINY)}", "baseline": "ViT untrained"},
+        {"name": "ResNet (all)", "train": RESNET, "baseline": "ViT untrained"},
+    ],
+    "published": {"calc": {"Somebody": {"auroc": 80.1, "f1": 60}}},
+}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    lesions = {"calc": {"train": 80, "test": 60}, "mass": {"train": 100, "test": 60}}
+    world.make_demo(root, seed=0, pairs=120, lesions=lesions, workers=1)
+    return root
+
+
+def write_rows(folder, rows=ROWS):
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def command(drawn, folder, *flags, rows=ROWS):
+    return [
+        "--roco", str(drawn / "roco"), "--cbis", str(drawn / "cbis"), "--rows", str(write_rows(folder, rows)),
+        "--output-dir", str(folder / "out"), "--workers", "0", "--resamples", "100", *flags,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(drawn, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tables")
+    return folder, make_tables.main(command(drawn, folder, "--seeds", "0", "1"))
+
+
+@pytest.mark.slow
+def test_both_tables_hold_every_row_with_its_seeds(made):
+    folder, result = made
+    assert result == json.loads((folder / "out" / "tables.json").read_text())
+    assert result["synthetic"] and [step["status"] for step in result["steps"]] == ["done"] * (1 + 3 * 2 * 3)
+    for kind, table in result["tables"].items():
+        rows = {row["name"]: row for row in table["rows"]}
+        assert {"ViT untrained", "ViT (mammo)", "ResNet (all)", "Chance", "Crop size alone"} <= set(rows), kind
+        assert "Radiologist: BI-RADS assessment" in rows
+        for name in ("ViT untrained", "ViT (mammo)", "ResNet (all)"):
+            row = rows[name]
+            assert row["seeds"] == [0, 1] and not row["leaves_out"] and len(row["metrics"]["auroc"]["values"]) == 2
+            files = [Predictions.read(folder / "out" / path / "predictions.csv") for path in row["files"]]
+            each = [roc_auc_score(p.labels, p.prob, multi_class="ovr") for p in files]
+            assert row["metrics"]["auroc"]["value"] == pytest.approx(np.mean(each))
+            assert set(row["detection"]) and set(row["units"]) == {"breast", "patient"} and row["subgroups"]
+    text = (folder / "out" / "tables.md").read_text()
+    assert "SYNTHETIC" in text and "| Somebody (as published) | 80.1 | 60 | – |" in text
+
+
+@pytest.mark.slow
+def test_comparisons_are_paired_corrected_and_the_primary_one_is_not(made):
+    _, result = made
+    calc, mass = (result["tables"][kind]["comparisons"] for kind in ("calc", "mass"))
+    assert [entry["primary"] for entry in calc] == [True, False] and "p_holm" not in calc[0]
+    assert calc[1]["family"] == 1 and calc[1]["p_holm"] == calc[1]["difference"]["auroc"]["p_value"]
+    assert [entry["family"] for entry in mass] == [2, 2]
+    smaller = min(entry["difference"]["auroc"]["p_value"] for entry in mass)
+    assert min(entry["p_holm"] for entry in mass) == pytest.approx(min(1, 2 * smaller))
+    assert result["primary"]["after_results"] is False
+    rows = {row["name"]: row["metrics"]["auroc"]["value"] for row in result["tables"]["mass"]["rows"]}
+    for entry in mass:
+        value = entry["difference"]["auroc"]["value"]
+        assert value == pytest.approx(rows[entry["row"]] - rows[entry["baseline"]])
+
+
+@pytest.mark.slow
+def test_what_is_done_is_skipped_and_what_is_lost_is_made_again(drawn, made):
+    folder, result = made
+    out = folder / "out"
+    (out / "runs" / "resnet_all" / "seed1" / "mass" / "results.json").unlink()
+    stamp = (out / "runs" / "resnet_all" / "seed1" / "training" / "checkpoint_best.pt").stat().st_mtime_ns
+    again = make_tables.main(command(drawn, folder, "--seeds", "0", "1", "--primary", "mass", "ResNet (all)"))
+    ran = [step["name"] for step in again["steps"] if step["status"] == "done"]
+    assert ran == ["ResNet (all), seed 1: mass"]
+    assert (out / "runs" / "resnet_all" / "seed1" / "training" / "checkpoint_best.pt").stat().st_mtime_ns == stamp
+    assert again["tables"]["mass"]["rows"][-1]["metrics"] == result["tables"]["mass"]["rows"][-1]["metrics"]
+    assert again["primary"]["after_results"] is True  # named when results were there, and the table says so
+    assert "AFTER results were there" in (out / "tables.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_failed_row_does_not_stop_the_others(drawn, tmp_path):
+    """A learning rate at which the loss is no number."""
+    bad = {**ROWS["rows"][2], "name": "Diverges", "train": f"--lr 1e30 --warmup-epochs 0 --print-freq 1 {RESNET}"}
+    rows = {**ROWS, "primary": None, "rows": [bad | {"baseline": "ViT untrained"}, ROWS["rows"][0]]}
+    with pytest.raises(RuntimeError, match=r"Diverges, seed 0: train: FAILED with code 1"):
+        make_tables.main(command(drawn, tmp_path, "--seeds", "0", rows=rows))
+    result = json.loads((tmp_path / "out" / "tables.json").read_text())
+    assert result["tables"]["calc"]["absent"]["Diverges"] == "no seed has results"
+    row = next(row for row in result["tables"]["calc"]["rows"] if row["name"] == "ViT untrained")
+    assert row["leaves_out"] and "leaves out how another training" in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_dry_run_prints_the_commands_and_runs_none(drawn, tmp_path, capsys):
+    assert make_tables.main(command(drawn, tmp_path, "--seeds", "0", "1", "2", "--dry-run")) == {}
+    printed = capsys.readouterr().out
+    assert printed.count("main.py --dataset roco") == 9 and printed.count("main_linear.py --dataset cbis_calc") == 9
+    assert not (tmp_path / "out" / "runs").exists()
+    make_tables.main(command(drawn, tmp_path, "--seeds", "0", "--dry-run", "--submit=--partition gpu --nodes 1"))
+    assert "run_with_submitit.py --dataset roco" in (printed := capsys.readouterr().out)
+    assert "--partition gpu --nodes 1" in printed
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rows": [{"name": "A", "weight": "x"}]}, "unknown weight; choose from"),
+        ({"rows": [{"name": "A", "train": "--no-such-flag 1"}]}, "no flag --no-such-flag"),
+        ({"rows": [{"name": "A", "train": "--model NO"}]}, "does not take its flags"),
+        ({"rows": [{"name": "A", "train": "--caption-filter zzzz"}]}, "row 'A'"),
+        ({"rows": [{"name": "A", "train": "--batch-size 5000 " + RESNET}]}, "fewer than --batch-size 5000"),
+        ({"rows": [{"name": "A", "weights": "{medclip_vit}"}]}, "--medclip-vit"),
+        ({"rows": [{"name": "A", "weights": "{nothing}"}]}, "is no place; choose from roco"),
+        ({"rows": [{"name": "A"}, {"name": "A"}]}, "two rows are called 'A'"),
+        ({"rows": [{"name": "A", "baseline": "B"}]}, "its baseline 'B' is no row"),
+        ({"primary": ["calc", "B"]}, "choose one of calc, mass and of"),
+        ({"rows": [{"name": "A", "weights": "/no/such/file.pt"}]}, "/no/such/file.pt"),
+    ],
+)
+def test_what_would_fail_later_is_refused_first(drawn, tmp_path, change, message):
+    rows = {**ROWS, "primary": None, **change}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        make_tables.main(command(drawn, tmp_path, rows=rows))
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_the_default_rows_are_the_eight_of_both_tables():
+    places = dict.fromkeys(make_tables.INPUTS, "/some/path")
+    plan = make_tables.read_plan(make_tables.HERE / "table_rows.json", places, None)
+    assert len(plan.rows) == 8 and sum(row.train is not None for row in plan.rows) == 6
+    assert [len(plan.published[kind]) for kind in ("calc", "mass")] == [11, 11]
+    parser = make_tables.training.get_args_parser()
+    for row in plan.rows:
+        if row.train:
+            args = parser.parse_args(shlex.split(row.train))
+            assert args.mask_duplicates and args.lr == 5e-5 and args.medclip_weights == "/some/path"
+    with pytest.raises(utils.UsageError, match="--bert-vocab, --medclip-resnet, --medclip-vit"):
+        make_tables.read_plan(make_tables.HERE / "table_rows.json", {"roco": "r", "cbis": "c"}, None)
+
+
+def test_a_world_without_readme_is_not_called_synthetic(tmp_path, drawn):
+    assert make_tables.is_synthetic(drawn / "cbis") and not make_tables.is_synthetic(tmp_path)
