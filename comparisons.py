@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -133,7 +134,8 @@ def _p_value(distance: float, parts: Sequence[tuple[float, int]]) -> float:
         return 1.0
     if distance >= _half_width(parts, 1 - lowest):
         return lowest
-    return float(brentq(lambda p: _half_width(parts, 1 - p) - distance, lowest, 1.0))
+    found: Any = brentq(lambda p: _half_width(parts, 1 - p) - distance, lowest, 1.0)
+    return float(found)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -4,8 +4,8 @@
 
 Draws a world of mammogram-like phantoms with captions (synthetic/), fine-tunes a small image tower on its
 ROCO part with the SLIP objective (main.py), and probes the tower on its CBIS-DDSM part (main_linear.py),
-beside the same tower untrained. The numbers show that the pipeline runs and learns; they say nothing about
-patients. Run again with the same settings, it keeps what is there and repeats only the probe.
+beside the same tower untrained, and writes a report. The numbers show that the pipeline runs and learns; they say
+nothing about patients. Run again with the same settings, it keeps what is there and repeats only the probe.
 """
 
 from __future__ import annotations
@@ -170,12 +170,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, dict]]:
 
 def run_demo(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
     import make_dataset
+    import make_report
     import utils
     from synthetic.world import make_demo
 
     out = Path(args.output_dir)
     world, run = out / f"phantoms_seed{args.seed}", out / f"{args.objective}_seed{args.seed}"
-    step = Steps(4)
+    step = Steps(5)
     log.info(NOTICE)
     step(f"drawing SYNTHETIC phantoms into {world}")
     make_demo(world, seed=args.seed, pairs=args.pairs)
@@ -187,13 +188,16 @@ def run_demo(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
         step(f"probing {title} of the CBIS-DDSM part, untrained and trained")
         results[kind] = probe(args, world, kind, checkpoint, run / "probe")
 
+    step("writing the report")
     text = summary(args, results)
     utils.write_json(run / "results.json", {"synthetic": True, "args": vars(args), **results})
     utils.atomic_write(run / "results.md", lambda file: file.write(f"{text}\n".encode()))
+    make_report.main([str(run), "--output-dir", str(run / "report"), "--title", f"MedSLIP demo, seed {args.seed}"])
     log.info(f"\n{text}\n")
     log.info(
         f"phantoms     {world} (README.txt says what is where)\ntraining     {run / 'training'}\n"
-        f"probe        {run / 'probe'}\nthese rows   {run / 'results.md'} and results.json"
+        f"probe        {run / 'probe'}\nthese rows   {run / 'results.md'} and results.json\n"
+        f"the report   {run / 'report' / 'report.html'}"
     )
     log.info(f"{(time.monotonic() - step.start) / 60:.1f} minutes. {NOTICE}")
     return results

@@ -209,7 +209,7 @@ def resampled_detection(
     labels, prob = _checked(y_true, prob, classes)
     target = list(classes).index(malignant)
     value = _weighted_detection(labels, prob, np.ones((1, len(labels))), target, point)
-    weights = _resample_weights(labels, patients, len(classes), resamples, seed)
+    weights = resample_weights(labels, patients, len(classes), resamples, seed)
     draws = _weighted_detection(labels, prob, weights, target, point)
     return {name: (float(value[name][0]), draws[name]) for name in DETECTION}
 
@@ -328,7 +328,7 @@ def resampled_metrics(
     """
     labels, prob = _checked(y_true, prob, classes)
     point = classification_metrics(labels, prob, classes, malignant)
-    weights = _resample_weights(labels, patients, len(classes), resamples, seed)
+    weights = resample_weights(labels, patients, len(classes), resamples, seed)
     draws = _weighted_metrics(labels, prob, weights, _class_index(malignant, classes))
     return {name: (value, draws[name]) for name, value in point.items()}
 
@@ -372,7 +372,7 @@ def _bounds(draws: dict[str, np.ndarray], level: float) -> dict[str, tuple[float
     return {name: (float(np.quantile(v, tail)), float(np.quantile(v, 1 - tail))) for name, v in draws.items()}
 
 
-def _resample_weights(
+def resample_weights(
     labels: np.ndarray, patients: Sequence[str], num_classes: int, resamples: int, seed: int
 ) -> np.ndarray:
     """(resamples, n) times each lesion counts when P of the P patients are drawn with replacement."""

@@ -261,12 +261,14 @@ def crop_area(row: dict[str, str]) -> float | None:
 def score_subgroups(predictions: Predictions, resamples: int = 2000, seed: int = 0) -> list[dict]:
     """AUROC, macro and malignant against the rest, for each value of SUBGROUPS; null where it is not defined.
 
-    Sizes are thirds of the test table's crops by area. What the table leaves empty is no subgroup.
+    Sizes are thirds of the test table's crops by area, where these differ. What the table leaves empty is no subgroup.
     """
     areas = [area for row in predictions.rows if (area := crop_area(row)) is not None]
     bounds = np.quantile(areas, (1 / 3, 2 / 3)).tolist() if areas else []
     results = []
     for name in SUBGROUPS:
+        if name == "size" and len(set(bounds)) < 2:
+            continue
         values = [subgroup_of(row, name, bounds) for row in predictions.rows]
         order = ("small", "medium", "large") if name == "size" else sorted(set(values))
         for value in order:

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 import demo
-from metrics import METRICS
+from metrics import METRICS, Interval
 from synthetic import world
 
 SMALL = {"calc": {"train": 80, "test": 60}, "mass": {"train": 160, "test": 120}}
@@ -58,6 +58,12 @@ def test_the_demo_trains_probes_and_reruns(tmp_path, capsys, caplog):
     assert table.count("trained minus untrained") == 2
     for place in (tmp_path / "out" / "phantoms_seed0", run / "training", run / "probe"):
         assert place.is_dir() and str(place) in printed
+
+    page = (run / "report" / "report.html").read_text("utf-8")
+    assert "SYNTHETIC data" in page and str(run / "report" / "report.html") in printed
+    for pair in results.values():
+        for result in pair.values():
+            assert Interval(**result["metrics"]["auroc"]).percent() in page
 
     checkpoint = run / "training" / "checkpoint_best.pt"
     before = checkpoint.stat().st_mtime_ns

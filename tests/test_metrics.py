@@ -12,7 +12,6 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_sco
 
 from metrics import (
     METRICS,
-    _resample_weights,
     _weighted_metrics,
     binary_margins,
     classification_metrics,
@@ -20,6 +19,7 @@ from metrics import (
     paired_patient_bootstrap,
     patient_bootstrap,
     percent,
+    resample_weights,
     retrieval_metrics,
     score_outputs,
     target_ranks,
@@ -80,7 +80,7 @@ def test_undefined_input_is_refused(labels, prob, message):
 
 def test_every_resample_equals_scikit_learn_on_the_repeated_lesions():
     labels, prob, patients = three_class_case()
-    weights = _resample_weights(labels, patients, 3, resamples=25, seed=3)
+    weights = resample_weights(labels, patients, 3, resamples=25, seed=3)
     fast = _weighted_metrics(labels, prob, weights, malignant=2)
     for r in range(len(weights)):
         rows = np.repeat(np.arange(len(labels)), weights[r])
@@ -91,7 +91,7 @@ def test_every_resample_equals_scikit_learn_on_the_repeated_lesions():
 
 def test_whole_patients_are_drawn():
     labels, _, patients = three_class_case()
-    weights = _resample_weights(labels, patients, 3, resamples=200, seed=0)
+    weights = resample_weights(labels, patients, 3, resamples=200, seed=0)
     for name in set(patients):
         assert (np.ptp(weights[:, patients == name], axis=1) == 0).all()
     first = [np.flatnonzero(patients == name)[0] for name in sorted(set(patients))]

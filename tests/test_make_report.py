@@ -1,0 +1,239 @@
+"""The report says what the files say: numbers, what is missing, figures, and a page that stands alone."""
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import cbis_tree
+import numpy as np
+import pytest
+from helpers import write_checkpoint
+
+import figures
+import main_linear
+import make_dataset
+import make_report
+import metrics
+
+KINDS = ("calc", "mass")
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """An untrained and a trained tower probed on both tables, and the log of a training."""
+    root = tmp_path_factory.mktemp("report")
+    cbis_tree.make_small_cbis(root / "cbis")
+    make_dataset.make_cbis(root / "cbis")
+    checkpoint = write_checkpoint(root / "checkpoint.pt", "vit")
+    for kind in KINDS:
+        flags = ["--dataset", f"cbis_{kind}", "--root", str(root / "cbis"), "--pretrained", str(checkpoint), "-j", "0",
+                 "--resamples", "50"]  # fmt: skip
+        before = root / "runs" / "probe" / f"{kind}_untrained"
+        main_linear.main([*flags, "--untrained", "--output-dir", str(before)])
+        after = ["--output-dir", str(root / "runs" / "probe" / f"{kind}_trained"), "--fraction", "0.5"]
+        main_linear.main([*flags, *after, "--baseline", str(before / "predictions.csv")])
+    for seed in (0, 1):
+        folder = root / "runs" / "training" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        epochs = [{"kind": "epoch", "step": 4 * e, "loss": 3.0 - e + seed, "val_i2t_r1": 10 * e} for e in range(3)]
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in epochs))
+    return root
+
+
+@pytest.fixture
+def runs(probed, tmp_path):
+    """A copy that a test may change."""
+    shutil.copytree(probed / "runs", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def report(runs, *flags) -> tuple[dict, str]:
+    page = make_report.main([str(runs), "--output-dir", str(runs.parent / "report"), *flags])
+    return page, (runs.parent / "report" / "report.html").read_text()
+
+
+def results_of(runs, kind: str, name: str):
+    path = runs / "probe" / f"{kind}_{name}" / "results.json"
+    return path, json.loads(path.read_text())
+
+
+class Page(HTMLParser):
+    """Tags that close, ids that are unique, and everything that would be fetched."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.fetched, self.links = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.ids += [values["id"]] if "id" in values else []
+        target = values.get("src") or values.get("href") or values.get("xlink:href")
+        if target:
+            (self.links if tag == "a" else self.fetched).append(target)
+        if tag not in ("meta", "img", "br", "link", "use", "path", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag in ("use", "path", "br"):
+            return
+        assert self.open.pop() == tag, tag
+
+
+def test_the_page_stands_alone(runs):
+    page, html = report(runs)
+    parsed = Page()
+    parsed.feed(html)
+    assert parsed.open == [] and len(parsed.ids) == len(set(parsed.ids))
+    assert all(target.startswith(("data:image/jpeg", "#")) for target in parsed.fetched)
+    assert all(link.startswith("#") and link[1:] in parsed.ids for link in parsed.links)
+    assert "@import" not in html and "<script" not in html
+    assert html.count("<svg ") == len(page["figures"]) and all(f'id="{name}"' in html for name in page["figures"])
+
+
+def test_every_number_is_a_files(runs):
+    page, html = report(runs)
+    for section in page["sections"]:
+        assert [row["name"] for row in section["rows"]] == ["untrained", "trained"]
+        for row in section["rows"]:
+            _, result = results_of(runs, section["kind"], row["name"])
+            for cell, entry in zip(row["cells"], result["metrics"].values(), strict=True):
+                assert cell == metrics.Interval(**entry).percent() and cell in html
+    lines = list(csv.DictReader((runs.parent / "report" / "tables.csv").read_text().splitlines()))
+    assert [line["AUROC"] for line in lines] == [row["cells"][0] for s in page["sections"] for row in s["rows"]]
+    tex = (runs.parent / "report" / "tables.tex").read_text()
+    assert tex.count(r"\begin{tabular}") == 2 and all(line["AUROC"] in tex for line in lines)
+    markdown = (runs.parent / "report" / "report.md").read_text()
+    assert all(line["AUROC"] in markdown for line in lines)
+    for name in page["figures"]:
+        assert (runs.parent / "report" / "figures" / f"{name}.svg").is_file() and f"figures/{name}.svg" in markdown
+
+
+def test_another_number_in_a_file_is_another_page(runs):
+    _, before = report(runs)
+    path, result = results_of(runs, "calc", "trained")
+    result["metrics"]["f1"]["value"] = 0.123456
+    result["detection"]["brier"]["value"] = 0.98765
+    path.write_text(json.dumps(result))
+    _, after = report(runs)
+    assert "12.35 (" not in before and "12.35 (" in after
+    assert "0.988 (" not in before and "0.988 (" in after
+
+
+def test_other_predictions_are_other_curves(runs):
+    before = report(runs)[0]["figures"]
+    path = runs / "probe" / "mass_trained" / "predictions.csv"
+    rows = list(csv.reader(path.read_text().splitlines()))
+    for row in rows[1:]:
+        row[-3:] = row[-1:] + row[-2:-1] + row[-3:-2]
+    path.write_text("\n".join(",".join(row) for row in rows) + "\n")
+    after = report(runs)[0]["figures"]
+    changed = {name for name in before if before[name].svg != after[name].svg}
+    assert changed == {"mass_roc", "mass_precision", "mass_calibration"}
+
+
+def test_what_no_file_holds_is_shown_as_missing(runs):
+    path, result = results_of(runs, "calc", "untrained")
+    del result["detection"]
+    path.write_text(json.dumps(result))
+    page, _ = report(runs)
+    calc = page["sections"][0]
+    assert calc["detection"][0]["cells"] == [make_report.MISSING] * len(metrics.DETECTION)
+    assert make_report.MISSING not in calc["detection"][1]["cells"]
+
+
+def test_synthetic_data_is_watermarked_on_every_figure(runs, probed):
+    page, html = report(runs)
+    assert not page["synthetic"] and "SYNTHETIC" not in html
+    (runs / "results.json").write_text(json.dumps({"synthetic": True}))
+    page, html = report(runs)
+    assert all("SYNTHETIC" in figure.svg for figure in page["figures"].values())
+    assert html.count("SYNTHETIC data: these numbers say nothing about patients") == 1
+    assert 'class="water"' in html
+
+
+def test_lesions_are_counted_from_the_table_and_the_worst_errors_are_shown(runs, probed):
+    page, _ = report(runs)
+    for section in page["sections"]:
+        with open(probed / "cbis" / f"{section['kind']}.csv") as file:
+            rows = list(csv.DictReader(file))
+        counts = [sum(row["split"] == split for row in rows) for split in ("train", "val", "test")]
+        lesions = next(line for line in section["splits"] if line[0].startswith("lesions"))
+        assert lesions[1:] == [str(n) for n in counts]
+        for group in section["misread"]:
+            assert all(image["data"] for image in group["images"])
+    missed = page["sections"][0]["misread"][0]
+    assert missed["model"] == "trained" and all(image["true"] == "MALIGNANT" for image in missed["images"])
+    page, html = report(runs, "--no-images")
+    assert all(section["misread"] == [] for section in page["sections"]) and "data:image" not in html
+
+
+def test_training_curves_join_the_seeds(runs):
+    page, _ = report(runs)
+    assert page["training"] == ["training_loss", "training_recall"]
+    assert "mean and range of the seeds" in page["figures"]["training_loss"].title
+
+
+def test_checklists_answer_from_files_or_say_not_reported(runs):
+    page, _ = report(runs)
+    names = {entry["name"]: entry for entry in page["checklists"]}
+    assert len(names["CLAIM"]["items"]) == 42 and [i[0] for i in names["CLAIM"]["items"]][-1] == "42"
+    for entry in names.values():
+        answers = {number: text for number, _, text in entry["items"]}
+        assert 0 < entry["answered"] < len(answers)
+        assert sum(text == "not reported" for text in answers.values()) == len(answers) - entry["answered"]
+    answers = {number: text for number, _, text in names["CLAIM"]["items"]}
+    assert answers["42"] == "not reported" and "torch" in answers["23"] and "test lesions" in answers["19"]
+
+
+def test_names_cannot_break_the_page(runs):
+    """Markup in a name stays text."""
+    (runs / "probe" / "calc_trained").rename(runs / "probe" / "calc_<b>trained")
+    _, html = report(runs)
+    assert "<b>" not in html and "&lt;b&gt;trained" in html
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder of a run"):
+        make_report.main([str(tmp_path / "nowhere")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no tables.json"):
+        make_report.main([str(tmp_path / "empty")])
+    (tmp_path / "empty" / "results.json").write_text("{")
+    with pytest.raises(ValueError, match=r"results.json is not JSON"):
+        make_report.main([str(tmp_path / "empty")])
+
+
+def test_curves_equal_scikit_learns():
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    rng = np.random.default_rng(0)
+    positive = rng.random(80) < 0.4
+    score = np.round(rng.normal(size=80) + positive, 1)
+    one = np.ones((1, 80))
+    false, true, _ = roc_curve(positive, score, drop_intermediate=False)
+    assert np.allclose(figures.roc_on_grid(positive, score, one)[0], np.interp(figures.GRID, false, true))
+    precision, recall, _ = precision_recall_curve(positive, score)
+    ours = figures.precision_on_grid(positive, score, one)[0]
+    for r, p in zip(figures.GRID, ours, strict=True):
+        if any(np.isclose(recall, r)) and r > 0:
+            assert np.isclose(precision[np.isclose(recall, r)], p).any()
+
+
+def test_reliability_bins_hold_equally_many():
+    rng = np.random.default_rng(0)
+    p = rng.random(400)
+    x, y = figures.reliability(rng.random(400) < p, p, bins=4)
+    assert np.allclose(x, [0.125, 0.375, 0.625, 0.875], atol=0.05) and np.allclose(x, y, atol=0.12)
+
+
+def test_figures_take_their_text_colour_from_the_page():
+    svg = figures.forest([("a", metrics.Interval(0.5, 0.4, 0.6))], "A & b", "percent", synthetic=False)
+    assert "currentColor" in svg and figures.INK not in svg and 'aria-label="A &amp; b"' in svg
+    assert re.search(r"<text[^>]*>", svg), "text is text, not outlines"
