@@ -4,13 +4,20 @@ Zero-shot evaluation and linear classification read them in the layouts that VIS
 publishers write. A set is one entry of the catalog:
 
     path, train, test   where it lies, and the names of its two splits
-    type                imagefolder (one folder a class), filelist (`<split>_images.npy` and `<split>_labels.npy`) or
-                        special (a name in SPECIAL; or a reader of datasets.py, for retrieval)
+    type                imagefolder (one folder a class), filelist (`<split>_images.npy` and `<split>_labels.npy`), csv
+                        (a table with a row for each image) or special (a name in SPECIAL; or a reader of datasets.py,
+                        for retrieval)
     labels              class names in class order, an inner list for synonyms; or a name in labels.json
     templates           prompts with {} for the class name; or a name in templates.json
     metric              top1 (default), mean_per_class, mean_top1_top5 or roc_auc
     folders             imagefolder: the class folders in class order, where sorting them is not what is meant
-    images              filelist: the folder of the images where they lie outside of path
+    images              filelist, csv: the folder of the images where they lie outside of path
+    table               csv: the table's file in path (table.csv)
+    columns             csv: the names of its columns image, label, split and, where there is one, group, where they are
+                        called otherwise. A group (the patient) is whole in a split and in a resample of the intervals.
+                        A list of names for label: several findings of 0 and 1 for each image
+    positive            csv: the class that is looked for, which has columns of its own in results
+    blank, uncertain    csv with several findings: what an empty cell and a -1 count as: negative, positive or skip
 
 All after type are optional. Without labels and templates those of labels.json and templates.json under the set's own
 name are taken, else the class folders' names and "a photo of a {}."; a published set keeps its metric and folders. Keys
@@ -26,6 +33,7 @@ import logging
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,15 +52,19 @@ from cbis import CBIS_CLASSES, CBIS_SETS, CbisLesions
 from datasets import READERS, TextColumn
 from images import read_image
 from metrics import SET_METRICS
+from predictions import CBIS, Scheme
 from transforms import Preprocess, View, as_view
 
 log = logging.getLogger("medslip")
 
 HERE = Path(__file__).parent
 CATALOG = HERE / "dataset_catalog.json"
-TYPES = ("imagefolder", "filelist", "special")
+TYPES = ("imagefolder", "filelist", "csv", "special")
 REQUIRED = ("path", "type", "train", "test")
-OPTIONAL = ("labels", "templates", "metric", "folders", "images")
+CSV_ONLY = ("table", "columns", "positive", "blank", "uncertain")
+OPTIONAL = ("labels", "templates", "metric", "folders", "images", *CSV_ONLY)
+COLUMNS = ("image", "label", "split", "group")
+COUNT_AS = {"negative": 0, "positive": 1, "skip": -1}  # what an unclear finding counts as
 DEFAULT_TEMPLATES = ["a photo of a {}."]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".dcm", ".dicom")
 Transform = Callable[..., torch.Tensor]  # takes an RGB image
@@ -116,6 +128,14 @@ def _check_entry(where: str, name: str, entry: dict[str, Any]) -> None:
         _labels_of(where, entry["labels"])
     if "templates" in entry:
         _templates_of(where, entry["templates"])
+    if foreign := [key for key in CSV_ONLY if key in entry and entry["type"] != "csv"]:
+        raise ValueError(f"{where}: only the type csv has {', '.join(foreign)}")
+    columns = entry.get("columns", {})
+    if not isinstance(columns, dict) or (unknown := [key for key in columns if key not in COLUMNS]):
+        raise ValueError(f'{where}: "columns" names the columns {", ".join(COLUMNS)}; not {unknown or columns}')
+    for key in ("blank", "uncertain"):
+        if entry.get(key, "skip") not in COUNT_AS:
+            raise ValueError(f"{where} counts {key} as {entry[key]!r}; choose from {', '.join(COUNT_AS)}")
 
 
 def _published(name: str, key: str) -> Any:
@@ -304,12 +324,16 @@ class Downstream(Dataset):
     """Images with labels: `ds[i]` is (transform(image), label).
 
     `classes` names the classes in the order of their numbers, `labels` (N,) is int64, `image(i)` is
-    sample i as an RGB image of 8 bits. An image that cannot be decoded raises transforms.UnreadableImage
+    sample i as an RGB image of 8 bits. `rows` say of each sample of a csv set which image and group it is; other
+    sets have none. An image that cannot be decoded raises transforms.UnreadableImage
     with its name.
     """
 
     def __init__(self, classes: list[str], labels: np.ndarray, transform: Transform | None):
         self.classes, self.labels, self.transform = classes, np.asarray(labels, dtype=np.int64), transform
+        self.rows: list[dict[str, str]] = []
+        self.scheme: Scheme | None = None  # what the rows are
+        self.findings: np.ndarray | None = None  # (N, k) 0, 1, or -1 where nothing is known, of several findings
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -395,6 +419,8 @@ def create_downstream(
         return SPECIAL[name](name, entry, train, transform, download)
     path, split = _existing(name, Path(entry["path"])), entry["train" if train else "test"]
     others = entry["test" if train else "train"]
+    if entry["type"] == "csv":
+        return csv_set(name, entry, path, split, others, transform)
     if entry["type"] == "imagefolder":
         return image_folders(_existing(name, path / split), transform, entry.get("folders"), path / others)
     return file_list(name, path, split, others, transform, Path(entry.get("images", path)))
@@ -505,6 +531,84 @@ def file_list(
     return ImageFiles(path, column, classes, labels, transform)
 
 
+def csv_set(
+    name: str, entry: dict[str, Any], path: Path, split: str, others: str, transform: Transform | None
+) -> ImageFiles:
+    """A table with the columns image, label, split and perhaps group; each row an image below `path` or `images`.
+
+    Classes are numbered in sorted order over both splits. With several label columns each is a finding of 0 and 1 and
+    the class a sample's only one: `findings` has them all, `labels` are 0.
+
+    Raises:
+        ValueError: no such column or split, an empty or unknown label, an image outside of its root, a group in both
+            splits, or one image twice; the message names file and row.
+    """
+    table, given = _existing(name, path / entry.get("table", "table.csv")), entry.get("columns", {})
+    labels = given.get("label", "label")
+    names = {role: _column(given.get(role, role)) for role in ("image", "split", "group")}
+    several = isinstance(labels, list)
+    label_columns = [_column(column) for column in (labels if several else [labels])]
+    rows = metadata.read_table(table, [names["image"], names["split"], *label_columns])
+    if "group" in given and rows and names["group"] not in rows[0]:
+        raise ValueError(f"{table}: no column {names['group']}")
+    kept: list[dict[str, str]] = []
+    splits_of: dict[str, set[str]] = {}
+    for number, row in enumerate(rows, 1):
+        where = f"{table}, row {number}"
+        if row[names["split"]] not in (split, others):
+            continue
+        image = metadata.inside(row[names["image"]], where)
+        label = "" if several else row[label_columns[0]]
+        if not label and not several:
+            raise ValueError(f"{where} has no {label_columns[0]}")
+        group = row.get(names["group"], "") or image
+        splits_of.setdefault(group, set()).add(row[names["split"]])
+        cells = {column: row[column] for column in label_columns} if several else {}
+        kept.append({"image": image, "label": label, "group": group, "split": row[names["split"]], **cells})
+    if shared := sorted(group for group, splits in splits_of.items() if len(splits) > 1):
+        raise ValueError(f"{table}: {len(shared)} groups are in both {split} and {others}, first {shared[0]!r}")
+    classes = [str(column) for column in labels] if several else in_order({row["label"] for row in kept})
+    own = [row for row in kept if row["split"] == split]
+    if not own:
+        found = ", ".join(sorted({row[names["split"]] for row in rows}))
+        raise ValueError(f"{table}: no row of the split {split!r}; its splits: {found}")
+    if twice := [image for image, n in Counter(row["image"] for row in own).items() if n > 1]:
+        raise ValueError(f"{table}: the image {twice[0]} is there twice")
+    positive = entry.get("positive")
+    if positive is not None and positive not in classes:
+        raise ValueError(f"{name}: positive {positive!r} is no class; choose from {', '.join(classes)}")
+    root = Path(entry.get("images", path))
+    column = TextColumn.from_strings((row["image"] for row in own), paths=True)
+    number_of = {label: number for number, label in enumerate(classes)}
+    numbers = np.array([0 if several else number_of[row["label"]] for row in own])
+    found = ImageFiles(root, column, classes, numbers, transform)
+    found.rows = own
+    found.scheme = Scheme(tuple(classes), "image", "label", "group", ("image", "group", "label"), positive)
+    if several:
+        found.findings = np.array(
+            [[_finding(row[c], entry, f"{table}, {row['image']}, {c}") for c in label_columns] for row in own]
+        )
+    return found
+
+
+def _column(name: str) -> str:
+    """A column's name as metadata.read_table spells it."""
+    return name.strip().lower().replace(" ", "_")
+
+
+def _finding(cell: str, entry: dict[str, Any], where: str) -> int:
+    """0, 1, or -1 for what is to be skipped. CheXpert leaves blank what a report does not mention; -1 is uncertain."""
+    if cell == "":
+        return COUNT_AS[entry.get("blank", "skip")]
+    try:
+        value = float(cell)
+    except ValueError:
+        value = None
+    if value not in (0, 1, -1):
+        raise ValueError(f"{where}: {cell!r} is not 0, 1, -1 or empty")
+    return COUNT_AS[entry.get("uncertain", "skip")] if value == -1 else int(value)
+
+
 def _read_npy(path: Path, kinds: str) -> np.ndarray:
     """A one-dimensional .npy of text ("U") or whole numbers ("i"), read without running a pickle's code."""
     array = np.asarray(metadata.read_pickle(path))
@@ -576,7 +680,9 @@ def lesion_images(lesions: CbisLesions, transform: Transform | None) -> ImageFil
     """The lesions' images with their labels, seen through another transform than their own."""
     paths = TextColumn.from_strings((os.path.abspath(path) for path in lesions.paths), paths=True)
     classes = [str(name) for name in CBIS_CLASSES]
-    return ImageFiles(Path("/"), paths, classes, np.array(lesions.labels), transform)
+    found = ImageFiles(Path("/"), paths, classes, np.array(lesions.labels), transform)
+    found.rows, found.scheme = lesions.rows, CBIS
+    return found
 
 
 def cbis_root(name: str, given: str, catalog_file: str | Path) -> str:

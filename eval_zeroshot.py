@@ -25,7 +25,8 @@ import models
 import utils
 from datasets import READERS, Reader, create_reader
 from downstream import ZeroShotSet
-from features import Loading, TextCache, classify_zeroshot, embed_pairs
+from features import Loading, TextCache, classify_zeroshot, embed_pairs, zeroshot_probabilities
+from predictions import Predictions, score_predictions
 from tokenizer import Tokenizer
 from transforms import Preprocess, View, as_view
 
@@ -213,7 +214,7 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
             scores = score_pairs(loaded, source, loading)
             report["retrieval"][name], line = scores, retrieval_line(name, scores)
         else:
-            scores = metrics.percent(classify_zeroshot(model, tokenizer, source, loading, cache))
+            scores = score_labelled(model, tokenizer, source, loading, cache, file.with_name(f"zeroshot_{name}.csv"))
             scores["broken"] = len(source.dataset) - scores["samples"]
             report["zero_shot"][name], line = scores, zeroshot_line(name, scores)
         if processes.is_main:  # after each set: a long walk that is cut short keeps what it has
@@ -224,6 +225,26 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
         log.info(f"skipped, path not there: {', '.join(absent)}")
     log.info(f"written to {file}")
     return report
+
+
+def score_labelled(
+    model: Any, tokenizer: Tokenizer, source: ZeroShotSet, loading: Loading, cache: TextCache, file: Path
+) -> metrics.Scores:
+    """Metrics in percent; where the rows are known (CBIS-DDSM, type csv) also intervals, and predictions in `file`."""
+    scheme = source.dataset.scheme
+    if scheme is None or source.dataset.findings is not None:
+        return metrics.percent(classify_zeroshot(model, tokenizer, source, loading, cache))
+    numbers, prob = zeroshot_probabilities(model, tokenizer, source, loading, cache)
+    found = Predictions([source.dataset.rows[i] for i in numbers], prob, scheme)
+    scores = metrics.percent(metrics.score_outputs(found.labels, prob, source.metric))
+    if loading.processes.is_main:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found.write(file)
+    try:
+        return scores | {"rows": score_predictions(found)}
+    except ValueError as error:  # a class without samples, or too few groups
+        log.info(f"no intervals: {error}")
+        return scores
 
 
 def score_pairs(loaded: models.Pretrained, reader: Reader, loading: Loading) -> metrics.Scores:

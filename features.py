@@ -438,16 +438,41 @@ def classify_zeroshot(
         ValueError: a label outside the class names; else as `each_once`.
     """
     names = labelled.classnames
+
+    def compute(logits: Tensor, targets: Tensor) -> list[Tensor]:
+        return [targets, metrics.target_ranks(logits, targets), metrics.binary_margins(logits)]
+
+    _, targets, ranks, margins = _zeroshot_pass(model, tokenizer, labelled, loading, cache, compute)
+    return metrics.classification_scores(targets, ranks, margins, len(names), labelled.metric)
+
+
+def zeroshot_probabilities(
+    model: Any, tokenizer: Tokenizer, labelled: ZeroShotSet, loading: Loading, cache: TextCache | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (n,) of the readable samples and their probabilities (n, C), softmax at the model's own temperature."""
+    scale = float(model.logit_scale.detach().exp()) if hasattr(model, "logit_scale") else 100.0
+
+    def compute(logits: Tensor, targets: Tensor) -> list[Tensor]:
+        return [(scale * logits.double()).softmax(dim=1)]
+
+    numbers, prob = _zeroshot_pass(model, tokenizer, labelled, loading, cache, compute)
+    return numbers.numpy(), prob.numpy()
+
+
+def _zeroshot_pass(
+    model: Any, tokenizer: Tokenizer, labelled: ZeroShotSet, loading: Loading, cache: TextCache | None,
+    compute: Callable[[Tensor, Tensor], list[Tensor]],
+) -> list[Tensor]:  # fmt: skip
+    """What `compute` makes of the cosines (B, C) and the labels (B,) of every sample, after the samples' numbers."""
+    names = labelled.classnames
     classifier = zeroshot_classifier(
         model, tokenizer, names, labelled.templates, loading.device, loading.batch_size, cache
     )  # (d, C)
 
-    def compute(numbers: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
+    def of_batch(numbers: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
         if (out_of_range := (targets < 0) | (targets >= len(names))).any():
             raise ValueError(f"label {int(targets[out_of_range][0])} in the data, but {len(names)} class names")
         features = model.encode_image(images)  # (B, d)
-        logits = (F.normalize(features.float(), dim=-1) @ classifier).cpu()  # (B, C)
-        return [targets, metrics.target_ranks(logits, targets), metrics.binary_margins(logits)]
+        return compute((F.normalize(features.float(), dim=-1) @ classifier).cpu(), targets)
 
-    _, targets, ranks, margins = each_once(model, labelled.dataset, compute, loading, "zero-shot")
-    return metrics.classification_scores(targets, ranks, margins, len(names), labelled.metric)
+    return each_once(model, labelled.dataset, of_batch, loading, "zero-shot")

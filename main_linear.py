@@ -15,6 +15,8 @@ features extracted once, logistic regression (--cache-features), label fractions
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import logging
 import math
@@ -30,6 +32,7 @@ import sklearn
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -52,6 +55,8 @@ from predictions import (
     macro_auroc,
     macro_f1,
     report_lesions,
+    report_rows,
+    score_predictions,
     set_aside_other_results,
 )
 from probes import (
@@ -184,6 +189,8 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
     """The command once its processes have met."""
     on_cbis = args.dataset in CBIS_SETS
     # What is missing ends the run before a model is loaded.
+    if args.baseline and not on_cbis and not args.cache_features:
+        raise utils.UsageError("--baseline compares probes: on other sets than CBIS-DDSM add --cache-features")
     if on_cbis:
         root = Path(downstream.cbis_root(args.dataset, args.root, args.catalog))
         rows = read_lesions(root / f"{CBIS_SETS[args.dataset]}.csv")
@@ -438,16 +445,26 @@ def probe_features(
     """Logistic regression, label fractions and k-NN on features extracted once; prints and returns the results."""
     catalog, view = find_set(args), partial(linear_eval_view, backbone.preprocess)
     metric = downstream.metric_of(args.dataset, catalog)
-    skipped = {}
+    sets = {
+        split: downstream.create_downstream(args.dataset, split == "train", view, catalog)
+        for split in ("train", "test")
+    }
+    scheme, num_classes = sets["test"].scheme, len(sets["test"].classes)
+    if args.baseline and scheme is None:
+        raise ValueError(f"--baseline needs CBIS-DDSM or a set of type csv, whose rows are known, not {args.dataset}")
+    for baseline in args.baseline if scheme else ():
+        check_baseline(baseline, sets["test"].rows, scheme)
+    skipped, findings = {}, {}
 
-    def samples(train: bool) -> tuple[Samples, int]:
-        dataset = downstream.create_downstream(args.dataset, train, view, catalog)
-        split = "train" if train else "test"
+    def samples(split: str) -> Samples:
+        dataset = sets[split]
         features, kept = kept_features(args, backbone, dataset, f"{args.dataset}_{split}", processes)
         skipped[split] = len(dataset) - len(kept)
-        return Samples(features, dataset.labels[kept]), len(dataset.classes)
+        if dataset.findings is not None:
+            findings[split] = dataset.findings[kept]
+        return Samples(features, dataset.labels[kept], [dataset.rows[i] for i in kept] if dataset.rows else [])
 
-    (train, num_classes), (test, _) = samples(True), samples(False)
+    train, test = samples("train"), samples("test")
     evaluate = partial(score_set, test.labels, metric=metric)
     results: dict[str, Any] = {
         "model": backbone.name,
@@ -459,24 +476,84 @@ def probe_features(
         "samples": {"train": len(train.labels), "test": len(test.labels)},
         "samples_skipped": skipped,
     }
+    if findings:
+        results["findings"] = probe_findings(args, sets["test"].classes, train, test, findings, processes)
+        return results
     if args.cache_features:
         head = fit_on(args.dataset, train, num_classes, args.seed, metric)
-        scores = evaluate(head.probabilities(test.features))
-        results["logistic"] = {**scores, "chosen": head.chosen, "validation": head.validation}
+        prob = head.probabilities(test.features)
+        results["logistic"] = {**evaluate(prob), "chosen": head.chosen, "validation": head.validation}
+        if scheme is not None:
+            found = Predictions(test.rows, prob, scheme)
+            results |= report_rows(found, head.held_out, args.baseline, settings, args.resamples, args.seed)
+            if processes.is_main:
+                found.write(Path(args.output_dir) / "predictions.csv")
     if args.fraction:
         draw = partial(label_fraction, args, train, num_classes, test=test, evaluate=evaluate, metric=metric)
         results["fractions"] = [draw(fraction) for fraction in args.fraction]
     if args.knn:
         prob = knn_probabilities(train, test.features, args.knn, num_classes, processes.device)
         results["knn"] = {**evaluate(prob), "k": args.knn}
+        if scheme is not None:
+            found = Predictions(test.rows, prob, scheme)
+            results["knn"] |= score_predictions(found, args.resamples, args.seed)
+            if processes.is_main:
+                found.write(Path(args.output_dir) / "predictions_knn.csv")
     if processes.is_main:
         log.info(describe_probes(results))
     return results
 
 
+def probe_findings(
+    args: argparse.Namespace, names: list[str], train: Samples, test: Samples, findings: dict[str, np.ndarray],
+    processes: distributed.Processes,
+) -> dict:  # fmt: skip
+    """Logistic regression for each finding by itself, on the images whose finding is known."""
+    prob, chosen = np.full(findings["test"].shape, 0.5), {}
+    for i, name in enumerate(names):
+        index = np.flatnonzero(findings["train"][:, i] >= 0)
+        known = replace(train[index], labels=findings["train"][index, i])
+        if min(np.bincount(known.labels, minlength=2)) < 2:
+            log.warning(f"{args.dataset}: {name} is left out, it has fewer than two images of an outcome")
+            continue
+        head = fit_on(f"{args.dataset}, {name}", known, 2, args.seed, "roc_auc")
+        prob[:, i], chosen[name] = head.probabilities(test.features)[:, 1], head.chosen
+    groups = [row["group"] for row in test.rows]
+    found = metrics.findings_bootstrap(
+        findings["test"], prob, groups, names, resamples=args.resamples, seed=args.seed
+    )  # fmt: skip
+    if processes.is_main:
+        write_findings(Path(args.output_dir) / "predictions.csv", names, test.rows, findings["test"], prob)
+        lines = [f"{args.dataset}: percent, with 95% intervals over {len(set(groups))} groups", "",
+                 "| Finding | AUROC | Average precision |", "| --- | --- | --- |"]  # fmt: skip
+        cells = {name: " | ".join(interval.percent() for interval in values.values()) for name, values in found.items()}
+        log.info("\n".join([*lines, *(f"| {name} | {text} |" for name, text in cells.items())]))
+    return {
+        name: {key: asdict(interval) for key, interval in values.items()}
+        | ({"chosen": chosen[name]} if name in chosen else {})
+        for name, values in found.items()
+    }
+
+
+def write_findings(
+    path: Path, names: list[str], rows: list[dict[str, str]], known: np.ndarray, prob: np.ndarray
+) -> None:
+    """One line an image: image, group, each finding as it counted (empty where unknown), each probability."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "group", *names, *(f"prob_{name}" for name in names)])
+    for row, own, p in zip(rows, known.tolist(), prob.tolist(), strict=True):
+        writer.writerow([row["image"], row["group"], *("" if value < 0 else value for value in own), *p])
+    utils.atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+
+
 def fit_on(name: str, train: Samples, num_classes: int, seed: int, metric: str) -> Head:
-    """Logistic regression on all of `train`, its penalty chosen on a tenth of each class."""
+    """Logistic regression on all of `train`, its penalty chosen on a tenth of each class, in whole groups."""
     held_out = stratified_part(train.labels, 0.1, 1, np.random.default_rng(seed))
+    if train.rows:
+        groups = [row["group"] for row in train.rows]
+        splitter = StratifiedGroupKFold(min(10, len(set(groups))), shuffle=True, random_state=seed)
+        _, held_out = next(iter(splitter.split(train.labels, train.labels, groups)))
     fitted = np.setdiff1d(np.arange(len(train.labels)), held_out)
     missing = np.setdiff1d(train.labels, train.labels[fitted])
     if len(missing):
@@ -500,7 +577,7 @@ def label_fraction(
         raise ValueError(f"--fraction {fraction}: a fraction of the training set is above 0 and at most 1")
     found, sizes = [], []
     for draw in range(args.fraction_seeds):
-        part = stratified_part(train.labels, fraction, 2, np.random.default_rng((args.seed, draw)))
+        part = part_of(train, fraction, np.random.default_rng((args.seed, draw)))
         head = fit_on(args.dataset, train[part], num_classes, args.seed, metric)
         found.append(evaluate(head.probabilities(test.features))["score"])
         sizes.append(len(part))
@@ -513,8 +590,24 @@ def label_fraction(
     }
 
 
+def part_of(train: Samples, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of about `fraction` of the samples of each class, at least two; whole groups where there are any."""
+    if not train.rows:
+        return stratified_part(train.labels, fraction, 2, rng)
+    groups, place = np.unique([row["group"] for row in train.rows], return_inverse=True)
+    label_of = np.zeros(len(groups), dtype=int)
+    np.maximum.at(label_of, place, train.labels)
+    return np.flatnonzero(np.isin(place, stratified_part(label_of, fraction, 2, rng)))
+
+
 def describe_probes(results: dict) -> str:
     lines = []
+    if "metrics" in results:
+        lines.append(f"{results['dataset']}, logistic: percent, with 95% intervals over groups")
+        lines += [
+            f"  {metrics.METRICS[name]:<22} {metrics.Interval(**value).percent()}"
+            for name, value in results["metrics"].items()
+        ]
     for name in ("logistic", "knn"):
         if name in results:
             title = name if name == "logistic" else f"{results[name]['k']}-NN"

@@ -85,7 +85,8 @@ class Row:
 class ResultTable:
     """One of the two results tables."""
 
-    kind: str  # calc, mass or both
+    kind: str  # calc, mass or both; or another set's name
+    classes: tuple[str, ...] = cbis.CBIS_CLASSES
     rows: list[Row] = field(default_factory=list)
     comparisons: list[dict] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
@@ -136,7 +137,7 @@ def gather(folders: Sequence[Path], cbis_root: Path | None = None) -> Runs:
             for path in sorted(found, key=lambda path: "differences" in read_json(path, runs)):
                 add_results(path, folder, runs)
         for path in sorted(folder.rglob("zeroshot.json")):
-            runs.zeroshot.append((named(path.parent, folder), read_json(path, runs)))
+            add_zeroshot(path, folder, runs)
         for path in sorted(folder.rglob("log.jsonl")):
             add_training(path, folder, runs)
         for path in sorted(folder.rglob("settings.json")):
@@ -207,13 +208,13 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
     dataset = result.get("dataset", "")
     if not isinstance(dataset, str) or not dataset:
         return  # a summary of other runs, such as the demo's
-    if dataset not in cbis.CBIS_SETS or "metrics" not in result:
+    if "metrics" not in result:
         runs.other.append((str(path), result))
         return
-    kind = cbis.CBIS_SETS[dataset]
-    table = runs.tables.setdefault(kind, ResultTable(kind))
+    kind = cbis.CBIS_SETS.get(dataset, dataset)
+    table = runs.tables.setdefault(kind, ResultTable(kind, tuple(result["classes"])))
     name = row_name(path.parent, folder, kind)
-    table.lesions, table.patients = result["lesions"]["test"], result["test_patients"]
+    table.lesions, table.patients = int(np.sum(result["confusion"])), result["test_patients"]
     runs.skipped.setdefault(kind, result.get("lesions_skipped", {}))
     untrained = result.get("weights", {}).get("untrained")
     table.rows.append(
@@ -228,6 +229,23 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
         table.comparisons.append({**entry, "row": name, "leaves_out": table.rows[-1].leaves_out, "primary": False})
     if result.get("fractions"):
         runs.fractions.append((name, TABLES.get(kind, kind), result["fractions"]))
+
+
+def add_zeroshot(path: Path, folder: Path, runs: Runs) -> None:
+    """A file of eval_zeroshot.py; sets whose rows are known become rows of their table."""
+    result = read_json(path, runs)
+    runs.zeroshot.append((named(path.parent, folder), result))
+    for dataset, scores in result.get("zero_shot", {}).items():
+        if "rows" not in scores:
+            continue
+        kind, found = cbis.CBIS_SETS.get(dataset, dataset), scores["rows"]
+        table = runs.tables.setdefault(kind, ResultTable(kind, tuple(found["classes"])))
+        if table.lesions is None:
+            table.lesions, table.patients = int(np.sum(found["confusion"])), found["test_patients"]
+        name = f"zero-shot, {named(path.parent, folder)}"
+        row = Row(name, "measured", found["metrics"], str(path), confusion=found["confusion"])
+        row.never_predicted = found["never_predicted"]
+        table.rows.append(row)
 
 
 def add_training(path: Path, folder: Path, runs: Runs) -> None:
@@ -283,14 +301,14 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
                  for c in table.comparisons]  # fmt: skip
         svg = figures.forest(pairs, name, "percentage points, paired over patients, 95% interval", synthetic, zero=0.0)
         found["overview"].append(gallery.add(f"{table.kind}_differences", name, svg, models[-1].source))
-    each = [(row, read_predictions(row, runs)) for row in models]
+    each = [(row, read_predictions(row, runs)) for row in models] if table.classes == cbis.CBIS_CLASSES else []
     each = [(row, group) for row, group in each if group]
     if each:
         found["curves"] = list(curve_figures(table.kind, title, each, runs, gallery))
     for row in models:
         if row.confusion is not None:
             name = f"{title}, {short(row.name)}: confusion" + (" (mean over seeds)" if len(row.folders) > 1 else "")
-            svg = figures.confusion(np.array(row.confusion, dtype=float), cbis.CBIS_CLASSES, name, synthetic)
+            svg = figures.confusion(np.array(row.confusion, dtype=float), table.classes, name, synthetic)
             key = f"{table.kind}_confusion_{len(found['confusion'])}"
             found["confusion"].append(gallery.add(key, name, svg, row.source))
     return found
@@ -384,14 +402,18 @@ def fraction_figures(runs: Runs, gallery: Gallery) -> list[str]:
     by_set: dict[str, list] = {}
     for row, dataset, parts in runs.fractions:
         x = np.array([part["fraction"] for part in parts])
-        values = [part["metrics"]["auroc"] for part in parts]
-        columns = (np.array([100 * v[key] for v in values]) for key in ("value", "low", "high"))
+        if all("metrics" in part for part in parts):
+            values = [part["metrics"]["auroc"] for part in parts]
+            columns = [np.array([100 * v[key] for v in values]) for key in ("value", "low", "high")]
+        else:  # of a set without intervals: mean and range of the draws
+            each = [part["scores"] for part in parts]
+            columns = [np.array([of(scores) for scores in each]) for of in (np.mean, np.min, np.max)]
         by_set.setdefault(dataset, []).append((row, x, *columns))
     found = []
     for dataset, rows in by_set.items():
-        title = f"{dataset}: AUROC by fraction of the training patients"
-        svg = figures.curves(rows, title, ("fraction of the training patients", "macro AUROC, percent"),
-                             runs.synthetic, unit=False)  # fmt: skip
+        title = f"{dataset}: score by fraction of the labels"
+        axes = ("fraction of the training patients or images", "macro AUROC (CBIS-DDSM) or the set's metric, percent")
+        svg = figures.curves(rows, title, axes, runs.synthetic, unit=False)
         found.append(gallery.add(f"fractions_{len(found)}", title, svg, "results.json, fractions"))
     return found
 
@@ -404,7 +426,7 @@ def fraction_figures(runs: Runs, gallery: Gallery) -> list[str]:
 def lesion_tables(runs: Runs) -> dict[str, list[dict[str, str]]]:
     """Rows of the lesion tables on disk, of the tables that have results."""
     found = {}
-    for kind in runs.tables:
+    for kind in set(runs.tables) & set(cbis.CBIS_KINDS):
         path = (runs.cbis or Path()) / f"{kind}.csv"
         if runs.cbis is not None and path.is_file():
             found[kind] = cbis.read_lesions(path)
@@ -611,9 +633,12 @@ def describe_other(path: str, result: dict) -> dict[str, str]:
 
 
 def describe_zeroshot(name: str, result: dict) -> dict[str, Any]:
-    sets = result.get("sets", result)
-    rows = [(key, value.get("metric", ""), f"{value['score']:.2f}") for key, value in sets.items()
-            if isinstance(value, dict) and isinstance(value.get("score"), (int, float))]  # fmt: skip
+    sets = {**result.get("zero_shot", {}), **result.get("retrieval", {})}
+    rows = [
+        (key, value["metric"], f"{value['score']:.2f}") if "score" in value else
+        (key, "image-to-text recall at 1", f"{value['i2t_r1']:.2f}")
+        for key, value in sets.items()
+    ]  # fmt: skip
     return {"name": name, "rows": rows}
 
 

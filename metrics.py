@@ -426,6 +426,64 @@ def _weighted_auroc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several findings for each image
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def findings_bootstrap(
+    known: np.ndarray,
+    prob: np.ndarray,
+    groups: Sequence[str],
+    names: Sequence[str],
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, dict[str, Interval]]:
+    """AUROC and average precision of each finding, and their means over findings under "macro", over resampled groups.
+
+    Args:
+        known: (n, k) 0 or 1; -1 where nothing is known, which leaves the image out of that finding alone.
+        prob: (n, k) probability of each finding.
+        groups: (n,) what is drawn as a whole, the patient.
+
+    A finding without both outcomes is left out. A resample in which a finding lacks one has no value of it, and its
+    mean is over the others.
+    """
+    if known.shape != prob.shape or known.shape != (len(groups), len(names)):
+        shapes = f"findings {known.shape}, probabilities {prob.shape}"
+        raise ValueError(f"{shapes} for {len(groups)} images and {len(names)} names")
+    distinct, place = np.unique(np.asarray(groups), return_inverse=True)
+    even = np.full(len(distinct), 1 / len(distinct))
+    counts = np.random.default_rng(seed).multinomial(len(distinct), even, size=resamples)[:, place]  # (R, n)
+    one = np.ones((1, len(groups)))
+    scores = {"auroc": _weighted_auroc, "average_precision": _weighted_average_precision}
+    value: dict[str, dict[str, float]] = {}
+    draws: dict[str, dict[str, np.ndarray]] = {}
+    for i, name in enumerate(names):
+        index = known[:, i] >= 0
+        positive = known[index, i] == 1
+        if not positive.any() or positive.all():
+            continue
+        weights = counts[:, index]
+        undefined = ((weights @ positive) == 0) | ((weights @ ~positive) == 0)
+        weights[undefined] = 1  # any weights with both outcomes; overwritten below
+        value[name] = {key: float(score(positive, prob[index, i], one[:, index])[0]) for key, score in scores.items()}
+        draws[name] = {
+            key: np.where(undefined, np.nan, score(positive, prob[index, i], weights)) for key, score in scores.items()
+        }
+    if not value:
+        raise ValueError("no finding has both outcomes")
+    value["macro"] = {key: float(np.mean([v[key] for v in value.values()])) for key in scores}
+    draws["macro"] = {key: np.nanmean([d[key] for d in draws.values()], axis=0) for key in scores}
+    tails = ((1 - level) / 2, (1 + level) / 2)
+    return {
+        name: {key: Interval(value[name][key], *map(float, np.nanquantile(draws[name][key], tails))) for key in scores}
+        for name in value
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Classification on a labelled set, zero-shot or by a linear layer
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -322,13 +322,29 @@ def report_lesions(
         baselines: predictions.csv of other runs; the first one's difference stands by itself as well.
         settings: of this run, to be compared with a baseline's.
     """
-    point = metrics.operating_point(*held_out, CBIS.classes.index(metrics.MALIGNANT))
-    results = score_predictions(predictions, resamples, seed, point)
+    results = report_rows(predictions, held_out, baselines, settings, resamples, seed)
     results["units"] = score_units(predictions, resamples, seed)
     results["subgroups"] = score_subgroups(predictions, resamples, seed)
+    return results
+
+
+def report_rows(
+    predictions: Predictions,
+    held_out: tuple[np.ndarray, np.ndarray] | None,
+    baselines: Sequence[str],
+    settings: dict[str, Any],
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict:
+    """What `report_lesions` says of any labelled set whose rows are known: scores and differences."""
+    scheme, point = predictions.scheme, None
+    if scheme.positive is not None and held_out is not None:
+        point = metrics.operating_point(*held_out, scheme.classes.index(scheme.positive))
+    results = score_predictions(predictions, resamples, seed, point)
     differences = []
     for path in baselines:
-        difference = score_difference(predictions, Predictions.read(path), path, resamples, seed)
+        theirs = Predictions.read(path, scheme)
+        difference = score_difference(predictions, theirs, path, resamples, seed)
         differences.append(difference | {"settings_differ": settings_that_differ(path, settings)})
     if differences:
         results |= {name: differences[0][name] for name in ("baseline", "difference")} | {"differences": differences}

@@ -251,6 +251,12 @@ def open_sets(args: argparse.Namespace) -> Sets:
     if args.data_path:
         catalog[name] = {**entry, "path": args.data_path}
     train, test = (downstream.create_downstream(name, split, None, catalog) for split in (True, False))
+    if test.findings is not None:
+        raise ValueError(f"{name} has several findings for each image; fine-tuning takes sets with one class each")
+    for baseline in args.baseline:
+        if test.scheme is None:
+            raise ValueError(f"--baseline needs CBIS-DDSM or a set of type csv, whose rows are known, not {name}")
+        predictions.check_baseline(baseline, test.rows, test.scheme)
     return Sets(train, None, test, downstream.metric_of(name, catalog))
 
 
@@ -667,9 +673,8 @@ def validation_score(run: Run, model: nn.Module) -> float:
     return predictions.macro_auroc(run.sets.val.labels[kept], probabilities(logits))
 
 
-def test_scores(run: Run, model: nn.Module) -> metrics.Scores:
+def test_scores(run: Run, logits: np.ndarray, kept: np.ndarray) -> metrics.Scores:
     """All metrics of the set in percent."""
-    logits, kept = logits_of(run, model, run.sets.test, "test")
     skipped = {"samples_skipped": len(run.sets.test) - len(kept)} if len(kept) < len(run.sets.test) else {}
     return {**metrics.percent(metrics.score_outputs(run.sets.test.labels[kept], logits, run.sets.metric)), **skipped}
 
@@ -679,14 +684,28 @@ def report(run: Run) -> dict:
     results: dict[str, Any] = {"model": run.name, "dataset": run.args.data_set, "protocol": "fine-tuning"}
     results["settings"] = run.settings
     if run.sets.val is None:
-        scores = test_scores(run, run.model)
+        logits, kept = logits_of(run, run.model, run.sets.test, "test")
+        scores = test_scores(run, logits, kept)
         results |= {"unit": "percent", **scores}
+        if run.sets.test.scheme is not None:
+            results |= report_rows(run, logits, kept)
         log.info(f"{run.args.data_set}: {scores['metric']} {scores['score']:.2f} after {run.epoch} epochs")
         if run.ema is not None:
-            results["ema"] = average = test_scores(run, run.ema.module)
+            results["ema"] = average = test_scores(run, *logits_of(run, run.ema.module, run.sets.test, "test"))
             log.info(f"{run.args.data_set}, averaged weights: {average['metric']} {average['score']:.2f}")
         return results
     return results | report_lesions(run)
+
+
+def report_rows(run: Run, logits: np.ndarray, kept: np.ndarray) -> dict:
+    """What a csv set's known rows allow: predictions.csv, intervals over its groups, and paired differences."""
+    args, test = run.args, run.sets.test
+    assert test.scheme is not None
+    found = predictions.Predictions([test.rows[i] for i in kept], probabilities(logits), test.scheme)
+    if run.processes.is_main:
+        found.write(Path(args.output_dir) / "predictions.csv")
+    settings = {"dataset": args.data_set, "protocol": "fine-tuning", "seed": args.seed}
+    return predictions.report_rows(found, None, args.baseline, settings, args.resamples, args.seed)
 
 
 def lesion_settings(run: Run) -> dict[str, Any]:

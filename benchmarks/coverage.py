@@ -93,7 +93,9 @@ def simulate(seeds: int, draws: int, resamples: int, noise: float, silent: bool,
             trainings = [own] if conditional else [train(rng, noise) for _ in range(seeds)]
             probs = [t.probabilities(table, rng) for t in trainings]
             rows.append(
-                comparisons.draw_metrics(table.labels, probs, table.patients.astype(str), CLASSES, resamples=resamples)
+                comparisons.draw_metrics(
+                    table.labels, probs, table.patients.astype(str).tolist(), CLASSES, resamples=resamples
+                )
             )
         for name in metrics.METRICS:
             found = comparisons.interval(rows[0][name])

@@ -39,7 +39,7 @@ def test_every_template_has_one_place_for_the_name():
 
 def test_our_lesion_prompts_stand_in_the_order_of_the_classes():
     for kind in ("calc", "mass"):
-        named = [label.upper().replace(" ", "_") for label in LABELS[f"cbis_{kind}"]]
+        named = [synonyms[0].upper().replace(" ", "_") for synonyms in LABELS[f"cbis_{kind}"]]
         noun = {"calc": "CALCIFICATION", "mass": "MASS"}[kind]
         assert [name.replace(f"_{noun}", "") for name in named] == list(CBIS_CLASSES)
 
@@ -64,7 +64,7 @@ def test_every_metric_belongs_to_a_set():
         ('{"pets": {"path": "p", "type": "imagefolder", "train": "train"}}', "pets lacks test"),
         (
             '{"pets": {"path": "p", "type": "folder", "train": "a", "test": "b"}}',
-            "imagefolder, filelist, special",
+            "imagefolder, filelist, csv, special",
         ),
         ('{"pets": {"path": "p", "type": "special", "train": "a", "test": "b"}}', "no special set"),
         ('{"pets": ', "not valid JSON"),

@@ -1,0 +1,214 @@
+"""Sets that a table describes (type csv): reading, refusals, and what each kind of evaluation says of them."""
+
+import csv
+import json
+
+import evaluation_helpers
+import numpy as np
+import pytest
+from helpers import write_checkpoint
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+from test_finetune import SMALL
+
+import downstream
+import eval_zeroshot
+import main_linear
+import make_report
+import metrics
+from beit_finetuning import run_class_finetuning
+
+CLASSES = ("benign", "malignant", "normal")
+
+
+def write_set(root, patients: int = 60, several: bool = False, seed: int = 0, **changes):
+    """Two images a patient whose grey tells the class, a third of them for testing. Returns the catalog's path."""
+    rng = np.random.default_rng(seed)
+    (root / "images").mkdir(parents=True)
+    rows = []
+    for patient in range(patients):
+        label = patient % 3
+        for view in range(2):
+            name = f"images/p{patient}_{view}.png"
+            grey = rng.normal(60 + 55 * label, 22, (40, 40)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(grey).save(root / name)
+            split = "test" if patient // 3 % 3 == 2 else "train"
+            row = {"File Name": name, "diagnosis": CLASSES[label], "part": split, "patient": f"P{patient}"}
+            rows.append(row | {"bright": str(int(label == 2)), "odd": rng.choice(["0", "1", "", "-1"])})
+    write_rows(root / "table.csv", rows)
+    entry = {
+        "path": str(root), "type": "csv", "train": "train", "test": "test", "positive": "malignant",
+        "columns": {"image": "File Name", "label": "diagnosis", "split": "part", "group": "patient"},
+    } | changes  # fmt: skip
+    if several:
+        entry["columns"] = entry["columns"] | {"label": ["bright", "odd"]}
+        del entry["positive"]
+    (root / "catalog.json").write_text(json.dumps({"hospital": entry}))
+    return root / "catalog.json"
+
+
+def write_rows(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("hospital"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("weights") / "checkpoint.pt", "vit")
+
+
+def probe(catalog, out, checkpoint, *flags):
+    return main_linear.main([
+        "--dataset", "hospital", "--catalog", str(catalog), "--pretrained", str(checkpoint), "-j", "0",
+        "--output-dir", str(out), "--resamples", "100", *flags,
+    ])  # fmt: skip
+
+
+def test_rows_labels_and_groups_are_the_tables(hospital):
+    catalog = downstream.read_catalog(hospital)
+    table = read_rows(hospital.parent / "table.csv")
+    for train, split in ((True, "train"), (False, "test")):
+        found = downstream.create_downstream("hospital", train, None, catalog)
+        own = [row for row in table if row["part"] == split]
+        assert found.classes == list(CLASSES)
+        assert [found.classes[label] for label in found.labels] == [row["diagnosis"] for row in own]
+        assert [row["group"] for row in found.rows] == [row["patient"] for row in own]
+        assert np.array_equal(np.asarray(found.image(3))[..., 0], Image.open(hospital.parent / own[3]["File Name"]))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: rows[0].update(part="test"), "1 groups are in both train and test, first 'P0'"),
+        (lambda rows: rows[4].update(diagnosis=""), "row 5 has no diagnosis"),
+        (lambda rows: rows[4].update({"File Name": "../secret.png"}), "row 5: the path"),
+        (lambda rows: rows[1].update({"File Name": "images/p0_0.png"}), "p0_0.png is there twice"),
+        (lambda rows: [row.update(part="all") for row in rows], "no row of the split 'train'; its splits: all"),
+        (lambda rows: [row.pop("diagnosis") for row in rows], "no column diagnosis"),
+        (lambda rows: [row.pop("patient") for row in rows], "no column patient"),
+        (lambda rows: [row.update(diagnosis="b") for row in rows if row["diagnosis"] == "malignant"], "is no class"),
+    ],
+)
+def test_a_table_that_does_not_do_is_refused(tmp_path, change, message):
+    catalog = write_set(tmp_path)
+    rows = read_rows(tmp_path / "table.csv")
+    change(rows)
+    write_rows(tmp_path / "table.csv", rows)
+    with pytest.raises(ValueError, match=message):
+        downstream.create_downstream("hospital", True, None, downstream.read_catalog(catalog))
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"columns": {"picture": "x"}}, r"names the columns image, label, split, group; not \['picture'\]"),
+        ({"blank": "perhaps"}, "counts blank as 'perhaps'; choose from negative, positive, skip"),
+        ({"type": "imagefolder"}, "only the type csv has"),
+    ],
+)
+def test_an_entry_that_does_not_do_is_refused(tmp_path, entry, message):
+    with pytest.raises(ValueError, match=message):
+        downstream.read_catalog(write_set(tmp_path, **entry))
+
+
+def test_probe_and_neighbours_give_what_lesions_get(hospital, checkpoint, tmp_path):
+    first = probe(hospital, tmp_path / "a", checkpoint, "--cache-features", "--knn", "5", "--fraction", "0.5")
+    rows = read_rows(tmp_path / "a" / "predictions.csv")
+    table = [row for row in read_rows(hospital.parent / "table.csv") if row["part"] == "test"]
+    assert [(row["image"], row["group"], row["label"]) for row in rows] == [
+        (row["File Name"], row["patient"], row["diagnosis"]) for row in table
+    ]
+    prob = np.array([[float(row[f"prob_{name}"]) for name in CLASSES] for row in rows])
+    labels = [CLASSES.index(row["label"]) for row in rows]
+    assert first["metrics"]["auroc"]["value"] == pytest.approx(roc_auc_score(labels, prob, multi_class="ovr"))
+    assert first["metrics"]["recall_malignant"]["low"] <= first["metrics"]["recall_malignant"]["value"]
+    assert first["test_patients"] == 18 and first["detection"]["auroc_malignant"]["value"] > 0.5
+    assert first["knn"]["metrics"]["auroc"]["high"] <= 1 and (tmp_path / "a" / "predictions_knn.csv").is_file()
+    baseline = str(tmp_path / "a" / "predictions.csv")
+    second = probe(hospital, tmp_path / "b", checkpoint, "--cache-features", "--untrained", "--baseline", baseline)
+    gain = second["difference"]["auroc"]["value"]
+    assert gain == pytest.approx(second["metrics"]["auroc"]["value"] - first["metrics"]["auroc"]["value"])
+    page = make_report.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output-dir", str(tmp_path / "report")])
+    (section,) = page["sections"]
+    assert section["kind"] == "hospital" and [row["name"] for row in section["rows"]] == ["a", "b"]
+    assert section["rows"][0]["cells"][0] == metrics.Interval(**first["metrics"]["auroc"]).percent()
+
+
+def test_the_held_out_tenth_keeps_groups_whole(hospital, checkpoint, tmp_path, monkeypatch):
+    seen = []
+    fit = main_linear.fit_logistic
+    monkeypatch.setattr(main_linear, "fit_logistic", lambda train, val, *rest: seen.append((train, val)) or fit(
+        train, val, *rest))  # fmt: skip
+    probe(hospital, tmp_path, checkpoint, "--cache-features", "--fraction", "0.4")
+    assert len(seen) == 4
+    for train, val in seen:
+        groups = [{row["group"] for row in part.rows} for part in (train, val)]
+        assert groups[0] and groups[1] and not groups[0] & groups[1]
+
+
+def test_zero_shot_writes_predictions_with_intervals(hospital, tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    evaluation_helpers.write_checkpoint(checkpoint)
+    found = eval_zeroshot.main([
+        "--resume", str(checkpoint), "--catalog", str(hospital), "--datasets", "hospital", "--output-dir",
+        str(tmp_path), "-j", "0",
+    ])["zero_shot"]["hospital"]  # fmt: skip
+    rows = read_rows(tmp_path / "zeroshot_hospital.csv")
+    assert found["samples"] == len(rows) == 36
+    hits = np.mean([row["predicted"] == row["label"] for row in rows])
+    assert found["top1"] == pytest.approx(100 * hits)
+    assert set(found["rows"]["metrics"]) == set(metrics.METRICS)
+    page = make_report.main([str(tmp_path), "--output-dir", str(tmp_path / "report")])
+    assert page["sections"][0]["rows"][0]["name"].startswith("zero-shot")
+    assert page["zeroshot"][0]["rows"] == [("hospital", "top1", f"{found['top1']:.2f}")]
+
+
+def test_fine_tuning_compares_with_a_probe(hospital, checkpoint, tmp_path):
+    probe(hospital, tmp_path / "probe", checkpoint, "--cache-features")
+    results = run_class_finetuning.main([
+        "--data_set", "hospital", "--catalog", str(hospital), "--finetune", str(checkpoint), *SMALL, "--epochs", "1",
+        "--output_dir", str(tmp_path / "tuned"), "--resamples", "50", "--layer_decay", "0.75",
+        "--baseline", str(tmp_path / "probe" / "predictions.csv"),
+    ])  # fmt: skip
+    assert set(results["difference"]) == set(metrics.METRICS)
+    assert len(read_rows(tmp_path / "tuned" / "predictions.csv")) == 36
+
+
+@pytest.mark.parametrize("blank, uncertain", [("skip", "skip"), ("negative", "positive")])
+def test_several_findings_each_by_itself(checkpoint, tmp_path, blank, uncertain):
+    catalog = write_set(tmp_path / "set", several=True, blank=blank, uncertain=uncertain)
+    found = downstream.create_downstream("hospital", False, None, downstream.read_catalog(catalog))
+    table = [row for row in read_rows(tmp_path / "set" / "table.csv") if row["part"] == "test"]
+    counts = {"": {"skip": -1, "negative": 0}[blank], "-1": {"skip": -1, "positive": 1}[uncertain], "0": 0, "1": 1}
+    assert found.findings.tolist() == [[counts[row["bright"]], counts[row["odd"]]] for row in table]
+    results = probe(catalog, tmp_path / "out", checkpoint, "--cache-features")["findings"]
+    rows = read_rows(tmp_path / "out" / "predictions.csv")
+    for name in ("bright", "odd"):
+        known = [row for row in rows if row[name] != ""]
+        truth, prob = ([float(row[key]) for row in known] for key in (name, f"prob_{name}"))
+        assert results[name]["auroc"]["value"] == pytest.approx(roc_auc_score(truth, prob))
+        assert results[name]["average_precision"]["value"] == pytest.approx(average_precision_score(truth, prob))
+    assert results["bright"]["auroc"]["value"] > 0.9 > results["odd"]["auroc"]["value"]
+    mean = np.mean([results[name]["auroc"]["value"] for name in ("bright", "odd")])
+    assert results["macro"]["auroc"]["value"] == pytest.approx(mean)
+
+
+def test_an_unclear_finding_is_named(tmp_path, checkpoint):
+    catalog = write_set(tmp_path, several=True)
+    rows = read_rows(tmp_path / "table.csv")
+    rows[0]["odd"] = "maybe"
+    write_rows(tmp_path / "table.csv", rows)
+    with pytest.raises(ValueError, match=r"p0_0\.png, odd: 'maybe' is not 0, 1, -1 or empty"):
+        downstream.create_downstream("hospital", True, None, downstream.read_catalog(catalog))
