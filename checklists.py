@@ -166,7 +166,11 @@ CLAIM: list[tuple[str, str, Answer]] = [
     ("28", "Metrics", _ALL_METRICS),
     ("29", "Uncertainty and significance", _uncertainty),
     ("30", "Robustness", _when("subgroups", "subgroups; several seeds where there are")),
-    ("31", "Explainability", None),
+    (
+        "31",
+        "Explainability",
+        _when("saliency", "saliency against the radiologist's outline, fresh weights beside"),
+    ),
     ("32", "External validation", None),
     ("33", "Flow of cases", _when("flow", "flow diagram")),
     ("34", "Demographics by partition", _when("splits", "what the case tables say; they hold no age")),

@@ -228,7 +228,7 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
 
 
 def score_labelled(
-    model: Any, tokenizer: Tokenizer, source: ZeroShotSet, loading: Loading, cache: TextCache, file: Path
+    model: Any, tokenizer: Tokenizer, source: ZeroShotSet, loading: Loading, cache: TextCache | None, file: Path
 ) -> metrics.Scores:
     """Metrics in percent; where the rows are known (CBIS-DDSM, type csv) also intervals, and predictions in `file`."""
     scheme = source.dataset.scheme

@@ -64,6 +64,7 @@ from probes import (
     MEDSLIP_SIZE,
     Choice,
     Head,
+    Linear,
     Samples,
     fit_logistic,
     fit_medslip,
@@ -326,9 +327,23 @@ def probe_cbis(
         results["fractions"] = [lesion_fraction(args, train + val, test, fraction) for fraction in args.fraction]
     if processes.is_main:
         predictions.write(Path(args.output_dir) / "predictions.csv")
+        keep_head(args, backbone, head, results)
         how = f"{results['features']} features, {results['protocol']} protocol"
         log.info("\n".join([describe_results(results, how), *describe_lesion_fractions(results)]))
     return results
+
+
+def keep_head(args: argparse.Namespace, backbone: Backbone, head: Head, results: dict[str, Any]) -> None:
+    """head.safetensors: the layer, and in its header what it takes to use it on another image."""
+    if isinstance(head.probabilities, Linear):
+        about = {
+            "classes": results["classes"],
+            "features": backbone.features,
+            "preprocess": backbone.preprocess.to_dict(),
+            "weights_sha256": results["settings"]["weights_sha256"],
+            "operating_point": results.get("operating_point"),
+        }
+        head.probabilities.save(Path(args.output_dir) / "head.safetensors", about)
 
 
 def fit_without_callback(args: argparse.Namespace, train: Samples, val: Samples) -> Callable[[Samples], dict]:
@@ -450,9 +465,9 @@ def probe_features(
         for split in ("train", "test")
     }
     scheme, num_classes = sets["test"].scheme, len(sets["test"].classes)
-    if args.baseline and scheme is None:
-        raise ValueError(f"--baseline needs CBIS-DDSM or a set of type csv, whose rows are known, not {args.dataset}")
-    for baseline in args.baseline if scheme else ():
+    for baseline in args.baseline:
+        if scheme is None:
+            raise ValueError(f"--baseline needs CBIS-DDSM or a set of type csv, with known rows, not {args.dataset}")
         check_baseline(baseline, sets["test"].rows, scheme)
     skipped, findings = {}, {}
 

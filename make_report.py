@@ -33,6 +33,7 @@ import cbis
 import checklists
 import figures
 import metrics
+import saliency
 import utils
 from images import UnreadableImage, read_image
 from make_tables import TABLES, is_synthetic
@@ -55,6 +56,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cbis", default=None, type=Path,
                         help="folder of CBIS-DDSM for images and the table of its splits (default: the runs' own)")
     parser.add_argument("--no-images", action="store_true", help="leave out images of patients")
+    parser.add_argument("--saliency", default=0, type=int, metavar="LESIONS",
+                        help="explain the last probe of each table on up to this many test cancers, on the whole "
+                        "mammogram against the radiologist's outline; needs captum and the run's weights")
     return parser
 # fmt: on
 
@@ -211,7 +215,7 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
     if "metrics" not in result:
         runs.other.append((str(path), result))
         return
-    kind = cbis.CBIS_SETS.get(dataset, dataset)
+    kind = str(cbis.CBIS_SETS.get(dataset, dataset))
     table = runs.tables.setdefault(kind, ResultTable(kind, tuple(result["classes"])))
     name = row_name(path.parent, folder, kind)
     table.lesions, table.patients = int(np.sum(result["confusion"])), result["test_patients"]
@@ -238,7 +242,7 @@ def add_zeroshot(path: Path, folder: Path, runs: Runs) -> None:
     for dataset, scores in result.get("zero_shot", {}).items():
         if "rows" not in scores:
             continue
-        kind, found = cbis.CBIS_SETS.get(dataset, dataset), scores["rows"]
+        kind, found = str(cbis.CBIS_SETS.get(dataset, dataset)), scores["rows"]
         table = runs.tables.setdefault(kind, ResultTable(kind, tuple(found["classes"])))
         if table.lesions is None:
             table.lesions, table.patients = int(np.sum(found["confusion"])), found["test_patients"]
@@ -507,6 +511,39 @@ def misread(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs) -> l
     return groups
 
 
+def explained(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, most: int, images: bool) -> dict | None:
+    """Saliency of the table's last probe; what prevents it is told."""
+    if not most or runs.cbis is None:
+        return None
+    models = [row for row in table.rows if row.folders and (row.folders[0] / "settings.json").is_file()]
+    models = [row for row in models if (row.folders[0] / "head.safetensors").is_file()]
+    if not models:
+        return {"why": "no probe kept its head (head.safetensors)"}
+    model, folder = models[-1], models[-1].folders[0]
+    try:
+        found = saliency.explain_run(folder, read_json(folder / "settings.json", runs), rows, runs.cbis, most)
+        scores = saliency.score_maps(found)
+    except (ImportError, ValueError, FileNotFoundError) as error:
+        return {"why": str(error)}
+    plates = [{"lesion": e.lesion, "data": saliency.plate(e), "energy": saliency.energy_inside(e.heat, e.mask),
+               "chance": e.chance} for e in found[:SHOWN]] if images else []  # fmt: skip
+    return {"model": model.name, "source": str(folder / "head.safetensors"), "lesions": len(found), "why": "",
+            "scores": [(SALIENCY[name], percent_cell(value)) for name, value in scores.items()],
+            "plates": plates}  # fmt: skip
+
+
+SALIENCY = {
+    "pointing": "Highest value inside the outline",
+    "pointing_random_weights": "the same, weights drawn anew",
+    "energy_inside": "Energy inside the outline",
+    "energy_inside_random_weights": "the same, weights drawn anew",
+    "chance": "Chance: the outline's fraction of the view",
+    "rank_correlation_with_random_weights": "Rank correlation with the map of weights drawn anew",
+    "pointing_minus_chance": "Highest value inside, minus chance",
+    "energy_minus_chance": "Energy inside, minus chance",
+}
+
+
 def thumbnail(path: Path, side: int = 160) -> str | None:
     """A small JPEG as a data URI; None for an image that is missing or corrupt."""
     try:
@@ -589,7 +626,7 @@ def subgroup_rows(table: ResultTable) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def build_page(runs: Runs, title: str, images: bool) -> dict[str, Any]:
+def build_page(runs: Runs, title: str, images: bool, saliency_lesions: int = 0) -> dict[str, Any]:
     """Everything that the templates show."""
     gallery, sections, lesions = Gallery(), [], lesion_tables(runs)
     for kind, table in runs.tables.items():
@@ -602,6 +639,7 @@ def build_page(runs: Runs, title: str, images: bool) -> dict[str, Any]:
             "splits": splits_table(rows) if rows else None,
             "flow": flow_figure(kind, rows, runs, gallery) if rows else None,
             "misread": misread(table, rows, runs) if rows and images else [],
+            "saliency": explained(table, rows, runs, saliency_lesions, images) if rows else None,
         })  # fmt: skip
     training, fractions = training_figures(runs, gallery), fraction_figures(runs, gallery)
     return {
@@ -688,6 +726,7 @@ def facts_of(runs: Runs, sections: list[dict[str, Any]]) -> dict[str, Any]:
         "versions": versions_of(runs),
         "commands": bool(runs.settings),
         "misread": any(s["misread"] for s in sections),
+        "saliency": any(s["saliency"] and not s["saliency"]["why"] for s in sections),
         "radiologist": any("Radiologist" in row.name for t in runs.tables.values() for row in t.rows),
         "synthetic": runs.synthetic,
     }
@@ -758,7 +797,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = get_args_parser().parse_args(argv)
     with utils.start_logging():
         runs = gather(args.runs, args.cbis)
-        page = build_page(runs, args.title, images=not args.no_images)
+        page = build_page(runs, args.title, not args.no_images, args.saliency)
         write_report(page, args.output_dir)
         log.info(f"{len(page['read'])} files read, {len(page['figures'])} figures: {args.output_dir / 'report.html'}")
     return page

@@ -356,7 +356,7 @@ def report_rows(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-RESULT_FILES = ("results.json", "predictions.csv", "settings.json")
+RESULT_FILES = ("results.json", "predictions.csv", "settings.json", "head.safetensors")
 
 
 def set_aside_other_results(output_dir: str | Path, settings: dict[str, Any], baselines: Sequence[str] = ()) -> None:

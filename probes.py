@@ -6,13 +6,15 @@ all (k nearest neighbours).
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
@@ -71,6 +73,36 @@ class Head:
     validation: list[dict[str, Any]]  # score and loss of each setting on the validation samples
     # The validation samples' labels (n,) and probabilities (n, k) by the chosen setting, fitted without them.
     held_out: tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Features (n, d) to probabilities (n, k): softmax((features - mean) / scale @ weight + bias)."""
+
+    mean: np.ndarray  # (d,)
+    scale: np.ndarray  # (d,)
+    weight: np.ndarray  # (d, k)
+    bias: np.ndarray  # (k,); minus infinity for a class that the training samples lack
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        standard = (features.astype(self.mean.dtype) - self.mean) / self.scale
+        return softmax(standard @ self.weight + self.bias, axis=1)
+
+    def save(self, path: Path, about: dict[str, Any]) -> None:
+        """As safetensors, `about` (JSON) in its header."""
+        tensors = {name: np.ascontiguousarray(value) for name, value in vars(self).items()}
+        data = safetensors.numpy.save(tensors, {"about": json.dumps(about)})
+        utils.atomic_write(path, lambda file: file.write(data))
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[Linear, dict[str, Any]]:
+        """(head, about) of a file that `save` wrote; another one is a ValueError that names it."""
+        try:
+            with safetensors.safe_open(path, "np") as file:
+                about = json.loads((file.metadata() or {})["about"])
+                return cls(*(file.get_tensor(name) for name in ("mean", "scale", "weight", "bias"))), about
+        except (KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{path} holds no fitted head of this project: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -215,10 +247,7 @@ def logistic_path(
             if result.status == 1:
                 warnings.warn(f"logistic regression at penalty {penalty:g}: {result.message}", stacklevel=2)
             curve.append(result.x.reshape(shape) * scale)
-    return [
-        partial(_probabilities, scaler, axes @ solution[:-1], solution[-1], classes, num_classes)
-        for solution in curve[1:]
-    ]
+    return [_linear(scaler, axes @ solution[:-1], solution[-1], classes, num_classes) for solution in curve[1:]]
 
 
 def _on_principal_axes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -255,14 +284,13 @@ def _scaled_loss(
     return loss, (gradient * scale).ravel()
 
 
-def _probabilities(
-    scaler: StandardScaler, weight: np.ndarray, bias: np.ndarray, classes: np.ndarray, num_classes: int,
-    features: np.ndarray,
-) -> np.ndarray:  # fmt: skip
-    """Probabilities (n, num_classes) with zeros for classes that the training samples lack."""
-    prob = np.zeros((len(features), num_classes))
-    prob[:, classes] = softmax(scaler.transform(features.astype(np.float64)) @ weight + bias, axis=1)
-    return prob
+def _linear(
+    scaler: StandardScaler, weight: np.ndarray, bias: np.ndarray, classes: np.ndarray, num_classes: int
+) -> Linear:
+    """The head with a column for each of num_classes classes; those that the training samples lack are never called."""
+    every = np.zeros((len(weight), num_classes)), np.full(num_classes, -np.inf)
+    every[0][:, classes], every[1][classes] = weight, bias
+    return Linear(np.asarray(scaler.mean_), np.asarray(scaler.scale_), *every)
 
 
 # The first MedSLIP's published protocol. It has no usable learning rate (restarted every 5 batches), so the
@@ -312,11 +340,9 @@ def train_medslip(samples: Samples, num_classes: int, rate: float, seed: int, ba
             F.cross_entropy(layer(x[batch]), y[batch], weight=weight).backward()
             optimizer.step()
 
-    @torch.inference_mode()
-    def predict(features: np.ndarray) -> np.ndarray:
-        return layer(torch.as_tensor(scaler.transform(features), dtype=torch.float32)).softmax(1).numpy()
-
-    return predict
+    weight, bias = layer.weight.detach().numpy().T, layer.bias.detach().numpy()
+    standard = np.asarray(scaler.mean_), np.asarray(scaler.scale_)
+    return Linear(*(part.astype(np.float32) for part in (*standard, weight, bias)))
 
 
 @torch.inference_mode()

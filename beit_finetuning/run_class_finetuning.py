@@ -673,8 +673,12 @@ def validation_score(run: Run, model: nn.Module) -> float:
     return predictions.macro_auroc(run.sets.val.labels[kept], probabilities(logits))
 
 
-def test_scores(run: Run, logits: np.ndarray, kept: np.ndarray) -> metrics.Scores:
+def test_scores(run: Run, model: nn.Module) -> metrics.Scores:
     """All metrics of the set in percent."""
+    return scores_of(run, *logits_of(run, model, run.sets.test, "test"))
+
+
+def scores_of(run: Run, logits: np.ndarray, kept: np.ndarray) -> metrics.Scores:
     skipped = {"samples_skipped": len(run.sets.test) - len(kept)} if len(kept) < len(run.sets.test) else {}
     return {**metrics.percent(metrics.score_outputs(run.sets.test.labels[kept], logits, run.sets.metric)), **skipped}
 
@@ -685,13 +689,13 @@ def report(run: Run) -> dict:
     results["settings"] = run.settings
     if run.sets.val is None:
         logits, kept = logits_of(run, run.model, run.sets.test, "test")
-        scores = test_scores(run, logits, kept)
+        scores = scores_of(run, logits, kept)
         results |= {"unit": "percent", **scores}
         if run.sets.test.scheme is not None:
             results |= report_rows(run, logits, kept)
         log.info(f"{run.args.data_set}: {scores['metric']} {scores['score']:.2f} after {run.epoch} epochs")
         if run.ema is not None:
-            results["ema"] = average = test_scores(run, *logits_of(run, run.ema.module, run.sets.test, "test"))
+            results["ema"] = average = test_scores(run, run.ema.module)
             log.info(f"{run.args.data_set}, averaged weights: {average['metric']} {average['score']:.2f}")
         return results
     return results | report_lesions(run)

@@ -572,3 +572,19 @@ def test_two_classes_without_the_dismissed_lesions(run, cbis):
     table = [row for row in read_csv(cbis / "mass.csv") if row["split"] == "test"]
     assert two["lesions"] == sum(row["pathology"] != "BENIGN_WITHOUT_CALLBACK" for row in table)
     assert two["classes"] == ["BENIGN", "MALIGNANT"] and two["metrics"]["auroc"]["value"] > 0.9
+
+
+@pytest.mark.parametrize("protocol", ["logistic", "medslip"])
+def test_the_kept_head_gives_the_runs_predictions(cbis, checkpoint, tmp_path, monkeypatch, protocol):
+    monkeypatch.setattr(probes, "MEDSLIP_EPOCHS", 2)
+    monkeypatch.setattr(main_linear, "MEDSLIP_SIZE", 64)
+    results = probe(cbis, tmp_path, "--pretrained", str(checkpoint), "--protocol", protocol)
+    head, about = probes.Linear.load(tmp_path / "head.safetensors")
+    (file,) = (tmp_path / "features").glob("*_test_*.npz")
+    prob = head(np.load(file)["features"])
+    written = [[float(row[f"prob_{name}"]) for name in CBIS_CLASSES] for row in read_csv(tmp_path / "predictions.csv")]
+    assert np.array_equal(prob, np.array(written, dtype=prob.dtype))
+    assert about["weights_sha256"] == results["settings"]["weights_sha256"] and about["classes"] == list(CBIS_CLASSES)
+    (tmp_path / "head.safetensors").write_bytes(b"no head")
+    with pytest.raises(ValueError, match="no fitted head"):
+        probes.Linear.load(tmp_path / "head.safetensors")

@@ -1,0 +1,248 @@
+"""Where a probe's malignant score comes from, on whole mammograms, against the radiologist's outline.
+
+Maps come from captum: Grad-CAM (Selvaraju et al. 2017) at the last convolutional stage, gradient times activation at
+the last stage of a Swin tower and before the last attention of a ViT. They are scored by the pointing game (Zhang et
+al. 2018: is the highest value inside the outline?) and by the fraction of their energy inside it, against what a flat
+map would score. A map that hardly changes when the tower's weights are drawn anew (Adebayo et al. 2018) shows the
+image, not the model: the same scores of such a tower stand beside.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+import cbis
+import metrics
+from features import Backbone, load_backbone, rebuilt
+from images import UnreadableImage, read_image
+from probes import Linear
+
+INSIDE = 0.5  # of a mask's pixel that the view has mixed from inside and outside
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One lesion: the view (H, W) from 0 to 1, the outline as a mask (H, W), and maps (H, W) that sum to 1."""
+
+    lesion: str
+    patient: str
+    view: np.ndarray
+    mask: np.ndarray
+    heat: np.ndarray
+    heat_random: np.ndarray  # of the tower with weights drawn anew
+
+    @property
+    def chance(self) -> float:
+        """The outline's fraction of the view: what a flat map scores."""
+        return float(self.mask.mean())
+
+
+class Explainer:
+    """Saliency of one class of a probe: images (B, 3, S, S) to maps (B, S, S), each of them of sum 1 (0 if empty)."""
+
+    def __init__(self, backbone: Backbone, head: Linear, target: int):
+        self.backbone, self.target = backbone, target
+        keys = ("mean", "scale", "weight", "bias")
+        self.head = {key: torch.as_tensor(getattr(head, key), dtype=torch.float32) for key in keys}
+        tower: Any = backbone.model.visual
+        self.layer = spatial_layer(tower)
+
+    def score(self, images: Tensor) -> Tensor:
+        """The class's logit (B,)."""
+        features = self.backbone.encode(images)  # (B, d)
+        logits = (features - self.head["mean"]) / self.head["scale"] @ self.head["weight"]  # (B, k)
+        return logits[:, self.target] + self.head["bias"][self.target]
+
+    def __call__(self, images: Tensor) -> np.ndarray:
+        try:
+            from captum.attr import LayerGradCam, LayerGradientXActivation
+        except ImportError as error:
+            raise ImportError("saliency needs captum: pip install captum") from error
+        images = images.requires_grad_()
+        if self.layer.kind == "convolution":
+            heat: Any = LayerGradCam(self.score, self.layer.module).attribute(images)  # (B, 1, h, w)
+        else:
+            product: Any = LayerGradientXActivation(self.score, self.layer.module).attribute(images)
+            heat = self.layer.grid(product)[:, None]
+        heat = F.relu(heat.detach())
+        heat = F.interpolate(heat, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        total = heat.sum((1, 2), keepdim=True)
+        return (heat / total.clamp(min=1e-12)).numpy()
+
+
+@dataclass(frozen=True)
+class SpatialLayer:
+    """A layer whose output still has places, and how these lie in it."""
+
+    module: nn.Module
+    kind: str  # convolution (B, C, h, w), channels_last (B, h, w, C) or tokens (B, n + h * w, C)
+    prefix: int = 0  # tokens that are no place
+
+    def grid(self, product: Tensor) -> Tensor:
+        """Gradient times activation, summed over channels: (B, h, w)."""
+        heat = product.sum(-1)
+        if self.kind == "channels_last":
+            return heat
+        heat = heat[:, self.prefix :]
+        side = round(heat.shape[1] ** 0.5)
+        return heat.reshape(-1, side, heat.shape[1] // side)
+
+
+def spatial_layer(tower: nn.Module) -> SpatialLayer:
+    """The layer of a tower that is explained; ValueError for one of another kind."""
+    named: dict[str, Any] = dict(tower.named_modules())
+    blocks = [name for name in named if name.split(".")[-2:-1] == ["blocks"] and hasattr(named[name], "attn")]
+    prefix = next((module.num_prefix_tokens for module in named.values() if hasattr(module, "num_prefix_tokens")), None)
+    if blocks and prefix is not None:
+        return SpatialLayer(named[blocks[-1]].norm1, "tokens", int(prefix))
+    for stages, kind in (("layers", "channels_last"), ("layer4", "convolution"), ("stages", "convolution"),
+                         ("blocks", "convolution")):  # fmt: skip
+        found = [module for name, module in named.items() if name.split(".")[-1] == stages]
+        if found and isinstance(found[-1], nn.Sequential):
+            return SpatialLayer(found[-1] if kind == "convolution" else found[-1][-1], kind)
+    raise ValueError(f"{type(tower).__name__} has no layer that saliency knows: a ViT, Swin, ResNet or ConvNeXt has")
+
+
+def explain(
+    lesions: Sequence[dict[str, str]], root: Path, backbone: Backbone, head: Linear, seed: int = 0, batch: int = 8
+) -> list[Explained]:
+    """Maps of the lesions that have a full image and a mask; unreadable ones are left out."""
+    target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
+    fresh = rebuilt(backbone.model, seed + 1).eval().requires_grad_(False)
+    encode = fresh.encode_image if backbone.features == "projection" else fresh.visual
+    random = Backbone(encode, fresh, backbone.preprocess, backbone.features, "drawn anew")
+    explainers = Explainer(backbone, head, target), Explainer(random, head, target)
+    views = [(row, *found) for row in lesions if (found := view_and_mask(row, root, backbone)) is not None]
+    explained = []
+    for start in range(0, len(views), batch):
+        part = views[start : start + batch]
+        images = torch.stack([view for _, view, _ in part])
+        heats = [explainer(images.clone()) for explainer in explainers]
+        for i, (row, view, mask) in enumerate(part):
+            grey = view.mean(0).numpy()
+            grey = (grey - grey.min()) / max(float(np.ptp(grey)), 1e-12)
+            explained.append(Explained(row["lesion"], row["patient"], grey, mask, heats[0][i], heats[1][i]))
+    return explained
+
+
+def view_and_mask(row: dict[str, str], root: Path, backbone: Backbone) -> tuple[Tensor, np.ndarray] | None:
+    """The model's view (3, S, S) of the full mammogram and the outline as it lies in that view (S, S).
+
+    The mask's file differs from the mammogram's by some pixels in places: it is first brought to its size, then through
+    the same view. Where padding surrounds the image, the mask has none there.
+    """
+    from transforms import eval_view
+
+    if not row.get("full") or not row.get("mask"):
+        return None
+    try:
+        full, mask = read_image(root / row["full"]), read_image(root / row["mask"])
+    except (UnreadableImage, FileNotFoundError):
+        return None
+    mask = mask.resize(full.size, Image.Resampling.NEAREST)
+    view = eval_view(backbone.preprocess)
+    black, white = (view(Image.new("RGB", full.size, colour), None) for colour in ("black", "white"))
+    span = (white - black).abs().amax(0)  # 0 in padding
+    inside = ((view(mask, None) - black).abs().amax(0) / span.clamp(min=1e-6) > INSIDE) & (span > 1e-3)
+    return (view(full, None), inside.numpy()) if inside.any() else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pointing(heat: np.ndarray, mask: np.ndarray) -> float:
+    """1 where the highest value lies inside; several highest ones count by their fraction."""
+    highest = heat == heat.max()
+    return float(mask[highest].mean())
+
+
+def energy_inside(heat: np.ndarray, mask: np.ndarray) -> float:
+    """The fraction of a map inside the mask; the mask's own where the map is empty."""
+    total = heat.sum()
+    return float(heat[mask].sum() / total) if total > 0 else float(mask.mean())
+
+
+def score_maps(explained: Sequence[Explained], resamples: int = 2000, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Means over lesions with 95% intervals over resampled patients; ValueError where there is no lesion.
+
+    pointing and energy of the model, of the tower drawn anew, and of chance; energy above chance, paired; and the rank
+    correlation of the model's maps with those of the tower drawn anew.
+    """
+    if not explained:
+        raise ValueError("no lesion has a full image and a mask that can be read")
+    values: dict[str, list[float]] = {
+        "pointing": [pointing(e.heat, e.mask) for e in explained],
+        "pointing_random_weights": [pointing(e.heat_random, e.mask) for e in explained],
+        "energy_inside": [energy_inside(e.heat, e.mask) for e in explained],
+        "energy_inside_random_weights": [energy_inside(e.heat_random, e.mask) for e in explained],
+        "chance": [e.chance for e in explained],
+        "rank_correlation_with_random_weights": [_correlation(e.heat, e.heat_random) for e in explained],
+    }
+    values["pointing_minus_chance"] = (np.array(values["pointing"]) - values["chance"]).tolist()
+    values["energy_minus_chance"] = (np.array(values["energy_inside"]) - values["chance"]).tolist()
+    names, place = np.unique([e.patient for e in explained], return_inverse=True)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)[:, place]  # (R, n)
+    found = {}
+    for name, each in values.items():
+        draws = weights @ np.array(each) / weights.sum(1)
+        low, high = np.quantile(draws, (0.025, 0.975))
+        found[name] = {"value": float(np.mean(each)), "low": float(low), "high": float(high)}
+    return found
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    found: Any = spearmanr(a[::4, ::4].ravel(), b[::4, ::4].ravel())
+    return float(found.statistic)
+
+
+def plate(explained: Explained, side: int = 220) -> str:
+    """The view with its map in red and the outline in cyan, as a data URI."""
+    grey = np.repeat((255 * explained.view[..., None]).astype(np.float32), 3, axis=2)
+    heat = explained.heat / max(float(explained.heat.max()), 1e-12)
+    colour = np.array([255.0, 60.0, 20.0], dtype=np.float32)
+    shown = grey * (1 - 0.6 * heat[..., None]) + colour * 0.6 * heat[..., None]
+    mask = explained.mask
+    inner = mask.copy()
+    inner[1:-1, 1:-1] = mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:] & mask[1:-1, 1:-1]
+    shown[mask & ~inner] = (60, 220, 255)
+    img = Image.fromarray(shown.clip(0, 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    data = io.BytesIO()
+    img.save(data, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def explain_run(
+    folder: Path, settings: dict[str, Any], rows: Sequence[dict[str, str]], root: Path, most: int
+) -> list[Explained]:
+    """Maps of up to `most` cancers of the test table by the probe in `folder`; ValueError where it kept no head."""
+    path = folder / "head.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no head.safetensors: probe again")
+    head, about = Linear.load(path)
+    args = settings["args"]
+    backbone = load_backbone(
+        args["pretrained"], model=args["model"], arch=args["arch"], untrained=args["untrained"], seed=args["seed"],
+        features=about["features"], size=about["preprocess"]["size"],
+    )  # fmt: skip
+    if backbone.fingerprint() != about["weights_sha256"]:
+        raise ValueError(f"{args['pretrained']} does not hold the weights that {folder} was fitted on")
+    cancers = [row for row in rows if row["split"] == "test" and row["pathology"] == metrics.MALIGNANT]
+    order = np.random.default_rng(0).permutation(len(cancers))[:most]
+    return explain([cancers[i] for i in sorted(order)], root, backbone, head)
