@@ -301,7 +301,7 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
         found["overview"].append(gallery.add(f"{table.kind}_auroc", name, svg, with_interval[-1].source))
     if table.comparisons:
         name = f"{title}: AUROC, differences"
-        pairs = [(f"{short(c['row'])} − {short(c['baseline'])}", interval(c["difference"]["auroc"]))
+        pairs = [(f"{short(c['row'])} − {short(c['baseline'], table.kind)}", interval(c["difference"]["auroc"]))
                  for c in table.comparisons]  # fmt: skip
         svg = figures.forest(pairs, name, "percentage points, paired over patients, 95% interval", synthetic, zero=0.0)
         found["overview"].append(gallery.add(f"{table.kind}_differences", name, svg, models[-1].source))
@@ -318,9 +318,12 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
     return found
 
 
-def short(name: str) -> str:
-    """A path's telling part: the folder of a predictions.csv."""
-    return Path(name).parent.name if name.endswith("predictions.csv") else name
+def short(name: str, kind: str = "") -> str:
+    """A path's telling part: the folder of a predictions.csv, without its table."""
+    if not name.endswith("predictions.csv"):
+        return name
+    folder = Path(name).parent
+    return row_name(folder, folder.parents[1], kind) if kind else folder.name
 
 
 def read_predictions(row: Row, runs: Runs) -> list[Predictions]:
@@ -589,8 +592,8 @@ def comparison_rows(table: ResultTable, runs: Runs) -> list[dict[str, str]]:
             p = f"{entry['p_holm']:.4f} (Holm, {entry['family']})"
         else:
             p = f"{value['p_value']:.4f}, uncorrected"
-        found.append({"row": entry["row"], "baseline": short(entry["baseline"]), "difference": percent_cell(value),
-                      "p": p, "leaves_out": entry.get("leaves_out", "")})  # fmt: skip
+        line = {"row": entry["row"], "baseline": short(entry["baseline"], table.kind), "p": p}
+        found.append(line | {"difference": percent_cell(value), "leaves_out": entry.get("leaves_out", "")})
     return found
 
 
