@@ -567,7 +567,8 @@ def fit_on(name: str, train: Samples, num_classes: int, seed: int, metric: str) 
     held_out = stratified_part(train.labels, 0.1, 1, np.random.default_rng(seed))
     if train.rows:
         groups = [row["group"] for row in train.rows]
-        splitter = StratifiedGroupKFold(min(10, len(set(groups))), shuffle=True, random_state=seed)
+        rarest = min(np.bincount(train.labels)[np.unique(train.labels)])
+        splitter = StratifiedGroupKFold(max(2, min(10, len(set(groups)), rarest)), shuffle=True, random_state=seed)
         _, held_out = next(iter(splitter.split(train.labels, train.labels, groups)))
     fitted = np.setdiff1d(np.arange(len(train.labels)), held_out)
     missing = np.setdiff1d(train.labels, train.labels[fitted])

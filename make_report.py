@@ -298,13 +298,14 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
         name = f"{title}: AUROC of each row"
         svg = figures.forest([(r.name, interval(r.metrics["auroc"])) for r in with_interval], name,
                              "macro AUROC, percent, 95% interval", synthetic)  # fmt: skip
-        found["overview"].append(gallery.add(f"{table.kind}_auroc", name, svg, with_interval[-1].source))
+        found["overview"].append(gallery.add(f"{table.kind}_auroc", name, svg, sources(with_interval)))
     if table.comparisons:
         name = f"{title}: AUROC, differences"
         pairs = [(f"{short(c['row'])} − {short(c['baseline'], table.kind)}", interval(c["difference"]["auroc"]))
                  for c in table.comparisons]  # fmt: skip
         svg = figures.forest(pairs, name, "percentage points, paired over patients, 95% interval", synthetic, zero=0.0)
-        found["overview"].append(gallery.add(f"{table.kind}_differences", name, svg, models[-1].source))
+        compared = [row for row in models if row.name in {c["row"] for c in table.comparisons}]
+        found["overview"].append(gallery.add(f"{table.kind}_differences", name, svg, sources(compared)))
     each = [(row, read_predictions(row, runs)) for row in models] if table.classes == cbis.CBIS_CLASSES else []
     each = [(row, group) for row, group in each if group]
     if each:
@@ -316,6 +317,12 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
             key = f"{table.kind}_confusion_{len(found['confusion'])}"
             found["confusion"].append(gallery.add(key, name, svg, row.source))
     return found
+
+
+def sources(rows: Sequence[Row]) -> str:
+    """The file of all rows, or that each has its own."""
+    files = {row.source for row in rows}
+    return files.pop() if len(files) == 1 else "each row's own file"
 
 
 def short(name: str, kind: str = "") -> str:
@@ -635,7 +642,8 @@ def build_page(runs: Runs, title: str, images: bool, saliency_lesions: int = 0) 
     for kind, table in runs.tables.items():
         rows = lesions.get(kind)
         sections.append({
-            "kind": kind, "title": TABLES.get(kind, kind), "lesions": table.lesions, "patients": table.patients,
+            "kind": kind, "title": TABLES.get(kind, kind), "lesion": kind in cbis.CBIS_KINDS,
+            "lesions": table.lesions, "patients": table.patients,
             "rows": table_rows(table), "comparisons": comparison_rows(table, runs), "absent": table.absent,
             "detection": detection_rows(table), "units": unit_rows(table), "subgroups": subgroup_rows(table),
             "figures": table_figures(table, runs, gallery),

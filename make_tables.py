@@ -628,7 +628,7 @@ def describe_comparisons(found: list[dict[str, Any]], primary: dict | None) -> I
             late = ", AFTER results were there" if primary["after_results"] else ", before any result"
             p = f"p = {difference.p_value:.4f} (primary, named {primary['named']}{late})"
         else:
-            p = f"p = {entry['p_holm']:.4f} (Holm, {entry['family']} comparisons)"
+            p = f"p = {entry['p_holm']:.4f} (Holm, {entry['family']} comparison{'s' * (entry['family'] > 1)})"
         remark = f"; {entry['leaves_out']}" if entry["leaves_out"] else ""
         yield f"- {entry['row']} − {entry['baseline']}: {difference.percent()}, {p}{remark}"
 
