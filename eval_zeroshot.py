@@ -26,7 +26,7 @@ import utils
 from datasets import READERS, Reader, create_reader
 from downstream import ZeroShotSet
 from features import Loading, TextCache, classify_zeroshot, embed_pairs, zeroshot_probabilities
-from predictions import Predictions, score_predictions
+from predictions import Predictions, count_reading, score_predictions
 from tokenizer import Tokenizer
 from transforms import Preprocess, View, as_view
 
@@ -234,11 +234,13 @@ def score_labelled(
     scheme = source.dataset.scheme
     if scheme is None or source.dataset.findings is not None:
         return metrics.percent(classify_zeroshot(model, tokenizer, source, loading, cache))
+    if loading.processes.is_main:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        count_reading(file.parent, {"zero_shot": file.stem})
     numbers, prob = zeroshot_probabilities(model, tokenizer, source, loading, cache)
     found = Predictions([source.dataset.rows[i] for i in numbers], prob, scheme)
     scores = metrics.percent(metrics.score_outputs(found.labels, prob, source.metric))
     if loading.processes.is_main:
-        file.parent.mkdir(parents=True, exist_ok=True)
         found.write(file)
     try:
         return scores | {"rows": score_predictions(found)}

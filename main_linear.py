@@ -32,6 +32,7 @@ import sklearn
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.special import softmax
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -707,6 +708,8 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: distribut
                 log.info(f"epoch {run.epoch}: test {scores['metric']} {scores['score']:.2f} (best {run.best:.2f})")
             save_sgd(run, is_best)
     scores = scores or evaluate()
+    if test.scheme is not None and test.findings is None:
+        scores |= linear_rows(run, test)
     if backbone.fingerprint() != run.settings["weights_sha256"]:
         raise RuntimeError("the frozen tower has changed; its features and this result are not those of --pretrained")
     log.info(f"{args.dataset}: {scores['metric']} {scores['score']:.2f} after {args.epochs} epochs")
@@ -812,6 +815,17 @@ def evaluate_linear(run: LinearRun, test: downstream.Downstream, metric: str) ->
     logits, kept = extract(whole, test, f"{run.args.dataset} test", loading_of(run.args, run.processes))
     skipped = {"samples_skipped": len(test) - len(kept)} if len(kept) < len(test) else {}
     return {**score_set(test.labels[kept], logits, metric), **skipped}
+
+
+def linear_rows(run: LinearRun, test: downstream.Downstream) -> dict:
+    """What the known rows of a csv set allow: predictions.csv and intervals over its groups."""
+    assert test.scheme is not None
+    whole = replace(run.backbone, encode=lambda images: run.head(run.backbone.encode(images).float()))
+    logits, kept = extract(whole, test, f"{run.args.dataset} test", loading_of(run.args, run.processes))
+    found = Predictions([test.rows[i] for i in kept], softmax(logits.astype(np.float64), axis=1), test.scheme)
+    if run.processes.is_main:
+        found.write(Path(run.args.output_dir) / "predictions.csv")
+    return score_predictions(found, run.args.resamples, run.args.seed)
 
 
 def resume_sgd(run: LinearRun) -> None:

@@ -33,8 +33,10 @@ import cbis
 import checklists
 import figures
 import metrics
+import neighbours
 import saliency
 import utils
+from datasets import create_reader
 from images import UnreadableImage, read_image
 from make_tables import TABLES, is_synthetic
 from predictions import Predictions, describe_interval
@@ -59,6 +61,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--saliency", default=0, type=int, metavar="LESIONS",
                         help="explain the last probe of each table on up to this many test cancers, on the whole "
                         "mammogram against the radiologist's outline; needs captum and the run's weights")
+    parser.add_argument("--roco", default=None, type=Path,
+                        help="folder of ROCO: the nearest captions and images of its validation split for the missed "
+                        "cancers, by the last probe's model; passes that split once")
     return parser
 # fmt: on
 
@@ -80,6 +85,7 @@ class Row:
     units: dict[str, dict] = field(default_factory=dict)
     subgroups: list[dict] = field(default_factory=list)
     confusion: list[list[float]] | None = None
+    two_class: list[dict] = field(default_factory=list)  # AUROC of each seed
     never_predicted: list[str] = field(default_factory=list)
     leaves_out: str = ""
     point: metrics.OperatingPoint | None = None
@@ -190,7 +196,7 @@ def add_tables(folder: Path, runs: Runs) -> None:
             mine.rows.append(
                 Row(
                     row["name"], row["kind"], row["metrics"], str(path), places, row.get("detection", {}),
-                    row.get("units", {}), row.get("subgroups", []), row.get("confusion"),
+                    row.get("units", {}), row.get("subgroups", []), row.get("confusion"), row.get("two_class", []),
                     row.get("never_predicted", []), row["leaves_out"], point_of(results[0]) if results else None,
                 )
             )  # fmt: skip
@@ -198,6 +204,10 @@ def add_tables(folder: Path, runs: Runs) -> None:
                 runs.skipped.setdefault(kind, result.get("lesions_skipped", {}))
                 if result.get("fractions"):
                     runs.fractions.append((row["name"], TABLES[kind], result["fractions"]))
+
+
+def two_class_of(result: dict) -> list[dict]:
+    return [result["two_class"]["metrics"]["auroc"]] if result.get("two_class") else []
 
 
 def point_of(result: dict) -> metrics.OperatingPoint | None:
@@ -224,7 +234,7 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
     table.rows.append(
         Row(
             name, "measured", result["metrics"], str(path), [path.parent], result.get("detection", {}),
-            result.get("units", {}), result.get("subgroups", []), result["confusion"],
+            result.get("units", {}), result.get("subgroups", []), result["confusion"], two_class_of(result),
             result.get("never_predicted", []), "" if untrained else "one run: leaves out the training's chance",
             point_of(result),
         )
@@ -554,12 +564,41 @@ SALIENCY = {
 }
 
 
+def nearest(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, roco: Path | None) -> dict | None:
+    """The nearest captions and images of ROCO's validation split for the missed cancers; what prevents it is told."""
+    if roco is None or runs.cbis is None:
+        return None
+    missed = misread(table, rows, runs)[:1]
+    models = [row for row in table.rows if row.folders and (row.folders[0] / "settings.json").is_file()]
+    if not missed or not models:
+        return None
+    crops = {row["lesion"]: runs.cbis / row["crop"] for row in rows if row["crop"]}
+    weights = read_json(models[-1].folders[0] / "settings.json", runs)["args"]["pretrained"]
+    try:
+        names = [image["lesion"] for image in missed[0]["images"] if image["data"]]
+        bank = neighbours.Neighbours(weights, create_reader("roco", str(roco), "", "validation", "all"))
+        found = bank.of([read_image(crops[name]) for name in names])
+    except (ValueError, FileNotFoundError) as error:
+        return {"why": str(error)}
+    lines = [
+        {"lesion": name, "data": thumbnail(crops[name]),
+         "captions": [(bank.captions[i], cosine) for i, cosine in near["captions"]],
+         "images": [(bank.captions[i], small(bank.reader.image(i), 110), cosine) for i, cosine in near["images"]]}
+        for name, near in zip(names, found, strict=True)
+    ]  # fmt: skip
+    return {"why": "", "model": weights, "source": str(roco), "lines": lines}
+
+
 def thumbnail(path: Path, side: int = 160) -> str | None:
     """A small JPEG as a data URI; None for an image that is missing or corrupt."""
     try:
-        img = read_image(path)
+        return small(read_image(path), side)
     except (UnreadableImage, FileNotFoundError):
         return None
+
+
+def small(img: Image.Image, side: int) -> str:
+    img = img.copy()
     img.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = io.BytesIO()
     img.save(data, "JPEG", quality=85)
@@ -636,7 +675,13 @@ def subgroup_rows(table: ResultTable) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def build_page(runs: Runs, title: str, images: bool, saliency_lesions: int = 0) -> dict[str, Any]:
+def two_class_rows(table: ResultTable) -> list[tuple[str, str]]:
+    return [(row.name, "; ".join(map(percent_cell, row.two_class))) for row in table.rows if row.two_class]
+
+
+def build_page(
+    runs: Runs, title: str, images: bool, saliency_lesions: int = 0, roco: Path | None = None
+) -> dict[str, Any]:
     """Everything that the templates show."""
     gallery, sections, lesions = Gallery(), [], lesion_tables(runs)
     for kind, table in runs.tables.items():
@@ -645,11 +690,13 @@ def build_page(runs: Runs, title: str, images: bool, saliency_lesions: int = 0) 
             "kind": kind, "title": TABLES.get(kind, kind), "lesion": kind in cbis.CBIS_KINDS,
             "lesions": table.lesions, "patients": table.patients,
             "rows": table_rows(table), "comparisons": comparison_rows(table, runs), "absent": table.absent,
+            "two_class": two_class_rows(table),
             "detection": detection_rows(table), "units": unit_rows(table), "subgroups": subgroup_rows(table),
             "figures": table_figures(table, runs, gallery),
             "splits": splits_table(rows) if rows else None,
             "flow": flow_figure(kind, rows, runs, gallery) if rows else None,
             "misread": misread(table, rows, runs) if rows and images else [],
+            "nearest": nearest(table, rows, runs, roco) if rows and images else None,
             "saliency": explained(table, rows, runs, saliency_lesions, images) if rows else None,
         })  # fmt: skip
     training, fractions = training_figures(runs, gallery), fraction_figures(runs, gallery)
@@ -808,7 +855,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = get_args_parser().parse_args(argv)
     with utils.start_logging():
         runs = gather(args.runs, args.cbis)
-        page = build_page(runs, args.title, not args.no_images, args.saliency)
+        page = build_page(runs, args.title, not args.no_images, args.saliency, args.roco)
         write_report(page, args.output_dir)
         log.info(f"{len(page['read'])} files read, {len(page['figures'])} figures: {args.output_dir / 'report.html'}")
     return page

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import cbis_tree
 import evaluation_helpers
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from test_finetune import SMALL
 import downstream
 import eval_zeroshot
 import main_linear
+import make_dataset
 import make_report
 import metrics
 from beit_finetuning import run_class_finetuning
+from predictions import Predictions
 
 CLASSES = ("benign", "malignant", "normal")
 
@@ -173,6 +176,33 @@ def test_zero_shot_writes_predictions_with_intervals(hospital, tmp_path):
     page = make_report.main([str(tmp_path), "--output-dir", str(tmp_path / "report")])
     assert page["sections"][0]["rows"][0]["name"].startswith("zero-shot")
     assert page["zeroshot"][0]["rows"] == [("hospital", "top1", f"{found['top1']:.2f}")]
+
+
+def test_sgd_writes_predictions_with_intervals(hospital, checkpoint, tmp_path):
+    found = probe(hospital, tmp_path, checkpoint, "--epochs", "1", "--batch-size", "16")
+    rows = read_rows(tmp_path / "predictions.csv")
+    assert found["top1"] == pytest.approx(100 * np.mean([row["predicted"] == row["label"] for row in rows]))
+    assert found["metrics"]["auroc"]["low"] <= found["metrics"]["auroc"]["value"] and len(rows) == 36
+
+
+def test_zero_shot_on_lesions_has_the_probes_metrics(tmp_path):
+    root = tmp_path / "cbis"
+    cbis_tree.make_small_cbis(root)
+    make_dataset.make_cbis(root)
+    evaluation_helpers.write_checkpoint(tmp_path / "checkpoint.pt")
+    entry = {"path": str(root), "type": "special", "train": "train", "test": "test"}
+    (tmp_path / "catalog.json").write_text(json.dumps({"cbis_mass": entry}))
+    found = eval_zeroshot.main([
+        "--resume", str(tmp_path / "checkpoint.pt"), "--catalog", str(tmp_path / "catalog.json"), "-j", "0",
+        "--output-dir", str(tmp_path / "out"),
+    ])["zero_shot"]["cbis_mass"]  # fmt: skip
+    predicted = Predictions.read(tmp_path / "out" / "zeroshot_cbis_mass.csv")
+    auroc = roc_auc_score(predicted.labels, predicted.prob, multi_class="ovr")
+    assert found["rows"]["metrics"]["auroc"]["value"] == pytest.approx(auroc)
+    (reading,) = map(json.loads, (tmp_path / "out" / "test_readings.jsonl").read_text().splitlines())
+    assert reading["zero_shot"] == "zeroshot_cbis_mass" and reading["time"]
+    page = make_report.main([str(tmp_path / "out"), "--cbis", str(root), "--output-dir", str(tmp_path / "report")])
+    assert page["sections"][0]["kind"] == "mass" and page["sections"][0]["flow"]
 
 
 def test_fine_tuning_compares_with_a_probe(hospital, checkpoint, tmp_path):

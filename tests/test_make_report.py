@@ -7,15 +7,22 @@ import shutil
 from html.parser import HTMLParser
 
 import cbis_tree
+import evaluation_helpers
 import numpy as np
 import pytest
+import torch
 from helpers import write_checkpoint
+from roco_tree import make_roco
 
 import figures
 import main_linear
 import make_dataset
 import make_report
 import metrics
+import models
+import transforms
+from datasets import create_reader
+from images import read_image
 
 KINDS = ("calc", "mass")
 
@@ -172,6 +179,44 @@ def test_lesions_are_counted_from_the_table_and_the_worst_errors_are_shown(runs,
     assert missed["model"] == "trained" and all(image["true"] == "MALIGNANT" for image in missed["images"])
     page, html = report(runs, "--no-images")
     assert all(section["misread"] == [] for section in page["sections"]) and "data:image" not in html
+
+
+def test_two_classes_and_units_have_rows(runs):
+    page, html = report(runs)
+    calc = page["sections"][0]
+    _, result = results_of(runs, "calc", "trained")
+    name, cell = calc["two_class"][1]
+    assert name == "trained" and cell == metrics.Interval(**result["two_class"]["metrics"]["auroc"]).percent()
+    assert cell in html and [row["unit"].split()[0] for row in calc["units"]] == ["breast", "patient"] * 2
+
+
+def test_the_nearest_captions_and_images_are_those_of_the_model(runs, probed, tmp_path):
+    """Of a model with a text tower; one without says why there are none."""
+    roco = make_roco(tmp_path / "roco")
+    page, _ = report(runs, "--roco", str(roco))
+    assert "reads no captions" in page["sections"][0]["nearest"]["why"]
+    checkpoint = tmp_path / "clip.pt"
+    evaluation_helpers.write_checkpoint(checkpoint)
+    path = runs / "probe" / "calc_trained" / "settings.json"
+    settings = json.loads(path.read_text())
+    settings["args"]["pretrained"] = str(checkpoint)
+    path.write_text(json.dumps(settings))
+    page, html = report(runs, "--roco", str(roco))
+    found = page["sections"][0]["nearest"]
+    reader = create_reader("roco", str(roco), "", "validation", "all")
+    loaded = models.load_pretrained(checkpoint)
+    with torch.no_grad():
+        captions = [reader.captions(i)[0] for i in range(len(reader))]
+        texts = torch.nn.functional.normalize(loaded.model.encode_text(loaded.tokenizer(captions)), dim=-1)
+        for line in found["lines"]:
+            with open(probed / "cbis" / "calc.csv") as file:
+                crop = next(row["crop"] for row in csv.DictReader(file) if row["lesion"] == line["lesion"])
+            view = transforms.eval_view(loaded.preprocess)(read_image(probed / "cbis" / crop), None)
+            image = torch.nn.functional.normalize(loaded.model.encode_image(view[None]), dim=-1)
+            cosine = (image @ texts.T)[0]
+            assert line["captions"][0][1] == pytest.approx(float(cosine.max()), abs=1e-5)
+            assert line["captions"][0][0] in captions and len(line["images"]) == min(3, len(reader))
+    assert line["captions"][0][0] in html.replace("&#39;", "'")
 
 
 def test_training_curves_join_the_seeds(runs):
