@@ -28,7 +28,7 @@ START = {"lr": "1e-3", "layer_decay": "0.75", "epochs": "20", "views": "recipe",
 # Tried in this order, each beside what the search has kept so far.
 CHOICES = {
     "views": ("light",),
-    "lr": ("3e-4", "3e-3"),
+    "lr": ("3e-4", "3e-3", "1e-2"),
     "layer_decay": ("0.9",),
     "epochs": ("40",),
     "class_weights": ("balanced",),

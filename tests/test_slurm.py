@@ -19,19 +19,23 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
+import cbis_tree
 import helpers
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import DROPOUT, TINY, assert_same_run, weights
+from helpers import DROPOUT, TINY, assert_same_run, weights, write_checkpoint
 from roco_tree import make_roco
 from submitit.core.utils import UncompletedJobError
 
+import cbis
 import distributed
 import main
 import run_with_submitit
 import run_with_submitit_linear
 import utils
+from beit_finetuning import run_class_finetuning
+from predictions import Predictions
 
 HERE = Path(__file__).parent / "slurm"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -431,6 +435,39 @@ def test_slurm_two_nodes_equal_one_process(cluster, roco, tmp_path):
         torch.testing.assert_close(four[key], one[key], rtol=1e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
     settings = json.loads((tmp_path / "four" / "settings.json").read_text())
     assert settings["derived"]["world_size"] == 4 and "4 task(s) on n1, n2" in logged(tmp_path / "four")
+
+
+@pytest.mark.slow
+def test_slurm_fine_tuning_on_two_nodes_equals_one_process(cluster, tmp_path):
+    """Lesions end to end through the fine-tuning launcher's script: the same predictions as one process makes."""
+    root = tmp_path / "cbis"
+    cbis_tree.make_small_cbis(root)
+    cbis.make_cbis(root)
+    checkpoint = write_checkpoint(tmp_path / "weights.pt", "vit")
+    plain = ["--aa=", "--reprob", "0", "--drop_path", "0", "--opt_eps", "1e-2", "--epochs", "2", "--warmup_epochs", "1"]
+    flags = [
+        "--data_set",
+        "cbis_mass",
+        "--data_path",
+        str(root),
+        "--finetune",
+        str(checkpoint),
+        "-j",
+        "0",
+        "--gpu",
+        "-1",
+    ]
+    flags += [*plain, "--lr", "1e-3", "--resamples", "50"]
+    slurm = ["--nodes", "2", "--ngpus", "1", "--timeout", "10"]
+    job = submit(
+        "beit_finetuning.run_class_finetuning", tmp_path / "two", *flags, "--batch_size", "4", *slurm
+    )  # fmt: skip
+    run_class_finetuning.main([*flags, "--batch_size", "8", "--output_dir", str(tmp_path / "one")])
+    assert wait_for_end(job, 240) == "COMPLETED", logs(tmp_path / "two")
+    one, two = (Predictions.read(tmp_path / name / "predictions.csv") for name in ("one", "two"))
+    assert [row["lesion"] for row in one.rows] == [row["lesion"] for row in two.rows]
+    assert abs(one.prob - two.prob).max() < 1e-3
+    assert "2 task(s) on n1, n2" in logged(tmp_path / "two")
 
 
 LONG = ["--epochs", "25", "--eval-freq", "25", "--batch-size", "4", "--save-every-minutes", "1000"]
