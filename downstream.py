@@ -462,7 +462,7 @@ def image_folders(
         for label, name in enumerate(classes):
             if name not in own:
                 continue
-            for path in _images_below(root / name):
+            for path in images_below(root / name):
                 labels.append(label)
                 yield path[len(os.path.join(root, "")) :]
             if not labels or labels[-1] != label:
@@ -487,7 +487,7 @@ def is_system(name: str) -> bool:
     return name.startswith(".") or name in ("@eaDir", "__MACOSX", "#recycle", "Thumbs.db", "lost+found")
 
 
-def _images_below(folder: Path) -> Iterator[str]:
+def images_below(folder: Path) -> Iterator[str]:
     """Paths of all images below a folder, in order; a folder that links lead to twice is walked once."""
     seen = set()
     for where, subfolders, files in os.walk(folder, followlinks=True):

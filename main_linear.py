@@ -328,13 +328,15 @@ def probe_cbis(
         results["fractions"] = [lesion_fraction(args, train + val, test, fraction) for fraction in args.fraction]
     if processes.is_main:
         predictions.write(Path(args.output_dir) / "predictions.csv")
-        keep_head(args, backbone, head, results)
+        keep_head(args, backbone, head, results, (train + val).features)
         how = f"{results['features']} features, {results['protocol']} protocol"
         log.info("\n".join([describe_results(results, how), *describe_lesion_fractions(results)]))
     return results
 
 
-def keep_head(args: argparse.Namespace, backbone: Backbone, head: Head, results: dict[str, Any]) -> None:
+def keep_head(
+    args: argparse.Namespace, backbone: Backbone, head: Head, results: dict[str, Any], features: np.ndarray
+) -> None:
     """head.safetensors: the layer, and in its header what it takes to use it on another image."""
     if isinstance(head.probabilities, Linear):
         about = {
@@ -344,7 +346,7 @@ def keep_head(args: argparse.Namespace, backbone: Backbone, head: Head, results:
             "weights_sha256": results["settings"]["weights_sha256"],
             "operating_point": results.get("operating_point"),
         }
-        head.probabilities.save(Path(args.output_dir) / "head.safetensors", about)
+        head.probabilities.knowing(features).save(Path(args.output_dir) / "head.safetensors", about)
 
 
 def fit_without_callback(args: argparse.Namespace, train: Samples, val: Samples) -> Callable[[Samples], dict]:

@@ -12,23 +12,27 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from scipy.special import softmax
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import losses
 import utils
+from images import read_image, to_8bit, to_rgb8
 from tokenizer import Tokenizer, create_tokenizer
-from transforms import IMAGENET_MEAN, IMAGENET_STD, MEDCLIP_MEAN, MEDCLIP_STD, Preprocess
+from transforms import IMAGENET_MEAN, IMAGENET_STD, MEDCLIP_MEAN, MEDCLIP_STD, Preprocess, eval_view
 
 log = logging.getLogger("medslip")
 
@@ -596,6 +600,55 @@ class Pretrained:
     tokenizer: Tokenizer | None  # None: no text side, or MedCLIP's weights without --bert-vocab
     source: str  # what was loaded, for people
     training: dict[str, Any] = field(default_factory=dict)  # epoch, epochs, step and finished, of our checkpoints
+
+    def embed_images(self, images: Sequence[Any], batch_size: int = 64) -> np.ndarray:
+        """Unit vectors (n, d) of images: paths (DICOM too), Pillow images, or arrays (H, W) or (H, W, 3) of any depth.
+
+        Of a model with captions in the space that it shares with them, else the tower's own features.
+        """
+        view, parts = eval_view(self.preprocess), []
+        encode: Any = self.model.encode_image if self.model.objective.text else self.model.visual
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            for start in range(0, len(images), batch_size):
+                batch = torch.stack([view(as_image(image), None) for image in images[start : start + batch_size]])
+                parts.append(F.normalize(encode(batch.to(device)).float(), dim=-1).cpu().numpy())
+        return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+    def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> np.ndarray:
+        """Unit vectors (n, d) of captions; ValueError for a model that reads none."""
+        model, tokenizer = self._reader()
+        tokens = tokenizer(list(captions))  # (n, L)
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            parts = [model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)]
+        return F.normalize(torch.cat(parts), dim=-1).cpu().numpy()
+
+    def zero_shot(
+        self, images: Sequence[Any], labels: Sequence[str | Sequence[str]], templates: Sequence[str] = ("{}.",)
+    ) -> np.ndarray:
+        """Probabilities (n, k) of labels (an inner list for synonyms), each in every template, at the model's scale."""
+        from features import zeroshot_classifier
+
+        model, tokenizer = self._reader()
+        device = next(self.model.parameters()).device
+        classifier = zeroshot_classifier(model, tokenizer, labels, templates, device).cpu().numpy()  # (d, k)
+        logits = float(model.logit_scale.detach().exp()) * (self.embed_images(images) @ classifier)
+        return softmax(logits.astype(np.float64), axis=1)
+
+    def _reader(self) -> tuple[Any, Tokenizer]:
+        if not self.model.objective.text:
+            raise ValueError(f"{self.source} reads no captions")
+        if self.tokenizer is None:
+            raise ValueError(f"{self.source} needs bert_vocab, Bio_ClinicalBERT's vocab.txt, to read captions")
+        return self.model, self.tokenizer
+
+
+def as_image(image: Any) -> Image.Image:
+    """A path, a Pillow image or an array of any depth as RGB with 8 bits."""
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    return to_rgb8(image if isinstance(image, Image.Image) else Image.fromarray(to_8bit(np.asarray(image))))
 
 
 def _is_medclip_state(state: dict) -> bool:

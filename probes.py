@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,44 @@ class Linear:
     scale: np.ndarray  # (d,)
     weight: np.ndarray  # (d, k)
     bias: np.ndarray  # (k,); minus infinity for a class that the training samples lack
+    # How far standardised features may lie from the training samples: axes (d, r), the spread on each of them and of
+    # what they leave (r + 1,), and the distance (1,) that 99.9% of the training samples do not exceed.
+    axes: np.ndarray | None = None
+    spread: np.ndarray | None = None
+    limit: np.ndarray | None = None
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         standard = (features.astype(self.mean.dtype) - self.mean) / self.scale
         return softmax(standard @ self.weight + self.bias, axis=1)
 
+    def knowing(self, features: np.ndarray) -> Linear:
+        """The same head with what `distance` takes from the training features (n, d)."""
+        standard = (features - self.mean) / self.scale
+        centred, variance, vectors = _on_principal_axes(standard)
+        rank = max(1, min(64, len(standard) // 4, int((variance > 1e-6 * variance[-1]).sum())))
+        axes = vectors[:, -rank:]  # eigh sorts them from small to large
+        rest = np.square(standard - standard @ axes @ axes.T).sum(1).mean()
+        spread = np.sqrt(np.append(variance[-rank:], max(rest, 1e-12)))
+        head = replace(self, axes=axes.astype(np.float32), spread=spread.astype(np.float32), limit=np.ones(1))
+        found = head.distance(features)
+        assert found is not None and len(centred) == len(features)
+        return replace(head, limit=np.array([np.quantile(found, 0.999)]))
+
+    def distance(self, features: np.ndarray) -> np.ndarray | None:
+        """Mahalanobis distance (n,) from the training samples in units of their 99.9th percentile; None if not known.
+
+        On their principal axes, with what these leave as one more; above 1 an image is unlike those of the training.
+        """
+        if self.axes is None or self.spread is None or self.limit is None:
+            return None
+        standard = (features.astype(np.float64) - self.mean) / self.scale
+        on_axes = standard @ self.axes  # (n, r)
+        rest = np.linalg.norm(standard - on_axes @ self.axes.T, axis=1)
+        return np.linalg.norm(np.column_stack([on_axes, rest]) / self.spread, axis=1) / self.limit
+
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """As safetensors, `about` (JSON) in its header."""
-        tensors = {name: np.ascontiguousarray(value) for name, value in vars(self).items()}
+        tensors = {name: np.ascontiguousarray(value) for name, value in vars(self).items() if value is not None}
         data = safetensors.numpy.save(tensors, {"about": json.dumps(about)})
         utils.atomic_write(path, lambda file: file.write(data))
 
@@ -100,8 +130,9 @@ class Linear:
         try:
             with safetensors.safe_open(path, "np") as file:
                 about = json.loads((file.metadata() or {})["about"])
-                return cls(*(file.get_tensor(name) for name in ("mean", "scale", "weight", "bias"))), about
-        except (KeyError, ValueError, safetensors.SafetensorError) as error:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                return cls(**tensors), about
+        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} holds no fitted head of this project: {error}") from error
 
 

@@ -1,0 +1,180 @@
+"""predict.py and the methods of a loaded model: the run's own predictions, formulas, and what is refused."""
+
+import csv
+
+import cbis_tree
+import evaluation_helpers
+import numpy as np
+import pydicom
+import pytest
+import torch
+from helpers import write_checkpoint
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+import main_linear
+import make_dataset
+import models
+import predict
+from cbis import CBIS_CLASSES
+from images import read_image
+from probes import Linear
+from transforms import eval_view
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("predict")
+    cbis_tree.make_small_cbis(root / "cbis")
+    make_dataset.make_cbis(root / "cbis")
+    checkpoint = write_checkpoint(root / "checkpoint.pt", "vit")
+    main_linear.main([
+        "--dataset", "cbis_mass", "--root", str(root / "cbis"), "--pretrained", str(checkpoint), "-j", "0",
+        "--resamples", "20", "--output-dir", str(root / "run"),
+    ])  # fmt: skip
+    return root
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "checkpoint.pt"
+    evaluation_helpers.write_checkpoint(path)
+    return path
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_classify_gives_the_runs_own_predictions(probed, tmp_path):
+    rows = [row for row in read_rows(probed / "cbis" / "mass.csv") if row["split"] == "test"]
+    (probed / "cbis" / "list.csv").write_text("image\n" + "".join(f"{row['crop']}\n" for row in rows))
+    found = predict.main(["classify", str(probed / "run"), str(probed / "cbis" / "list.csv"), "--output",
+                          str(tmp_path / "answers.csv"), "--batch-size", "128"])  # fmt: skip
+    expected = read_rows(probed / "run" / "predictions.csv")
+    for row, own in zip(found, expected, strict=True):
+        assert [row[f"prob_{name}"] for name in CBIS_CLASSES] == [float(own[f"prob_{name}"]) for name in CBIS_CLASSES]
+        assert row["predicted"] == own["predicted"] and row["called_malignant"] in (0, 1)
+        assert 0 <= row["calibrated_malignant"] <= 1
+    assert [row["image"] for row in read_rows(tmp_path / "answers.csv")] == [row["image"] for row in found]
+
+
+def test_a_corrupt_image_is_named_and_skipped_and_dicom_is_read(probed, tmp_path, capsys):
+    grey = (np.random.default_rng(0).random((40, 40)) * 255).astype(np.uint8)
+    (tmp_path / "films").mkdir()
+    Image.fromarray(grey).save(tmp_path / "films" / "a.png")
+    (tmp_path / "films" / "broken.png").write_bytes(b"no image")
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.1"
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    film = FileDataset(str(tmp_path / "films" / "b.dcm"), {}, file_meta=meta, preamble=b"\0" * 128)
+    film.Rows, film.Columns, film.SamplesPerPixel, film.BitsAllocated, film.BitsStored = 40, 40, 1, 8, 8
+    film.HighBit, film.PixelRepresentation, film.PhotometricInterpretation = 7, 0, "MONOCHROME2"
+    film.PixelData = grey.tobytes()
+    pydicom.dcmwrite(tmp_path / "films" / "b.dcm", film, enforce_file_format=True)
+    found = predict.main(["classify", str(probed / "run"), str(tmp_path / "films")])
+    assert [row["image"].rsplit("/", 1)[1] for row in found] == ["a.png", "b.dcm"]
+    assert found[0]["prob_MALIGNANT"] == pytest.approx(found[1]["prob_MALIGNANT"], abs=1e-6)
+    printed = capsys.readouterr()
+    assert "broken.png" in printed.out + printed.err and "1 of 3 images skipped" in printed.out + printed.err
+
+
+def test_images_unlike_the_training_are_flagged(probed, tmp_path):
+    head, _ = Linear.load(probed / "run" / "head.safetensors")
+    features = [np.load(file)["features"] for file in (probed / "run" / "features").glob("*_train_*.npz")]
+    features += [np.load(file)["features"] for file in (probed / "run" / "features").glob("*_val_*.npz")]
+    known = np.concatenate(features)
+    assert (head.distance(known) > 1).mean() <= 0.01 and head.distance(known).max() >= 1
+    assert (head.distance(known + 50 * known.std(0)) > 1).all()
+    assert (head.distance(known[:5] * 0 + known.mean(0)) < 1).all()
+    flag = np.zeros((64, 64, 3), np.uint8)
+    flag[:, :32, 0] = flag[:, 32:, 2] = 255  # red and blue, where all that was trained on is grey noise
+    Image.fromarray(flag).save(tmp_path / "flag.png")
+    (row,) = predict.main(["classify", str(probed / "run"), str(tmp_path / "flag.png")])
+    assert row["unlike_training"] == 1
+
+
+def test_other_weights_than_the_probes_are_refused(probed, tmp_path):
+    other = write_checkpoint(tmp_path / "other.pt", "vit", seed=1)
+    with pytest.raises(ValueError, match="are not the weights"):
+        predict.main(["classify", str(probed / "run"), str(probed / "cbis"), "--weights", str(other)])
+
+
+def pictures(folder, n=6):
+    rng = np.random.default_rng(1)
+    folder.mkdir(exist_ok=True)
+    for i in range(n):
+        Image.fromarray((rng.random((40, 30, 3)) * 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_zero_shot_equals_the_formula(clip, tmp_path):
+    folder = pictures(tmp_path / "images")
+    labels = ["a cat", "a chest radiograph", "a mammogram"]
+    found = predict.main(["zero-shot", str(clip), str(folder), "--labels", *labels, "--templates", "a photo of {}."])
+    loaded = models.load_pretrained(clip)
+    view = eval_view(loaded.preprocess)
+    with torch.no_grad():
+        images = torch.stack([view(read_image(folder / f"{i}.png"), None) for i in range(6)])
+        image = torch.nn.functional.normalize(loaded.model.encode_image(images), dim=-1)
+        prompts = loaded.tokenizer([f"a photo of {label}." for label in labels])
+        text = torch.nn.functional.normalize(loaded.model.encode_text(prompts), dim=-1)
+        prob = (loaded.model.logit_scale.exp() * image @ text.T).softmax(1).numpy()
+    assert np.allclose([[row[f"prob_{label}"] for label in labels] for row in found], prob, atol=1e-5)
+    several = predict.main(["zero-shot", str(clip), str(folder), "--set", "cbis_mass"])
+    assert set(several[0]) == {"image", "predicted", "prob_benign mass", "prob_benign mass without callback",
+                               "prob_malignant mass"}  # fmt: skip
+
+
+def test_an_embedded_set_is_searched_by_image_and_by_text(clip, tmp_path):
+    folder = pictures(tmp_path / "images")
+    bank = tmp_path / "images.npz"
+    predict.main(["embed", str(clip), str(folder), "--output", str(bank)])
+    found = predict.main(["search", str(bank), str(folder / "3.png"), "-k", "2"])
+    assert found[0]["found"].endswith("3.png") and found[0]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert [row["rank"] for row in found] == [1, 2]
+    (tmp_path / "captions.txt").write_text("a cat\n\na dog on a lawn\n")
+    texts = tmp_path / "captions.npz"
+    predict.main(["embed", str(clip), "--captions", str(tmp_path / "captions.txt"), "--output", str(texts)])
+    found = predict.main(["search", str(texts), "--text", "a dog on a lawn", "-k", "1"])
+    assert found[0]["found"] == "a dog on a lawn" and found[0]["cosine"] == pytest.approx(1, abs=1e-5)
+    loaded = models.load_pretrained(clip)
+    assert np.allclose(np.load(texts)["vectors"], loaded.embed_captions(["a cat", "a dog on a lawn"]), atol=1e-6)
+    other = tmp_path / "other.pt"
+    state = torch.load(clip, weights_only=True)
+    state["state_dict"]["image_projection"] += 1
+    torch.save(state, other)
+    with pytest.raises(ValueError, match="are not the weights"):
+        predict.main(["search", str(bank), str(folder / "3.png"), "--weights", str(other)])
+
+
+def test_paths_images_and_arrays_of_any_depth_embed_alike(clip, tmp_path):
+    loaded = models.load_pretrained(clip)
+    path = pictures(tmp_path / "images", 1) / "0.png"
+    image = Image.open(path)
+    array = np.asarray(image)
+    vectors = loaded.embed_images([path, str(path), image, array, array.astype(np.uint16) * 257])
+    assert np.allclose(vectors, vectors[:1], atol=1e-6) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert np.allclose(loaded.embed_images([path] * 5, batch_size=2), vectors[:1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["embed", "{clip}", "{images}", "--output", "x.csv"], "ending .npz"),
+        (["embed", "{clip}", "--output", "x.npz"], "one of the two"),
+        (["zero-shot", "{clip}", "{images}", "--labels", "one"], "at least two"),
+        (["zero-shot", "{clip}", "{images}", "--labels", "a", "b", "--templates", "x"], "has no {}"),
+        (["zero-shot", "{clip}", "{images}", "--set", "nothing"], "not in labels.json; choose from"),
+        (["zero-shot", "{clip}", "{empty}", "--labels", "a", "b"], "holds no image"),
+        (["search", "{clip}.npz"], "images or --text"),
+        (["classify", "{empty}", "{images}"], "head.safetensors"),
+    ],
+)
+def test_what_cannot_be_done_is_said(clip, tmp_path, argv, message):
+    (tmp_path / "empty").mkdir()
+    places = {"clip": clip, "images": pictures(tmp_path / "images", 1), "empty": tmp_path / "empty"}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        predict.main([part.format(**places) if part != "{}" else part for part in argv])
