@@ -297,7 +297,8 @@ def add_cbis_parser(commands) -> None:
         description="Joins the four case tables of CBIS-DDSM with the images of its JPEG edition (csv/ and "
         "jpeg/) or DICOM edition (CBIS-DDSM/ and metadata.csv) and writes calc.csv and mass.csv into --root: "
         f"one row a lesion with the columns {', '.join(CBIS_COLUMNS)}. The last three are paths relative to "
-        "--root, empty where no image was found; those rows are named.",
+        "--root, empty where no image was found; those rows are named. Behind them stand what the radiologist noted "
+        "(density, assessment, subtlety, descriptors) and the crop's size in pixels.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument(

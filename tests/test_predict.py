@@ -1,6 +1,7 @@
 """predict.py and the methods of a loaded model: the run's own predictions, formulas, and what is refused."""
 
 import csv
+import re
 
 import cbis_tree
 import evaluation_helpers
@@ -8,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from helpers import write_checkpoint
+from helpers import ROOT, write_checkpoint
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
@@ -61,19 +62,23 @@ def test_classify_gives_the_runs_own_predictions(probed, tmp_path):
     assert [row["image"] for row in read_rows(tmp_path / "answers.csv")] == [row["image"] for row in found]
 
 
+def write_dicom(path, grey):
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.1"
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    film = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    film.Rows, film.Columns, film.SamplesPerPixel, film.BitsAllocated, film.BitsStored = *grey.shape, 1, 8, 8
+    film.HighBit, film.PixelRepresentation, film.PhotometricInterpretation = 7, 0, "MONOCHROME2"
+    film.PixelData = grey.tobytes()
+    pydicom.dcmwrite(path, film, enforce_file_format=True)
+
+
 def test_a_corrupt_image_is_named_and_skipped_and_dicom_is_read(probed, tmp_path, capsys):
     grey = (np.random.default_rng(0).random((40, 40)) * 255).astype(np.uint8)
     (tmp_path / "films").mkdir()
     Image.fromarray(grey).save(tmp_path / "films" / "a.png")
     (tmp_path / "films" / "broken.png").write_bytes(b"no image")
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.1"
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
-    film = FileDataset(str(tmp_path / "films" / "b.dcm"), {}, file_meta=meta, preamble=b"\0" * 128)
-    film.Rows, film.Columns, film.SamplesPerPixel, film.BitsAllocated, film.BitsStored = 40, 40, 1, 8, 8
-    film.HighBit, film.PixelRepresentation, film.PhotometricInterpretation = 7, 0, "MONOCHROME2"
-    film.PixelData = grey.tobytes()
-    pydicom.dcmwrite(tmp_path / "films" / "b.dcm", film, enforce_file_format=True)
+    write_dicom(tmp_path / "films" / "b.dcm", grey)
     found = predict.main(["classify", str(probed / "run"), str(tmp_path / "films")])
     assert [row["image"].rsplit("/", 1)[1] for row in found] == ["a.png", "b.dcm"]
     assert found[0]["prob_MALIGNANT"] == pytest.approx(found[1]["prob_MALIGNANT"], abs=1e-6)
@@ -178,3 +183,17 @@ def test_what_cannot_be_done_is_said(clip, tmp_path, argv, message):
     places = {"clip": clip, "images": pictures(tmp_path / "images", 1), "empty": tmp_path / "empty"}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         predict.main([part.format(**places) if part != "{}" else part for part in argv])
+
+
+def test_the_readmes_lines_of_python_run_as_they_stand(clip, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(import models\n.*?)```", text, re.DOTALL)
+    assert len([line for line in lines.splitlines() if line.strip()]) == 6
+    folder = pictures(tmp_path, 2)
+    (folder / "0.png").rename(tmp_path / "a.png")
+    (folder / "1.png").rename(tmp_path / "b.dcm.png")
+    write_dicom(tmp_path / "b.dcm", np.zeros((20, 20), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(lines.replace("runs/vit_mammo/checkpoint_best.pt", str(clip)), "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.count("[") >= 3
