@@ -61,6 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_training_arguments(parser)
     add_run_arguments(parser)
     distributed.add_distributed_arguments(parser)
+    utils.add_config_argument(parser)
     return parser
 
 
@@ -963,7 +964,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; returns the last epoch's scores, and `stopped_by` where a signal came first."""
-    args = get_args_parser().parse_args(argv)
+    args = utils.parse_with_config(get_args_parser(), argv)
     check_arguments(args)
     processes = distributed.init_distributed(args)
     if args.shard and processes.world_size == 1:

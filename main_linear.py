@@ -86,6 +86,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_feature_arguments(parser)
     add_sgd_arguments(parser)
     distributed.add_distributed_arguments(parser)
+    utils.add_config_argument(parser)
     return parser
 
 
@@ -180,7 +181,7 @@ def add_sgd_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the evaluation that the flags ask for; returns what results.json holds."""
-    args = get_args_parser().parse_args(argv)
+    args = utils.parse_with_config(get_args_parser(), argv)
     args.seed = args.seed or 0
     processes = distributed.init_distributed(args)
     with utils.start_logging(is_main=processes.is_main), distributed.ending_together(processes):

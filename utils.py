@@ -53,6 +53,46 @@ def positive_int(text: str) -> int:
     return value
 
 
+# What belongs to a run's place and moment and not to what it does.
+_NOT_REPLAYED = {
+    "config", "output_dir", "resume", "start_epoch", "evaluate", "rank", "world_size", "local_rank", "dist_url", "gpu",
+    "dist_backend", "dist_timeout", "debug",
+}  # fmt: skip
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        default="",
+        type=str,
+        metavar="SETTINGS.JSON",
+        help="start with another run's settings; flags on the command line win, and its folder, checkpoint and devices "
+        "are not taken",
+    )
+
+
+def parse_with_config(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line over the settings of --config, a settings.json that a run has written.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; not a run's settings; settings that this script does not know.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default="")
+    path = first.parse_known_args(argv)[0].config
+    if path:
+        try:
+            settings = json.loads(Path(path).read_text(encoding="utf8"))["args"]
+            given = {name: value for name, value in settings.items() if name not in _NOT_REPLAYED}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"--config {path} is no settings.json of a run: {error!r}") from error
+        known = {action.dest for action in parser._actions}
+        if unknown := sorted(set(given) - known):
+            raise ValueError(f"--config {path} is of another script or version: no flag for {', '.join(unknown)}")
+        parser.set_defaults(**given)
+    return parser.parse_args(argv)
+
+
 class UsageError(ValueError):
     """Flags that do not go together; the exit code is argparse's for bad usage, 2."""
 

@@ -73,6 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_augmentation_arguments(parser)
     add_run_arguments(parser)
     distributed.add_distributed_arguments(parser)
+    utils.add_config_argument(parser)
     return parser
 
 
@@ -780,7 +781,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, writer: utils.Metr
 
 def main(argv: list[str] | None = None) -> dict:
     """Fine-tune as the command line says; returns what results.json holds, or `stopped_by` after a signal."""
-    args = get_args_parser().parse_args(argv)
+    args = utils.parse_with_config(get_args_parser(), argv)
     processes = distributed.init_distributed(args)
     with utils.start_logging(args.output_dir, processes.is_main), distributed.ending_together(processes):
         with closing(utils.MetricWriter(Path(args.output_dir), processes.is_main)) as writer:

@@ -604,3 +604,21 @@ def test_a_stopped_run_says_so_to_the_shell_and_to_whoever_reads_it(roco, tmp_pa
         "unfinished" not in models.load_pretrained(path).source
         for path in map(tmp_path.joinpath, ("checkpoint.pt", "checkpoint_best.pt"))
     )
+
+
+def test_another_runs_settings_start_a_new_run(roco, tmp_path):
+    """The same weights without a flag but the folder; a flag wins; another script's settings are refused."""
+    main.main(command(roco, tmp_path / "first", "--seed", "3"))
+    main.main(["--config", str(tmp_path / "first" / "settings.json"), "--output-dir", str(tmp_path / "second")])
+    assert_same_run(tmp_path / "first", tmp_path / "second")
+    again = ["--config", str(tmp_path / "first" / "settings.json"), "--output-dir", str(tmp_path / "third")]
+    main.main([*again, "--epochs", "1", "--lr", "2e-3"])
+    settings = json.loads((tmp_path / "third" / "settings.json").read_text())["args"]
+    assert (settings["epochs"], settings["lr"], settings["seed"]) == (1, 2e-3, 3)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"args": {"protocol": "logistic"}}))
+    with pytest.raises(ValueError, match="no flag for protocol"):
+        main.main(["--config", str(other), "--output-dir", str(tmp_path / "fourth")])
+    other.write_text("[]")
+    with pytest.raises(ValueError, match="no settings.json of a run"):
+        main.main(["--config", str(other)])
