@@ -111,10 +111,10 @@ def test_intervals_cover_a_known_truth(seeds):
 
 
 @pytest.mark.slow
-def test_intervals_cover_what_they_say_in_1000_tables():
-    """Three seeds, the usual number; benchmarks/RESULTS.md has one and five. The simulation's own error is 0.5%."""
-    found = coverage.simulate(3, draws=1000, resamples=200, noise=1.0, silent=False)
-    assert all(0.93 <= value <= 0.985 for value in found["coverage"].values()), found
+def test_intervals_cover_what_they_say_in_300_tables():
+    """Three seeds, the usual number; benchmarks/RESULTS.md has 1,000 tables. The simulation's own error is 1.2%."""
+    found = coverage.simulate(3, draws=300, resamples=200, noise=1.0, silent=False)
+    assert all(0.92 <= value <= 0.99 for value in found["coverage"].values()), found
     assert all(value <= 0.06 for value in found["false_differences"].values()), found
 
 
