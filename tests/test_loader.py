@@ -40,9 +40,18 @@ class Slow(Dataset):
         return i
 
 
+EARLIER: set[int] = set()  # children that tests before have left, such as a persistent loader not yet collected
+
+
+@pytest.fixture(autouse=True)
+def children_of_others():
+    EARLIER.clear()
+    EARLIER.update(process.pid for process in multiprocessing.active_children())
+
+
 def workers() -> list[int]:
-    """Process ids of this process's loader processes."""
-    pids = [process.pid for process in multiprocessing.active_children()]
+    """Process ids of the loader processes that this test has started."""
+    pids = [process.pid for process in multiprocessing.active_children() if process.pid not in EARLIER]
     assert pids
     return pids
 
