@@ -3,11 +3,11 @@
     python benchmarks/coverage.py                       1,000 tables each with 1, 3 and 5 seeds, about 12 minutes
     python benchmarks/coverage.py --draws 200 --seeds 3
 
-Tables shaped like CBIS-DDSM's mass test table: 378 lesions of some 200 patients, 37 in the rarest class, the lesions
-of a patient alike in pathology and in how hard they are to read. A simulated row scores them; a training seed moves
-how well it separates the classes, how willing it is to call a lesion malignant, and each lesion by itself. The truth is
-the mean over seeds on a population of 600,000 patients. Printed is how often the 95% interval held it, and
-how often two rows with the same truth were told apart at 5%.
+Tables shaped like CBIS-DDSM's mass test table: 378 lesions of some 200 patients, 35 to 39 in the rarest class, the
+lesions of a patient alike in pathology and in how hard they are to read. A simulated row scores them; a training seed
+moves how well it separates the classes, how willing it is to call a lesion malignant, and each lesion by itself. The
+truth is the mean over seeds on a population of 600,000 patients. Printed is how often the 95% interval held it, and how
+often two rows with the same truth were told apart at 5%.
 
 With one seed the training's chance is left out of the truth as well: it is that seed's own population value, which is
 all that one run's bootstrap speaks of. --silent-seed keeps it in, to show what a table of single runs leaves out.
