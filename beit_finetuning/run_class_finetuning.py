@@ -739,7 +739,7 @@ def report_lesions(run: Run) -> dict:
         "chosen": {"epoch": best["epoch"], "epochs": args.epochs, "class_weights": args.class_weights},
         "validation": best["best"],
         "validation_score": "auroc",
-        "settings": settings,
+        "settings": {**run.settings, **settings},
         "weights": {"path": args.finetune},
         "test_readings": readings,
         "lesions": {split: len(rows) for split, rows in run.sets.lesions.items()} | {"test": len(kept)},

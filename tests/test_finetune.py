@@ -354,6 +354,7 @@ def test_lesions_give_a_row_that_compares_with_the_probes(tower, tmp_path):
     results = run_class_finetuning.main([*argv, "--output_dir", str(tmp_path / "out")])
     assert results["validation_score"] == "auroc" and set(results["metrics"]) >= {"auroc", "f1"}
     assert set(results["ema"]["metrics"]) == set(results["metrics"])
+    assert results["settings"]["class_weights"] == "balanced" and results["settings"]["protocol"] == "fine-tuning"
     found = predictions.Predictions.read(tmp_path / "out" / "predictions.csv")
     assert len(found.rows) == results["lesions"]["test"]
     np.testing.assert_allclose(found.prob.sum(1), 1)
