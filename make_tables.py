@@ -33,11 +33,13 @@ import numpy as np
 import cbis
 import comparisons
 import main as training
+import main_linear
 import metrics
 import models
 import predictions
 import references
 import utils
+from beit_finetuning import run_class_finetuning
 from comparisons import Draws
 from predictions import Predictions
 
@@ -271,6 +273,10 @@ def check(plan: Plan, args: argparse.Namespace, out: Path) -> list[str]:
         found.append(f"weights {models.load_pretrained(name).source}")
     needed = 0
     for row in plan.rows:
+        if row.finetune is None:
+            parse_flags(row, "main_linear.py", main_linear.get_args_parser(), row.probe)
+        else:
+            parse_flags(row, "run_class_finetuning.py", run_class_finetuning.get_args_parser(), row.finetune)
         if row.train is not None:
             pairs, size = check_training(row)
             missing = [s for s in args.seeds if not (folder_of(out, row, s) / "training" / "checkpoint.pt").is_file()]
@@ -290,17 +296,21 @@ def plan_flags(plan: Plan) -> str:
     return " ".join(row.probe + (row.finetune or "") for row in plan.rows)
 
 
-def check_training(row: Row) -> tuple[int, int]:
-    """(training pairs, bytes of its checkpoints) of a row; ValueError where the flags, files or pairs do not do."""
-    flags = shlex.split(row.train or "")
-    parser = training.get_args_parser()
+def parse_flags(row: Row, script: str, parser: argparse.ArgumentParser, flags: str) -> argparse.Namespace:
+    """A row's flags as their script reads them; ValueError for those that it does not take."""
     parser.exit_on_error = False
     try:
-        args, unknown = parser.parse_known_args(flags)
+        args, unknown = parser.parse_known_args(shlex.split(flags))
     except (argparse.ArgumentError, SystemExit) as error:
-        raise ValueError(f"row {row.name!r}: main.py does not take its flags {row.train}: {error}") from error
+        raise ValueError(f"row {row.name!r}: {script} does not take its flags {flags}: {error}") from error
     if unknown:
-        raise ValueError(f"row {row.name!r}: main.py has no flag {unknown[0]}")
+        raise ValueError(f"row {row.name!r}: {script} has no flag {unknown[0]}")
+    return args
+
+
+def check_training(row: Row) -> tuple[int, int]:
+    """(training pairs, bytes of its checkpoints) of a row; ValueError where the flags, files or pairs do not do."""
+    args = parse_flags(row, "main.py", training.get_args_parser(), row.train or "")
     training.check_arguments(args)
     try:
         model, _ = training.build_model(args)  # reads weights and vocabulary
