@@ -118,7 +118,7 @@ def _parts(draws: np.ndarray, rows: Sequence[Draws]) -> list[tuple[float, int]]:
 def _half_width(parts: Sequence[tuple[float, int]], level: float) -> float:
     """Standard error times the mean of the parts' t quantiles, weighted by variance (Cochran and Cox 1957, 4.14).
 
-    Satterthwaite's degrees of freedom, which three seeds estimate too high as often as not, covered 90 to 94%.
+    Satterthwaite's degrees of freedom, which three seeds estimate too high as often as not, covered 90 to 95%.
     """
     total = sum(variance for variance, _ in parts)
     if total <= 0:

@@ -232,7 +232,9 @@ def score_labelled(
 ) -> metrics.Scores:
     """Metrics in percent; where the rows are known (CBIS-DDSM, type csv) also intervals, and predictions in `file`."""
     scheme = source.dataset.scheme
-    if scheme is None or source.dataset.findings is not None:
+    if source.dataset.findings is not None:
+        raise ValueError("zero-shot takes sets with one class for each image, not several findings")
+    if scheme is None:
         return metrics.percent(classify_zeroshot(model, tokenizer, source, loading, cache))
     if loading.processes.is_main:
         file.parent.mkdir(parents=True, exist_ok=True)

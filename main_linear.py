@@ -496,6 +496,8 @@ def probe_features(
         "samples_skipped": skipped,
     }
     if findings:
+        if args.knn or args.fraction:
+            raise ValueError(f"{args.dataset} has several findings for each image: no --knn and no --fraction")
         results["findings"] = probe_findings(args, sets["test"].classes, train, test, findings, processes)
         return results
     if args.cache_features:
@@ -688,6 +690,8 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: distribut
     catalog = find_set(args)
     train = downstream.create_downstream(args.dataset, True, None, catalog)
     test = downstream.create_downstream(args.dataset, False, partial(linear_eval_view, backbone.preprocess), catalog)
+    if train.findings is not None:
+        raise ValueError(f"{args.dataset} has several findings for each image: add --cache-features")
     metric = downstream.metric_of(args.dataset, catalog)
     run = build_linear_run(args, processes, backbone, train)
     resume_sgd(run)

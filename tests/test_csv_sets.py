@@ -235,6 +235,13 @@ def test_several_findings_each_by_itself(checkpoint, tmp_path, blank, uncertain)
     assert results["macro"]["auroc"]["value"] == pytest.approx(mean)
 
 
+def test_several_findings_are_not_taken_for_one_class(checkpoint, tmp_path):
+    catalog = write_set(tmp_path / "set", several=True)
+    for flags in ((), ("--knn", "3")):
+        with pytest.raises(ValueError, match="several findings"):
+            probe(catalog, tmp_path / "out", checkpoint, *flags)
+
+
 def test_an_unclear_finding_is_named(tmp_path, checkpoint):
     catalog = write_set(tmp_path, several=True)
     rows = read_rows(tmp_path / "table.csv")
