@@ -253,6 +253,11 @@ def apply_colour_batch(pixels: Tensor, colours: Colours) -> Tensor:
 
     The images that undergo one operation are gathered by the host, so nothing waits for the device.
     """
+    return run_plan(pixels, plan_batch(colours))
+
+
+def plan_batch(colours: Colours) -> tuple[list[tuple[Callable, int]], Tensor, Tensor]:
+    """On the host: each operation and how many images undergo it, those images' places, and the numbers (B, 6)."""
     groups: list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = [
         (operation, colours.jitter & (colours.order[:, place] == i))
         for place in range(4)
@@ -265,16 +270,23 @@ def apply_colour_batch(pixels: Tensor, colours: Colours) -> Tensor:
     members = [chosen.nonzero()[:, 0] for _, chosen in groups]
     positions = torch.cat(members)
     # float32 holds the integers up to 2^24
-    values = torch.cat([colours.factors, colours.hue[:, None].float(), colours.weights.float()], 1)  # (B, 6)
+    values = torch.cat([colours.factors, colours.hue[:, None].float(), colours.weights.float()], 1)
+    sizes = [(operation, len(member)) for (operation, _), member in zip(groups, members, strict=True)]
+    return sizes, positions, values
+
+
+def run_plan(pixels: Tensor, plan: tuple[list[tuple[Callable, int]], Tensor, Tensor]) -> Tensor:
+    """What `plan_batch` has planned, on the device of the pixels."""
+    sizes, positions, values = plan
     if pixels.device.type == "cuda":
         positions, values = positions.pin_memory(), values.pin_memory()
     positions = positions.to(pixels.device, non_blocking=True)
     values = values.to(pixels.device, non_blocking=True)
     out, start = pixels.clone(), 0
-    for (operation, _), member in zip(groups, members, strict=True):
-        for part in positions[start : start + len(member)].split(256):  # bounds the memory of the steps between
+    for operation, n in sizes:
+        for part in positions[start : start + n].split(256):  # bounds the memory of the steps between
             out[part] = operation(out[part], values[part])
-        start += len(member)
+        start += n
     return out
 
 

@@ -15,9 +15,10 @@ import re
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,10 +51,68 @@ class Processes:
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
+    precision: str = "fp32"  # of PRECISIONS: what matrix products and convolutions are computed in
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision inside the block: weights stay in float32, and so does what needs it."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """fp16's gradients are scaled, or the small ones would be lost; for the others it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def wanted_precision(args: argparse.Namespace) -> str:
+    """--precision, or fp32 for --disable-amp, its published name.
+
+    Raises:
+        ValueError: both, and they disagree.
+    """
+    wanted = getattr(args, "precision", "auto")
+    if not getattr(args, "disable_amp", False):
+        return wanted
+    if wanted not in ("auto", "fp32"):
+        raise ValueError(f"--disable-amp means --precision fp32, so --precision {wanted} cannot stand beside it")
+    return "fp32"
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """Which of PRECISIONS `wanted` is on this device; auto is bf16 on a GPU that has it, else fp16, and fp32 on a CPU.
+
+    Raises:
+        ValueError: the device has no units for it, so that it would be slower than float32 and not only less exact.
+    """
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if wanted == "bf16" and not bf16:
+            raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16 units; take fp16")
+        return ("bf16" if bf16 else "fp16") if wanted == "auto" else wanted
+    if wanted == "fp16":
+        raise ValueError("--precision fp16 is for GPUs; a CPU takes fp32, or bf16 where it has units for that")
+    if wanted == "bf16" and not cpu_has_bf16():
+        raise ValueError(
+            "--precision bf16: this CPU has no bf16 units (/proc/cpuinfo names neither avx512_bf16 nor amx_bf16 nor "
+            "bf16), so it would be slower than float32; take fp32"
+        )
+    return "fp32" if wanted == "auto" else wanted
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 numbers itself (x86: AVX512-BF16 or AMX; Arm: BF16), as Linux names it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"^(?:flags|Features)\s*:.*\b(?:avx512_bf16|amx_bf16|bf16)\b", text, re.MULTILINE) is not None
 
 
 def cores() -> int:
@@ -99,6 +158,13 @@ def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="index of the GPU to use; by default the local rank's. -1 computes on the CPU",
     )
+    group.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", *PRECISIONS),
+        help="what the towers are computed in; weights and losses stay in float32. auto: bf16 on a GPU that has it, "
+        "else fp16; fp32 on a CPU, where bf16 is faster if the processor has units for it (recent server CPUs)",
+    )
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
 
@@ -119,6 +185,7 @@ def init_distributed(args: argparse.Namespace) -> Processes:
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"GPU {device.index} does not exist: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
+    precision = resolve_precision(wanted_precision(args), device)
     if world_size > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=args.dist_timeout)
         store, rank, world_size = next(dist.rendezvous(args.dist_url, rank, world_size, timeout=timeout))
@@ -128,7 +195,7 @@ def init_distributed(args: argparse.Namespace) -> Processes:
         dist.init_process_group(
             args.dist_backend if use_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
         )
-    return Processes(rank, world_size, local_rank, device)
+    return Processes(rank, world_size, local_rank, device, precision)
 
 
 def leave_distributed(processes: Processes) -> None:

@@ -159,6 +159,11 @@ class Loading:
     def device(self) -> torch.device:
         return self.processes.device
 
+    def encode(self, tower: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """Features (B, d) in float32 of images on the device, computed in the precision of the processes."""
+        with self.processes.autocast():
+            return tower(images).float()
+
     def loader_processes(self) -> int:
         """Of this process."""
         return loader.loader_processes(self.workers, self.processes)
@@ -254,9 +259,11 @@ def each_once(
 
 def extract(backbone: Backbone, dataset: Any, title: str, loading: Loading) -> tuple[np.ndarray, np.ndarray]:
     """Features (n, d) in float32 and the numbers (n,) of their samples, in order, on every process; see `each_once`."""
-    numbers, features = each_once(
-        backbone.model, dataset, lambda numbers, images, targets: [backbone.encode(images).float()], loading, title
-    )
+
+    def compute(numbers: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
+        return [loading.encode(backbone.encode, images)]
+
+    numbers, features = each_once(backbone.model, dataset, compute, loading, title)
     return features.numpy(), numbers.numpy()
 
 
@@ -268,7 +275,7 @@ def extract_or_reuse(
     The file's name carries a hash of the weights, the preparation, the kind of features and the images (path, size and
     time of each, or the bytes of those in memory): another run's features are never taken.
     """
-    file = folder / f"{title}_{features_key(backbone, dataset, loading.skip_broken)}.npz"
+    file = folder / f"{title}_{features_key(backbone, dataset, loading)}.npz"
     if all(distributed.gather_objects(loading.processes, file.is_file())):
         with np.load(file, allow_pickle=False) as stored:
             return stored["features"], stored["numbers"]
@@ -279,13 +286,15 @@ def extract_or_reuse(
     return features, numbers
 
 
-def features_key(backbone: Backbone, dataset: Any, skip_broken: bool) -> str:
+def features_key(backbone: Backbone, dataset: Any, loading: Loading) -> str:
     """32 hex digits of a hash over all that the features of a dataset depend on."""
     key = hashlib.sha256()
     # Equal weights compute something else with another number of heads, or under another release.
     architecture = (getattr(backbone.model, "config", None), timm.__version__)
     prepared = backbone.preprocess.to_dict()
-    settings = (backbone.fingerprint(), architecture, backbone.features, prepared, skip_broken)
+    settings: tuple = (backbone.fingerprint(), architecture, backbone.features, prepared, loading.skip_broken)
+    if loading.processes.precision != "fp32":
+        settings += (loading.processes.precision,)
     key.update(json.dumps(settings).encode())
     for part in identify(dataset):
         key.update(part)
@@ -338,7 +347,8 @@ def embed_pairs(
     loading = Loading(batch_size, workers, skip_broken, replace(processes or distributed.Processes(), device=device))
 
     def compute(numbers: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
-        return [model.encode_image(images).float(), model.encode_text(tokens[numbers].to(device)).float()]
+        texts = tokens[numbers].to(device, non_blocking=True)
+        return [loading.encode(model.encode_image, images), loading.encode(model.encode_text, texts)]
 
     numbers, images, texts = each_once(model, EvalPairs(reader, preprocess), compute, loading, "retrieval")
     return images, texts, [captions[i] for i in numbers.tolist()]
@@ -472,7 +482,7 @@ def _zeroshot_pass(
     def of_batch(numbers: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
         if (out_of_range := (targets < 0) | (targets >= len(names))).any():
             raise ValueError(f"label {int(targets[out_of_range][0])} in the data, but {len(names)} class names")
-        features = model.encode_image(images)  # (B, d)
-        return compute((F.normalize(features.float(), dim=-1) @ classifier).cpu(), targets)
+        features = loading.encode(model.encode_image, images)  # (B, d)
+        return compute((F.normalize(features, dim=-1) @ classifier).cpu(), targets)
 
     return each_once(model, labelled.dataset, of_batch, loading, "zero-shot")

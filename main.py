@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ import downstream
 import loader
 import losses
 import models
+import pretrained_towers
 import utils
 from colour import apply_colour_batch
 from distributed import Processes
@@ -50,7 +51,7 @@ HERE = Path(__file__).parent
 RESUME_SETTINGS = (
     "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
     "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze",
-    "disable_amp", "shard", "mask_duplicates",
+    "shard", "mask_duplicates", "layer_decay", "unfreeze_last", "clip_grad",
 )  # fmt: skip
 
 
@@ -122,8 +123,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="start a new run from these weights alone; position embeddings are resized")
     start.add_argument("--medclip-weights", default="", type=str, metavar="PATH",
                        help="MedCLIP's folder, zip or pytorch_model.bin, for the MEDCLIP_* and MEDSLIP_* models")
+    start.add_argument("--vision-weights", default="", type=str, metavar="PATH",
+                       help="start the image tower, one of timm's, from this file or folder (state dict, safetensors), "
+                       "or from `timm`'s own cache; images then get the mean, deviation and size of these weights")
+    start.add_argument("--text-weights", default="", type=str, metavar="FOLDER",
+                       help="start the text tower from a Hugging Face BERT (PubMedBERT, RadBERT, Bio_ClinicalBERT: "
+                       "config.json, vocab.txt, weights); it brings its vocabulary and sizes")
     start.add_argument("--freeze", default="", choices=("", "image", "text"),
                        help="hold one tower fixed and in eval mode; its projection keeps learning")
+    start.add_argument("--unfreeze-last", default=None, type=int, metavar="BLOCKS",
+                       help="train only the last blocks (of a tower that narrows: stages) of the image tower and what "
+                       "comes after them; the rest keeps what it knew, BatchNorm's statistics too")
     start.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch of a new run")
 
 
@@ -152,6 +162,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--lr-start", default=1e-6, type=float, help="learning rate at the first step")
     train.add_argument("--lr-end", default=1e-5, type=float, help="learning rate at the last step")
     train.add_argument("--wd", default=0.1, type=float, help="weight decay; SLIP used 0.1, CLIP 0.5")
+    train.add_argument("--layer-decay", default=1.0, type=float, metavar="FACTOR",
+                       help="learning rate of each block of the image tower beside the one after it; 0.65 to 0.8 moves "
+                       "the first blocks of a pre-trained tower least, 1 all alike")
+    train.add_argument("--clip-grad", default=0.0, type=float, metavar="NORM",
+                       help="longest gradient of a step, all parameters as one vector; 0 for no limit")
     train.add_argument("--betas", default=(0.9, 0.98), nargs=2, type=float, help="of AdamW")
     train.add_argument("--eps", default=1e-8, type=float, help="of AdamW")
     train.add_argument("--ssl-scale", default=1.0, type=float, help="weight of the SimCLR loss in SLIP")
@@ -166,8 +181,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--shard", action="store_true",
                        help="split parameters, gradients and optimizer state over the processes (PyTorch's FSDP2), "
                        "for models that do not fit one GPU; same losses and weights, more communication")
-    train.add_argument("--disable-amp", action="store_true",
-                       help="compute in float32 on GPUs as well (slower, more memory); CPUs always do")
+    train.add_argument("--disable-amp", action="store_true", help="the published name of --precision fp32")
     train.add_argument("--seed", default=0, type=int, help="of weights, data order, views and dropout")
 
 
@@ -222,8 +236,14 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
     for key in ("image_size", "vision_tower", "context_length", "text_pooling"):
         if getattr(args, key) is not None:
             overrides[key] = getattr(args, key)
-    overrides |= parse_overrides(args.override)
-    tokenizer = build_tokenizer(args, models.resolve_config(args.model, **overrides))
+    bert = pretrained_towers.read_bert(args.text_weights) if args.text_weights else None
+    overrides |= (bert["config"] if bert else {}) | parse_overrides(args.override)
+    expected = None
+    if args.vision_weights:
+        tower = models.resolve_config(args.model, **overrides).vision_tower
+        expected = pretrained_towers.vision_data(tower, args.vision_weights)
+        overrides.setdefault("image_size", expected["size"])
+    tokenizer = build_tokenizer(args, models.resolve_config(args.model, **overrides), bert and bert["tokenizer"])
     if overrides.setdefault("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size={overrides['vocab_size']} does not fit the tokenizer, which has "
@@ -239,18 +259,33 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
     elif args.init:
         models.initialise(model, args.init, tokenizer if model.objective.text else None)
         log.info(f"{args.model}: weights loaded from {args.init}")
-    else:
+    if expected:
+        pretrained_towers.load_vision(model, args.vision_weights)
+        model.preprocess = replace(model.preprocess, mean=expected["mean"], std=expected["std"])
+        log.info(f"{args.model}: image tower {model.config['vision_tower']} loaded from {args.vision_weights}")
+    if bert:
+        if not model.objective.text:
+            raise ValueError(f"--text-weights is for models that read captions, not {args.model}")
+        pretrained_towers.load_text(model, args.text_weights)
+        log.info(f"{args.model}: text tower loaded from {args.text_weights}")
+    if not (args.medclip_weights or args.init or expected or bert):
         log.info(f"{args.model}: no weights given, every parameter starts from its initial distribution")
     if args.freeze:
         model.freeze(args.freeze)
+    if args.unfreeze_last is not None:
+        held = model.freeze_all_but_last(args.unfreeze_last)
+        log.info(f"image tower: {held:,} parameters held fixed, its last {args.unfreeze_last} blocks learn")
     if args.grad_checkpointing:
         model.checkpoint_gradients()
     return model, tokenizer if model.objective.text else None
 
 
-def build_tokenizer(args: argparse.Namespace, config: models.ModelConfig) -> Tokenizer:
+def build_tokenizer(args: argparse.Namespace, config: models.ModelConfig, bert: dict | None = None) -> Tokenizer:
+    """The text tower's; `bert` are the settings of a WordPiece vocabulary that comes with --text-weights."""
     spec = {"kind": "clip-bpe", "context_length": config.context_length}
-    if config.text_tower == "bert" and args.bert_vocab:
+    if bert:
+        spec = {"kind": "bert-wordpiece", "context_length": config.context_length, **bert}
+    elif config.text_tower == "bert" and args.bert_vocab:
         spec = {"kind": "bert-wordpiece", "context_length": config.context_length, "vocab": args.bert_vocab}
     elif config.text_tower == "bert" and args.medclip_weights:
         raise ValueError("--medclip-weights needs --bert-vocab: the vocab.txt of Bio_ClinicalBERT (28,996 lines)")
@@ -426,11 +461,15 @@ def prepare_step(args: argparse.Namespace, processes: Processes, model: Any) -> 
     elif args.accum_negatives == "micro":  # `full` calls towers and heads by themselves
         called = distributed.replicate(model, processes)
     optimizer = torch.optim.AdamW(
-        utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas), eps=args.eps, fused=True
+        utils.parameter_groups(model, args.wd, args.layer_decay),
+        lr=args.lr,
+        betas=tuple(args.betas),
+        eps=args.eps,
+        fused=True,
     )
     settings = losses.LossSettings(args.ssl_scale, args.ssl_temp, args.gather_with_grad, args.mask_duplicates)
-    autocast, scaler = utils.autocast_of(processes.device, args.disable_amp)
-    return Step(args, processes, model, called, model.objective.loss(settings), optimizer, autocast, scaler)
+    loss = model.objective.loss(settings)
+    return Step(args, processes, model, called, loss, optimizer, processes.autocast, processes.scaler())
 
 
 def build_run(
@@ -465,6 +504,7 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
     derived = {
         "world_size": world,
         "device": str(run.processes.device),
+        "precision": run.processes.precision,
         "training_pairs": n_pairs,
         "loader_processes": run.loader.num_workers,
         "compiled": compiles(args, run.processes.device),
@@ -498,6 +538,7 @@ def resume_settings(
 ) -> dict:
     settings = {key: getattr(args, key) for key in RESUME_SETTINGS}
     settings |= {
+        "precision": distributed.wanted_precision(args),
         "model": args.model,
         "global_batch": args.batch_size * processes.world_size,
         "pairs": len(reader),
@@ -568,7 +609,11 @@ def resume(run: Run) -> None:
         raise ValueError(
             f"{source} was not written by this code and cannot be continued; --init starts a new run from its weights"
         )
-    if differ := utils.differences({"mask_duplicates": False, **state["settings"]}, run.settings):
+    absent = {"mask_duplicates": False, "layer_decay": 1.0, "unfreeze_last": None, "clip_grad": 0.0}
+    theirs = {**absent, **state["settings"]}
+    if (off := theirs.pop("disable_amp", None)) is not None:  # before there was --precision
+        theirs["precision"] = "fp32" if off else "auto"
+    if differ := utils.differences(theirs, run.settings):
         raise ValueError(
             f"cannot continue {source}, its settings differ (choose another --output-dir for a new run): "
             + "; ".join(differ)
@@ -697,7 +742,7 @@ def update(run: Run, batches: list[dict[str, Any]], totals: Totals) -> None:
         start=args.lr_start,
     )
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)  # a checkpoint from before --layer-decay has none
 
     # Data to the device, and what forward passes change set aside: BatchNorm's running statistics.
     micro_batches = [[to_device(b, key, model.preprocess, device) for key in model.objective.inputs] for b in batches]
@@ -714,6 +759,10 @@ def update(run: Run, batches: list[dict[str, Any]], totals: Totals) -> None:
         for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(old)
         raise
+
+    if args.clip_grad:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
 
     # The step, or none of it.
     for buffer, old in zip(buffers, before, strict=True):
@@ -840,7 +889,7 @@ class Interval:
             "epoch": run.epoch,
             **metrics,
             **scale,
-            "lr": run.optimizer.param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in run.optimizer.param_groups),
             "samples_per_second": self.images / seconds,
             "waiting_for_data": self.waited / seconds,
             "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if run.processes.device.type == "cuda" else 0.0,
@@ -954,6 +1003,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     starts = [f"--{n.replace('_', '-')}" for n in ("resume", "init", "medclip_weights") if getattr(args, n)]
     if len(starts) > 1:
         raise utils.UsageError(f"{' and '.join(starts)} cannot both say where the weights come from: choose one")
+    towers = [f"--{n}-weights" for n in ("vision", "text") if getattr(args, f"{n}_weights")]
+    if towers and (starts or args.bert_vocab):
+        raise utils.UsageError(
+            f"{towers[0]} says where a tower comes from: leave out {' '.join(starts) or '--bert-vocab'}"
+        )
+    if args.freeze == "image" and args.unfreeze_last is not None:
+        raise utils.UsageError("--freeze image holds the whole image tower: leave out --unfreeze-last")
     if args.start_epoch >= args.epochs:
         raise utils.UsageError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
     if args.shard and args.accum_negatives == "full":

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import losses
 import utils
 from images import read_image, to_8bit, to_rgb8
+from layer_decay import layer_ids
 from tokenizer import Tokenizer, create_tokenizer
 from transforms import IMAGENET_MEAN, IMAGENET_STD, MEDCLIP_MEAN, MEDCLIP_STD, Preprocess, eval_view
 
@@ -186,6 +187,7 @@ class ImageModel(nn.Module):
         self.visual = visual
         self.feature_dim = feature_dim
         self.frozen: tuple[str, ...] = ()
+        self.held_norms: list[nn.Module] = []
         # BatchNorm in a tower sees each view as a batch of its own; without it, one pass over all views is the same.
         self.joint_views = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in visual.modules())
 
@@ -222,6 +224,24 @@ class ImageModel(nn.Module):
             getattr(self, name).requires_grad_(False)
         self.train(self.training)
 
+    def freeze_all_but_last(self, blocks: int) -> int:
+        """Hold the image tower fixed but for its last `blocks` blocks or stages (layer_decay.layer_ids) and what comes
+        after them; returns how many parameters are held. Their BatchNorm keeps its statistics."""
+        ids = layer_ids(self)
+        last = max(ids.values())  # the final norm and all that is not the tower
+        if not 0 <= blocks < last:
+            raise ValueError(
+                f"--unfreeze-last {blocks}: this image tower has {last - 1} blocks, choose 0 to {last - 1}"
+            )
+        held = {name for name, i in ids.items() if name.startswith("visual.") and i < last - blocks}
+        for name, parameter in self.named_parameters():
+            if name in held:
+                parameter.requires_grad_(False)
+        norms = (m for m in self.visual.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        self.held_norms = [m for m in norms if not any(p.requires_grad for p in m.parameters(recurse=False))]
+        self.train(self.training)
+        return sum(p.numel() for name, p in self.named_parameters() if name in held)
+
     def checkpoint_gradients(self) -> None:
         """Keep only the blocks' inputs of both towers for the backward pass (Chen et al. 2016, section 3)."""
         if self.joint_views:
@@ -240,6 +260,8 @@ class ImageModel(nn.Module):
         for name in self.frozen:
             if isinstance(getattr(self, name), nn.Module):
                 getattr(self, name).eval()
+        for norm in self.held_norms:
+            norm.eval()
         return self
 
 
@@ -751,7 +773,7 @@ def initialise(model: ImageModel, path: str | Path, tokenizer: Tokenizer | None 
     state = read_pretrained(path)
     if tokenizer is not None and (spec := state.get("tokenizer")) is not None:
         ours = tokenizer.spec()
-        if spec["kind"] != ours["kind"] or spec.get("vocab") != ours.get("vocab"):
+        if any(spec.get(key) != ours.get(key) for key in ("kind", "vocab", "lowercase")):
             raise ValueError(
                 f"the vocabulary of {path} ({spec['kind']}) and that of this run ({ours['kind']}) differ: the same ids "
                 "would mean other words; give the same --bert-vocab as its run, or none where it had none"
@@ -765,3 +787,6 @@ def initialise(model: ImageModel, path: str | Path, tokenizer: Tokenizer | None 
         raise ValueError(f"{path} holds no state_dict; its keys begin {list(state)[:5]}")
     weights = resize_position_embeddings(utils.strip_wrappers(state["state_dict"]), model)
     load_weights(model, weights, str(path), other_head=True)
+    if "preprocess" in state:  # the tower goes on with the normalisation that it knows
+        theirs = Preprocess.from_dict(state["preprocess"])
+        model.preprocess = replace(model.preprocess, mean=theirs.mean, std=theirs.std)

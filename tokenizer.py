@@ -164,21 +164,21 @@ def read_vocab(path: str | Path) -> list[str]:
 class WordPieceTokenizer:
     """BERT's WordPiece (Devlin et al. 2019) over a given vocabulary; reads nothing but that vocabulary.
 
-    Text is lower-cased and stripped of accents although Bio_ClinicalBERT's vocabulary is cased: its own
-    tokenizer does so, and the weights have seen nothing else. `tok(texts)` gives (n, L) ids: [CLS], the
+    Text is lower-cased and stripped of accents, by default although Bio_ClinicalBERT's vocabulary is cased: its own
+    tokenizer does so, and MedCLIP's weights have seen nothing else. `tok(texts)` gives (n, L) ids: [CLS], the
     pieces, [SEP], zeros, with L the longest row, at most context_length, which is at most 512.
     """
 
     kind = "bert-wordpiece"
     longest = 512  # BERT's position embeddings
 
-    def __init__(self, vocab: str | Path | list[str], context_length: int = CONTEXT_LENGTH):
+    def __init__(self, vocab: str | Path | list[str], context_length: int = CONTEXT_LENGTH, lowercase: bool = True):
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers  # comes with transformers
 
         source = "the vocabulary" if isinstance(vocab, list) else str(vocab)
         self.vocab = list(vocab) if isinstance(vocab, list) else read_vocab(vocab)
         _check_length(context_length, self.longest)
-        self.context_length = context_length
+        self.context_length, self.lowercase = context_length, lowercase
         ids = {token: i for i, token in enumerate(self.vocab)}
         if len(ids) < len(self.vocab):
             twice = next(token for i, token in enumerate(self.vocab) if ids[token] != i)
@@ -190,7 +190,7 @@ class WordPieceTokenizer:
             raise ValueError(f"{source} has [PAD] as id {ids['[PAD]']}, where the text towers expect 0")
         self.start, self.end = ids["[CLS]"], ids["[SEP]"]
         self._backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
-        self._backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+        self._backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
         self._backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self._backend.add_special_tokens(list(_SPECIAL))
 
@@ -199,7 +199,8 @@ class WordPieceTokenizer:
         return len(self.vocab)
 
     def spec(self) -> dict:
-        return {"kind": self.kind, "context_length": self.context_length, "vocab": self.vocab}
+        case = {} if self.lowercase else {"lowercase": False}
+        return {"kind": self.kind, "context_length": self.context_length, "vocab": self.vocab, **case}
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no [CLS], [SEP] or padding, any length."""

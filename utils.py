@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import distributed
+from layer_decay import layer_ids, layer_scales
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("medslip")
@@ -160,22 +161,6 @@ class StopRequest:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
         if not self.name:
             self.name, self.since = signal.Signals(number).name, time.monotonic()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Precision
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def autocast_of(
-    device: torch.device, disabled: bool = False
-) -> tuple[Callable[[], AbstractContextManager], torch.amp.GradScaler]:
-    """Context and gradient scaler for mixed precision: bf16 where the GPU has it, else fp16; float32 on the CPU."""
-    if disabled or device.type != "cuda":
-        return nullcontext, torch.amp.GradScaler(device.type, enabled=False)
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return lambda: torch.autocast(device.type, dtype=dtype), scaler
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,17 +442,23 @@ def cosine_scheduler(
     return np.array([cosine_lr(i, total, base_value, final_value, warmup, start_warmup_value) for i in range(total)])
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """Two optimizer groups: weights decay; vectors, scalars, biases and tables of biases do not.
 
-    The split is that of the published SLIP models. Each group carries its `name` and its parameters' `names`.
+    The split is that of the published SLIP models. Each group carries its `name`, its parameters' `names` and the
+    factor `lr_scale` on the learning rate: with a layer decay below 1 there are two groups for each layer of the image
+    tower (layer_decay.layer_ids).
     """
-    members: dict[str, list] = {"decay": [], "no decay": []}
+    ids = layer_ids(model) if layer_decay != 1 else dict.fromkeys(dict(model.named_parameters()), 0)
+    scales = layer_scales(ids, layer_decay)
+    members: dict[str, list] = {"decay": [], "no decay": []} if layer_decay == 1 else {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_bias = name.rsplit(".", 1)[-1] in ("bias", "relative_position_bias_table")
         title = "no decay" if parameter.ndim < 2 or is_bias else "decay"
+        if layer_decay != 1:
+            title += f", layer {ids[name]}"
         if distributed.is_sharded(model) and not isinstance(parameter, DTensor):
             title += ", whole"  # an optimizer cannot update sharded and whole parameters together
         members.setdefault(title, []).append((name, parameter))
@@ -477,6 +468,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             "names": [n for n, _ in group],
             "params": [p for _, p in group],
             "weight_decay": weight_decay if title.startswith("decay") else 0.0,
+            "lr_scale": scales[group[0][0]] if group else 1.0,
         }
         for title, group in members.items()
     ]

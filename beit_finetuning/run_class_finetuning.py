@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,8 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--enable_deepspeed", action="store_true",
                        help="half precision (fp16) with a dynamic loss scale on GPUs, as deepspeed did it in the "
                        "published commands; deepspeed itself is not needed. Otherwise bf16 where the GPU has it")
-    train.add_argument("--disable-amp", "--disable_amp", action="store_true", help="compute in float32 on GPUs as well")
+    train.add_argument("--disable-amp", "--disable_amp", action="store_true",
+                       help="the published name of --precision fp32")
     train.add_argument("--class_weights", default="none", choices=("none", "balanced"),
                        help="balanced: each class weighs the same in the loss; choose by `validation` in results.json")
     train.add_argument("--model_ema", action="store_true", help="keep a moving average of the weights, evaluated too")
@@ -369,13 +370,6 @@ class Run:
         return self.args.warmup_steps if self.args.warmup_steps >= 0 else self.args.warmup_epochs * self.steps_per_epoch
 
 
-def precision(args: argparse.Namespace, device: torch.device):
-    """Autocast context and gradient scaler: fp16 with --enable_deepspeed, else as in pre-training."""
-    if not args.enable_deepspeed or args.disable_amp or device.type != "cuda":
-        return utils.autocast_of(device, args.disable_amp)
-    return lambda: torch.autocast("cuda", dtype=torch.float16), torch.amp.GradScaler("cuda")
-
-
 def build_run(args: argparse.Namespace, processes: Processes, writer: utils.MetricWriter) -> Run:
     sets = open_sets(args)
     num_classes = len(sets.classes)
@@ -408,7 +402,8 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: utils.Metr
     )
     sampler = GlobalBatchSampler(len(sets.train), args.batch_size, processes.rank, processes.world_size, args.seed)
     criterion = Criterion(args.smoothing, class_weights(args, sets.train.labels, num_classes)).to(processes.device)
-    autocast, scaler = precision(args, processes.device)
+    if args.enable_deepspeed and distributed.wanted_precision(args) == "auto" and processes.device.type == "cuda":
+        processes = replace(processes, precision="fp16")
     utils.seed_everything(args.seed + processes.rank)  # dropout differs between ranks
     return Run(
         args=args,
@@ -422,8 +417,8 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: utils.Metr
         criterion=criterion,
         mix=mix,
         optimizer=optimizer,
-        autocast=autocast,
-        scaler=scaler,
+        autocast=processes.autocast,
+        scaler=processes.scaler(),
         source=loader.make_loader(
             downstream.Views(sets.train, TrainView(preprocess, augmentation), args.seed),
             batch_sampler=sampler,
@@ -449,6 +444,7 @@ def moving_average(model: nn.Module, args: argparse.Namespace) -> Any:
 
 def resume_settings(args: argparse.Namespace, sets: Sets, preprocess: Any, global_batch: int) -> dict:
     settings = {key: getattr(args, key) for key in RESUME_SETTINGS}
+    settings["precision"] = distributed.wanted_precision(args)
     settings |= {
         "classes": sets.classes,
         "training_images": len(sets.train),
@@ -657,8 +653,7 @@ def logits_of(run: Run, model: nn.Module, images: downstream.Downstream, title: 
     loading = Loading(run.args.batch_size, run.args.num_workers, run.args.skip_broken, run.processes)
 
     def compute(numbers: Tensor, batch: Tensor, targets: Tensor) -> list[Tensor]:
-        with run.autocast():
-            return [model(batch).float()]
+        return [loading.encode(model, batch)]
 
     numbers, logits = each_once(model, downstream.with_transform(images, run.view), compute, loading, title)
     return logits.numpy(), numbers.numpy()

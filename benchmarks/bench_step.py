@@ -108,7 +108,8 @@ class Ours:
     floats = False
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        processes = distributed.Processes(device=device)
+        precision = distributed.resolve_precision(distributed.wanted_precision(args), device)
+        processes = distributed.Processes(device=device, precision=precision)
         utils.seed_everything(args.seed)
         model, self.tokenizer = training.build_model(args)
         step = training.prepare_step(args, processes, model)
@@ -126,9 +127,7 @@ class Ours:
         self.model: Any = step.model
         self.trim = not self.model.text.reads_padding
         self.totals = training.Totals.zero(len(self.model.objective.metrics), device)
-        with step.autocast():
-            on = torch.is_autocast_enabled(device.type)
-            self.dtype = torch.get_autocast_dtype(device.type) if on else torch.float32
+        self.dtype = distributed.PRECISIONS[precision]
 
     def backward(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss without mixed precision, with gradients left on the model."""
@@ -171,7 +170,7 @@ class Plain:
             foreach=False,
             fused=False,
         )
-        half = device.type == "cuda" and not args.disable_amp
+        half = device.type == "cuda" and distributed.wanted_precision(args) != "fp32"
         self.dtype = torch.float16 if half else torch.float32
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
 
