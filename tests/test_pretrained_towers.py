@@ -1,0 +1,212 @@
+"""Towers that start from others' weights, against timm and transformers; what of them learns, and how fast."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import command
+from PIL import Image
+from roco_tree import make_roco
+from safetensors.torch import save_file
+from torchvision import transforms as tv
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+
+import main
+import models
+import pretrained_towers
+import utils
+
+TOWER = "tf_efficientnet_lite0"  # its weights expect a mean of 0.5
+VOCAB = [*"[PAD] [UNK] [CLS] [SEP] [MASK]".split(), *"abcdefghijklmnopqrstuvwxyz", "CT", "ct", "axial", "##s", "of"]
+
+
+def build(*extra: str, model: str = "CLIP_VITT16"):
+    small = ["--override", "text_layers=2", "text_width=32", "text_heads=2"]
+    return main.build_model(main.get_args_parser().parse_args(["--model", model, *small, *extra]))
+
+
+def timm_model(seed: int = 0):
+    torch.manual_seed(seed)
+    return timm.create_model(TOWER).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("weights") / "tower.pt"
+    torch.save(timm_model().state_dict(), file)
+    return file
+
+
+def test_an_image_tower_and_its_images_are_those_of_timm(weights):
+    model, _ = build("--vision-tower", TOWER, "--vision-weights", str(weights), "--image-size", "64")
+    theirs = timm_model()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    cfg = timm.data.resolve_model_data_config(theirs)
+    view = tv.Compose([tv.ToTensor(), tv.Normalize(cfg["mean"], cfg["std"])])
+    expected = theirs.forward_head(theirs.forward_features(view(Image.fromarray(pixels))[None]), pre_logits=True)
+    found = model.eval().visual(model.preprocess.tensor(Image.fromarray(pixels))[None])
+    torch.testing.assert_close(found, expected)
+    assert model.preprocess.mean == (0.5, 0.5, 0.5) and model.preprocess.size == 64
+    assert build("--vision-tower", TOWER, "--vision-weights", str(weights))[0].preprocess.size == 224
+
+
+def test_safetensors_a_folder_and_a_training_checkpoint_hold_the_same(weights, tmp_path):
+    state = torch.load(weights, weights_only=True)
+    save_file(state, tmp_path / "model.safetensors")
+    cfg = {"architecture": TOWER, "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "ddp.pth")
+    for source in (tmp_path / "model.safetensors", tmp_path, tmp_path / "ddp.pth"):
+        model, _ = build("--vision-tower", TOWER, "--vision-weights", str(source), "--image-size", "64")
+        for key, value in model.visual.state_dict().items():
+            assert torch.equal(value, state[key]), (source, key)
+        assert model.preprocess.mean == ((0.1, 0.2, 0.3) if source == tmp_path else (0.5, 0.5, 0.5))
+    cfg["architecture"] = "resnet18"
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    with pytest.raises(ValueError, match="describes resnet18.*--vision-tower resnet18"):
+        build("--vision-tower", TOWER, "--vision-weights", str(tmp_path))
+
+
+def test_a_vits_position_embeddings_follow_the_image_size(tmp_path):
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224").eval()
+    torch.save(theirs.state_dict(), tmp_path / "vit.pt")
+    model, _ = build("--vision-weights", str(tmp_path / "vit.pt"), "--image-size", "96")
+    source = dict(file=str(tmp_path / "vit.pt"))
+    grown = timm.create_model(
+        "vit_tiny_patch16_224", img_size=96, pretrained=True, pretrained_cfg_overlay=source
+    ).eval()
+    torch.testing.assert_close(model.visual.pos_embed, grown.pos_embed)
+    x = torch.randn(2, 3, 96, 96)
+    expected = grown.forward_head(grown.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(model.eval().visual(x), expected)
+
+
+def test_what_does_not_fit_is_named(weights, tmp_path):
+    state = torch.load(weights, weights_only=True)
+    state["spare.weight"] = torch.zeros(2)
+    del state["conv_stem.weight"]
+    torch.save(state, tmp_path / "torn.pt")
+    with pytest.raises(ValueError, match=r"missing \['conv_stem.weight'\] \(1\), unexpected \['spare.weight'\]"):
+        build("--vision-tower", TOWER, "--vision-weights", str(tmp_path / "torn.pt"))
+    with pytest.raises(ValueError, match="add --vision-tower"):
+        build("--vision-weights", str(weights), model="MEDSLIP_VIT")
+    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+        build("--vision-tower", TOWER, "--vision-weights", str(tmp_path / "nowhere.pt"))
+    (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        build("--vision-tower", TOWER, "--vision-weights", str(tmp_path / "bad.safetensors"))
+    with pytest.raises(utils.UsageError, match="--vision-weights.*leave out --init"):
+        main.main(["--vision-weights", "a.pt", "--init", "b.pt"])
+
+
+def bert_folder(folder: Path, **config) -> Path:
+    torch.manual_seed(1)
+    settings = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+    bert = BertForMaskedLM(BertConfig(vocab_size=len(VOCAB), **{**settings, **config}))
+    bert.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    return folder
+
+
+def test_a_text_tower_and_its_tokens_are_those_of_transformers(tmp_path):
+    folder = bert_folder(tmp_path / "bert")
+    model, tokenizer = build("--text-weights", str(folder), "--vision-tower", "test_resnet", "--image-size", "32")
+    captions = ["axial CT of a", "cts of cts and nothing else"]
+    theirs = BertTokenizer(str(folder / "vocab.txt"), do_lower_case=False)(captions, padding=True, return_tensors="pt")
+    tokens = tokenizer(captions)
+    assert tokens.tolist() == theirs["input_ids"].tolist() and tokens[0, 2] == VOCAB.index("CT")
+    bert = BertForMaskedLM.from_pretrained(folder).eval().bert
+    hidden = bert(**theirs, output_hidden_states=True).hidden_states
+    mean, mask = (hidden[1] + hidden[2] + hidden[-1]) / 3, theirs["attention_mask"][..., None]
+    expected = (mean * mask).sum(1) / mask.sum(1) @ model.text_projection
+    torch.testing.assert_close(model.eval().encode_text(tokens), expected)
+
+
+def test_a_bert_that_the_text_tower_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="intermediate_size 64 instead of 128"):
+        build("--text-weights", str(bert_folder(tmp_path / "thin", intermediate_size=64)))
+    folder = bert_folder(tmp_path / "short")
+    (folder / "vocab.txt").write_text("\n".join(VOCAB[:-1]))
+    with pytest.raises(ValueError, match=f"counts {len(VOCAB)} tokens, its vocabulary {len(VOCAB) - 1}"):
+        build("--text-weights", str(folder))
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        build("--text-weights", str(tmp_path))
+    with pytest.raises(ValueError, match="models that read captions"):
+        build("--text-weights", str(bert_folder(tmp_path / "whole")), model="SIMCLR_VITT16")
+
+
+def test_a_run_starts_from_both_and_its_checkpoint_needs_neither(weights, tmp_path):
+    """Trained, continued, validated and read again from the checkpoint alone, with the mean of the tower's weights."""
+    root, folder = make_roco(tmp_path / "roco"), bert_folder(tmp_path / "bert")
+    argv = command(root, tmp_path / "run", "--epochs", "1", "--vision-tower", TOWER, "--vision-weights", str(weights))
+    cut = argv.index("--override")
+    argv = [*argv[:cut], "--text-weights", str(folder), "--batch-size", "8"]
+    argv += ["--dataset", "roco", "--root", str(root), "--output-dir", str(tmp_path / "run"), "--epochs", "1"]
+    argv += ["--vision-tower", TOWER, "--vision-weights", str(weights), "--image-size", "32", "-j", "0", "--gpu", "-1"]
+    main.main(argv)
+    weights.rename(weights.with_suffix(".away"))
+    try:
+        loaded = models.load_pretrained(tmp_path / "run" / "checkpoint.pt")
+    finally:
+        weights.with_suffix(".away").rename(weights)
+    assert loaded.preprocess.mean == (0.5, 0.5, 0.5) and loaded.preprocess.size == 32
+    assert loaded.tokenizer is not None and loaded.tokenizer(["CT"])[0, 1] == VOCAB.index("CT")
+    started = main.build_model(main.get_args_parser().parse_args(argv))[0]
+    assert not torch.equal(
+        loaded.model.bert.embeddings.word_embeddings.weight, started.bert.embeddings.word_embeddings.weight
+    )
+    heir = ["--model", "CLIP_VITT16", "--vision-tower", TOWER, "--init", str(tmp_path / "run" / "checkpoint.pt")]
+    heir += ["--bert-vocab", str(folder / "vocab.txt"), "--image-size", "32", "--override", "text_tower=bert"]
+    with pytest.raises(ValueError, match="vocabulary"):  # this flag lower-cases, the run did not
+        main.build_model(main.get_args_parser().parse_args([*heir, "text_layers=2", "text_width=32", "text_heads=2"]))
+
+
+def test_timm_without_weights_says_so(monkeypatch):
+    def absent(*args, **kwargs):
+        raise OSError("offline")
+
+    model, _ = build("--vision-tower", TOWER, "--image-size", "64")
+    monkeypatch.setattr(timm, "create_model", absent)
+    with pytest.raises(ValueError, match=f"timm has no weights of {TOWER}.*offline.*give --vision-weights a file"):
+        pretrained_towers.load_vision(model, "timm")
+
+
+def test_held_blocks_stay_and_the_others_learn_at_their_own_rates(weights, tmp_path, monkeypatch):
+    lengths = []  # of the gradient that the optimizer takes, all parameters as one vector
+    step = torch.optim.AdamW.step
+
+    def measured(optimizer, *args, **kwargs):
+        grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        lengths.append(torch.cat(grads).norm().item())
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", measured)
+    root = make_roco(tmp_path / "roco")
+    argv = ["--model", "SLIP_VITT16", "--vision-tower", TOWER, "--vision-weights", str(weights), "--image-size", "32"]
+    argv += ["--override", "text_layers=1", "text_width=32", "text_heads=2", "--ssl-mlp-dim", "32", "--lr", "1e-3"]
+    argv += ["--dataset", "roco", "--root", str(root), "--output-dir", str(tmp_path / "run"), "--epochs", "1"]
+    argv += ["--warmup-epochs", "0", "--batch-size", "8", "-j", "0", "--gpu", "-1", "--unfreeze-last", "2"]
+    argv += ["--layer-decay", "0.5", "--clip-grad", "0.25", "--wd", "0"]
+    main.main(argv)
+    start, end = torch.load(weights, weights_only=True), models.load_pretrained(tmp_path / "run" / "checkpoint.pt")
+    moved = {}  # by block: the largest change of a weight, of BatchNorm's statistics too
+    for name, value in end.model.visual.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            change = (value - start[name]).abs().max().item()
+            part = name.split(".")[1] if name.startswith("blocks.") else name.split(".")[0]
+            moved[part] = max(moved.get(part, 0.0), change)
+    assert lengths == pytest.approx([0.25] * 3, rel=1e-3)
+    held = {"conv_stem", "bn1", "0", "1", "2", "3", "4"}
+    assert {part for part, change in moved.items() if change == 0} == held
+    # AdamW's first steps are as long as the learning rate, which falls by half from one block to the one before.
+    weight = {part: max((end.model.visual.state_dict()[n] - start[n]).abs().max().item()
+                        for n in start if n.startswith(f"blocks.{part}.") and n.endswith("pwl.weight"))
+              for part in ("5", "6")}  # fmt: skip
+    assert 0.35 < weight["5"] / weight["6"] < 0.65
+    with pytest.raises(ValueError, match="--unfreeze-last 8: this image tower has 7 blocks"):
+        main.main([*argv[:-10], "--output-dir", str(tmp_path / "other"), "--unfreeze-last", "8"])
