@@ -1,0 +1,453 @@
+"""Real images: what CLIP, SimCLR and SLIP add to an ImageNet tower, and which fine-tuning keeps what the tower knew.
+
+    python benchmarks/real_radiology.py --data DIR --vision-weights tower.pt --output-dir real
+
+DIR holds covid_roco (captioned chest CTs and radiographs in ROCO's layout, with sources.csv: modality, finding, group),
+busi (breast ultrasounds, table.csv: path, label, split, group) and mias_cbis (mammograms in CBIS-DDSM's JPEG layout);
+sets that are not there are left out.
+
+Every row is trained with each seed and probed frozen. Its figure is the mean over seeds, its interval covers seeds and
+patients (groups of near duplicates for BUSI), and so does its difference from the frozen tower. The finding on
+radiographs is predicted in folds over groups: for each the tower is trained again without the images and captions of
+the groups that are tested, so no caption has told it an answer. The recipes are tried with SLIP; the one with the best
+mean AUROC in five folds over the training parts of the probe sets is then taken for CLIP and SimCLR too, so no test
+image has a part in the choice. Resumable: what is done is kept, what was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common  # noqa: F401  (finds the project's modules)
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.model_selection import StratifiedGroupKFold
+
+import comparisons
+import distributed
+import main as training
+import make_dataset
+import utils
+from cbis import CbisLesions
+from downstream import create_downstream
+from features import Loading, extract, load_backbone
+from metadata import read_table
+from predictions import CBIS, Predictions, Scheme, macro_auroc
+from probes import Choice, Samples, fit_logistic
+from transforms import eval_view
+
+MODEL, TOWER = "VITT16", "tf_efficientnet_lite0"  # the text side of SLIP_VITT16, and the image tower in its place
+COMMON = (
+    "--warmup-epochs 1 --lr-start 0 --lr-end 0 --wd 0.1 --mask-duplicates --ssl-mlp-dim 1024 --override text_layers=4"
+)
+FOLDS = 3
+FINDING = "COVID-19"
+MIAS = ["cbis_calc", "cbis_mass"]
+CAPTIONS = Scheme(("COVID-19", "other"), "image", "label", "group", ("image", "group", "label"), "COVID-19")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way of getting a tower. Without an objective it is not trained."""
+
+    objective: str = ""
+    flags: str = ""
+    blend: float = 1.0  # fraction of the trained weights in the average with those at the start
+    base: str = ""  # the row whose training is blended
+
+
+SEARCH = {  # with SLIP
+    "rate 3e-4": Row("SLIP", "--lr 3e-4"),
+    "rate 1e-4": Row("SLIP", "--lr 1e-4"),
+    "rate 3e-5": Row("SLIP", "--lr 3e-5"),
+    "layer decay 0.7": Row("SLIP", "--lr 3e-4 --layer-decay 0.7"),
+    "last 3 stages": Row("SLIP", "--lr 3e-4 --unfreeze-last 3"),
+    "last stage": Row("SLIP", "--lr 3e-4 --unfreeze-last 1"),
+    "clipped": Row("SLIP", "--lr 3e-4 --clip-grad 1"),
+    "blend 0.5": Row("SLIP", blend=0.5, base="rate 3e-4"),
+    "blend 0.25": Row("SLIP", blend=0.25, base="rate 3e-4"),
+}
+FROZEN = {"untrained": Row(), "ImageNet": Row()}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--vision-weights", required=True, help=f"ImageNet weights of {TOWER}")
+    parser.add_argument("--output-dir", type=Path, default=Path("real"))
+    parser.add_argument("--image-size", type=int, default=128, help="pixels; 112 to 160 on two cores")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recipes", nargs="+", default=list(SEARCH), choices=list(SEARCH), metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time; more than one for a GPU with many cores")
+    parser.add_argument("--resamples", type=int, default=2000)
+    parser.add_argument("--primary", default="finding AUROC of SLIP", help="the comparison that was named beforehand")
+    parser.add_argument("-j", "--workers", type=int, default=2)
+    parser.add_argument("--one", nargs=2, metavar=("ROW", "SEED"), help=argparse.SUPPRESS)  # in a process of its own
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data, once
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prepare(data: Path, out: Path, size: int, seed: int = 0) -> None:
+    """Smaller copies of the captioned images, folds over their groups, and tables of the probe sets."""
+    if (out / "prepared.json").is_file():
+        return
+    pairs, images = [], out / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "validation"):
+        folder = data / "covid_roco" / split / "radiology"
+        captions = dict(
+            line.split("\t", 1) for line in (folder / "captions.txt").read_text(encoding="utf8").splitlines() if line
+        )
+        for row in read_table(folder / "sources.csv", ["id", "modality", "finding", "group"]):
+            source = next(folder.glob(f"images/{row['id']}.*"))
+            copy = images / f"{row['id']}.jpg"
+            if copy.exists() and any(p["id"] == row["id"] for p in pairs):
+                raise ValueError(f"{row['id']} is in both splits of {data / 'covid_roco'}")
+            with Image.open(source) as img:
+                small = make_dataset.shrink(img.convert("RGB"), 2 * size) or img.convert("RGB")
+                small.save(copy, quality=95)
+            pairs.append({**row, "caption": captions[row["id"]].strip(), "split": split})
+    label = [FINDING if FINDING in row["finding"] else "other" for row in pairs]
+    strata = [f"{row['modality']} {name}" for row, name in zip(pairs, label, strict=True)]
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(
+        strata, strata, [row["group"] for row in pairs]
+    )
+    for row, name in zip(pairs, label, strict=True):
+        row["label"], row["image"] = name, f"images/{row['id']}.jpg"
+    write_roco(out / "roco", [row for row in pairs if row["split"] == "train"], images)
+    write_roco(out / "roco", [row for row in pairs if row["split"] == "validation"], images, "validation")
+    for k, (kept, held) in enumerate(folds):
+        write_roco(out / f"roco_without_{k}", [pairs[i] for i in kept], images)
+        tested = set(held.tolist())
+        rows = [
+            {**{key: row[key] for key in ("image", "label", "group")}, "split": "test" if i in tested else "train"}
+            for i, row in enumerate(pairs)
+            if row["modality"] == "X-ray"
+        ]
+        write_csv(out / f"finding_{k}.csv", rows)
+    columns = {"image": "image", "label": "label", "split": "split", "group": "group"}
+    entry = {"path": str(out), "type": "csv", "train": "train", "test": "test", "columns": columns}
+    catalog = {f"finding_{k}": {**entry, "table": f"finding_{k}.csv", "positive": FINDING} for k in range(FOLDS)}
+    if (data / "busi").is_dir():
+        names = ["benign breast tumour", "malignant breast tumour", "normal breast tissue"]
+        catalog["busi"] = {
+            **entry, "path": str((data / "busi").resolve()), "table": "table.csv", "positive": "malignant",
+            "columns": {**columns, "image": "path"}, "labels": [[f"a {name}"] for name in names],
+            "templates": ["ultrasound showing {}.", "breast ultrasound image of {}."],
+        }  # fmt: skip
+    if (data / "mias_cbis").is_dir():
+        (out / "mias").mkdir(exist_ok=True)
+        for part in ("csv", "jpeg"):
+            if not (out / "mias" / part).exists():
+                os.symlink((data / "mias_cbis" / part).resolve(), out / "mias" / part)
+        make_dataset.main(["cbis", "--root", str(out / "mias")])
+    utils.write_json(out / "catalog.json", catalog)
+    utils.write_json(out / "prepared.json", {"pairs": len(pairs), "size": size})
+
+
+def write_roco(root: Path, pairs: list[dict], images: Path, split: str = "train") -> None:
+    folder = root / split / "radiology"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "images").exists():
+        os.symlink(images.resolve(), folder / "images")
+    (folder / "captions.txt").write_text("".join(f"{p['id']}\t {p['caption']}\n" for p in pairs), encoding="utf8")
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="", encoding="utf8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One row with one seed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flags_of(args: argparse.Namespace, row: Row, seed: int, root: Path, out: Path) -> list[str]:
+    model = f"{row.objective or 'CLIP'}_{MODEL}"
+    return [
+        *("--dataset", "roco", "--root", str(root), "--output-dir", str(out), "--model", model),
+        *("--vision-tower", TOWER, "--vision-weights", args.vision_weights, "--image-size", str(args.image_size)),
+        *("--epochs", str(args.epochs), "--batch-size", str(args.batch_size), "-j", str(args.workers)),
+        *("--seed", str(seed), *COMMON.split(), *row.flags.split()),
+    ]
+
+
+def tower_of(args: argparse.Namespace, name: str, row: Row, seed: int, root: Path, out: Path) -> Path:
+    """The checkpoint of a row trained on the pairs under `root`."""
+    file = out / ("blend.pt" if row.blend < 1 else "checkpoint.pt" if row.objective else "start.pt")
+    if file.is_file() and (row.blend < 1 or not row.objective):
+        return file
+    out.mkdir(parents=True, exist_ok=True)
+    flags = flags_of(args, row, seed, root, out)
+    if row.objective and row.blend == 1:
+        training.main(flags)  # a finished one returns at once
+        return file
+    parsed = training.get_args_parser().parse_args(flags)
+    utils.seed_everything(seed)
+    model, tokenizer = training.build_model(parsed)
+    if name == "untrained":
+        start = training.models.create_model(model.name, **{k: v for k, v in model.config.items() if k != "objective"})
+        model.load_state_dict(start.state_dict())
+    weights = model.state_dict()
+    if row.blend < 1:
+        trained = utils.load_checkpoint(args.output_dir / "rows" / row.base / str(seed) / out.name / "checkpoint.pt")
+        for key, end in trained["state_dict"].items():
+            if key.startswith("visual.") and end.is_floating_point():
+                weights[key] = torch.lerp(weights[key], end, row.blend)
+    state = {
+        "state_dict": weights, "model": {"name": model.name, "config": model.config},
+        "preprocess": model.preprocess.to_dict(), "tokenizer": tokenizer.spec() if tokenizer else None,
+    }  # fmt: skip
+    utils.save_checkpoint(state, file)
+    return file
+
+
+def run_one(args: argparse.Namespace, name: str, row: Row, seed: int) -> None:
+    """Train and probe; done.json says how long each took and what five folds of the training parts gave."""
+    out, started = args.output_dir / "rows" / name / str(seed), time.time()
+    catalog = json.loads((args.output_dir / "catalog.json").read_text())
+    tower = tower_of(args, name, row, seed, args.output_dir / "roco", out / "whole")
+    trained = time.time()
+    chosen: dict[str, float] = {}
+
+    def probe(dataset: str, tower: Path) -> None:
+        chosen[dataset] = probe_set(args, dataset, catalog, tower, out / dataset)
+
+    for dataset in (["busi"] if "busi" in catalog else []) + MIAS * (args.output_dir / "mias").is_dir():
+        probe(dataset, tower)
+    probed = time.time()
+    for k in range(FOLDS):
+        root = args.output_dir / f"roco_without_{k}"
+        probe(f"finding_{k}", tower_of(args, name, row, seed, root, out / f"without_{k}"))
+    seconds = {"training": trained - started, "probes": probed - trained, "folds": time.time() - probed}
+    retrieval = retrieval_of(out / "whole" / "log.jsonl")
+    utils.write_json(out / "done.json", {"seconds": seconds, "validation": chosen, "retrieval": retrieval})
+
+
+def probe_set(args: argparse.Namespace, dataset: str, catalog: dict, tower: Path, folder: Path) -> float:
+    """Logistic regression on frozen features, its penalty chosen in five folds over the training groups.
+
+    Writes the test rows' predictions; returns the AUROC of those folds.
+    """
+    done = folder / "chosen.json"
+    if done.is_file():
+        return json.loads(done.read_text())["auroc"]
+    device = common.choose_device(False)
+    backbone = load_backbone(tower, device=device)
+    precision = distributed.resolve_precision("auto", device)
+    loading = Loading(64, args.workers, processes=distributed.Processes(device=device, precision=precision))
+
+    def samples(images: Any) -> Samples:
+        features, numbers = extract(backbone, images, "", loading)
+        return Samples(features, np.array(images.labels)[numbers], [images.rows[i] for i in numbers])
+
+    if dataset in MIAS:
+        kind, scheme = dataset.removeprefix("cbis_"), CBIS
+        read = partial(CbisLesions, args.output_dir / "mias", kind, image="crop", preprocess=backbone.preprocess)
+        train, test = samples(read(split="train")) + samples(read(split="val")), samples(read(split="test"))
+    else:
+        views = [create_downstream(dataset, part, eval_view(backbone.preprocess), catalog) for part in (True, False)]
+        scheme = views[1].scheme or CAPTIONS
+        train, test = map(samples, views)
+    choice = Choice(partial(macro_auroc, scheme=scheme), folds=5, group=scheme.group)
+    head = fit_logistic(train, train[np.arange(0)], len(scheme.classes), choice)
+    folder.mkdir(parents=True, exist_ok=True)
+    Predictions(test.rows, head.probabilities(test.features), scheme).write(folder / "predictions.csv")
+    auroc = max(entry["score"] for entry in head.validation)
+    utils.write_json(done, {"auroc": auroc, "train": len(train.labels), "test": len(test.labels), **head.chosen})
+    return auroc
+
+
+def retrieval_of(log: Path) -> dict[str, float]:
+    """The last epoch's retrieval over the validation pairs, in percent."""
+    if not log.is_file():
+        return {}
+    rows = [row for line in log.read_text().splitlines() if (row := json.loads(line))["kind"] == "epoch"]
+    return {k: v for k, v in rows[-1].items() if k.startswith("val_")} if rows else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_rows(args: argparse.Namespace, rows: dict[str, Row], argv: list[str]) -> None:
+    """Each row and seed that is not done yet in a process of its own; a failed one is named and the others go on."""
+
+    def run(job: tuple[str, int]) -> str:
+        name, seed = job
+        folder = args.output_dir / "rows" / name / str(seed)
+        if (folder / "done.json").is_file():
+            return ""
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, *argv, "--one", name, str(seed)]
+        environment = {**os.environ, "ROW": json.dumps(vars(rows[name]))}
+        with open(folder / "log.txt", "a") as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        print(f"{name}, seed {seed}: {'done' if not done.returncode else f'FAILED, see {folder}/log.txt'}", flush=True)
+        return "" if not done.returncode else name
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for trained in (True, False):  # what is blended must be there first
+            jobs = [(name, seed) for name in rows for seed in args.seeds if bool(rows[name].base) != trained]
+            list(pool.map(run, jobs))
+
+
+def choose(args: argparse.Namespace, names: list[str]) -> tuple[str, dict[str, float]]:
+    """The recipe with the best mean over sets and seeds of the AUROC in five folds over the training parts."""
+    scores = {}
+    for name in names:
+        found = [args.output_dir / "rows" / name / str(seed) / "done.json" for seed in args.seeds]
+        if all(file.is_file() for file in found):
+            scores[name] = float(np.mean([list(json.loads(f.read_text())["validation"].values()) for f in found]))
+    if not scores:
+        raise ValueError(f"no recipe has been trained; see {args.output_dir}/rows/*/*/log.txt")
+    return max(scores, key=lambda name: scores[name]), scores
+
+
+def predictions_of(args: argparse.Namespace, name: str, seed: int) -> dict[str, Predictions]:
+    """Of each set; of the finding the folds' test rows together."""
+    out = args.output_dir / "rows" / name / str(seed)
+    catalog = json.loads((args.output_dir / "catalog.json").read_text())
+    found: dict[str, Predictions] = {}
+    if "busi" in catalog:
+        scheme = create_downstream("busi", False, None, catalog).scheme
+        assert scheme is not None  # a set of type csv
+        found["BUSI"] = Predictions.read(out / "busi" / "predictions.csv", scheme)
+    for kind in ("calc", "mass"):
+        file = out / f"cbis_{kind}" / "predictions.csv"
+        if file.is_file():
+            found[f"MIAS {kind}"] = Predictions.read(file, CBIS)
+    folds = [Predictions.read(out / f"finding_{k}" / "predictions.csv", CAPTIONS) for k in range(FOLDS)]
+    rows = [row for fold in folds for row in fold.rows]
+    found["finding"] = Predictions(rows, np.concatenate([fold.prob for fold in folds]), CAPTIONS)
+    return found
+
+
+def tabulate(args: argparse.Namespace, rows: dict[str, Row]) -> dict:
+    """Every row's AUROC and F1 on every set, with intervals, and its differences from the frozen ImageNet tower."""
+    complete = [
+        name for name in rows
+        if all((args.output_dir / "rows" / name / str(seed) / "done.json").is_file() for seed in args.seeds)
+    ]  # fmt: skip
+    draws: dict[str, dict[str, dict]] = {}
+    for name in complete:
+        seeds = args.seeds if rows[name].objective or name == "untrained" else args.seeds[:1]
+        each = [predictions_of(args, name, seed) for seed in seeds]
+        for dataset, first in each[0].items():
+            probs = [run[dataset].in_order_of(first.rows, name).prob for run in each]
+            draws.setdefault(dataset, {})[name] = comparisons.draw_metrics(
+                first.labels, probs, first.patients, first.scheme.classes, malignant=first.scheme.positive,
+                trained=len(seeds) > 1, resamples=args.resamples,
+            )  # fmt: skip
+    table: dict = {}
+    for dataset, of_rows in draws.items():
+        table[dataset] = {}
+        for name, found in of_rows.items():
+            cells = {m: vars(comparisons.interval(found[m])) for m in ("auroc", "f1")}
+            if name != "ImageNet" and "ImageNet" in of_rows:
+                cells |= {
+                    f"{m} minus ImageNet": vars(comparisons.difference(found[m], of_rows["ImageNet"][m]))
+                    for m in ("auroc", "f1")
+                }
+            table[dataset][name] = cells
+    return table
+
+
+def correct(table: dict, names: list[str]) -> None:
+    """Holm's p-values over the final rows' AUROC differences, all sets together, beside each."""
+    cells = [
+        found[name]["auroc minus ImageNet"] for found in table.values() for name in names if name in found
+    ]  # fmt: skip
+    for cell, p in zip(cells, comparisons.holm([cell["p_value"] for cell in cells]), strict=True):
+        cell["holm"] = p
+
+
+def markdown(args: argparse.Namespace, table: dict, report: dict) -> str:
+    def cell(c: dict) -> str:
+        return f"{100 * c['value']:.1f} ({100 * c['low']:.1f} to {100 * c['high']:.1f})"
+
+    lines = [common.describe(common.choose_device(False), len(args.seeds)).replace("runs, median", "seeds"), ""]
+    for dataset, rows in table.items():
+        lines += [
+            f"| {dataset} | AUROC | minus ImageNet | F1 | minus ImageNet | p, Holm |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, c in rows.items():
+            gain = [cell(c[f"{m} minus ImageNet"]) if f"{m} minus ImageNet" in c else "" for m in ("auroc", "f1")]
+            holm = c.get("auroc minus ImageNet", {}).get("holm")
+            p = f"{holm:.3f}" if holm is not None else ""
+            lines.append(f"| {name} | {cell(c['auroc'])} | {gain[0]} | {cell(c['f1'])} | {gain[1]} | {p} |")
+        lines.append("")
+    lines += ["| row | five folds of the training parts | image-to-text R@1 | minutes a seed |", "|---|---|---|---|"]
+    for name, entry in report["rows"].items():
+        recall = entry["retrieval"].get("val_i2t_r1")
+        lines.append(
+            f"| {name} | {100 * entry['validation']:.2f} | {'' if recall is None else f'{recall:.1f}'} | "
+            f"{entry['minutes']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else argv
+    args = get_args_parser().parse_args(argv)
+    args.output_dir = args.output_dir.resolve()
+    if args.one:
+        run_one(args, args.one[0], Row(**json.loads(os.environ["ROW"])), int(args.one[1]))
+        return {}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with utils.start_logging():
+        prepare(args.data, args.output_dir, args.image_size)
+    search = {name: SEARCH[name] for name in args.recipes}
+    run_rows(args, {**FROZEN, **search}, argv)
+    best, scores = choose(args, list(search))
+    final = {} if search[best].base else {
+        f"{objective}, {best}": Row(objective, search[best].flags) for objective in ("CLIP", "SIMCLR")
+    }  # fmt: skip
+    run_rows(args, final, argv)
+    rows = {**FROZEN, **search, **final}
+    table = tabulate(args, rows)
+    correct(table, [best, *final])
+    report: dict = {"chosen": best, "scores": scores, "primary": args.primary, "table": table, "rows": {}}
+    for name in rows:
+        done = [args.output_dir / "rows" / name / str(seed) / "done.json" for seed in args.seeds]
+        done = [json.loads(file.read_text()) for file in done if file.is_file()]
+        if done:
+            report["rows"][name] = {
+                "validation": float(np.mean([list(d["validation"].values()) for d in done])),
+                "minutes": float(np.mean([sum(d["seconds"].values()) for d in done])) / 60,
+                "retrieval": {
+                    k: float(np.mean([d["retrieval"][k] for d in done])) for k in done[0]["retrieval"]
+                },
+            }  # fmt: skip
+    utils.write_json(args.output_dir / "report.json", report)
+    text = markdown(args, table, report)
+    (args.output_dir / "report.md").write_text(text)
+    print(text)
+    return report
+
+
+if __name__ == "__main__":
+    main()
