@@ -92,6 +92,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="memory a step may take; --largest-batch needs it on a CPU, where the batch that exceeds "
         "it is still run: leave half of the machine free",
     )
+    parser.add_argument("--skip-memory", action="store_true", help="leave out the processes that measure peak memory")
     parser.add_argument("--cpu", action="store_true", help="measure on the CPU although there is a GPU")
     parser.add_argument("--one", choices=list(METHODS), help=argparse.SUPPRESS)  # memory, in a process of its own
     return parser
@@ -436,7 +437,8 @@ def bench(name: str, batch_size: int, args: argparse.Namespace, rest: list[str],
     if device.type == "cuda":
         torch.cuda.empty_cache()
     for key in METHODS:
-        row[f"{key}_peak"] = in_own_process(key, name, batch_size, args, rest).get("peak")
+        peak = {} if args.skip_memory else in_own_process(key, name, batch_size, args, rest)
+        row[f"{key}_peak"] = peak.get("peak")
     if args.largest_batch:
         row |= largest_batch(name, batch_size, args, rest + checkpointing)
     return row | {"compiled": compiled}
