@@ -106,14 +106,11 @@ def test_a_run_on_the_gpu_learns_and_goes_on_where_it_stopped(roco, tmp_path, pr
 
 
 def test_a_compiled_step_is_the_eager_one(roco, tmp_path):
-    weights = {}
+    found = {}  # weights would not do: AdamW makes whole steps of a gradient that is rounding, before a BatchNorm
     for name, flag in (("eager", "--no-compile"), ("compiled", "--compile")):
-        main.main(command(roco, tmp_path / name, "--epochs", "1", "--precision", "fp32", flag))
-        weights[name] = utils.load_checkpoint(tmp_path / name / "checkpoint.pt")["state_dict"]
-    for key, value in weights["eager"].items():
-        torch.testing.assert_close(
-            weights["compiled"][key], value, rtol=2e-3, atol=2e-3, msg=lambda m, k=key: f"{k}: {m}"
-        )
+        found[name] = main.main(command(roco, tmp_path / name, "--epochs", "1", "--precision", "fp32", flag))
+    for key in ("loss", "clip_loss", "ssl_loss"):
+        assert found["compiled"][key] == pytest.approx(found["eager"][key], rel=1e-4), key
 
 
 @pytest.mark.parametrize("name", ("SLIP_VITT16", "MEDSLIP_VIT", "MEDSLIP_RESNET"))
