@@ -255,7 +255,7 @@ def make_batch(method: Ours | Plain, batch_size: int, device: torch.device | Non
     batch = datasets.Collate(method.tokenizer, method.trim)(samples)
     if method.floats:
         batch = as_floats(method, batch)
-    return {key: x.pin_memory() if on_gpu else x for key, x in batch.items()}
+    return {key: x.pin_memory() if on_gpu and isinstance(x, Tensor) else x for key, x in batch.items()}
 
 
 def as_floats(method: Ours | Plain, batch: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -297,7 +297,9 @@ def compare(ours: Ours, plain: Plain, batch_size: int, dtype: torch.dtype = torc
     for method in (ours, plain):
         batch = as_floats(method, make_batch(method, batch_size), dtype)
         method.model.to(dtype)
-        with without_dropout(method), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        # Not compiled: torch 2.11's compiler makes kernels of float64 that Triton refuses.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with without_dropout(method), exact, torch.compiler.set_stance("force_eager"):
             losses.append(method.backward(batch).item())
         grads = {name: p.grad for name, p in method.model.named_parameters() if p.grad is not None}
         vectors.append(torch.cat([grads[name].flatten() for name in sorted(grads)]))

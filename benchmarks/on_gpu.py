@@ -205,7 +205,7 @@ def feature_extraction(name: str, args: argparse.Namespace) -> dict:
 
 
 def tests(name: str, args: argparse.Namespace) -> dict:
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "gpu", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=common.ROOT)
     lines = done.stdout.strip().splitlines()
     # 5: nothing was collected; on a CPU every one is skipped
