@@ -138,7 +138,8 @@ class SIMCLRLoss(nn.Module):
     def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.autocast(outputs["aug1_embed"].device.type, enabled=False):
             a, b = outputs["aug1_embed"], outputs["aug2_embed"]  # (B, D) each
-            scale = a.new_tensor(1 / self.temperature, dtype=torch.promote_types(a.dtype, torch.float32))
+            # Filled on the device: a copy of a number from the host would wait for it.
+            scale = a.new_full((), 1 / self.temperature, dtype=torch.promote_types(a.dtype, torch.float32))
             first = 0
             if distributed.world_size() == 1:
                 loss, match = contrast_pairs(a, b, scale, within=True, largest_logit=1 / self.temperature)

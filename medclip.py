@@ -99,9 +99,8 @@ class BertText:
         """Token ids (B, L) to embeddings (B, embed_dim); real tokens are those up to the last id that is not 0."""
         if attention_mask is None:
             attention_mask = (tokens != 0).flip(1).cumsum(1).flip(1) > 0  # (B, L)
-        hidden = model.bert(
-            input_ids=tokens, attention_mask=attention_mask.long(), output_hidden_states=True
-        ).hidden_states
+        mask = self._whole_mask(attention_mask > 0, model.bert)
+        hidden = model.bert(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
         x = (hidden[1] + hidden[2] + hidden[-1]) / 3  # (B, L, D)
         if self.pooling == "medclip":
             x = x.mean(1)  # (B, D)
@@ -109,6 +108,18 @@ class BertText:
             mask = attention_mask.to(x.dtype).unsqueeze(-1)  # (B, L, 1)
             x = (x * mask).sum(1) / mask.sum(1).clamp(min=1)  # (B, D)
         return x @ model.text_projection
+
+    @staticmethod
+    def _whole_mask(real: Tensor, bert: Any) -> Tensor:
+        """Real tokens (B, L) as the mask (B, 1, L, L) of every layer.
+
+        From (B, L) transformers makes it itself, but first asks whether all are real, which waits for the device.
+        """
+        B, L = real.shape
+        mask = real[:, None, None, :].expand(B, 1, L, L)
+        if bert.config._attn_implementation != "eager":
+            return mask
+        return torch.zeros((), dtype=bert.dtype, device=real.device).masked_fill(~mask, torch.finfo(bert.dtype).min)  # added to scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
