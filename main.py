@@ -51,7 +51,7 @@ HERE = Path(__file__).parent
 RESUME_SETTINGS = (
     "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
     "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze",
-    "shard", "mask_duplicates", "layer_decay", "unfreeze_last", "clip_grad",
+    "shard", "mask_duplicates", "layer_decay", "unfreeze_last", "clip_grad", "hold_batchnorm",
 )  # fmt: skip
 
 
@@ -134,6 +134,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--unfreeze-last", default=None, type=int, metavar="BLOCKS",
                        help="train only the last blocks (of a tower that narrows: stages) of the image tower and what "
                        "comes after them; the rest keeps what it knew, BatchNorm's statistics too")
+    start.add_argument("--hold-batchnorm", action="store_true",
+                       help="BatchNorm of the image tower keeps the statistics of the weights it starts from: what a "
+                       "pre-trained convolutional tower forgets first is not in its weights")
     start.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch of a new run")
 
 
@@ -275,6 +278,11 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
     if args.unfreeze_last is not None:
         held = model.freeze_all_but_last(args.unfreeze_last)
         log.info(f"image tower: {held:,} parameters held fixed, its last {args.unfreeze_last} blocks learn")
+    if args.hold_batchnorm:
+        held = model.hold_batchnorm()
+        if not held:
+            raise ValueError(f"--hold-batchnorm: {model.config['vision_tower']} has no BatchNorm")
+        log.info(f"image tower: {held} BatchNorm layers keep their statistics")
     if args.grad_checkpointing:
         model.checkpoint_gradients()
     return model, tokenizer if model.objective.text else None
@@ -609,7 +617,13 @@ def resume(run: Run) -> None:
         raise ValueError(
             f"{source} was not written by this code and cannot be continued; --init starts a new run from its weights"
         )
-    absent = {"mask_duplicates": False, "layer_decay": 1.0, "unfreeze_last": None, "clip_grad": 0.0}
+    absent = {
+        "mask_duplicates": False,
+        "layer_decay": 1.0,
+        "unfreeze_last": None,
+        "clip_grad": 0.0,
+        "hold_batchnorm": False,
+    }
     theirs = {**absent, **state["settings"]}
     if (off := theirs.pop("disable_amp", None)) is not None:  # before there was --precision
         theirs["precision"] = "fp32" if off else "auto"

@@ -119,7 +119,9 @@ class BertText:
         mask = real[:, None, None, :].expand(B, 1, L, L)
         if bert.config._attn_implementation != "eager":
             return mask
-        return torch.zeros((), dtype=bert.dtype, device=real.device).masked_fill(~mask, torch.finfo(bert.dtype).min)  # added to scores
+        return torch.zeros((), dtype=bert.dtype, device=real.device).masked_fill(
+            ~mask, torch.finfo(bert.dtype).min
+        )  # added to scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ the model itself, because the published SLIP checkpoints keep the text transform
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -145,7 +147,7 @@ class CLIPText:
         x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]  # (B, L, D)
         x = model.ln_final(model.transformer(x))
         # End-of-text has the highest id, and argmax returns its first place.
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]  # (B, D)
+        x = x[torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]  # (B, D)
         return x @ model.text_projection
 
 
@@ -241,6 +243,16 @@ class ImageModel(nn.Module):
         self.held_norms = [m for m in norms if not any(p.requires_grad for p in m.parameters(recurse=False))]
         self.train(self.training)
         return sum(p.numel() for name, p in self.named_parameters() if name in held)
+
+    def hold_batchnorm(self) -> int:
+        """Let the image tower's BatchNorm keep the statistics it has, in training too; returns how many layers do.
+
+        Their scales and shifts learn. A few hundred steps on another kind of images replace the statistics however low
+        the learning rate, and with them what a pre-trained tower makes of every other kind.
+        """
+        self.held_norms = [m for m in self.visual.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.train(self.training)
+        return len(self.held_norms)
 
     def checkpoint_gradients(self) -> None:
         """Keep only the blocks' inputs of both towers for the backward pass (Chen et al. 2016, section 3)."""
@@ -680,6 +692,8 @@ def _is_medclip_state(state: dict) -> bool:
 def read_pretrained(path: str | Path) -> dict:
     """The contents of a checkpoint of ours, a published SLIP file, or MedCLIP's weights (folder, zip or .bin)."""
     path = Path(path)
+    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
+        return _read_exported(path)
     if path.is_dir() or path.suffix == ".zip":
         import medclip
 
@@ -689,13 +703,29 @@ def read_pretrained(path: str | Path) -> dict:
     return {"state_dict": state} if bare else state
 
 
+SAFETENSORS_FORMAT = "medslip 1"  # of config.json beside model.safetensors, which export.py writes
+
+
+def _read_exported(folder: Path) -> dict:
+    """A folder that export.py wrote, as the checkpoint it came from."""
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf8"))
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+    except Exception as error:  # SafetensorError has no public base
+        raise ValueError(f"{folder} is not a readable export: {error}") from error
+    if not isinstance(about, dict) or about.get("format") != SAFETENSORS_FORMAT:
+        raise ValueError(f"{folder} is no folder of export.py --to safetensors: config.json does not say its format")
+    return {**about, "state_dict": weights}
+
+
 def load_pretrained(
     path: str | Path, *, model: str | None = None, bert_vocab: str | None = None, text_pooling: str | None = None
 ) -> Pretrained:
     """Load any weights this project reads, for evaluation.
 
     Args:
-        path: a checkpoint of ours, a published SLIP file, or MedCLIP's folder, zip or `pytorch_model.bin`.
+        path: a checkpoint of ours, a folder of export.py --to safetensors, a published SLIP file, or MedCLIP's folder,
+            zip or `pytorch_model.bin`.
         model: name from MODELS, for a published file that does not say which model it holds.
         bert_vocab: `vocab.txt` of Bio_ClinicalBERT; only MedCLIP's own weights need it, and only to read text.
         text_pooling: masked or medclip; by default what the checkpoint says, and medclip for MedCLIP's own weights.
@@ -721,7 +751,8 @@ def load_pretrained(
     if remark:
         log.warning(f"{path} is {remark}")
     source = f"{loaded.name} from {kind} {path}" + (f", {remark}" if remark else "")
-    return Pretrained(loaded, loaded.preprocess, tokenizer, source, utils.training_progress(state, path))
+    training = state.get("training") or utils.training_progress(state, path)
+    return Pretrained(loaded, loaded.preprocess, tokenizer, source, training)
 
 
 def _from_ours(state: dict, path: str | Path, pooling: dict) -> tuple[ImageModel, Tokenizer | None, str]:

@@ -210,3 +210,20 @@ def test_held_blocks_stay_and_the_others_learn_at_their_own_rates(weights, tmp_p
     assert 0.35 < weight["5"] / weight["6"] < 0.65
     with pytest.raises(ValueError, match="--unfreeze-last 8: this image tower has 7 blocks"):
         main.main([*argv[:-10], "--output-dir", str(tmp_path / "other"), "--unfreeze-last", "8"])
+
+
+def test_held_batchnorm_keeps_its_statistics_while_its_weights_learn(weights, tmp_path):
+    root = make_roco(tmp_path / "roco")
+    argv = ["--model", "CLIP_VITT16", "--vision-tower", TOWER, "--vision-weights", str(weights), "--image-size", "32"]
+    argv += ["--override", "text_layers=1", "text_width=32", "text_heads=2", "--lr", "1e-3", "--warmup-epochs", "0"]
+    argv += ["--dataset", "roco", "--root", str(root), "--epochs", "1", "--batch-size", "8", "-j", "0", "--gpu", "-1"]
+    start = torch.load(weights, weights_only=True)
+    for flags, kept in (([], False), (["--hold-batchnorm"], True)):
+        out = tmp_path / f"run{kept}"
+        main.main([*argv, "--output-dir", str(out), *flags])
+        end = models.load_pretrained(out / "checkpoint.pt").model.visual.state_dict()
+        statistics = [name for name in end if name.endswith(("running_mean", "running_var"))]
+        assert all(torch.equal(end[name], start[name]) for name in statistics) == kept
+        assert not torch.equal(end["bn1.weight"], start["bn1.weight"])
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 has no BatchNorm"):
+        build("--hold-batchnorm")

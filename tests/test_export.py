@@ -1,0 +1,207 @@
+"""export.py against the libraries that load what it writes: open_clip, timm, onnxruntime and MedCLIP's loader."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import TINY, command, tiny_medslip
+from PIL import Image
+from roco_tree import make_roco
+
+import export
+import main
+import medclip
+import models
+import utils
+
+WORDS = (
+    "axial ct of the chest with a mass in left upper lobe radiograph shows round calcification &amp; Ünïté 3".split()
+)
+
+
+def write(path, model, tokenizer):
+    """A checkpoint of `model` with every weight moved off its start, BatchNorm's statistics too."""
+    g = torch.Generator().manual_seed(1)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.add_(0.02 * torch.rand(value.shape, generator=g))
+    state = {
+        "state_dict": model.state_dict(), "model": {"name": model.name, "config": model.config},
+        "preprocess": model.preprocess.to_dict(), "tokenizer": tokenizer.spec() if tokenizer else None,
+    }  # fmt: skip
+    utils.save_checkpoint(state, path)
+    return path
+
+
+def built(path, *flags):
+    torch.manual_seed(0)
+    return write(path, *main.build_model(main.get_args_parser().parse_args(list(flags))))
+
+
+def pictures(n, folder):
+    rng, paths = np.random.default_rng(0), []
+    for i in range(n):
+        pixels = rng.integers(0, 256, (int(rng.integers(40, 90)), int(rng.integers(40, 90)), 3), dtype=np.uint8)
+        paths.append(folder / f"{i}.png")
+        Image.fromarray(pixels).resize((300, 240 + i)).save(paths[-1])
+    return paths
+
+
+def captions(n):
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, int(rng.integers(1, 60)))) for _ in range(n)]
+
+
+SMALL_TEXT = ("--override", "text_layers=2", "text_width=64", "text_heads=2", "embed_dim=32")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--model", "SLIP_VITT16", "--ssl-mlp-dim", "32", *SMALL_TEXT),
+        ("--model", "CLIP_VITT16", "--vision-tower", "test_resnet", "--image-size", "64", *SMALL_TEXT),
+    ],
+)
+def test_open_clip_gives_the_same_embeddings_of_images_and_captions(flags, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    checkpoint = built(tmp_path / "c.pt", *flags)
+    folder = export.main([str(checkpoint), "--to", "open-clip", "--output", str(tmp_path / "out")])
+    theirs, _, view = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokenizer, ours = open_clip.get_tokenizer(f"local-dir:{folder}"), models.load_pretrained(checkpoint)
+    paths, texts = pictures(100, tmp_path), captions(100)
+    with torch.inference_mode():
+        images = theirs.eval().encode_image(torch.stack([view(Image.open(path)) for path in paths]))
+        words = theirs.encode_text(tokenizer(texts))
+    for found, expected in ((images, ours.embed_images(paths)), (words, ours.embed_captions(texts))):
+        assert F.cosine_similarity(found, torch.from_numpy(expected)).min() > 0.99999
+    assert theirs.logit_scale.item() == pytest.approx(ours.model.logit_scale.item())
+    assert {file.name for file in folder.iterdir()} == {
+        "README.md", "open_clip_config.json", "open_clip_model.safetensors"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--model", "SIMCLR_VITS16", "--image-size", "96", "--ssl-mlp-dim", "32", "--override", "vision.depth=2",
+         "vision.num_heads=12"),
+        ("--model", "CLIP_VITT16", "--vision-tower", "convnext_atto", "--image-size", "64", *SMALL_TEXT),
+    ],
+)  # fmt: skip
+def test_timm_gives_the_towers_features(flags, tmp_path):
+    checkpoint = built(tmp_path / "c.pt", *flags)
+    folder = export.main([str(checkpoint), "--to", "timm", "--output", str(tmp_path / "out")])
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    ours = models.load_pretrained(checkpoint)
+    x = torch.randn(3, 3, ours.preprocess.size, ours.preprocess.size)
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(x), ours.model.visual(x))
+    data = timm.data.resolve_model_data_config(theirs)
+    assert data["mean"] == pytest.approx(ours.preprocess.mean) and data["input_size"][1] == ours.preprocess.size
+    view = timm.data.create_transform(**data, is_training=False)
+    path = pictures(1, tmp_path)[0]
+    expected = models.eval_view(ours.preprocess)(Image.open(path), None)
+    torch.testing.assert_close(view(Image.open(path)), expected, atol=0.02, rtol=0)
+
+
+def test_safetensors_come_back_as_the_checkpoint(tmp_path):
+    checkpoint = built(tmp_path / "c.pt", "--model", "SLIP_VITT16", *TINY)
+    folder = export.main([str(checkpoint), "--to", "safetensors", "--output", str(tmp_path / "out")])
+    ours, theirs = models.load_pretrained(checkpoint), models.load_pretrained(folder)
+    for key, value in ours.model.state_dict().items():
+        assert torch.equal(theirs.model.state_dict()[key], value), key
+    assert theirs.preprocess == ours.preprocess and theirs.model.config == ours.model.config
+    np.testing.assert_array_equal(theirs.embed_captions(["a ct"]), ours.embed_captions(["a ct"]))
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"format": "another"}))
+    with pytest.raises(ValueError, match="no folder of export.py"):
+        models.load_pretrained(folder)
+
+
+def test_medclip_loads_what_is_written_for_it(tmp_path):
+    torch.manual_seed(0)
+    model = tiny_medslip(vocab_size=models.BERT_VOCABULARY)
+    folder = export.main(
+        [str(write(tmp_path / "c.pt", model, None)), "--to", "medclip", "--output", str(tmp_path / "o")]
+    )
+    fresh = tiny_medslip(vocab_size=models.BERT_VOCABULARY)
+    medclip.load_medclip(fresh, medclip.read_weights(folder))
+    for key, value in model.state_dict().items():
+        if not key.startswith("image_mlp."):
+            assert torch.equal(fresh.state_dict()[key], value), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("vit", "medslip"))
+def test_onnx_graphs_take_any_batch_and_give_the_same(name, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    if name == "vit":
+        checkpoint = built(tmp_path / "c.pt", "--model", "SLIP_VITT16", *TINY)
+    else:
+        torch.manual_seed(0)
+        checkpoint = write(tmp_path / "c.pt", tiny_medslip(), None)
+    folder = export.main([str(checkpoint), "--to", "onnx", "--output", str(tmp_path / "out")])
+    ours = models.load_pretrained(checkpoint)
+    model, side, length = ours.model, ours.preprocess.size, ours.model.config["context_length"]
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, side, side)
+        tokens = torch.zeros(batch, length, dtype=torch.long)
+        for row in tokens:
+            n = int(torch.randint(2, 9, ()))
+            row[:n] = torch.randint(1, 40, (n,))
+        for side_name, x, encode in (("image", images, model.encode_image), ("text", tokens, model.encode_text)):
+            (found,) = runtime.InferenceSession(folder / f"{side_name}.onnx").run(None, {side_name: x.numpy()})
+            with torch.inference_mode():
+                expected = F.normalize(encode(x), dim=-1).numpy()
+            np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_what_a_format_cannot_hold_is_refused_and_leaves_nothing(tmp_path):
+    torch.manual_seed(0)
+    bert = write(tmp_path / "bert.pt", tiny_medslip(), None)
+    small = built(tmp_path / "small.pt", "--model", "CLIP_VITT16", *TINY)
+    simclr = built(tmp_path / "simclr.pt", "--model", "SIMCLR_VITT16", "--ssl-mlp-dim", "32")
+    for checkpoint, form, why in (
+        (bert, "open-clip", "averages a BERT's last layer"),
+        (bert, "timm", "medclip-swin, which is not one of timm's"),
+        (bert, "medclip", "28996 tokens, this model 50"),
+        (small, "open-clip", "224 pixels alone, this one takes 32"),
+        (small, "medclip", "its own two towers alone"),
+        (simclr, "open-clip", "no text side.*--to timm"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            export.main([str(checkpoint), "--to", form, "--output", str(tmp_path / "out")])
+        assert {path.suffix for path in tmp_path.iterdir()} == {".pt"}
+    wide = built(tmp_path / "s.pt", "--model", "CLIP_VITS16", *SMALL_TEXT, "vision.num_heads=12")
+    with pytest.raises(ValueError, match=r"from its name alone, without the settings \{'num_heads': 12\}"):
+        export.main([str(wide), "--to", "open-clip", "--output", str(tmp_path / "out")])
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="choose a new folder"):
+        export.main([str(small), "--to", "timm", "--output", str(tmp_path / "there")])
+
+
+def test_the_card_says_what_the_run_says_and_no_more(tmp_path):
+    root = make_roco(tmp_path / "roco")
+    main.main(command(root, tmp_path / "run", "--epochs", "1", "--caption-filter", "mammo-xray"))
+    probe = tmp_path / "probe"
+    probe.mkdir()
+    interval = {"value": 0.7123, "low": 0.65, "high": 0.77}
+    result = {"dataset": "cbis_calc", "unit": "fraction", "metrics": {"auroc": interval}, "interval": {"level": 0.95}}
+    (probe / "results.json").write_text(json.dumps(result))
+    out = [str(tmp_path / "run" / "checkpoint.pt"), "--to", "safetensors", "--output"]
+    text = (export.main([*out, str(tmp_path / "a"), "--results", str(probe)]) / "README.md").read_text()
+    pairs = json.loads((tmp_path / "run" / "settings.json").read_text())["derived"]["training_pairs"]
+    assert f"caption filter 'mammo-xray': {pairs}" in text and "71.23 (65.0 to 77.0)" in text
+    assert "fresh weights" in text and "SYNTHETIC" not in text and "Retrieval on the validation pairs" in text
+    bare = tmp_path / "alone.pt"
+    bare.write_bytes((tmp_path / "run" / "checkpoint.pt").read_bytes())
+    text = (export.main([str(bare), "--to", "safetensors", "--output", str(tmp_path / "b")]) / "README.md").read_text()
+    assert "| Data | not recorded |" in text and "Probes: not recorded." in text
+    with pytest.raises(ValueError, match="holds no results.json"):
+        export.main([*out, str(tmp_path / "c"), "--results", str(tmp_path / "roco")])
+    (root.parent / "README.txt").write_text("SYNTHETIC drawings\n")
+    assert "SYNTHETIC" in (export.main([*out, str(tmp_path / "d")]) / "README.md").read_text()
