@@ -204,7 +204,20 @@ class Plain:
         pass
 
 
-METHODS = {"ours": Ours, "plain": Plain}
+class OursInHalf(Ours):
+    """The same in bf16, on a CPU with units for it."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        super().__init__(argparse.Namespace(**{**vars(args), "precision": "bf16"}), device)
+
+
+METHODS = {"ours": Ours, "plain": Plain, "bf16": OursInHalf}
+
+
+def methods_for(flags: argparse.Namespace, device: torch.device) -> list[str]:
+    """Ours and the plain step; on a CPU with units for bf16 ours in bf16 as well, unless a precision is named."""
+    half = device.type == "cpu" and distributed.cpu_has_bf16() and distributed.wanted_precision(flags) == "auto"
+    return ["ours", "plain"] + ["bf16"] * half
 
 
 def write_scores_out(model: Any) -> Any:
@@ -409,7 +422,7 @@ def largest_batch(name: str, batch_size: int, args: argparse.Namespace, rest: li
 def bench(name: str, batch_size: int, args: argparse.Namespace, rest: list[str], device: torch.device) -> dict:
     """All rows of one model; `rest` are flags of main.py."""
     flags = training_flags(name, rest)
-    steps = {"ours": Ours(flags, device), "plain": Plain(flags, device)}
+    steps = {key: METHODS[key](flags, device) for key in methods_for(flags, device)}
     differences = {
         str(dtype).removeprefix("torch."): compare(steps["ours"], steps["plain"], min(batch_size, COMPARED), dtype)
         for dtype in (torch.float32, torch.float64)
@@ -435,10 +448,11 @@ def bench(name: str, batch_size: int, args: argparse.Namespace, rest: list[str],
         row[f"{key}_matrix_peak"] = matrix_peak(device, step.dtype)
     compiled = training.compiles(flags, device)
     checkpointing = ["--grad-checkpointing"] if steps["ours"].model.joint_views else []  # not with BatchNorm
+    names = list(steps)
     del steps, batches, step
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    for key in METHODS:
+    for key in names:
         peak = {} if args.skip_memory else in_own_process(key, name, batch_size, args, rest)
         row[f"{key}_peak"] = peak.get("peak")
     if args.largest_batch:
@@ -464,7 +478,7 @@ def show(row: dict) -> None:
         f"{'step':>6} {'type':>9} {'tokens':>7} {'samples/s':>10} {'ms a step':>10} {'TFLOP/s':>8} {'of peak':>8} "
         f"{'peak TFLOP/s':>13} {'MiB':>8}"
     )
-    for key in METHODS:
+    for key in (key for key in METHODS if f"{key}_seconds" in row):
         speed, memory = row["flops"] / row[f"{key}_seconds"], row[f"{key}_peak"]
         print(
             f"{key:>6} {row[f'{key}_dtype']:>9} {row[f'{key}_tokens']:>7} "
@@ -474,6 +488,8 @@ def show(row: dict) -> None:
             f"{memory / 2**20 if memory else math.nan:>8.0f}"
         )
     print(f"ours is {row['plain_seconds'] / row['ours_seconds']:.2f} times as fast")
+    if "bf16_seconds" in row:
+        print(f"ours in bf16 is {row['ours_seconds'] / row['bf16_seconds']:.2f} times as fast as ours")
     if "largest_batch" in row:
         print(
             f"largest batch that fits: {row['largest_batch']} at {row['largest_batch_samples_per_second']:.1f} "

@@ -205,7 +205,7 @@ def tower_of(args: argparse.Namespace, name: str, row: Row, seed: int, root: Pat
         return file
     out.mkdir(parents=True, exist_ok=True)
     flags = flags_of(args, row, seed, root, out)
-    if row.objective:
+    if row.objective and not row.base:
         training.main([*flags, "--keep-last", "1", "--eval-freq", str(args.epochs)])
         state = utils.load_checkpoint(out / "checkpoint.pt")
         utils.save_checkpoint({key: state[key] for key in ("state_dict", "model", "preprocess", "tokenizer")}, file)
