@@ -5,6 +5,7 @@ python make_dataset.py yfcc15m ...      the same with paths: yfcc15m.pkl and yfc
 python make_dataset.py cbis --root R    CBIS-DDSM: R/calc.csv and R/mass.csv, one lesion a row
 python make_dataset.py shards ...       any dataset of main.py as tar shards, shrunk if you like
 python make_dataset.py shrink ...       a copy of a folder of images, shrunk
+python make_dataset.py unpack ...       ROCO's parquet folders or zips to ROCO's layout
 python make_dataset.py demo --root R    a small synthetic radiology world in the ROCO and CBIS-DDSM layouts
 """
 
@@ -37,6 +38,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image
 
+import unpack
 from cbis import CBIS_COLUMNS, make_cbis
 from datasets import (
     READERS,
@@ -63,6 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_cbis_parser(commands)
     add_shards_parser(commands)
     add_shrink_parser(commands)
+    unpack.add_parser(commands, add_workers_argument)
     add_demo_parser(commands)
     return parser
 

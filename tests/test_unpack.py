@@ -1,0 +1,169 @@
+"""make_dataset.py unpack: what is written is read by --dataset roco, against the images that went into the archives."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import datasets
+import make_dataset
+import unpack
+
+CAPTIONS = [
+    "Mammogram with a round\nmass",
+    "Chest radiograph,\tposteroanterior",
+    "Axial CT of the abdomen",
+    "Sagittal MRI",
+]
+
+
+def jpeg(i: int, size=(40, 30), kind="JPEG") -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def hub(folder, groups=2, names=("image", "caption", "image_id"), broken=()):
+    """Parquet files as the Hub has ROCO-radiology: two of train, one each of validation and test."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    number = 0
+    for name, n in (("train-00000-of-00002", 5), ("train-00001-of-00002", 3), ("validation-00000-of-00001", 2),
+                    ("test-00000-of-00001", 2)):  # fmt: skip
+        rows = {name: [] for name in names}
+        for _ in range(n):
+            number += 1
+            data = b"torn" if number in broken else jpeg(number, kind="PNG" if number == 2 else "JPEG")
+            image = {"bytes": data, "path": f"ROCO_{number:05d}.jpg"}
+            for key, value in zip(names, (image, CAPTIONS[number % 4], f"ROCO_{number:05d}"), strict=False):
+                rows[key].append(value)
+        pq.write_table(pa.table(rows), folder / "data" / f"{name}.parquet", row_group_size=groups)
+    return folder
+
+
+def run(source, output, *extra):
+    make_dataset.main(["unpack", "--source", str(source), "--output", str(output), *extra])
+
+
+def test_the_hubs_parquet_becomes_roco_with_its_subsets(tmp_path):
+    run(hub(tmp_path / "hub"), tmp_path / "roco")
+    reader = datasets.create_reader("roco", str(tmp_path / "roco"), "", "train", "all")
+    assert len(reader) == 8 and [reader.data(i) for i in (0, 2)] == [jpeg(1), jpeg(3)]
+    np.testing.assert_array_equal(reader.image(1), Image.open(io.BytesIO(jpeg(2, kind="PNG"))))
+    assert reader.captions(0) == ["Chest radiograph, posteroanterior"] and reader.captions(3) == [
+        "Mammogram with a round mass"
+    ]
+    for split in ("validation", "test"):
+        assert len(datasets.create_reader("roco", str(tmp_path / "roco"), "", split, "all")) == 2
+    kept = {
+        f: len(datasets.create_reader("roco", str(tmp_path / "roco"), "", "train", f)) for f in ("mammo", "mammo-xray")
+    }
+    assert kept == {"mammo": 2, "mammo-xray": 4}
+    make_dataset.main(
+        ["shrink", "--root", str(tmp_path / "roco"), "--output", str(tmp_path / "s"), "--short-side", "16"]
+    )
+    assert min(datasets.create_reader("roco", str(tmp_path / "s"), "", "train", "all").image(0).size) == 16
+
+
+def test_an_interrupted_copy_goes_on_and_a_finished_one_is_verified(tmp_path, monkeypatch):
+    source, output = hub(tmp_path / "hub"), tmp_path / "roco"
+    write, seen = unpack.write_image, []
+
+    def dies(folder, short_side, sample):
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        seen.append(sample.id)
+        return write(folder, short_side, sample)
+
+    monkeypatch.setattr(unpack, "write_image", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, output)
+    assert not list(output.rglob("captions.txt"))
+    monkeypatch.setattr(unpack, "write_image", write)
+    counts = unpack.unpack(source, output)
+    assert counts["train"] == {"there already": 4, "written": 4} and counts["test"]["there already"] == 2
+    images = sorted(output.rglob("*.jpg"))
+    before = [image.stat().st_mtime_ns for image in images]
+    assert unpack.unpack(source, output)["train"]["there already"] == 8
+    assert [image.stat().st_mtime_ns for image in images] == before
+    images[0].unlink()
+    assert (
+        unpack.unpack(source, output)["test"]["written"] + unpack.unpack(source, output)["test"]["there already"] >= 2
+    )
+    assert images[0].is_file()
+    with pytest.raises(ValueError, match="short_side"):
+        unpack.unpack(source, output, short_side=16)
+
+
+def test_broken_images_are_counted_and_named(tmp_path):
+    counts = unpack.unpack(hub(tmp_path / "hub", broken=(4, 11)), tmp_path / "roco", short_side=20)
+    assert counts["train"] == {"written": 7, "unreadable": 1} and counts["test"] == {"written": 1, "unreadable": 1}
+    named = (tmp_path / "roco" / "bad_samples.txt").read_text()
+    assert "train-00000-of-00002.parquet row 3" in named and "test-00000-of-00001.parquet row 0" in named
+    reader = datasets.create_reader("roco", str(tmp_path / "roco"), "", "train", "all")
+    assert len(reader) == 7 and min(reader.image(0).size) == 20
+
+
+def test_columns_have_usual_names_or_are_named(tmp_path):
+    source = hub(tmp_path / "hub", names=("picture", "text"))
+    with pytest.raises(
+        ValueError, match="no column image or img or jpg: name one of picture, text with --image-column"
+    ):
+        run(source, tmp_path / "roco")
+    run(source, tmp_path / "roco", "--image-column", "picture")
+    reader = datasets.create_reader("roco", str(tmp_path / "roco"), "", "train", "all")
+    assert reader.name(0).endswith("ROCO_00001.jpg")  # of the struct's path, where there is no id
+
+
+def zenodo(folder, zipped=True, extra=()):
+    folder.mkdir()
+    for split, n in (("train", 3), ("valid", 2), ("test", 2)):
+        rows = [f"ROCOv2_2023_{split}_{i:06d}" for i in range(n)]
+        lines = "".join(f'{key},"{CAPTIONS[i]}"\n' for i, key in enumerate(rows))
+        (folder / f"{split}_captions.csv").write_text("ID,Caption\n" + lines)
+        if zipped:
+            with zipfile.ZipFile(folder / f"{split}_images.zip", "w") as archive:
+                for i, key in enumerate(rows):
+                    archive.writestr(f"{split}/{key}.jpg", jpeg(i))
+                for name in extra:
+                    archive.writestr(name, b"evil")
+        else:
+            (folder / f"{split}_images" / split).mkdir(parents=True)
+            for i, key in enumerate(rows):
+                (folder / f"{split}_images" / split / f"{key}.jpg").write_bytes(jpeg(i))
+    return folder
+
+
+@pytest.mark.parametrize("zipped", (True, False))
+def test_zenodos_zips_are_read_packed_and_unpacked(zipped, tmp_path):
+    run(zenodo(tmp_path / "z", zipped, extra=("../../evil.jpg", "/abs.jpg")), tmp_path / "roco", "--workers", "2")
+    for split, n in (("train", 3), ("validation", 2), ("test", 2)):
+        reader = datasets.create_reader("roco", str(tmp_path / "roco"), "", split, "all")
+        assert [reader.data(i) for i in range(len(reader))] == [jpeg(i) for i in range(n)]
+    written = {
+        path.relative_to(tmp_path / "roco").parts[0] for path in (tmp_path / "roco").rglob("*") if path.is_file()
+    }
+    assert written == {"train", "validation", "test", "parts", "unpack.json"}
+    assert not list(tmp_path.rglob("evil.jpg"))
+
+
+def test_bad_sources_are_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither parquet files nor"):
+        run(tmp_path, tmp_path / "out")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "part-0.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="no split in its name or folder"):
+        run(tmp_path / "a", tmp_path / "out")
+    (tmp_path / "a" / "part-0.parquet").rename(tmp_path / "a" / "train-0.parquet")
+    pytest.importorskip("pyarrow")
+    with pytest.raises(ValueError, match="train-0.parquet is not a readable parquet file"):
+        run(tmp_path / "a", tmp_path / "out")
+    source = zenodo(tmp_path / "z")
+    (source / "test_captions.csv").write_text("ID,Caption\n../up,x\n")
+    with pytest.raises(ValueError, match=r"\.\./up"):
+        run(source, tmp_path / "out2")
