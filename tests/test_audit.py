@@ -1,0 +1,124 @@
+"""The audit on drawn textures, whose copies and whose strangers are known."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import audit
+import make_dataset
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Two folders: forty textures alike in coarse brightness, as radiographs are; copies of ten and ten strangers."""
+    root, rng = tmp_path_factory.mktemp("films"), np.random.default_rng(0)
+    body = Image.fromarray(rng.integers(0, 256, (5, 5), dtype=np.uint8))
+    paths = []
+    for name in ("all", "train", "test"):
+        (root / name).mkdir()
+    for i in range(50):
+        size = (int(rng.integers(100, 180)), int(rng.integers(100, 180)))
+        organs = Image.fromarray(rng.integers(0, 256, (24, 24), dtype=np.uint8))
+        paths.append(root / "all" / f"{i}.png")
+        Image.blend(body.resize(size, 3), organs.resize(size, 3), 0.5).save(paths[-1])
+    for i, path in enumerate(paths[:40]):
+        Image.open(path).save(root / "train" / f"{i:02d}.png")
+    for i, path in enumerate(paths[:10]):
+        img = Image.open(path).convert("L")
+        w, h = img.size
+        img = [img.resize((w * 2, h * 2)), img.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+               img.crop((w // 16, 0, w // 16 + round(0.9 * w), round(0.9 * h)))][i % 3]  # fmt: skip
+        img.save(root / "test" / f"copy{i}.jpg", quality=60)
+    for i, path in enumerate(paths[40:]):
+        Image.open(path).save(root / "test" / f"own{i}.png")
+    (root / "test" / "torn.jpg").write_bytes(b"\xff\xd8 nothing")
+    return root
+
+
+def sets(films):
+    return [f"train={films / 'train'}", f"test={films / 'test'}"]
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_planted_copies_are_found_between_sets_and_strangers_are_not(films, tmp_path, caplog):
+    out = tmp_path / "d.csv"
+    with caplog.at_level("INFO", logger="medslip"):
+        make_dataset.main(
+            ["audit", f"train={films / 'train'}", f"test={films / 'test'}", "--output", str(out), "-j", "1"]
+        )
+    pairs = rows(out)
+    found = {(row["image"][-6:-4], row["other_image"].rsplit("/", 1)[1]) for row in pairs}
+    assert {(f"{i:02d}", f"copy{i}.jpg") for i in range(10)} <= found
+    assert not [name for _, name in found if name.startswith("own")]
+    mirrored = {row["other_image"].rsplit("/", 1)[1] for row in pairs if row["mirrored"] == "1"}
+    assert {"copy1.jpg", "copy4.jpg", "copy7.jpg"} <= mirrored
+    assert [float(row["correlation"]) for row in pairs] == sorted(
+        (float(r["correlation"]) for r in pairs), reverse=True
+    )
+    assert "torn.jpg" in caplog.text and "test: 21 images, 10 of them in a pair" in caplog.text
+
+
+def test_one_set_is_compared_with_itself_and_no_image_with_itself(films, tmp_path):
+    both = tmp_path / "both"
+    both.mkdir()
+    for name in ("00.png", "03.png", "07.png"):
+        Image.open(films / "train" / name).save(both / name)
+        Image.open(films / "train" / name).save(both / f"again_{name}")
+    make_dataset.main(["audit", f"all={both}", "--output", str(tmp_path / "d.csv"), "-j", "1"])
+    pairs = {
+        frozenset((r["image"].rsplit("/", 1)[1], r["other_image"].rsplit("/", 1)[1])) for r in rows(tmp_path / "d.csv")
+    }
+    assert pairs == {frozenset((name, f"again_{name}")) for name in ("00.png", "03.png", "07.png")}
+
+
+def test_the_overlap_is_numpys_correlation():
+    """Without crop or shift the best correlation is at least Pearson's of the two, and 1 for a crop of the other."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.nn.functional.interpolate(torch.rand(3, 1, 20, 20, generator=g), (48, 48), mode="bicubic")[:, 0] * 200
+    b = a + 20 * torch.rand(a.shape, generator=g)
+    value, box = audit.best_overlap(a, b)
+    for i in range(3):
+        expected = np.corrcoef(audit.detail(a)[i].flatten(), audit.detail(b)[i].flatten())[0, 1]
+        assert value[i] >= expected - 1e-3
+    crop = torch.nn.functional.interpolate(a[:, None, 2:45, 1:44], (48, 48), mode="bilinear")[:, 0]
+    value, box = audit.best_overlap(a, crop)
+    refined = audit.refined(a, crop, box)
+    assert (refined > 0.97).all() and (refined >= value - 0.05).all()
+    stranger = torch.nn.functional.interpolate(torch.rand(3, 1, 20, 20, generator=g), (48, 48), mode="bicubic")[:, 0]
+    assert (audit.best_overlap(a, 200 * stranger)[0] < 0.5).all()
+
+
+def test_metrics_are_given_with_and_without_copies(films, tmp_path, caplog):
+    lines = ["image,group,label,predicted,prob_a,prob_b"]
+    for i in range(10):
+        right = i % 2 == 0  # all of the copies are right, of the others half
+        lines.append(f"copy{i}.jpg,{i},{'ab'[i % 2]},{'ab'[i % 2]},{1 - i % 2},{i % 2}")
+        lines.append(f"own{i}.png,{i}o,{'ab'[i % 2]},a,{0.5 + 0.1 * right},{0.5 - 0.1 * right}")
+    (tmp_path / "predictions.csv").write_text("\n".join(lines) + "\n")
+    with caplog.at_level("INFO", logger="medslip"):
+        where = ["--output", str(tmp_path / "d.csv"), "--predictions", str(tmp_path / "predictions.csv"), "-j", "1"]
+        make_dataset.main(["audit", *sets(films), *where])
+    text = caplog.text[caplog.text.index("all: ") :]
+    both = dict(line.split(": ", 1) for line in text.splitlines() if line.startswith(("all", "without")))
+    assert json.loads(both["all"])["images"] == 20 and json.loads(both["without copies"])["images"] == 10
+    assert json.loads(both["all"])["recall"] > json.loads(both["without copies"])["recall"]
+
+
+def test_bad_sets_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="NAME=PATH"):
+        make_dataset.main(["audit", "train"])
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a table"):
+        make_dataset.main(["audit", f"a={tmp_path / 'nowhere'}"])
+    with pytest.raises(FileNotFoundError, match="holds no images"):
+        make_dataset.main(["audit", f"a={tmp_path}"])
+    (tmp_path / "t.csv").write_text("image\n../up.jpg\n")
+    with pytest.raises(ValueError, match=r"row 1.*\.\./up\.jpg"):
+        make_dataset.main(["audit", f"a={tmp_path / 't.csv'}"])

@@ -1,0 +1,113 @@
+"""benchmarks/on_gpu.py at tiny sizes on a CPU; benchmarks/real_radiology.py on drawn sets in the real ones' layouts."""
+
+import csv
+import json
+
+import numpy as np
+import on_gpu
+import pytest
+import real_radiology
+import timm
+import torch
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+
+def test_rows_are_measured_each_by_itself_and_kept(tmp_path, monkeypatch):
+    out = tmp_path / "gpu.json"
+    monkeypatch.setitem(on_gpu.LIMITS, "input", 0.01)
+    argv = [
+        "--cpu",
+        "--output",
+        str(out),
+        "--only",
+        "tests",
+        "colours",
+        "features:MEDSLIP_VIT",
+        "input",
+        "--limit",
+        "3",
+    ]
+    rows = on_gpu.main(argv)["rows"]
+    assert "skipped" in rows["tests"]["summary"] or "passed" in rows["tests"]["summary"]
+    assert rows["colours"]["views_that_differ"] == 0 and rows["features:MEDSLIP_VIT"]["fp32_images_per_second"] > 0
+    assert rows["input"]["failed"].startswith("ran past")
+    text = out.with_suffix(".md").read_text()
+    assert all(f"| {name} |" in text for name in argv[4:8]) and "FAILED" in text
+    monkeypatch.setitem(on_gpu.LIMITS, "input", 90)
+    again = on_gpu.main(argv)["rows"]  # only what failed is measured again
+    assert again["colours"] == rows["colours"] and 0 <= again["input"]["waiting_for_data"] <= 1
+    with pytest.raises(ValueError, match="unknown row 'colors'; choose from tests"):
+        on_gpu.main(["--cpu", "--only", "colors"])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--cpu"):
+            on_gpu.main([])
+
+
+def picture(path, rng, bright):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.clip(rng.normal(90 + 70 * bright, 25, (48, 56)), 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def world(root):
+    """covid_roco and busi with two dozen images each, in the layouts that real_radiology.py names."""
+    rng, number = np.random.default_rng(0), 0
+    for split, n in (("train", 18), ("validation", 9)):
+        folder = root / "covid_roco" / split / "radiology"
+        rows, lines = [], []
+        for i in range(n):
+            number += 1
+            finding = "COVID-19" if i % 2 else "Pneumonia"
+            picture(folder / "images" / f"ROCO_{number:05d}.jpg", rng, i % 2)
+            rows.append({"id": f"ROCO_{number:05d}", "modality": "CT" if i % 5 == 4 else "X-ray", "finding": finding,
+                         "group": f"g{number}", "source": "drawn"})  # fmt: skip
+            lines.append(f"ROCO_{number:05d}\t {finding} of patient {number}.\n")
+        (folder / "captions.txt").write_text("".join(lines))
+        with open(folder / "sources.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    lines = ["path,label,split,group,width,height"]
+    for i in range(45):
+        name, split = ("benign", "malignant", "normal")[i % 3], "test" if i % 9 < 3 else "train"
+        picture(root / "busi" / split / f"{i}.jpg", rng, i % 3 / 2)
+        lines.append(f"{split}/{i}.jpg,{name},{split},{i},56,48")
+    (root / "busi" / "table.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_rows_are_trained_probed_and_compared(tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model(real_radiology.TOWER).state_dict(), tmp_path / "tower.pt")
+    argv = ["--data", str(world(tmp_path / "data")), "--vision-weights", str(tmp_path / "tower.pt"), "-j", "0"]
+    argv += ["--output-dir", str(tmp_path / "out"), "--image-size", "32", "--epochs", "1", "--batch-size", "4"]
+    argv += ["--seeds", "0", "1", "--recipes", "held", "held, blend 0.5", "--resamples", "50"]
+    report = real_radiology.main(argv)
+    names = {"untrained", "ImageNet", "held", "held, blend 0.5"}
+    assert set(report["table"]) == {"BUSI", "finding"} and names <= set(report["table"]["BUSI"])
+    assert report["chosen"] == max(report["scores"], key=report["scores"].get)
+    for rows in report["table"].values():
+        for name, cells in rows.items():
+            value = cells["auroc"]
+            assert value["low"] <= value["value"] <= value["high"]
+            if name != "ImageNet":
+                gain = cells["auroc minus ImageNet"]
+                assert gain["value"] == pytest.approx(value["value"] - rows["ImageNet"]["auroc"]["value"])
+    # No caption and no image of a tested group is in what its tower was trained on.
+    out = tmp_path / "out"
+    for k in range(real_radiology.FOLDS):
+        trained = (out / f"roco_without_{k}" / "train" / "radiology" / "captions.txt").read_text()
+        with open(out / f"finding_{k}.csv", newline="") as file:
+            tested = [row["image"] for row in csv.DictReader(file) if row["split"] == "test"]
+        assert tested and not any(image.split("/")[1].split(".")[0] in trained for image in tested)
+    # The blend lies half-way between the start and the end.
+    towers = [out / "rows" / name / "0" / "whole" / "tower.pt" for name in ("ImageNet", "held", "held, blend 0.5")]
+    states = (torch.load(tower, weights_only=True)["state_dict"] for tower in towers)
+    start, end, blend = (state["visual.conv_stem.weight"] for state in states)
+    torch.testing.assert_close(blend, (start + end) / 2)
+    before = (out / "rows" / "held" / "0" / "done.json").read_bytes()
+    assert json.loads(json.dumps(real_radiology.main(argv)["table"])) == json.loads(json.dumps(report["table"]))
+    assert (out / "rows" / "held" / "0" / "done.json").read_bytes() == before
+    assert "| held |" in (out / "report.md").read_text()
