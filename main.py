@@ -628,9 +628,17 @@ def resume(run: Run) -> None:
     if (off := theirs.pop("disable_amp", None)) is not None:  # before there was --precision
         theirs["precision"] = "fp32" if off else "auto"
     if differ := utils.differences(theirs, run.settings):
+        longer = ""
+        if state["epoch"] >= theirs["epochs"]:  # how a finished run goes on
+            longer = (
+                "; it is finished, and its schedule has reached --lr-end: to train it further, start a new run from it "
+                f"with --init {run.args.resume or output_dir / 'checkpoint.pt'} and another --output-dir, which warms "
+                "up and decays again over its own --epochs (--warmup-epochs 0 and a low --lr for a gentle one)"
+            )
         raise ValueError(
             f"cannot continue {source}, its settings differ (choose another --output-dir for a new run): "
             + "; ".join(differ)
+            + longer
         )
     distributed.load_training_state(run.model, run.optimizer, state["state_dict"], state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])

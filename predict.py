@@ -6,7 +6,8 @@
     python predict.py search images.npz query.png
 
 Images are files (DICOM too), folders, or a CSV with a column image. One that cannot be read is named, skipped and
-counted. classify uses a probe of main_linear.py as it was fitted, and flags images unlike those that it was trained on.
+counted. classify uses a probe of main_linear.py as it was fitted, and flags images unlike those that it was trained on;
+or a tower that run_class_finetuning.py has fine-tuned.
 Nothing here is a medical device.
 """
 
@@ -44,8 +45,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("predict.py", description=__doc__, formatter_class=utils.HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    classify = commands.add_parser("classify", help="by a fitted probe", formatter_class=utils.HelpFormatter)
-    classify.add_argument("run", type=Path, help="folder of main_linear.py, with head.safetensors and settings.json")
+    classify = commands.add_parser("classify", help="by a fitted probe or a fine-tuned tower",
+                                   formatter_class=utils.HelpFormatter)
+    classify.add_argument("run", type=Path, help="folder of main_linear.py, with head.safetensors and settings.json, "
+                          "or of run_class_finetuning.py")
     add_images(classify)
     classify.add_argument("--weights", default="", type=str, help="where the run's weights are now, if they were moved")
 
@@ -126,10 +129,10 @@ def find_images(given: Sequence[Path]) -> list[Path]:
 
 
 def passed(
-    backbone: Backbone, paths: Sequence[Path], args: argparse.Namespace, title: str
+    backbone: Backbone, paths: Sequence[Path], args: argparse.Namespace, title: str, view: Any = None
 ) -> tuple[np.ndarray, list[Path]]:
     """Features (n, d) of the readable images and their paths; the others are named and counted."""
-    dataset = ImageList(paths, eval_view(backbone.preprocess))
+    dataset = ImageList(paths, view or eval_view(backbone.preprocess))
     loading = Loading(args.batch_size, args.workers, skip_broken=True)
     features, kept = extract(backbone, dataset, title, loading)
     lost = sorted(set(range(len(paths))) - set(kept.tolist()))
@@ -147,6 +150,8 @@ def passed(
 
 def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Probabilities of a fitted probe, its decision at validation's threshold, and whether the image is far off."""
+    if not (args.run / "head.safetensors").is_file() and (args.run / "checkpoint.pt").is_file():
+        return classify_finetuned(args)
     head, about = Linear.load(args.run / "head.safetensors")
     settings = json.loads((args.run / "settings.json").read_text())["args"]
     backbone = load_backbone(
@@ -159,21 +164,56 @@ def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
     features, paths = passed(backbone, find_images(args.images), args, "classify")
     prob, distance = head(features), head.distance(features)
     rows = []
-    point = about["operating_point"] and metrics.OperatingPoint(
-        about["operating_point"]["temperature"], about["operating_point"]["threshold"]
-    )
-    for i, path in enumerate(paths):
-        row: dict[str, Any] = {"image": str(path), "predicted": about["classes"][int(prob[i].argmax())]}
-        row |= {f"prob_{name}": float(p) for name, p in zip(about["classes"], prob[i], strict=True)}
-        if point is not None:
-            positive = about["classes"].index(metrics.MALIGNANT)
-            row["called_malignant"] = int(prob[i, positive] >= point.threshold)
-            row["calibrated_malignant"] = float(point.calibrated(prob[i : i + 1])[0, positive])
+    for i, row in enumerate(answers(paths, prob, about["classes"], about["operating_point"])):
         if distance is not None:
             row["unlike_training"] = int(distance[i] > 1)
         rows.append(row)
     if distance is not None and (far := int((distance > 1).sum())):
         log.warning(f"{far} of {len(rows)} images are farther from the training images than 99.9% of these are")
+    return rows
+
+
+def classify_finetuned(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same by a run of run_class_finetuning.py: its best weights, where a validation split chose them."""
+    from beit_finetuning import run_class_finetuning
+    from beit_finetuning.modeling_finetune import BEIT_MODELS
+    from beit_finetuning.views import EvalView
+
+    best = args.run / "checkpoint_best.pt"
+    state = utils.load_checkpoint(best if best.is_file() else args.run / "checkpoint.pt")
+    if "data_set" not in state.get("settings", {}):
+        raise ValueError(f"{args.run} is neither a probe (no head.safetensors) nor a fine-tuned classifier")
+    classes = state["settings"]["classes"]
+    given = argparse.Namespace(**state["args"])
+    if given.model in BEIT_MODELS:
+        given.finetune = ""  # every weight comes from the run
+    elif args.weights:
+        given.finetune = args.weights
+    model, preprocess, _ = run_class_finetuning.build_model(given, len(classes))
+    model.load_state_dict(state["state_dict"])
+    model.eval()
+    backbone = Backbone(model, model, preprocess, "logits", "fine-tuned")
+    logits, paths = passed(backbone, find_images(args.images), args, "classify", EvalView(preprocess, given.crop_pct))
+    prob = torch.from_numpy(logits).double().softmax(-1).numpy()
+    results = args.run / "results.json"
+    point = json.loads(results.read_text()).get("operating_point") if results.is_file() else None
+    return answers(paths, prob, classes, point)
+
+
+def answers(
+    paths: Sequence[Path], prob: np.ndarray, classes: Sequence[str], operating_point: dict | None
+) -> list[dict[str, Any]]:
+    """A row for each image: the class, the probabilities (n, k), and the decision at validation's threshold."""
+    point = operating_point and metrics.OperatingPoint(operating_point["temperature"], operating_point["threshold"])
+    rows = []
+    for i, path in enumerate(paths):
+        row: dict[str, Any] = {"image": str(path), "predicted": classes[int(prob[i].argmax())]}
+        row |= {f"prob_{name}": float(p) for name, p in zip(classes, prob[i], strict=True)}
+        if point is not None:
+            positive = list(classes).index(metrics.MALIGNANT)
+            row["called_malignant"] = int(prob[i, positive] >= point.threshold)
+            row["calibrated_malignant"] = float(point.calibrated(prob[i : i + 1])[0, positive])
+        rows.append(row)
     return rows
 
 

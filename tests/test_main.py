@@ -622,3 +622,21 @@ def test_another_runs_settings_start_a_new_run(roco, tmp_path):
     other.write_text("[]")
     with pytest.raises(ValueError, match="no settings.json of a run"):
         main.main(["--config", str(other)])
+
+
+def test_a_finished_run_is_extended_by_a_new_one(roco, tmp_path):
+    """The refusal says how; the new run starts from the old weights with a schedule of its own."""
+    main.main(command(roco, tmp_path / "first", "--epochs", "1"))
+    with pytest.raises(ValueError, match=r"epochs: 1 there, 2 now; it is finished.*--init .*first/checkpoint.pt"):
+        main.main(command(roco, tmp_path / "first", "--epochs", "2"))
+    old = utils.load_checkpoint(tmp_path / "first" / "checkpoint.pt")
+    longer = ["--init", str(tmp_path / "first" / "checkpoint.pt"), "--warmup-epochs", "0", "--lr", "1e-4"]
+    main.main(command(roco, tmp_path / "second", "--epochs", "1", *longer, "--print-freq", "1"))
+    rows = [json.loads(line) for line in (tmp_path / "second" / "log.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows if row["kind"] == "train"]
+    assert rates[0] == pytest.approx(1e-4) and rates == sorted(rates, reverse=True)
+    new = utils.load_checkpoint(tmp_path / "second" / "checkpoint.pt")
+    moved = [
+        (new["state_dict"][k] - v).abs().max().item() for k, v in old["state_dict"].items() if v.is_floating_point()
+    ]
+    assert 0 < max(moved) < 0.1

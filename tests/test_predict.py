@@ -18,6 +18,7 @@ import main_linear
 import make_dataset
 import models
 import predict
+from beit_finetuning import run_class_finetuning
 from cbis import CBIS_CLASSES
 from images import read_image
 from probes import Linear
@@ -197,3 +198,20 @@ def test_the_readmes_lines_of_python_run_as_they_stand(clip, tmp_path, monkeypat
     exec(compile(lines.replace("runs/vit_mammo/checkpoint_best.pt", str(clip)), "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert printed.count("[") >= 3
+
+
+def test_a_fine_tuned_run_gives_its_own_predictions(probed, tmp_path):
+    run = tmp_path / "tuned"
+    run_class_finetuning.main([
+        "--data_set", "cbis_mass", "--data_path", str(probed / "cbis"), "--finetune", str(probed / "checkpoint.pt"),
+        "--batch_size", "16", "--epochs", "1", "--warmup_epochs", "0", "--drop_path", "0", "-j", "0", "--gpu", "-1",
+        "--resamples", "20", "--output_dir", str(run),
+    ])  # fmt: skip
+    rows = [row for row in read_rows(probed / "cbis" / "mass.csv") if row["split"] == "test"]
+    (probed / "cbis" / "list.csv").write_text("image\n" + "".join(f"{row['crop']}\n" for row in rows))
+    found = predict.main(["classify", str(run), str(probed / "cbis" / "list.csv"), "--batch-size", "16"])
+    for row, own in zip(found, read_rows(run / "predictions.csv"), strict=True):
+        assert [row[f"prob_{name}"] for name in CBIS_CLASSES] == [float(own[f"prob_{name}"]) for name in CBIS_CLASSES]
+        assert row["predicted"] == own["predicted"] and row["called_malignant"] in (0, 1)
+    with pytest.raises(FileNotFoundError):
+        predict.main(["classify", str(tmp_path), str(probed / "cbis" / "list.csv")])
