@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.special import softmax
+from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -126,7 +127,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
-    cbis = parser.add_argument_group("CBIS-DDSM probe")
+    cbis = parser.add_argument_group("probes of CBIS-DDSM and, with --cache-features, of other sets")
     cbis.add_argument("--protocol", default="logistic", choices=list(PROTOCOLS),
                       help="logistic: L2-regularised logistic regression on standardised features. medslip: the first "
                       f"MedSLIP's protocol without its faults, projected features at {MEDSLIP_SIZE} pixels and 50 "
@@ -140,7 +141,7 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
                       "of a rare one and is wrong about it more often; validated: what gives the better macro F1 on "
                       "validation")
     cbis.add_argument("--folds", default=0, type=int, metavar="K",
-                      help="choose on K folds over all training patients in place of the one validation split; 5 is "
+                      help="choose on K folds over all training patients in place of one validation split; 5 is "
                       "usual and steadier, and costs K times the fits")
 
     other = parser.add_argument_group("other sets, on features extracted once")
@@ -238,6 +239,7 @@ def settings_of(args: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
         settings["fraction"] = args.fraction
     elif on_features(args):
         settings |= {"cache_features": args.cache_features, "fraction": args.fraction, "knn": args.knn}
+        settings |= {"class_weights": args.class_weights, "folds": args.folds}
     return settings
 
 
@@ -471,6 +473,10 @@ def probe_features(
         for split in ("train", "test")
     }
     scheme, num_classes = sets["test"].scheme, len(sets["test"].classes)
+    if args.folds and scheme is None:
+        raise utils.UsageError(
+            f"--folds keeps groups whole: it needs CBIS-DDSM or a set of type csv, not {args.dataset}"
+        )
     for baseline in args.baseline:
         if scheme is None:
             raise ValueError(f"--baseline needs CBIS-DDSM or a set of type csv, with known rows, not {args.dataset}")
@@ -503,7 +509,7 @@ def probe_features(
         results["findings"] = probe_findings(args, sets["test"].classes, train, test, findings, processes)
         return results
     if args.cache_features:
-        head = fit_on(args.dataset, train, num_classes, args.seed, metric)
+        head = fit_on(args.dataset, train, num_classes, args.seed, metric, args.class_weights, args.folds)
         prob = head.probabilities(test.features)
         results["logistic"] = {**evaluate(prob), "chosen": head.chosen, "validation": head.validation}
         if scheme is not None:
@@ -539,7 +545,8 @@ def probe_findings(
         if min(np.bincount(known.labels, minlength=2)) < 2:
             log.warning(f"{args.dataset}: {name} is left out, it has fewer than two images of an outcome")
             continue
-        head = fit_on(f"{args.dataset}, {name}", known, 2, args.seed, "roc_auc")
+        title = f"{args.dataset}, {name}"
+        head = fit_on(title, known, 2, args.seed, "roc_auc", args.class_weights, args.folds)
         prob[:, i], chosen[name] = head.probabilities(test.features)[:, 1], head.chosen
     groups = [row["group"] for row in test.rows]
     found = metrics.findings_bootstrap(
@@ -570,21 +577,32 @@ def write_findings(
     utils.atomic_write(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def fit_on(name: str, train: Samples, num_classes: int, seed: int, metric: str) -> Head:
-    """Logistic regression on all of `train`, its penalty chosen on a tenth of each class, in whole groups."""
+def fit_on(
+    name: str, train: Samples, num_classes: int, seed: int, metric: str, class_weights: str = "none", folds: int = 0
+) -> Head:
+    """Logistic regression on all of `train`, its penalty chosen on a tenth of each class or on folds, groups whole."""
+
+    def score(labels: np.ndarray, prob: np.ndarray) -> float:
+        return score_set(labels, prob, metric)["score"]
+
+    def decide(labels: np.ndarray, prob: np.ndarray) -> float:
+        return float(f1_score(labels, prob.argmax(1), average="macro"))
+
+    choice = Choice(score, class_weights, decide, folds, group="group", seed=seed)
+    if folds:
+        return fit_logistic(train, train[np.arange(0)], num_classes, choice)
     held_out = stratified_part(train.labels, 0.1, 1, np.random.default_rng(seed))
     if train.rows:
         groups = [row["group"] for row in train.rows]
         rarest = min(np.bincount(train.labels)[np.unique(train.labels)])
-        splitter = StratifiedGroupKFold(max(2, min(10, len(set(groups)), rarest)), shuffle=True, random_state=seed)
+        number = max(2, min(10, len(set(groups)), rarest))
+        splitter = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
         _, held_out = next(iter(splitter.split(train.labels, train.labels, groups)))
     fitted = np.setdiff1d(np.arange(len(train.labels)), held_out)
     missing = np.setdiff1d(train.labels, train.labels[fitted])
     if len(missing):
         raise ValueError(f"{name}: class {missing[0]} has one training image; two are needed to choose a penalty")
-    return fit_logistic(
-        train[fitted], train[held_out], num_classes, lambda labels, prob: score_set(labels, prob, metric)["score"]
-    )
+    return fit_logistic(train[fitted], train[held_out], num_classes, choice)
 
 
 def label_fraction(
@@ -602,7 +620,7 @@ def label_fraction(
     found, sizes = [], []
     for draw in range(args.fraction_seeds):
         part = part_of(train, fraction, np.random.default_rng((args.seed, draw)))
-        head = fit_on(args.dataset, train[part], num_classes, args.seed, metric)
+        head = fit_on(args.dataset, train[part], num_classes, args.seed, metric, args.class_weights)
         found.append(evaluate(head.probabilities(test.features))["score"])
         sizes.append(len(part))
     return {

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from helpers import write_checkpoint
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.preprocessing import StandardScaler
 from test_finetune import SMALL
 
 import downstream
 import eval_zeroshot
+import features
 import main_linear
 import make_dataset
 import make_report
@@ -249,3 +253,43 @@ def test_an_unclear_finding_is_named(tmp_path, checkpoint):
     write_rows(tmp_path / "table.csv", rows)
     with pytest.raises(ValueError, match=r"p0_0\.png, odd: 'maybe' is not 0, 1, -1 or empty"):
         downstream.create_downstream("hospital", True, None, downstream.read_catalog(catalog))
+
+
+def test_folds_and_class_weights_choose_over_whole_groups(hospital, checkpoint, tmp_path):
+    found = probe(hospital, tmp_path / "a", checkpoint, "--cache-features", "--folds", "3")
+    backbone = features.load_backbone(checkpoint)
+    catalog = downstream.read_catalog(hospital)
+    view = main_linear.partial(main_linear.linear_eval_view, backbone.preprocess)
+    train = downstream.create_downstream("hospital", True, view, catalog)
+    rows, _ = features.extract(backbone, train, "", features.Loading(64))
+    groups = [row["group"] for row in train.rows]
+    scores = []  # scikit-learn's own regression at the chosen penalty, held-out rows of all folds together
+    right = np.zeros(len(rows), bool)
+    splitter = StratifiedGroupKFold(3, shuffle=True, random_state=0)
+    for fitted, held in splitter.split(train.labels, train.labels, groups):
+        scaler = StandardScaler().fit(rows[fitted])
+        penalty = found["logistic"]["chosen"]["lambda"]
+        model = LogisticRegression(C=1 / (len(fitted) * penalty), tol=1e-8, max_iter=10000)
+        model.fit(scaler.transform(rows[fitted]), train.labels[fitted])
+        right[held] = model.predict(scaler.transform(rows[held])) == train.labels[held]
+    scores = {entry["lambda"]: entry["score"] for entry in found["logistic"]["validation"]}
+    assert scores[found["logistic"]["chosen"]["lambda"]] == pytest.approx(100 * right.mean(), abs=1.5)
+    weighted = probe(hospital, tmp_path / "b", checkpoint, "--cache-features", "--class-weights", "balanced")
+    assert weighted["settings"]["class_weights"] == "balanced"
+    written = [(tmp_path / run / "predictions.csv").read_text() for run in "ab"]
+    assert written[0] != written[1]  # other probabilities, though this set is easy enough for both
+    validated = probe(hospital, tmp_path / "c", checkpoint, "--cache-features", "--class-weights", "validated")
+    assert "balanced" in validated["logistic"]["chosen"]
+    with pytest.raises(ValueError, match="--folds keeps groups whole"):
+        main_linear.main(["--dataset", "digits", "--cache-features", "--folds", "3", "-a", "test_vit", "--output-dir",
+                          str(tmp_path / "d"), "-j", "0"])  # fmt: skip
+
+
+def test_several_findings_have_no_fraction_and_no_zero_shot(checkpoint, tmp_path):
+    catalog = write_set(tmp_path / "set", several=True)
+    with pytest.raises(ValueError, match="several findings for each image: no --knn and no --fraction"):
+        probe(catalog, tmp_path / "out", checkpoint, "--fraction", "0.5")
+    evaluation_helpers.write_checkpoint(tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="not several findings"):
+        eval_zeroshot.main(["--resume", str(tmp_path / "clip.pt"), "--datasets", "hospital", "--catalog", str(catalog),
+                            "--output-dir", str(tmp_path / "zero"), "-j", "0"])  # fmt: skip
