@@ -323,10 +323,10 @@ def _key(name: str) -> str:
 class Downstream(Dataset):
     """Images with labels: `ds[i]` is (transform(image), label).
 
-    `classes` names the classes in the order of their numbers, `labels` (N,) is int64, `image(i)` is
-    sample i as an RGB image of 8 bits. `rows` say of each sample of a csv set which image and group it is; other
-    sets have none. An image that cannot be decoded raises transforms.UnreadableImage
-    with its name.
+    `classes` names the classes in the order of their numbers, `labels` (N,) is int64, `image(i)` is sample i as an RGB
+    image of 8 bits. `rows` say of each sample of a csv set which image and group it is, and of another set's test
+    split, unless it is large (give_rows). An image that cannot be decoded raises transforms.UnreadableImage with its
+    name.
     """
 
     def __init__(self, classes: list[str], labels: np.ndarray, transform: Transform | None):
@@ -414,6 +414,38 @@ def create_downstream(
     mnist into their path. An unknown name is a ValueError with the choices; an absent path is a
     FileNotFoundError that names it.
     """
+    found = _read_set(name, train, transform, catalog, download)
+    if not train and found.scheme is None:
+        give_rows(found)
+    return found
+
+
+# Images times classes of a test split, and images, up to which its rows are kept and its scores get intervals: the
+# bootstrap holds a weight for each image and resample.
+MOST_CELLS, MOST_IMAGES = 200_000, 20_000
+
+
+def give_rows(found: Downstream) -> None:
+    """Rows for a test split that no table describes: each image, by its path or number, is a group of its own."""
+    n = len(found)
+    names = [str(name) for name in found.classes]
+    if n > MOST_IMAGES or n * len(names) > MOST_CELLS or len(set(names)) < len(names):
+        return
+    images = [str(i) for i in range(n)]
+    if isinstance(found, ImageFiles):
+        images = [found.paths[i] for i in range(n)]
+    if len(set(images)) < n:
+        return
+    found.rows = [
+        {"image": image, "group": image, "label": names[label], "split": "test"}
+        for image, label in zip(images, found.labels, strict=True)
+    ]
+    found.scheme = Scheme(tuple(names), "image", "label", "group", ("image", "group", "label"))
+
+
+def _read_set(
+    name: str, train: bool, transform: Transform | None, catalog: dict[str, dict[str, Any]] | None, download: bool
+) -> Downstream:
     entry = entry_of(name, read_catalog() if catalog is None else catalog)
     if entry["type"] == "special":
         return SPECIAL[name](name, entry, train, transform, download)

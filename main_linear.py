@@ -58,7 +58,6 @@ from predictions import (
     macro_f1,
     report_lesions,
     report_rows,
-    score_predictions,
     set_aside_other_results,
 )
 from probes import (
@@ -473,13 +472,13 @@ def probe_features(
         for split in ("train", "test")
     }
     scheme, num_classes = sets["test"].scheme, len(sets["test"].classes)
-    if args.folds and scheme is None:
+    if args.folds and not sets["train"].rows:
         raise utils.UsageError(
             f"--folds keeps groups whole: it needs CBIS-DDSM or a set of type csv, not {args.dataset}"
         )
     for baseline in args.baseline:
         if scheme is None:
-            raise ValueError(f"--baseline needs CBIS-DDSM or a set of type csv, with known rows, not {args.dataset}")
+            raise ValueError(f"--baseline: the test split of {args.dataset} is too large to keep its predictions")
         check_baseline(baseline, sets["test"].rows, scheme)
     skipped, findings = {}, {}
 
@@ -525,7 +524,7 @@ def probe_features(
         results["knn"] = {**evaluate(prob), "k": args.knn}
         if scheme is not None:
             found = Predictions(test.rows, prob, scheme)
-            results["knn"] |= score_predictions(found, args.resamples, args.seed)
+            results["knn"] |= report_rows(found, None, [], settings, args.resamples, args.seed)
             if processes.is_main:
                 found.write(Path(args.output_dir) / "predictions_knn.csv")
     if processes.is_main:
@@ -845,14 +844,14 @@ def evaluate_linear(run: LinearRun, test: downstream.Downstream, metric: str) ->
 
 
 def linear_rows(run: LinearRun, test: downstream.Downstream) -> dict:
-    """What the known rows of a csv set allow: predictions.csv and intervals over its groups."""
+    """What known rows allow: predictions.csv and intervals over groups."""
     assert test.scheme is not None
     whole = replace(run.backbone, encode=lambda images: run.head(run.backbone.encode(images).float()))
     logits, kept = extract(whole, test, f"{run.args.dataset} test", loading_of(run.args, run.processes))
     found = Predictions([test.rows[i] for i in kept], softmax(logits.astype(np.float64), axis=1), test.scheme)
     if run.processes.is_main:
         found.write(Path(run.args.output_dir) / "predictions.csv")
-    return score_predictions(found, run.args.resamples, run.args.seed)
+    return report_rows(found, None, [], run.settings, run.args.resamples, run.args.seed)
 
 
 def resume_sgd(run: LinearRun) -> None:

@@ -328,6 +328,11 @@ def report_lesions(
     return results
 
 
+def beside_percent(scores: dict[str, Any]) -> dict[str, Any]:
+    """`score_predictions` beside scores in percent: that its own are fractions is said under another name."""
+    return {"metrics_unit" if name == "unit" else name: value for name, value in scores.items()}
+
+
 def report_rows(
     predictions: Predictions,
     held_out: tuple[np.ndarray, np.ndarray] | None,
@@ -340,7 +345,13 @@ def report_rows(
     scheme, point = predictions.scheme, None
     if scheme.positive is not None and held_out is not None:
         point = metrics.operating_point(*held_out, scheme.classes.index(scheme.positive))
-    results = score_predictions(predictions, resamples, seed, point)
+    try:
+        results = beside_percent(score_predictions(predictions, resamples, seed, point))
+    except ValueError as error:  # a class without samples, or too few groups
+        if baselines:
+            raise
+        log.info(f"no intervals: {error}")
+        return {}
     differences = []
     for path in baselines:
         theirs = Predictions.read(path, scheme)

@@ -257,7 +257,7 @@ def open_sets(args: argparse.Namespace) -> Sets:
         raise ValueError(f"{name} has several findings for each image; fine-tuning takes sets with one class each")
     for baseline in args.baseline:
         if test.scheme is None:
-            raise ValueError(f"--baseline needs CBIS-DDSM or a set of type csv, whose rows are known, not {name}")
+            raise ValueError(f"--baseline needs a test split with known rows, and that of {name} is too large for them")
         predictions.check_baseline(baseline, test.rows, test.scheme)
     return Sets(train, None, test, downstream.metric_of(name, catalog))
 

@@ -9,6 +9,7 @@ import torch
 from downstream_tree import write_folders
 from evaluation_helpers import write_checkpoint
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 import downstream
 import eval_zeroshot as ez
@@ -17,6 +18,7 @@ import metrics
 import models
 import utils
 from images import UnreadableImage
+from predictions import Predictions
 from transforms import Preprocess
 
 
@@ -106,7 +108,13 @@ def test_the_command_evaluates_the_sets_that_are_named(tmp_path):
     loaded = models.load_pretrained(tmp_path / "checkpoint_best.pt")
     digits = downstream.load_zeroshot_set("digits", loaded.preprocess)
     expected = features.classify_zeroshot(loaded.model, loaded.tokenizer, digits, features.Loading())
-    assert report["zero_shot"]["digits"] == {**metrics.percent(expected), "broken": 0}
+    scores = dict(report["zero_shot"]["digits"])
+    rows = scores.pop("rows")  # with intervals, and a file of predictions
+    assert scores == {**metrics.percent(expected), "broken": 0}
+    found = Predictions.read(tmp_path / "zeroshot_digits.csv", digits.dataset.scheme)
+    assert (found.prob.argmax(1) == found.labels).mean() == pytest.approx(expected["top1"])
+    auroc = roc_auc_score(found.labels, found.prob, multi_class="ovr")
+    assert rows["metrics"]["auroc"]["value"] == pytest.approx(auroc)
     assert report["unit"] == "percent" and report["zero_shot"]["digits"]["top1"] == 100 * expected["top1"] > 1
 
 

@@ -24,7 +24,7 @@ from distributed_helpers import run_ranks
 from helpers import QUICK, image_side, write_checkpoint
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import precision_score, roc_auc_score
+from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
 import downstream
 import features as passes
@@ -588,3 +588,22 @@ def test_the_kept_head_gives_the_runs_predictions(cbis, checkpoint, tmp_path, mo
     (tmp_path / "head.safetensors").write_bytes(b"no head")
     with pytest.raises(ValueError, match="no fitted head"):
         probes.Linear.load(tmp_path / "head.safetensors")
+
+
+def test_digits_get_what_lesions_get_and_a_paired_baseline(tmp_path):
+    """Any labelled set of moderate size: predictions, intervals that hold scikit-learn's value, a comparison."""
+    argv = ["--dataset", "digits", "--cache-features", "-a", "test_vit", "-j", "0", "--gpu", "-1", "--resamples", "100"]
+    first = main_linear.main([*argv, "--output-dir", str(tmp_path / "a")])
+    second = main_linear.main([*argv, "--seed", "1", "--output-dir", str(tmp_path / "b"),
+                               "--baseline", str(tmp_path / "a" / "predictions.csv")])  # fmt: skip
+    assert first["unit"] == "percent" and first["metrics_unit"] == "fraction"
+    with open(tmp_path / "a" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    right = sum(row["label"] == row["predicted"] for row in rows) / len(rows)
+    assert len(rows) == 360 and 100 * right == pytest.approx(first["logistic"]["top1"])
+    value = first["metrics"]["recall"]
+    labels, predicted = ([row[key] for row in rows] for key in ("label", "predicted"))
+    assert value["value"] == pytest.approx(recall_score(labels, predicted, average="macro"))
+    assert value["low"] <= value["value"] <= value["high"]
+    gain = second["difference"]["recall"]
+    assert gain["value"] == pytest.approx(second["metrics"]["recall"]["value"] - value["value"])
