@@ -51,7 +51,7 @@ HERE = Path(__file__).parent
 RESUME_SETTINGS = (
     "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
     "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze",
-    "shard", "mask_duplicates", "layer_decay", "unfreeze_last", "clip_grad", "hold_batchnorm",
+    "shard", "mask_duplicates", "hold_batchnorm",
 )  # fmt: skip
 
 
@@ -131,9 +131,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        "config.json, vocab.txt, weights); it brings its vocabulary and sizes")
     start.add_argument("--freeze", default="", choices=("", "image", "text"),
                        help="hold one tower fixed and in eval mode; its projection keeps learning")
-    start.add_argument("--unfreeze-last", default=None, type=int, metavar="BLOCKS",
-                       help="train only the last blocks (of a tower that narrows: stages) of the image tower and what "
-                       "comes after them; the rest keeps what it knew, BatchNorm's statistics too")
     start.add_argument("--hold-batchnorm", action="store_true",
                        help="BatchNorm of the image tower keeps the statistics of the weights it starts from: what a "
                        "pre-trained convolutional tower forgets first is not in its weights")
@@ -165,11 +162,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--lr-start", default=1e-6, type=float, help="learning rate at the first step")
     train.add_argument("--lr-end", default=1e-5, type=float, help="learning rate at the last step")
     train.add_argument("--wd", default=0.1, type=float, help="weight decay; SLIP used 0.1, CLIP 0.5")
-    train.add_argument("--layer-decay", default=1.0, type=float, metavar="FACTOR",
-                       help="learning rate of each block of the image tower beside the one after it; 0.65 to 0.8 moves "
-                       "the first blocks of a pre-trained tower least, 1 all alike")
-    train.add_argument("--clip-grad", default=0.0, type=float, metavar="NORM",
-                       help="longest gradient of a step, all parameters as one vector; 0 for no limit")
     train.add_argument("--betas", default=(0.9, 0.98), nargs=2, type=float, help="of AdamW")
     train.add_argument("--eps", default=1e-8, type=float, help="of AdamW")
     train.add_argument("--ssl-scale", default=1.0, type=float, help="weight of the SimCLR loss in SLIP")
@@ -275,9 +267,6 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
         log.info(f"{args.model}: no weights given, every parameter starts from its initial distribution")
     if args.freeze:
         model.freeze(args.freeze)
-    if args.unfreeze_last is not None:
-        held = model.freeze_all_but_last(args.unfreeze_last)
-        log.info(f"image tower: {held:,} parameters held fixed, its last {args.unfreeze_last} blocks learn")
     if args.hold_batchnorm:
         held = model.hold_batchnorm()
         if not held:
@@ -469,7 +458,7 @@ def prepare_step(args: argparse.Namespace, processes: Processes, model: Any) -> 
     elif args.accum_negatives == "micro":  # `full` calls towers and heads by themselves
         called = distributed.replicate(model, processes)
     optimizer = torch.optim.AdamW(
-        utils.parameter_groups(model, args.wd, args.layer_decay),
+        utils.parameter_groups(model, args.wd),
         lr=args.lr,
         betas=tuple(args.betas),
         eps=args.eps,
@@ -617,14 +606,7 @@ def resume(run: Run) -> None:
         raise ValueError(
             f"{source} was not written by this code and cannot be continued; --init starts a new run from its weights"
         )
-    absent = {
-        "mask_duplicates": False,
-        "layer_decay": 1.0,
-        "unfreeze_last": None,
-        "clip_grad": 0.0,
-        "hold_batchnorm": False,
-    }
-    theirs = {**absent, **state["settings"]}
+    theirs = {"mask_duplicates": False, "hold_batchnorm": False, **state["settings"]}
     if (off := theirs.pop("disable_amp", None)) is not None:  # before there was --precision
         theirs["precision"] = "fp32" if off else "auto"
     if differ := utils.differences(theirs, run.settings):
@@ -764,7 +746,7 @@ def update(run: Run, batches: list[dict[str, Any]], totals: Totals) -> None:
         start=args.lr_start,
     )
     for group in run.optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)  # a checkpoint from before --layer-decay has none
+        group["lr"] = lr
 
     # Data to the device, and what forward passes change set aside: BatchNorm's running statistics.
     micro_batches = [[to_device(b, key, model.preprocess, device) for key in model.objective.inputs] for b in batches]
@@ -781,10 +763,6 @@ def update(run: Run, batches: list[dict[str, Any]], totals: Totals) -> None:
         for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(old)
         raise
-
-    if args.clip_grad:
-        run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
 
     # The step, or none of it.
     for buffer, old in zip(buffers, before, strict=True):
@@ -911,7 +889,7 @@ class Interval:
             "epoch": run.epoch,
             **metrics,
             **scale,
-            "lr": max(group["lr"] for group in run.optimizer.param_groups),
+            "lr": run.optimizer.param_groups[0]["lr"],
             "samples_per_second": self.images / seconds,
             "waiting_for_data": self.waited / seconds,
             "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if run.processes.device.type == "cuda" else 0.0,
@@ -1030,8 +1008,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise utils.UsageError(
             f"{towers[0]} says where a tower comes from: leave out {' '.join(starts) or '--bert-vocab'}"
         )
-    if args.freeze == "image" and args.unfreeze_last is not None:
-        raise utils.UsageError("--freeze image holds the whole image tower: leave out --unfreeze-last")
     if args.start_epoch >= args.epochs:
         raise utils.UsageError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
     if args.shard and args.accum_negatives == "full":

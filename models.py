@@ -33,7 +33,6 @@ from torch.utils.checkpoint import checkpoint
 import losses
 import utils
 from images import read_image, to_8bit, to_rgb8
-from layer_decay import layer_ids
 from tokenizer import Tokenizer, create_tokenizer
 from transforms import IMAGENET_MEAN, IMAGENET_STD, MEDCLIP_MEAN, MEDCLIP_STD, Preprocess, eval_view
 
@@ -225,24 +224,6 @@ class ImageModel(nn.Module):
         for name in parts[tower]:
             getattr(self, name).requires_grad_(False)
         self.train(self.training)
-
-    def freeze_all_but_last(self, blocks: int) -> int:
-        """Hold the image tower fixed but for its last `blocks` blocks or stages (layer_decay.layer_ids) and what comes
-        after them; returns how many parameters are held. Their BatchNorm keeps its statistics."""
-        ids = layer_ids(self)
-        last = max(ids.values())  # the final norm and all that is not the tower
-        if not 0 <= blocks < last:
-            raise ValueError(
-                f"--unfreeze-last {blocks}: this image tower has {last - 1} blocks, choose 0 to {last - 1}"
-            )
-        held = {name for name, i in ids.items() if name.startswith("visual.") and i < last - blocks}
-        for name, parameter in self.named_parameters():
-            if name in held:
-                parameter.requires_grad_(False)
-        norms = (m for m in self.visual.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        self.held_norms = [m for m in norms if not any(p.requires_grad for p in m.parameters(recurse=False))]
-        self.train(self.training)
-        return sum(p.numel() for name, p in self.named_parameters() if name in held)
 
     def hold_batchnorm(self) -> int:
         """Let the image tower's BatchNorm keep the statistics it has, in training too; returns how many layers do.

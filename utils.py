@@ -32,7 +32,6 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import distributed
-from layer_decay import layer_ids, layer_scales
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("medslip")
@@ -442,23 +441,17 @@ def cosine_scheduler(
     return np.array([cosine_lr(i, total, base_value, final_value, warmup, start_warmup_value) for i in range(total)])
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two optimizer groups: weights decay; vectors, scalars, biases and tables of biases do not.
 
-    The split is that of the published SLIP models. Each group carries its `name`, its parameters' `names` and the
-    factor `lr_scale` on the learning rate: with a layer decay below 1 there are two groups for each layer of the image
-    tower (layer_decay.layer_ids).
+    The split is that of the published SLIP models. Each group carries its `name` and its parameters' `names`.
     """
-    ids = layer_ids(model) if layer_decay != 1 else dict.fromkeys(dict(model.named_parameters()), 0)
-    scales = layer_scales(ids, layer_decay)
-    members: dict[str, list] = {"decay": [], "no decay": []} if layer_decay == 1 else {}
+    members: dict[str, list] = {"decay": [], "no decay": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_bias = name.rsplit(".", 1)[-1] in ("bias", "relative_position_bias_table")
         title = "no decay" if parameter.ndim < 2 or is_bias else "decay"
-        if layer_decay != 1:
-            title += f", layer {ids[name]}"
         if distributed.is_sharded(model) and not isinstance(parameter, DTensor):
             title += ", whole"  # an optimizer cannot update sharded and whole parameters together
         members.setdefault(title, []).append((name, parameter))
@@ -468,7 +461,6 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
             "names": [n for n, _ in group],
             "params": [p for _, p in group],
             "weight_decay": weight_decay if title.startswith("decay") else 0.0,
-            "lr_scale": scales[group[0][0]] if group else 1.0,
         }
         for title, group in members.items()
     ]

@@ -74,9 +74,6 @@ SEARCH = {  # with SLIP
     "rate 3e-4": Row("SLIP", "--lr 3e-4"),
     "rate 3e-5": Row("SLIP", "--lr 3e-5"),
     "held": Row("SLIP", HELD),  # BatchNorm
-    "held, layer decay 0.7": Row("SLIP", f"{HELD} --layer-decay 0.7"),
-    "held, last 3 stages": Row("SLIP", f"{HELD} --unfreeze-last 3"),
-    "held, clipped": Row("SLIP", f"{HELD} --clip-grad 1"),
     "held, blend 0.5": Row("SLIP", HELD, blend=0.5, base="held"),
 }
 FROZEN = {"untrained": Row(), "ImageNet": Row()}
