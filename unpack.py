@@ -220,8 +220,8 @@ def unpack(
     are, so a cut-off copy has none.
 
     Raises:
-        FileNotFoundError, ValueError: as `find_sources`; an id twice, or with white space or a path in it; a copy of
-            another source or size.
+        FileNotFoundError, ValueError: as `find_sources`; an id with white space or a path in it; a copy of another
+            source or size.
     """
     from make_dataset import check_short_side, keep_settings
 
@@ -243,9 +243,12 @@ def unpack(
             unreadable.setdefault(part.split, []).extend(done["unreadable"])
             lines.setdefault(part.split, []).extend(done["lines"])
     for split, rows in lines.items():
-        seen = Counter(row.split("\t", 1)[0] for row in rows)
-        if twice := [key for key, n in seen.items() if n > 1]:
-            raise ValueError(f"{source}: the id {twice[0]} is in {split} {seen[twice[0]]} times")
+        first: dict[str, str] = {}  # a published copy has a few ids twice; the image that was written is the first's
+        for row in rows:
+            first.setdefault(row.split("\t", 1)[0], row)
+        if repeated := len(rows) - len(first):
+            log.warning(f"{split}: {repeated} rows have an id that was there already, and are left out")
+        rows = list(first.values())
         text = "".join(f"{row}\n" for row in rows).encode()
         atomic_write(output / split / "radiology" / "captions.txt", lambda file, text=text: file.write(text))
         log.info(f"{split}: {len(rows):,} pairs; " + ", ".join(f"{n:,} {what}" for what, n in counts[split].items()))

@@ -167,3 +167,18 @@ def test_bad_sources_are_refused_by_name(tmp_path):
     (source / "test_captions.csv").write_text("ID,Caption\n../up,x\n")
     with pytest.raises(ValueError, match=r"\.\./up"):
         run(source, tmp_path / "out2")
+
+
+def test_an_id_that_comes_twice_keeps_its_first_image_and_is_counted(tmp_path, caplog):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    (tmp_path / "hub").mkdir()
+    images = [{"bytes": jpeg(i), "path": ""} for i in range(3)]
+    rows = {"image": images, "caption": list("abc"), "image_id": list("xyx")}
+    pq.write_table(pa.table(rows), tmp_path / "hub" / "train.parquet")
+    with caplog.at_level("WARNING", logger="medslip"):
+        run(tmp_path / "hub", tmp_path / "roco")
+    reader = datasets.create_reader("roco", str(tmp_path / "roco"), "", "train", "all")
+    assert [reader.captions(i) for i in range(len(reader))] == [["a"], ["b"]] and reader.data(0) == jpeg(0)
+    assert "train: 1 rows have an id that was there already" in caplog.text
