@@ -139,9 +139,10 @@ def load_open_clip(name: str, weights: str) -> models.Pretrained:
     if weights not in tags and not os.path.isfile(weights):
         raise ValueError(f"--open-clip-weights {weights!r} is no file and no weights of {name}: {', '.join(tags)}")
     view: Any
+    tokenizer: Any = open_clip.get_tokenizer(name)
     model, _, view = open_clip.create_model_and_transforms(name, pretrained=weights)
     source = f"open_clip {name} {weights}"
-    return models.Pretrained(model.eval(), view, open_clip.get_tokenizer(name), source)
+    return models.Pretrained(model.eval(), view, tokenizer, source)
 
 
 def chosen_sets(args: argparse.Namespace, catalog: dict[str, dict]) -> list[str]:

@@ -208,8 +208,7 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
         device=processes.device, features=features, size=MEDSLIP_SIZE if medslip else None,
     )  # fmt: skip
     settings = settings_of(args, backbone)
-    if processes.precision != "fp32":
-        settings["precision"] = processes.precision
+    settings["precision"] = processes.precision
     if processes.is_main:
         set_aside_other_results(args.output_dir, settings, args.baseline)
     record_settings(args, backbone, processes)

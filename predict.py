@@ -204,7 +204,9 @@ def answers(
     paths: Sequence[Path], prob: np.ndarray, classes: Sequence[str], operating_point: dict | None
 ) -> list[dict[str, Any]]:
     """A row for each image: the class, the probabilities (n, k), and the decision at validation's threshold."""
-    point = operating_point and metrics.OperatingPoint(operating_point["temperature"], operating_point["threshold"])
+    point = None
+    if operating_point:
+        point = metrics.OperatingPoint(operating_point["temperature"], operating_point["threshold"])
     rows = []
     for i, path in enumerate(paths):
         row: dict[str, Any] = {"image": str(path), "predicted": classes[int(prob[i].argmax())]}
