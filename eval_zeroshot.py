@@ -138,6 +138,7 @@ def load_open_clip(name: str, weights: str) -> models.Pretrained:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights not in tags and not os.path.isfile(weights):
         raise ValueError(f"--open-clip-weights {weights!r} is no file and no weights of {name}: {', '.join(tags)}")
+    model: Any
     view: Any
     tokenizer: Any = open_clip.get_tokenizer(name)
     model, _, view = open_clip.create_model_and_transforms(name, pretrained=weights)
