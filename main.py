@@ -458,11 +458,7 @@ def prepare_step(args: argparse.Namespace, processes: Processes, model: Any) -> 
     elif args.accum_negatives == "micro":  # `full` calls towers and heads by themselves
         called = distributed.replicate(model, processes)
     optimizer = torch.optim.AdamW(
-        utils.parameter_groups(model, args.wd),
-        lr=args.lr,
-        betas=tuple(args.betas),
-        eps=args.eps,
-        fused=True,
+        utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas), eps=args.eps, fused=True
     )
     settings = losses.LossSettings(args.ssl_scale, args.ssl_temp, args.gather_with_grad, args.mask_duplicates)
     loss = model.objective.loss(settings)
@@ -609,7 +605,12 @@ def resume(run: Run) -> None:
     theirs = {"mask_duplicates": False, "hold_batchnorm": False, **state["settings"]}
     if (off := theirs.pop("disable_amp", None)) is not None:  # before there was --precision
         theirs["precision"] = "fp32" if off else "auto"
-    if differ := utils.differences(theirs, run.settings):
+    differ = utils.differences(theirs, run.settings)
+    if (
+        state["preprocess"] != run.model.preprocess.to_dict()
+    ):  # that of --vision-weights, which a tower cannot say itself
+        differ.append(f"preprocess: {state['preprocess']} there, {run.model.preprocess.to_dict()} now")
+    if differ:
         longer = ""
         if state["epoch"] >= theirs["epochs"]:  # how a finished run goes on
             longer = (
@@ -1004,10 +1005,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if len(starts) > 1:
         raise utils.UsageError(f"{' and '.join(starts)} cannot both say where the weights come from: choose one")
     towers = [f"--{n}-weights" for n in ("vision", "text") if getattr(args, f"{n}_weights")]
-    if towers and (starts or args.bert_vocab):
-        raise utils.UsageError(
-            f"{towers[0]} says where a tower comes from: leave out {' '.join(starts) or '--bert-vocab'}"
-        )
+    others = [name for name in starts if name != "--resume"] + ["--bert-vocab"] * bool(args.bert_vocab)
+    if towers and others:
+        raise utils.UsageError(f"{towers[0]} says where a tower comes from: leave out {' '.join(others)}")
     if args.start_epoch >= args.epochs:
         raise utils.UsageError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
     if args.shard and args.accum_negatives == "full":

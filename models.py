@@ -188,7 +188,7 @@ class ImageModel(nn.Module):
         self.visual = visual
         self.feature_dim = feature_dim
         self.frozen: tuple[str, ...] = ()
-        self.held_norms: list[nn.Module] = []
+        self.batchnorm_held = False
         # BatchNorm in a tower sees each view as a batch of its own; without it, one pass over all views is the same.
         self.joint_views = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in visual.modules())
 
@@ -231,9 +231,13 @@ class ImageModel(nn.Module):
         Their scales and shifts learn. A few hundred steps on another kind of images replace the statistics however low
         the learning rate, and with them what a pre-trained tower makes of every other kind.
         """
-        self.held_norms = [m for m in self.visual.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.batchnorm_held = True
         self.train(self.training)
-        return len(self.held_norms)
+        return len(self._norms())
+
+    def _norms(self) -> list[nn.Module]:
+        """The image tower's BatchNorm layers; asked each time, since several processes put others in their place."""
+        return [m for m in self.visual.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def checkpoint_gradients(self) -> None:
         """Keep only the blocks' inputs of both towers for the backward pass (Chen et al. 2016, section 3)."""
@@ -253,7 +257,7 @@ class ImageModel(nn.Module):
         for name in self.frozen:
             if isinstance(getattr(self, name), nn.Module):
                 getattr(self, name).eval()
-        for norm in self.held_norms:
+        for norm in self._norms() if self.batchnorm_held else ():
             norm.eval()
         return self
 

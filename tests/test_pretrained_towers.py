@@ -191,3 +191,24 @@ def test_held_batchnorm_keeps_its_statistics_while_its_weights_learn(weights, tm
         assert not torch.equal(end["bn1.weight"], start["bn1.weight"])
     with pytest.raises(ValueError, match="vit_tiny_patch16_224 has no BatchNorm"):
         build("--hold-batchnorm")
+
+
+def test_held_batchnorm_stays_held_over_several_processes():
+    """SyncBatchNorm takes the layers' places; in training they must still be in eval mode."""
+    model, _ = build("--vision-tower", "test_resnet", "--image-size", "32", "--hold-batchnorm")
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    converted.train()
+    norms = [m for m in converted.visual.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    assert norms and not any(norm.training for norm in norms) and converted.training
+
+
+def test_a_run_is_not_continued_with_another_mean(weights, tmp_path):
+    root = make_roco(tmp_path / "roco")
+    argv = ["--model", "CLIP_VITT16", "--vision-tower", TOWER, "--image-size", "32", "--dataset", "roco"]
+    argv += ["--root", str(root), "--epochs", "1", "--batch-size", "8", "-j", "0", "--gpu", "-1"]
+    argv += ["--override", "text_layers=1", "text_width=32", "text_heads=2"]
+    main.main([*argv, "--vision-weights", str(weights), "--output-dir", str(tmp_path / "run")])
+    moved = ["--resume", str(tmp_path / "run" / "checkpoint.pt"), "--output-dir", str(tmp_path / "other")]
+    with pytest.raises(ValueError, match="preprocess: .*0.5.* there"):
+        main.main([*argv, *moved])
+    main.main([*argv, *moved, "--vision-weights", str(weights)])  # finished; nothing is left to do
