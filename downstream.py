@@ -429,7 +429,10 @@ def give_rows(found: Downstream) -> None:
     """Rows for a test split that no table describes: each image, by its path or number, is a group of its own."""
     n = len(found)
     names = [str(name) for name in found.classes]
-    if n > MOST_IMAGES or n * len(names) > MOST_CELLS or len(set(names)) < len(names):
+    if len(set(names)) < len(names):
+        return
+    if n > MOST_IMAGES or n * len(names) > MOST_CELLS:
+        log.info(f"{n:,} test images in {len(names):,} classes are too many for intervals: scores alone")
         return
     images = [str(i) for i in range(n)]
     if isinstance(found, ImageFiles):
