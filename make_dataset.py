@@ -6,6 +6,7 @@ python make_dataset.py cbis --root R    CBIS-DDSM: R/calc.csv and R/mass.csv, on
 python make_dataset.py shards ...       any dataset of main.py as tar shards, shrunk if you like
 python make_dataset.py shrink ...       a copy of a folder of images, shrunk
 python make_dataset.py unpack ...       ROCO's parquet folders or zips to ROCO's layout
+python make_dataset.py check ...        counts of a finished download, and the images that cannot be decoded
 python make_dataset.py audit ...        near duplicates within a set of images, or between two
 python make_dataset.py demo --root R    a small synthetic radiology world in the ROCO and CBIS-DDSM layouts
 """
@@ -40,6 +41,7 @@ import numpy as np
 from PIL import Image
 
 import audit
+import check
 import unpack
 from cbis import CBIS_COLUMNS, make_cbis
 from datasets import (
@@ -69,6 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_shrink_parser(commands)
     unpack.add_parser(commands, add_workers_argument)
     audit.add_parser(commands, add_workers_argument)
+    check.add_parser(commands, add_workers_argument)
     add_demo_parser(commands)
     return parser
 
