@@ -25,8 +25,8 @@ def add_parser(commands: Any, add_workers: Callable[[argparse.ArgumentParser], N
     parser = commands.add_parser(
         "check",
         help="count a finished download, and name the images that cannot be decoded",
-        description="Decodes every image of a dataset of main.py, or of a set of the catalog, split by split. Exit code "
-        "1 where some cannot be decoded; they are named in --output.",
+        description="Decodes every image of a dataset of main.py, or of a set of the catalog, split by split. "
+        "Exit code 1 where some cannot be decoded; they are named in --output.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--dataset", default="", choices=["", *datasets.READERS], help="which reader, as for main.py")
