@@ -76,6 +76,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="vocabulary of Bio_ClinicalBERT; only MedCLIP's own weights need it")
     model.add_argument("--text-pooling", default=None, choices=("masked", "medclip"),
                        help="BERT towers: average over a caption's own tokens, or padding too (default: as trained)")
+    model.add_argument("--image-size", default=None, action=utils.ImageSize,
+                       help="pixels of the images, a side or height and width, where it is not the size that the "
+                       "weights were trained with; position embeddings follow")
     model.add_argument("--open-clip", default="", type=str, metavar="NAME",
                        help="compare a model of the open_clip library instead, e.g. ViT-B-32 (needs open_clip_torch)")
     model.add_argument("--open-clip-weights", default="", type=str, metavar="TAG",
@@ -117,9 +120,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def load_model(args: argparse.Namespace) -> models.Pretrained:
     """The model that the arguments name, with a text side. ValueError where it has none."""
     if args.open_clip:
+        if args.image_size:
+            raise utils.UsageError("--image-size is for our models: one of open_clip brings its own views")
         return load_open_clip(args.open_clip, args.open_clip_weights)
     path = args.resume or os.path.join(args.output_dir, "checkpoint_best.pt")
-    loaded = models.load_pretrained(path, model=args.model, bert_vocab=args.bert_vocab, text_pooling=args.text_pooling)
+    loaded = models.load_pretrained(
+        path, model=args.model, bert_vocab=args.bert_vocab, text_pooling=args.text_pooling, image_size=args.image_size
+    )
     if not hasattr(loaded.model, "encode_text"):
         raise ValueError(f"{loaded.source}: a model without a text side; main_linear.py evaluates it")
     if loaded.tokenizer is None:

@@ -33,6 +33,7 @@ import utils
 from make_tables import is_synthetic
 from metrics import METRICS
 from tokenizer import BPE_PATH, SimpleTokenizer
+from transforms import as_size, size_text
 
 log = logging.getLogger("medslip")
 
@@ -96,8 +97,15 @@ def to_open_clip(loaded: models.Pretrained, folder: Path) -> None:
     name, size = model.config["vision_tower"], loaded.preprocess.size
     theirs: Any = timm.create_model(name, num_classes=0)
     fixed = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if fixed is not None and fixed.fixed_input_size and size != fixed.input_size[1]:
-        raise ValueError(f"open_clip builds {name} for {fixed.input_size[1]} pixels alone, this one takes {size}")
+    if fixed is not None and fixed.fixed_input_size and size != (theirs_size := as_size(fixed.input_size[1:])):
+        raise ValueError(
+            f"open_clip builds {name} for {size_text(theirs_size)} pixels alone, this one takes {size_text(size)}"
+        )
+    if not isinstance(size, int):
+        raise ValueError(
+            f"open_clip resizes to {size_text(size)} pixels bicubically, whatever its configuration says; this "
+            "model was trained on bilinear views: choose --to timm or --to onnx"
+        )
     differ = [
         key for key, value in model.visual.state_dict().items()
         if key not in theirs.state_dict() or theirs.state_dict()[key].shape != value.shape
@@ -145,15 +153,14 @@ def to_timm(loaded: models.Pretrained, folder: Path) -> None:
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
     arguments = dict(model.config["vision_kwargs"])
     if cfg is not None and cfg.fixed_input_size:
-        arguments["img_size"] = loaded.preprocess.size
-    side = loaded.preprocess.size
+        arguments["img_size"] = loaded.preprocess.to_dict()["size"]
     config = {
         "architecture": name.partition(".")[0],
         "num_classes": 0,
         "num_features": model.feature_dim,
         "model_args": arguments,
         "pretrained_cfg": {
-            "num_classes": 0, "input_size": [3, side, side], "mean": list(loaded.preprocess.mean),
+            "num_classes": 0, "input_size": [3, *loaded.preprocess.shape], "mean": list(loaded.preprocess.mean),
             "std": list(loaded.preprocess.std), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center",
             "fixed_input_size": bool(cfg is not None and cfg.fixed_input_size),
             "first_conv": cfg.first_conv if cfg is not None else None,
@@ -186,6 +193,10 @@ def to_medclip(loaded: models.Pretrained, folder: Path) -> None:
         raise ValueError(
             f"MedCLIP reads Bio_ClinicalBERT's {models.BERT_VOCABULARY} tokens, this model {model.config['vocab_size']}"
         )
+    if not isinstance(loaded.preprocess.size, int):
+        raise ValueError(
+            f"MedCLIP makes a square of every image, this model {size_text(loaded.preprocess.size)} pixels"
+        )
     utils.save_checkpoint(medclip.export_medclip(model), folder / medclip.WEIGHTS_NAME)
 
 
@@ -208,14 +219,15 @@ class _Text(nn.Module):
 
 
 def to_onnx(loaded: models.Pretrained, folder: Path) -> None:
-    """image.onnx: normalised images (B, 3, S, S) to unit vectors (B, d); text.onnx: token ids (B, L), L the context."""
+    """image.onnx: normalised images (B, 3, H, W) to unit vectors (B, d); text.onnx: token ids (B, L), L the context."""
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise ValueError(f"--to onnx needs {' and '.join(missing)}: pip install onnx onnxscript")
     model: Any = loaded.model
-    side = loaded.preprocess.size
     if hasattr(model.visual, "set_attn_implementation"):  # the fused one of Hugging Face's Swin has no graph
         model.visual.set_attn_implementation("eager")
-    graphs: dict[str, tuple[nn.Module, Tensor]] = {"image": (_Image(model), torch.zeros(2, 3, side, side))}
+    graphs: dict[str, tuple[nn.Module, Tensor]] = {
+        "image": (_Image(model), torch.zeros(2, 3, *loaded.preprocess.shape))
+    }
     if model.objective.text:
         tokens = torch.zeros(2, model.config["context_length"], dtype=torch.long)
         tokens[:, :3] = torch.tensor([1, 2, model.config["vocab_size"] - 1])
@@ -285,7 +297,8 @@ def card(loaded: models.Pretrained, checkpoint: Path, form: str, folder: Path, r
     start = [f"{k.replace('_', ' ')} {args[k]}" for k in ("medclip_weights", "vision_weights", "text_weights", "init")
              if args.get(k)]  # fmt: skip
     rows = {
-        "Model": f"{loaded.model.name}: image tower {config['vision_tower']} at {loaded.preprocess.size} pixels"
+        "Model": f"{loaded.model.name}: image tower {config['vision_tower']} at "
+        f"{size_text(loaded.preprocess.size)} pixels"
         + f", text tower {config['text_tower']}, {config['text_layers']} layers" * loaded.model.objective.text,
         "Objective": config["objective"],
         "Training": training,

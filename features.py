@@ -31,7 +31,7 @@ from datasets import EvalPairs, Reader
 from downstream import ZeroShotSet
 from images import UnreadableImage
 from tokenizer import Tokenizer
-from transforms import Preprocess, View
+from transforms import Preprocess, Size, View, as_size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tower
@@ -40,7 +40,7 @@ from transforms import Preprocess, View
 
 @dataclass
 class Backbone:
-    """A frozen image tower: images (B, 3, S, S) prepared by `preprocess` to features (B, d)."""
+    """A frozen image tower: images (B, 3, H, W) prepared by `preprocess` to features (B, d)."""
 
     encode: Callable[[Tensor], Tensor]
     model: nn.Module  # what holds the weights
@@ -59,8 +59,7 @@ class Backbone:
     def width(self) -> int:
         """The number of features, d."""
         device = next(self.model.parameters()).device
-        size = self.preprocess.size
-        return self.encode(torch.zeros(1, 3, size, size, device=device)).shape[1]
+        return self.encode(torch.zeros(1, 3, *self.preprocess.shape, device=device)).shape[1]
 
 
 def load_backbone(
@@ -72,7 +71,7 @@ def load_backbone(
     seed: int = 0,
     device: torch.device | str = "cpu",
     features: str = "backbone",
-    size: int | None = None,
+    size: Size | Sequence[int] | None = None,
 ) -> Backbone:
     """The image tower of some weights, or an untrained one, frozen and in eval mode.
 
@@ -83,7 +82,7 @@ def load_backbone(
         untrained: the model of `pretrained` with fresh weights.
         seed: of fresh weights.
         features: backbone, or projection for the space shared with captions.
-        size: side of the images in pixels where it is not the model's own.
+        size: of the images in pixels, a side or (height, width), where it is not the model's own.
 
     Raises:
         FileNotFoundError, ValueError: as models.load_pretrained and create_model; a model without the projection.
@@ -96,7 +95,7 @@ def load_backbone(
         tower, name, training = loaded.model, loaded.source, loaded.training
         if untrained:
             training = {}
-            tower, name = rebuilt(tower, seed), f"{tower.name}, {fresh}"
+            tower, name = models.rebuilt(tower, seed), f"{tower.name}, {fresh}"
     else:
         utils.seed_everything(seed)
         # `arch` names a timm tower only; a CLIP model around it has the projection as well.
@@ -104,29 +103,11 @@ def load_backbone(
         name = f"{model or arch}, {fresh}"
     if features == "projection" and not tower.objective.text:
         raise ValueError(f"{name} has no projection: use --features backbone")
-    if size is not None and size != tower.preprocess.size:
-        tower = at_size(tower, size)
+    if size is not None and as_size(size) != tower.preprocess.size:
+        tower = models.at_size(tower, as_size(size))
     tower = tower.eval().requires_grad_(False).to(device)
     encode = tower.encode_image if features == "projection" else tower.visual
     return Backbone(encode, tower, tower.preprocess, features, name, training)
-
-
-def rebuilt(model: Any, seed: int, **changes) -> Any:
-    """A model of the same settings, but for `changes` (fields of models.ModelConfig), with fresh weights."""
-    utils.seed_everything(seed)
-    config = {key: value for key, value in model.config.items() if key != "objective"}
-    fresh: Any = models.create_model(model.name, **{**config, **changes})
-    fresh.preprocess = model.preprocess
-    return fresh
-
-
-def at_size(model: Any, size: int) -> Any:
-    """The same weights for images of `size` pixels; a ViT's position embeddings are resampled."""
-    resized = rebuilt(model, seed=0, image_size=size)
-    weights = models.resize_position_embeddings(model.state_dict(), resized)
-    models.load_weights(resized, weights, f"{model.name} at {size} pixels")
-    resized.preprocess = replace(model.preprocess, size=size)
-    return resized
 
 
 @contextlib.contextmanager

@@ -99,8 +99,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="one of " + ", ".join(models.MODELS))
     model.add_argument("--ssl-mlp-dim", default=4096, type=int, help="hidden width of the SimCLR projection head")
     model.add_argument("--ssl-emb-dim", default=256, type=int, help="output width of the SimCLR projection head")
-    model.add_argument("--image-size", default=None, type=int, metavar="PIXELS",
-                       help="side of the training images (default: the model's, 224); position embeddings follow")
+    model.add_argument("--image-size", default=None, action=utils.ImageSize,
+                       help="pixels of the training images, the side of a square or height and width, as 1520 912 for "
+                       "whole mammograms (default: the model's, 224); position embeddings follow")
     model.add_argument("--vision-tower", default=None, type=str, metavar="TIMM_NAME",
                        help="replace the image tower by any timm image model, e.g. convnext_atto")
     model.add_argument("--override", default=[], nargs="+", metavar="KEY=VALUE",

@@ -72,7 +72,7 @@ from probes import (
     knn_probabilities,
     stratified_part,
 )
-from transforms import Preprocess, centre_square, eval_view, random_resized_crop
+from transforms import Preprocess, centre_crop, eval_view, random_resized_crop
 
 log = logging.getLogger("medslip")
 
@@ -123,6 +123,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--features", default=None, choices=("backbone", "projection"),
                        help="the tower's own features, or those in the space shared with captions (default: backbone; "
                        "with --protocol medslip projection)")
+    model.add_argument("--image-size", default=None, action=utils.ImageSize,
+                       help="pixels of the images, a side or height and width, where it is not the size that the "
+                       "weights were trained with; position embeddings follow")
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
@@ -205,7 +208,7 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
     features = args.features or ("projection" if medslip else "backbone")
     backbone = load_backbone(
         args.pretrained, model=args.model, arch=args.arch, untrained=args.untrained, seed=args.seed,
-        device=processes.device, features=features, size=MEDSLIP_SIZE if medslip else None,
+        device=processes.device, features=features, size=args.image_size or (MEDSLIP_SIZE if medslip else None),
     )  # fmt: skip
     settings = settings_of(args, backbone)
     settings["precision"] = processes.precision
@@ -232,6 +235,8 @@ def settings_of(args: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
     """What determines the predictions, as results.json has it; results of others are set aside."""
     settings: dict[str, Any] = {"dataset": args.dataset, "features": backbone.features, "seed": args.seed}
     settings["weights_sha256"] = backbone.fingerprint()
+    if args.image_size:
+        settings["image_size"] = backbone.preprocess.to_dict()["size"]
     if args.dataset in CBIS_SETS:
         settings |= {name: getattr(args, name) for name in ("image_kind", "protocol", "class_weights", "folds")}
         settings["fraction"] = args.fraction
@@ -449,10 +454,11 @@ def linear_train_view(preprocess: Preprocess, img: Image.Image, rng: np.random.G
 
 
 def linear_eval_view(preprocess: Preprocess, img: Image.Image) -> Tensor:
-    """SLIP's view for linear evaluation: the short side 8/7 of the size (256 for 224), then the centre."""
-    if preprocess.prepare != "slip":  # a whole square already
+    """SLIP's view for linear evaluation: the image covers 8/7 of the size (256 for 224), then the centre."""
+    if preprocess.prepare != "slip":  # all of the image
         return eval_view(preprocess)(img, None)
-    return preprocess.tensor(centre_square(preprocess.whole(img), round(preprocess.size * 8 / 7), preprocess.size))
+    h, w = preprocess.shape
+    return preprocess.tensor(centre_crop(preprocess.whole(img), preprocess.size, (round(h * 8 / 7), round(w * 8 / 7))))
 
 
 def score_set(labels: np.ndarray, outputs: np.ndarray, metric: str) -> metrics.Scores:

@@ -7,6 +7,7 @@ its weights under transformers 4.24; later releases name parts of Swin different
 from __future__ import annotations
 
 import io
+import math
 import re
 import zipfile
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
+
+from transforms import Size, height_width, size_text
 
 POOLINGS = ("masked", "medclip")
 WEIGHTS_NAME = "pytorch_model.bin"
@@ -29,16 +32,24 @@ class SwinTower(SwinModel):
         return super().forward(pixel_values, interpolate_pos_encoding=True).pooler_output
 
 
-def build_image_tower(name: str, settings: dict) -> tuple[nn.Module, int]:
+def build_image_tower(name: str, settings: dict, size: Size = 224) -> tuple[nn.Module, int]:
     """The image tower with fresh weights, and the width of its features.
 
     Args:
         name: medclip-swin or medclip-resnet50.
         settings: fields of transformers.SwinConfig that differ from Swin-Tiny patch4 window7 224 (Swin only).
+        size: of the images in pixels.
+
+    Raises:
+        ValueError: unknown name; settings that it does not take; images in whose last stage a window has no room.
     """
     if name == "medclip-swin":
         tiny = dict(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, drop_path_rate=0.1)
         config = SwinConfig(**{**tiny, **settings})
+        scale = config.patch_size * 2 ** (len(config.depths) - 1)  # of the last stage
+        if math.ceil(min(height_width(size)) / scale) < config.window_size:  # transformers fails at the first image
+            least = scale * (config.window_size - 1) + 1
+            raise ValueError(f"medclip-swin takes images of at least {least} pixels a side, not {size_text(size)}")
         return SwinTower(config), config.hidden_size
     if name == "medclip-resnet50":
         if settings:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.special import softmax
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +34,18 @@ import losses
 import utils
 from images import read_image, to_8bit, to_rgb8
 from tokenizer import Tokenizer, create_tokenizer
-from transforms import IMAGENET_MEAN, IMAGENET_STD, MEDCLIP_MEAN, MEDCLIP_STD, Preprocess, eval_view
+from transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MEDCLIP_MEAN,
+    MEDCLIP_STD,
+    Preprocess,
+    Size,
+    as_size,
+    eval_view,
+    height_width,
+    size_text,
+)
 
 log = logging.getLogger("medslip")
 
@@ -422,7 +433,7 @@ class ModelConfig:
     objective: str  # one of OBJECTIVES
     vision_tower: str  # a timm name, or medclip-swin, medclip-resnet50
     vision_kwargs: dict = field(default_factory=dict)  # passed on to the tower's constructor
-    image_size: int = 224  # pixels
+    image_size: Size = 224  # pixels: the side, or height and width
     embed_dim: int = 512  # the space of images and captions
     text_tower: str = "clip"  # clip or bert
     context_length: int = 77  # tokens
@@ -485,7 +496,7 @@ def _image_tower(config: ModelConfig) -> tuple[nn.Module, int]:
     if config.vision_tower.startswith("medclip-"):
         import medclip  # transformers takes seconds to import, and only these models need it
 
-        return medclip.build_image_tower(config.vision_tower, config.vision_kwargs)
+        return medclip.build_image_tower(config.vision_tower, config.vision_kwargs, config.image_size)
     tower = _timm_tower(config)
     return tower, getattr(tower, "head_hidden_size", None) or tower.num_features
 
@@ -532,6 +543,8 @@ def resolve_config(name: str, **overrides) -> ModelConfig:
         raise ValueError(f"{name} has no setting {', '.join(unknown)}: choose from {', '.join(sorted(valid))}")
     if "vision_tower" in overrides and "vision_kwargs" not in overrides:
         overrides["vision_kwargs"] = {}  # the named model's settings belong to its own tower
+    if "image_size" in overrides:
+        overrides["image_size"] = as_size(overrides["image_size"])
     return replace(MODELS[name], **overrides)
 
 
@@ -565,17 +578,49 @@ globals().update({name: partial(create_model, name) for name in MODELS})
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def resize_position_embeddings(state_dict: dict[str, Tensor], model: ImageModel) -> dict[str, Tensor]:
-    """`state_dict` with the ViT's position embeddings (1, 1 + h*w, d) resampled to the grid of `model`."""
+def resize_position_embeddings(
+    state_dict: dict[str, Tensor], model: ImageModel, size: Size | None = None
+) -> dict[str, Tensor]:
+    """`state_dict` with a ViT's position embeddings (1, p + h*w, d), and timm's Swin's tables, fit to `model`.
+
+    Args:
+        size: of the images that the weights were trained with; None for a square.
+    """
+    own, changed = dict(model.named_parameters()), {}
     key = "visual.pos_embed"
-    wanted = dict(model.named_parameters()).get(key)
-    if wanted is None or key not in state_dict or state_dict[key].shape == wanted.shape:
-        return state_dict
-    prefix = model.visual.num_prefix_tokens
-    resized = resample_abs_pos_embed(
-        state_dict[key], list(model.visual.patch_embed.grid_size), num_prefix_tokens=prefix
-    )
-    return {**state_dict, key: resized}
+    if key in own and key in state_dict and own[key].ndim == 3:
+        prefix, (h, w) = model.visual.num_prefix_tokens, model.visual.patch_embed.grid_size
+        places = state_dict[key].shape[1] - prefix
+        patch = model.visual.patch_embed.patch_size
+        old = tuple(side // p for side, p in zip(height_width(size), patch, strict=True)) if size is not None else None
+        if old is None or old[0] * old[1] != places:  # a square grid, or load_weights says that the shape is another
+            old = (math.isqrt(places),) * 2
+        if old != (h, w) and old[0] * old[1] == places:
+            changed[key] = resample_abs_pos_embed(state_dict[key], [h, w], list(old), num_prefix_tokens=prefix)
+    for key, table in state_dict.items():  # of windows, which timm makes smaller where a stage has less room
+        if key.endswith("relative_position_bias_table") and key in own and own[key].shape != table.shape:
+            window = getattr(model.get_submodule(key.rpartition(".")[0]), "window_size", None)
+            if window is not None and math.isqrt(len(table)) ** 2 == len(table):  # of a square window
+                changed[key] = resize_rel_pos_bias_table(table, window, own[key].shape)
+    return {**state_dict, **changed}
+
+
+def rebuilt(model: Any, seed: int, **changes) -> Any:
+    """A model of the same settings, but for `changes` (fields of ModelConfig), with fresh weights."""
+    utils.seed_everything(seed)
+    config = {key: value for key, value in model.config.items() if key != "objective"}
+    fresh: Any = create_model(model.name, **{**config, **changes})
+    fresh.preprocess = model.preprocess
+    return fresh
+
+
+def at_size(model: Any, size: Size) -> Any:
+    """The same weights for images of another size (`resize_position_embeddings`), in the same mode."""
+    resized = rebuilt(model, seed=0, image_size=size)
+    weights = resize_position_embeddings(model.state_dict(), resized, model.config["image_size"])
+    load_weights(resized, weights, f"{model.name} at {size_text(size)} pixels")
+    resized.preprocess = replace(model.preprocess, size=size)
+    return resized.train(model.training)
 
 
 def load_weights(model: ImageModel, state_dict: dict[str, Tensor], source: str, other_head: bool = False) -> None:
@@ -704,7 +749,12 @@ def _read_exported(folder: Path) -> dict:
 
 
 def load_pretrained(
-    path: str | Path, *, model: str | None = None, bert_vocab: str | None = None, text_pooling: str | None = None
+    path: str | Path,
+    *,
+    model: str | None = None,
+    bert_vocab: str | None = None,
+    text_pooling: str | None = None,
+    image_size: Size | None = None,
 ) -> Pretrained:
     """Load any weights this project reads, for evaluation.
 
@@ -714,6 +764,7 @@ def load_pretrained(
         model: name from MODELS, for a published file that does not say which model it holds.
         bert_vocab: `vocab.txt` of Bio_ClinicalBERT; only MedCLIP's own weights need it, and only to read text.
         text_pooling: masked or medclip; by default what the checkpoint says, and medclip for MedCLIP's own weights.
+        image_size: pixels, where it is not the model's own: a side or (height, width); position embeddings follow.
 
     Raises:
         FileNotFoundError, ValueError: no such file; unreadable; not one of the three kinds; keys that do not fit.
@@ -731,6 +782,8 @@ def load_pretrained(
             f"{path} is neither a checkpoint of ours, nor a published SLIP file (no state_dict), nor "
             f"MedCLIP weights; its keys begin {list(state)[:5]}"
         )
+    if image_size is not None and as_size(image_size) != loaded.preprocess.size:
+        loaded = at_size(loaded, as_size(image_size))
     loaded.eval()
     remark = utils.unfinished(state, path)
     if remark:
@@ -801,8 +854,9 @@ def initialise(model: ImageModel, path: str | Path, tokenizer: Tokenizer | None 
         return
     if "state_dict" not in state:
         raise ValueError(f"{path} holds no state_dict; its keys begin {list(state)[:5]}")
-    weights = resize_position_embeddings(utils.strip_wrappers(state["state_dict"]), model)
+    theirs = Preprocess.from_dict(state["preprocess"]) if "preprocess" in state else None
+    weights = utils.strip_wrappers(state["state_dict"])
+    weights = resize_position_embeddings(weights, model, theirs and theirs.size)
     load_weights(model, weights, str(path), other_head=True)
-    if "preprocess" in state:  # the tower goes on with the normalisation that it knows
-        theirs = Preprocess.from_dict(state["preprocess"])
+    if theirs is not None:  # the tower goes on with the normalisation that it knows
         model.preprocess = replace(model.preprocess, mean=theirs.mean, std=theirs.std)

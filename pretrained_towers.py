@@ -18,11 +18,12 @@ from typing import Any
 
 import safetensors.torch
 import timm
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+import models
 import utils
 from tokenizer import read_vocab
+from transforms import as_size
 
 log = logging.getLogger("medslip")
 
@@ -35,7 +36,7 @@ FROM_TIMM = "timm"  # in place of a path: the weights that timm fetches, or has 
 
 
 def vision_data(tower: str, source: str | Path) -> dict[str, Any]:
-    """What weights of a timm tower expect of an image: `mean` and `std` a channel, and `size`, the side in pixels.
+    """What weights of a timm tower expect of an image: `mean` and `std` a channel, and `size` (transforms.Size).
 
     Of timm's own record for the tower's name (a tag after the dot chooses among several weights), or of config.json
     where `source` is a folder that timm wrote.
@@ -57,7 +58,11 @@ def vision_data(tower: str, source: str | Path) -> dict[str, Any]:
         found |= {k: v for k, v in written.get("pretrained_cfg", {}).items() if k in ("mean", "std", "input_size")}
     if len(found) < 3 or not found["mean"]:
         raise ValueError(f"timm does not say what images {tower} expects: give a folder with a config.json")
-    return {"mean": tuple(found["mean"]), "std": tuple(found["std"]), "size": found["input_size"][1]}
+    return {
+        "mean": tuple(found["mean"]),
+        "std": tuple(found["std"]),
+        "size": as_size([int(side) for side in found["input_size"][1:]]),
+    }
 
 
 def load_vision(model: Any, source: str | Path) -> None:
@@ -85,10 +90,9 @@ def load_vision(model: Any, source: str | Path) -> None:
         rename = getattr(sys.modules[type(tower).__module__], "checkpoint_filter_fn", None)
         weights = rename(weights, tower) if rename else weights
     own = tower.state_dict()
-    if "pos_embed" in own and "pos_embed" in weights and weights["pos_embed"].shape != own["pos_embed"].shape:
-        weights["pos_embed"] = resample_abs_pos_embed(
-            weights["pos_embed"], list(tower.patch_embed.grid_size), num_prefix_tokens=tower.num_prefix_tokens
-        )
+    named = {f"visual.{key}": value for key, value in weights.items()}
+    named = models.resize_position_embeddings(named, model, vision_data(name, source)["size"])
+    weights = {key.removeprefix("visual."): value for key, value in named.items()}
     heads = _classifiers(name)
     spare = sorted(key for key in weights if key not in own and key.startswith(heads))
     _copy(tower, {k: v for k, v in weights.items() if k not in spare}, f"{source} as {name}")

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import cbis
 import metrics
-from features import Backbone, load_backbone, rebuilt
+import models
+from features import Backbone, load_backbone
 from images import UnreadableImage, read_image
 from probes import Linear
 
@@ -120,7 +121,7 @@ def explain(
 ) -> list[Explained]:
     """Maps of the lesions that have a full image and a mask; unreadable ones are left out."""
     target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
-    fresh = rebuilt(backbone.model, seed + 1).eval().requires_grad_(False)
+    fresh = models.rebuilt(backbone.model, seed + 1).eval().requires_grad_(False)
     encode = fresh.encode_image if backbone.features == "projection" else fresh.visual
     random = Backbone(encode, fresh, backbone.preprocess, backbone.features, "drawn anew")
     explainers = Explainer(backbone, head, target), Explainer(random, head, target)

@@ -13,7 +13,7 @@ batch on the accelerator (`apply_colour_batch`), to the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 
@@ -28,8 +28,9 @@ from images import UnreadableImage, decode_image, decode_pixels, pixels_of, read
 
 __all__ = [  # with what others import from here
     "IMAGENET_MEAN", "IMAGENET_STD", "MEDCLIP_MEAN", "MEDCLIP_STD", "PREPARES", "Preprocess", "UnreadableImage", "View",
-    "as_view", "centre_square", "decode_image", "decode_pixels", "eval_view", "pad_to_square", "random_resized_crop",
-    "read_image", "read_picture", "ssl_pixels", "to_rgb8", "train_pixels",
+    "Size", "as_size", "as_view", "centre_crop", "decode_image", "decode_pixels", "eval_view", "height_width",
+    "pad_to_shape", "random_resized_crop", "read_image", "read_picture", "size_text", "ssl_pixels", "to_rgb8",
+    "train_pixels",
 ]  # fmt: skip
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -39,6 +40,28 @@ MEDCLIP_MEAN = (_MEDCLIP[0], _MEDCLIP[0], _MEDCLIP[0])
 MEDCLIP_STD = (_MEDCLIP[1], _MEDCLIP[1], _MEDCLIP[1])
 PREPARES = ("slip", "medclip")
 View = Callable[[Image.Image, np.random.Generator | None], Tensor]
+Size = int | tuple[int, int]  # pixels: the side of a square, or height and width
+
+
+def as_size(value: int | Sequence[int]) -> Size:
+    """A size as it came from a flag, JSON or another library: the side where the two are equal, else (H, W).
+
+    Raises:
+        ValueError: neither one nor two whole numbers from 1.
+    """
+    sides = [value] if isinstance(value, int) else list(value)
+    if len(sides) not in (1, 2) or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise ValueError(f"an image's size is one number of pixels, or its height and width, not {value}")
+    return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_text(size: Size) -> str:
+    """For people: 224 or 1520 x 912."""
+    return str(size) if isinstance(size, int) else f"{size[0]} x {size[1]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,13 +71,13 @@ View = Callable[[Image.Image, np.random.Generator | None], Tensor]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What an image tower expects: side in pixels, normalisation per channel, how an image becomes a square.
+    """What an image tower expects: size, normalisation per channel, how an image of another shape is brought to it.
 
-    `prepare="slip"`: RGB; evaluation resizes the short side to `size` and takes the centre.
-    `prepare="medclip"`: grey, centred on a black square of at least `size`, in three equal channels.
+    `prepare="slip"`: RGB; evaluation resizes an image until it covers `size` and takes the centre.
+    `prepare="medclip"`: grey, centred on black of the shape of `size` and at least as large, in three equal channels.
     """
 
-    size: int = 224
+    size: Size = 224
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     prepare: str = "slip"
@@ -62,6 +85,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.prepare not in PREPARES:
             raise ValueError(f"unknown preparation {self.prepare!r}; choose from {', '.join(PREPARES)}")
+        object.__setattr__(self, "size", as_size(self.size))
         for name in ("mean", "std"):  # a checkpoint brings lists
             values = tuple(float(value) for value in getattr(self, name))
             if len(values) != 3:
@@ -70,7 +94,8 @@ class Preprocess:
 
     def to_dict(self) -> dict:
         """Plain values for a checkpoint."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        size = self.size if isinstance(self.size, int) else list(self.size)
+        return {**asdict(self), "size": size, "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_dict(cls, values: dict) -> Preprocess:
@@ -79,11 +104,16 @@ class Preprocess:
             raise ValueError(f"unknown preprocessing settings: {', '.join(sorted(unknown))}")
         return cls(**values)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return height_width(self.size)
+
     def whole(self, img: Image.Image) -> Image.Image:
-        """The whole image as the views take it: RGB ("slip") or a grey square ("medclip"); idempotent."""
+        """The whole image as the views take it: RGB ("slip") or grey and padded ("medclip"); idempotent."""
         if self.prepare == "slip":
             return to_rgb8(img)
-        return pad_to_square(img if img.mode == "L" else to_rgb8(img).convert("L"), self.size)
+        return pad_to_shape(img if img.mode == "L" else to_rgb8(img).convert("L"), self.size)
 
     def pixels(self, image: Image.Image | Tensor) -> Tensor:
         """`whole` for uint8 planes (1 or 3, H, W), which the training views take; idempotent."""
@@ -93,13 +123,13 @@ class Preprocess:
         pixels = grey_if_equal(pixels)
         grey = pixels if len(pixels) == 1 else torch.from_numpy(luma(pixels.numpy()))
         height, width = grey.shape[1:]
-        side = max(self.size, height, width)
-        if (height, width) == (side, side):
+        canvas = padded_shape(height, width, self.size)
+        if (height, width) == canvas:
             return grey
-        square = grey.new_zeros(1, side, side)
-        top, left = (side - height) // 2, (side - width) // 2
-        square[:, top : top + height, left : left + width] = grey
-        return square
+        black = grey.new_zeros(1, *canvas)
+        top, left = (canvas[0] - height) // 2, (canvas[1] - width) // 2
+        black[:, top : top + height, left : left + width] = grey
+        return black
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (..., 1 or 3, H, W) to normalised floats (..., 3, H, W), on the device where they are."""
@@ -119,14 +149,28 @@ def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tenso
     return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)
 
 
-def pad_to_square(img: Image.Image, least: int) -> Image.Image:
-    """The image in the middle of a black square of `least` pixels or more (MedCLIP's preparation)."""
-    side = max(least, *img.size)
-    if img.size == (side, side):
+def padded_shape(height: int, width: int, size: Size) -> tuple[int, int]:
+    """The least (H, W) of the proportions of `size`, and no smaller than it, that hold `height` x `width` pixels.
+
+    To the nearest pixel in one of the two: an image that has been padded is left as it is.
+    """
+    h, w = height_width(size)
+    tall, wide = (height, round(height * w / h)), (round(width * h / w), width)
+    if (height, width) in (tall, wide):
+        found = height, width
+    else:
+        found = tall if tall[1] >= width else wide
+    return found if found[0] >= h and found[1] >= w else (h, w)
+
+
+def pad_to_shape(img: Image.Image, size: Size) -> Image.Image:
+    """The image in the middle of black of `size` or more pixels (MedCLIP's preparation, there a square)."""
+    height, width = padded_shape(img.height, img.width, size)
+    if img.size == (width, height):
         return img
-    square = Image.new(img.mode, (side, side))
-    square.paste(img, ((side - img.width) // 2, (side - img.height) // 2))
-    return square
+    black = Image.new(img.mode, (width, height))
+    black.paste(img, ((width - img.width) // 2, (height - img.height) // 2))
+    return black
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,31 +192,35 @@ def grey_if_equal(pixels: Tensor) -> Tensor:
     return pixels[:1].contiguous()
 
 
-def random_resized_crop(pixels: Tensor, size: int, scale: tuple[float, float], rng: np.random.Generator) -> Tensor:
-    """A part of random area (fraction in `scale`) and aspect (3/4 to 4/3, log-uniform): uint8 (C, size, size).
+def random_resized_crop(pixels: Tensor, size: Size, scale: tuple[float, float], rng: np.random.Generator) -> Tensor:
+    """A part of random area (fraction in `scale`) and aspect (3/4 to 4/3 of the size's own): uint8 (C, H, W).
 
     Resized with the antialiased triangle that Pillow calls bilinear, on 8 bits. C is 1 where the part is grey: what
     follows is the less work, and here, where there is little to look at, is the place to find out.
     """
     height, width = pixels.shape[1:]
-    top, left, height, width = _crop_box(width, height, scale, rng)
+    shape = height_width(size)
+    top, left, height, width = _crop_box(width, height, scale, rng, shape[1] / shape[0])
     part = pixels[None, :, top : top + height, left : left + width]
     part = part.contiguous(memory_format=torch.channels_last)  # the layout in which it is fastest
-    return grey_if_equal(F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0])
+    return grey_if_equal(F.interpolate(part, shape, mode="bilinear", antialias=True)[0])
 
 
 def _crop_box(
-    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
+    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator, shape: float = 1.0
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) by torchvision's rule: ten attempts, else the largest centred part."""
-    low, high = 3 / 4, 4 / 3
+    """(top, left, height, width) by torchvision's rule: ten attempts, else the largest centred part.
+
+    The aspect, width over height, is log-uniform from 3/4 to 4/3 of `shape`.
+    """
+    low, high = 3 / 4 * shape, 4 / 3 * shape
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(low), math.log(high)))  # width over height
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    w, h = min(width, round(height * high)), min(height, round(width / low))
+    w, h = min(width, max(1, round(height * high))), min(height, max(1, round(width / low)))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -181,7 +229,7 @@ def _crop_box(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# A view is called as view(image, rng) -> (3, size, size): a partial, which a spawned worker can receive.
+# A view is called as view(image, rng) -> (3, H, W): a partial, which a spawned worker can receive.
 def eval_view(preprocess: Preprocess) -> View:
     """The image without chance: its centre ("slip") or all of it ("medclip"). Takes no generator."""
     return partial(_eval, preprocess)
@@ -195,35 +243,45 @@ def as_view(preprocess: Preprocess | View) -> View:
 def train_pixels(preprocess: Preprocess, pixels: Tensor, rng: np.random.Generator) -> Tensor:
     """SLIP's view for image and text: a crop of half to all of the image; no flip, since captions name sides.
 
-    `preprocess.pixels(...)` to uint8 (1 or 3, size, size).
+    `preprocess.pixels(...)` to uint8 (1 or 3, H, W).
     """
     return random_resized_crop(pixels, preprocess.size, (0.5, 1.0), rng)
 
 
 def ssl_pixels(preprocess: Preprocess, pixels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Colour]:
-    """SLIP's view for SimCLR, drawn twice for each image: a crop (1 or 3, size, size), and what happens to it then."""
+    """SLIP's view for SimCLR, drawn twice for each image: a crop (1 or 3, H, W), and what happens to it then."""
     return random_resized_crop(pixels, preprocess.size, (0.08, 1.0), rng), draw_colour(rng)
 
 
-EXTREME = 8  # times as long as wide: such an image is cropped before it is resized, or a strip would take gigabytes
+EXTREME = 8  # times the pixels that count: then the part that stays is cut out first, or a strip would take gigabytes
 
 
-def centre_square(img: Image.Image, short: int, size: int) -> Image.Image:
-    """The short side resized to `short` pixels (bilinear, antialiased), then the central `size` x `size`.
+def centre_crop(
+    img: Image.Image,
+    size: Size,
+    cover: Size | None = None,
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> Image.Image:
+    """The image resized (antialiased) until it just covers `cover` (default: `size`), then the central `size`.
 
-    The same whether the whole image is resized, as torchvision does it, or only the part that stays.
+    For a square that is torchvision's Resize of the short side and CenterCrop, and the same whether the whole image is
+    resized, as there, or only the part that stays.
     """
-    width, height = (short if side == min(img.size) else int(short * side / min(img.size)) for side in img.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    if max(img.size) <= EXTREME * min(img.size):
-        return img.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    (h, w), (tall, wide) = height_width(size), height_width(size if cover is None else cover)
+    if tall * img.width >= wide * img.height:  # the height decides
+        height, width = tall, tall * img.width // img.height
+    else:
+        height, width = wide * img.height // img.width, wide
+    left, top = round((width - w) / 2), round((height - h) / 2)
+    if width * height <= EXTREME * tall * wide:
+        return img.resize((width, height), resample).crop((left, top, left + w, top + h))
     x, y = img.width / width, img.height / height
-    box = (left * x, top * y, min((left + size) * x, img.width), min((top + size) * y, img.height))
-    return img.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    box = (left * x, top * y, min((left + w) * x, img.width), min((top + h) * y, img.height))
+    return img.resize((w, h), resample, box=box)
 
 
 def _eval(preprocess: Preprocess, img: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
     img = preprocess.whole(img)
     if preprocess.prepare == "medclip":
-        return preprocess.tensor(img.resize((preprocess.size, preprocess.size), Image.Resampling.BICUBIC))
-    return preprocess.tensor(centre_square(img, preprocess.size, preprocess.size))
+        return preprocess.tensor(img.resize((preprocess.shape[1], preprocess.shape[0]), Image.Resampling.BICUBIC))
+    return preprocess.tensor(centre_crop(img, preprocess.size))

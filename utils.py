@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import distributed
+from transforms import as_size
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("medslip")
@@ -51,6 +52,19 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
     return value
+
+
+class ImageSize(argparse.Action):
+    """`--image-size 224`, a square, or `--image-size 1520 912`, height and width: transforms.Size."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs):
+        super().__init__(option_strings, dest, nargs="+", type=positive_int, metavar=("H", "W"), **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            setattr(namespace, self.dest, as_size(values))
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
 
 
 # What belongs to a run's place and moment and not to what it does.

@@ -23,7 +23,7 @@ from timm.models.beit import gen_relative_position_index
 from torch import Tensor, nn
 
 import models
-from transforms import Preprocess
+from transforms import Preprocess, Size, height_width, size_text
 
 # ViT-Small as in MoCo v3: 12 heads, where timm and DeiT have 6.
 BEIT_MODELS = {
@@ -132,7 +132,7 @@ class Beit(nn.Module):
     """BEiT's vision transformer for classification; parameter names and figures are those of its published code.
 
     Args:
-        img_size: side of the images, a multiple of `patch_size`, both in pixels.
+        img_size: of the images, a side or (height, width), multiples of `patch_size`, all in pixels.
         num_classes: outputs of the head; 0 for features alone.
         use_abs_pos_emb: one learned vector for each position, added to the patches (as in SLIP's towers).
         use_rel_pos_bias: a table of relative positions in each block.
@@ -145,7 +145,7 @@ class Beit(nn.Module):
 
     def __init__(
         self,
-        img_size: int = 224,
+        img_size: Size = 224,
         patch_size: int = 16,
         num_classes: int = 1000,
         embed_dim: int = 768,
@@ -163,8 +163,10 @@ class Beit(nn.Module):
         init_scale: float = 0.001,
     ):
         super().__init__()
-        if img_size < patch_size or img_size % patch_size:
-            raise ValueError(f"images of {img_size} pixels are no multiple of the patches of {patch_size} pixels")
+        if any(side < patch_size or side % patch_size for side in height_width(img_size)):
+            raise ValueError(
+                f"images of {size_text(img_size)} pixels are no multiple of the patches of {patch_size} pixels"
+            )
         self.num_classes, self.embed_dim, self.num_heads = num_classes, embed_dim, num_heads
         self.use_mean_pooling = use_mean_pooling
         self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim=embed_dim)
@@ -283,7 +285,7 @@ def tower_classifier(
     model: models.ImageModel,
     num_classes: int,
     *,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     drop_path: float | None = None,
     init_scale: float = 0.001,
     freeze_batchnorm: bool = True,
@@ -292,7 +294,8 @@ def tower_classifier(
 
     Args:
         model: from models.create_model or models.load_pretrained.
-        image_size: side in pixels where it is not the model's own; a ViT's position embeddings are resampled.
+        image_size: in pixels, a side or (height, width), where it is not the model's own; a ViT's position embeddings
+            are resampled.
         drop_path: stochastic depth of the last block; None keeps the tower's own. A tower that has none (ResNet-50 of
             MedCLIP) takes only None or 0.
 
@@ -317,13 +320,13 @@ def tower_classifier(
         ssl_emb_dim=1,
     )
     weights = {k: v for k, v in model.state_dict().items() if k.startswith("visual.")}
-    weights = models.resize_position_embeddings(weights, rebuilt)
-    models.load_weights(rebuilt, weights, f"{model.name} at {size} pixels", other_head=True)
+    weights = models.resize_position_embeddings(weights, rebuilt, config["image_size"])
+    models.load_weights(rebuilt, weights, f"{model.name} at {size_text(size)} pixels", other_head=True)
     preprocess = replace(model.preprocess, size=size)
     return TowerClassifier(rebuilt.visual, rebuilt.feature_dim, num_classes, preprocess, init_scale, freeze_batchnorm)
 
 
-def create_tower(name: str, num_classes: int, image_size: int = 224, **options) -> TowerClassifier:
+def create_tower(name: str, num_classes: int, image_size: Size = 224, **options) -> TowerClassifier:
     """A classifier with fresh weights over the tower of one of models.MODELS, or over any tower of timm.
 
     Args:

@@ -90,8 +90,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model_prefix", default="", type=str,
                        help="what the tower's names begin with, module.visual. in SLIP's files; extra or missing "
                        "`module.` does not matter")
-    model.add_argument("--input_size", default=None, type=int, metavar="PIXELS",
-                       help="side of the images (default: the model's, 224); position embeddings are interpolated")
+    model.add_argument("--input_size", default=None, action=utils.ImageSize,
+                       help="pixels of the images, a side or height and width (default: the model's, 224); position "
+                       "embeddings are interpolated")
     positions = model.add_mutually_exclusive_group()
     positions.add_argument("--rel_pos_bias", dest="rel_pos_bias", action="store_true", default=True,
                            help="a table of relative positions in each block, BEiT's default")

@@ -19,7 +19,7 @@ from timm.data import Mixup, create_transform
 from torch import Tensor, nn
 from torchvision import transforms
 
-from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, eval_view
+from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, Size, centre_crop, eval_view
 
 INCEPTION = (0.5, 0.5, 0.5)  # BEiT's mean and std of each channel
 
@@ -40,7 +40,7 @@ def drawn_from(rng: np.random.Generator) -> Iterator[None]:
         torch.random.set_rng_state(states[2])
 
 
-def beit_preprocess(size: int, imagenet_mean_and_std: bool) -> Preprocess:
+def beit_preprocess(size: Size, imagenet_mean_and_std: bool) -> Preprocess:
     """Images for the seed's models: normalised by 0.5 and 0.5, or by ImageNet's figures as SLIP's towers are."""
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet_mean_and_std else (INCEPTION, INCEPTION)
     return Preprocess(size=size, mean=mean, std=std)
@@ -60,7 +60,7 @@ class Augmentation:
 
 
 class TrainView:
-    """An image to a normalised tensor (3, size, size): view(image, rng).
+    """An image to a normalised tensor (3, H, W): view(image, rng).
 
     Crop of 8% to all of the area, flip, rand-augment, erasing. Images of at most 32 pixels are padded by 4 and cropped
     in place of being resized, as is usual for CIFAR. MedCLIP's towers see the grey square that they know, in three
@@ -69,10 +69,11 @@ class TrainView:
 
     def __init__(self, preprocess: Preprocess, augmentation: Augmentation = Augmentation()):  # noqa: B008, frozen
         self.preprocess = preprocess
-        a = augmentation
+        a, aspect = augmentation, preprocess.shape[1] / preprocess.shape[0]
         self.transform: Any = create_transform(
-            preprocess.size,
+            preprocess.shape,
             is_training=True,
+            ratio=(3 / 4 * aspect, 4 / 3 * aspect),
             color_jitter=a.color_jitter,
             auto_augment=a.auto_augment or None,
             interpolation=a.interpolation,
@@ -86,8 +87,8 @@ class TrainView:
         for operation in operations(self.transform):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = posterize
-        if preprocess.size <= 32:
-            self.transform.transforms[0] = transforms.RandomCrop(preprocess.size, padding=4)
+        if max(preprocess.shape) <= 32:
+            self.transform.transforms[0] = transforms.RandomCrop(preprocess.shape, padding=4)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         image = self.preprocess.whole(image).convert("RGB")
@@ -108,32 +109,28 @@ def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
 
 
 class EvalView:
-    """An image to a normalised tensor (3, size, size), without chance: view(image).
+    """An image to a normalised tensor (3, H, W), without chance: view(image).
 
-    The short side is resized (bicubic) to size / `crop_pct` and the centre taken: 256 for 224, and the whole short side
+    The image is resized (bicubic) to cover its size / `crop_pct` and the centre taken: 256 for 224, and all that covers
     from 384 pixels on. MedCLIP's towers see the whole image, as everywhere (transforms.eval_view).
     """
 
     def __init__(self, preprocess: Preprocess, crop_pct: float | None = None):
-        size = preprocess.size
+        shape = preprocess.shape
         if crop_pct is None:
-            crop_pct = 224 / 256 if size < 384 else 1.0
+            crop_pct = 224 / 256 if min(shape) < 384 else 1.0
         if not 0 < crop_pct <= 1:
             raise ValueError(f"the centre crop is a fraction above 0 and at most 1 of the short side, not {crop_pct:g}")
         self.preprocess = preprocess
-        self.transform: Any = None
-        if preprocess.prepare == "slip" and size > 32:
-            self.transform = transforms.Compose(
-                [
-                    transforms.Resize(int(size / crop_pct), transforms.InterpolationMode.BICUBIC),
-                    transforms.CenterCrop(size),
-                ]
-            )
+        self.cover: Size | None = None  # for the evaluation view of pre-training
+        if preprocess.prepare == "slip" and max(shape) > 32:
+            self.cover = int(shape[0] / crop_pct), int(shape[1] / crop_pct)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
-        if self.transform is None:
+        if self.cover is None:
             return eval_view(self.preprocess)(image, rng)
-        return self.preprocess.tensor(self.transform(self.preprocess.whole(image)))
+        whole = self.preprocess.whole(image)
+        return self.preprocess.tensor(centre_crop(whole, self.preprocess.size, self.cover, Image.Resampling.BICUBIC))
 
 
 class Mix:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import utils
 from beit_finetuning.modeling_finetune import Beit
+from transforms import Preprocess
 
 log = logging.getLogger("medslip")
 
@@ -107,20 +108,22 @@ def _parts(names) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def resize_positions(embeddings: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Position embeddings (1, 1 + n * n, D) of a square grid for another `grid`: (1, 1 + h * w, D).
+def resize_positions(embeddings: Tensor, grid: tuple[int, int], source: tuple[int, int] | None = None) -> Tensor:
+    """Position embeddings (1, 1 + n, D) of the grid `source`, by default a square, for another: (1, 1 + h * w, D).
 
     Bicubic without antialiasing; the class token's embedding stays as it is.
 
     Raises:
-        ValueError: not a class token and a square.
+        ValueError: not a class token and that grid.
     """
-    side = math.isqrt(embeddings.shape[1] - 1)
-    if side * side != embeddings.shape[1] - 1:
-        raise ValueError(f"{embeddings.shape[1]} position embeddings are not a class token and a square grid")
-    if (side, side) == tuple(grid):
+    places = embeddings.shape[1] - 1
+    source = source or (math.isqrt(places), math.isqrt(places))
+    if source[0] * source[1] != places:
+        shape = "a square grid" if source[0] == source[1] else f"a grid of {source[0]} x {source[1]}"
+        raise ValueError(f"{1 + places} position embeddings are not a class token and {shape}")
+    if source == tuple(grid):
         return embeddings
-    return resample_abs_pos_embed(embeddings, list(grid), [side, side], num_prefix_tokens=1, antialias=False)
+    return resample_abs_pos_embed(embeddings, list(grid), list(source), num_prefix_tokens=1, antialias=False)
 
 
 def resize_relative_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -175,7 +178,7 @@ def load_weights(
     """
     weights = read_tower(path, model_key, model_prefix)
     _check_heads(model, path)
-    own, report = model.state_dict(), Loaded()
+    own, report, grid = model.state_dict(), Loaded(), _grid(model, path)
     weights = _in_our_names(model, weights, own)
     if "pos_embed" in weights and model.pos_embed is None:
         raise ValueError(f"{path} holds position embeddings (pos_embed), and the model has none: add --abs_pos_emb")
@@ -186,7 +189,7 @@ def load_weights(
         elif head and (name not in own or own[name].shape != weights[name].shape):
             report.dropped.append(name)
             del weights[name]
-        elif _resized(model, name, weights, path):
+        elif _resized(model, name, weights, path, grid):
             report.resized.append(name)
     report.loaded = [name for name in own if name in weights]
     report.fresh = [n for n in own if n not in weights and n.startswith(("head.", "fc_norm."))]
@@ -217,14 +220,27 @@ def _in_our_names(model: Beit, weights: dict[str, Tensor], own: dict[str, Tensor
     return weights
 
 
-def _resized(model: Beit, name: str, weights: dict[str, Tensor], path: str | Path) -> bool:
+def _grid(model: Beit, path: str | Path) -> tuple[int, int] | None:
+    """The patches (h, w) of the images that a checkpoint of ours was trained with; None where the file does not say."""
+    if not isinstance(preprocess := utils.load_checkpoint(path).get("preprocess"), dict):
+        return None
+    height, width = Preprocess.from_dict(preprocess).shape
+    down, across = model.patch_embed.proj.kernel_size
+    return height // down, width // across
+
+
+def _resized(
+    model: Beit, name: str, weights: dict[str, Tensor], path: str | Path, source: tuple[int, int] | None
+) -> bool:
     """Interpolate `weights[name]` in place where it is a map of positions of another size; whether it was."""
     before = weights[name]
     grid = model.patch_embed.grid_size
     try:
         if name == "pos_embed" and before.ndim == 3:
-            weights[name] = resize_positions(before, grid)
-        elif name.endswith(_TABLE) and before.ndim == 2:
+            weights[name] = resize_positions(before, grid, source)
+        elif name.endswith(_TABLE) and before.ndim == 2 and source != grid:
+            if source is not None and source[0] != source[1]:
+                raise ValueError(f"a table of relative positions of {source[0]} x {source[1]} patches fits no other")
             weights[name] = resize_relative_table(before, grid)
     except ValueError as error:
         raise ValueError(f"{path}: {name}: {error}") from error

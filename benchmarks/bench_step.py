@@ -250,12 +250,12 @@ def make_batch(method: Ours | Plain, batch_size: int, device: torch.device | Non
     """
     on_gpu = device is not None and device.type == "cuda"
     g, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
-    side = method.model.preprocess.size
+    shape = method.model.preprocess.shape
     views = [key for key in method.model.objective.inputs if key != "text"]
     lengths = bench_memory.caption_lengths(batch_size, seed=0)
     samples = [
         {
-            **{key: torch.randint(256, (3, side, side), generator=g, dtype=torch.uint8) for key in views},
+            **{key: torch.randint(256, (3, *shape), generator=g, dtype=torch.uint8) for key in views},
             "index": i,
             "text": (SENTENCE * (1 + length // len(SENTENCE)))[:length],
         }

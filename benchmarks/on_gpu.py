@@ -185,7 +185,7 @@ def feature_extraction(name: str, args: argparse.Namespace) -> dict:
     n, repeats = (4, 1) if args.cpu else (256, 10)
     small: dict[str, Any] = {"image_size": 32, "vision_kwargs": {"patch_size": 8, "depth": 1}} if args.cpu else {}
     model = models.create_model("SLIP_VITT16" if args.cpu else name, **small).eval().to(device)
-    pixels = torch.randint(256, (n, 3, model.preprocess.size, model.preprocess.size), dtype=torch.uint8, device=device)
+    pixels = torch.randint(256, (n, 3, *model.preprocess.shape), dtype=torch.uint8, device=device)
     found: dict[str, Any] = {"batch": n}
     reference = None
     for precision in ("fp32",) if device.type == "cpu" else ("fp32", distributed.resolve_precision("auto", device)):

@@ -201,7 +201,7 @@ def test_larger_images_keep_the_weights(name):
     small = dict(text_layers=2, text_width=64, vocab_size=64, text_heads=4)
     tower = dict(vision_tower="test_vit", image_size=32) if name == "CLIP_VITT16" else {}
     model = models.create_model(name, **small, **tower).eval()
-    bigger = features.at_size(model, 96).eval()
+    bigger = models.at_size(model, 96).eval()
     assert bigger.preprocess.size == 96 and bigger.preprocess.prepare == model.preprocess.prepare
     assert bigger.visual(torch.rand(1, 3, 96, 96)).shape == (1, model.feature_dim)
     for (key, a), b in zip(model.state_dict().items(), bigger.state_dict().values(), strict=True):

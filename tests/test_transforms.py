@@ -18,10 +18,10 @@ from transforms import (
     MEDCLIP_STD,
     Preprocess,
     _crop_box,
-    centre_square,
+    centre_crop,
     eval_view,
     grey_if_equal,
-    pad_to_square,
+    pad_to_shape,
     random_resized_crop,
     ssl_pixels,
 )
@@ -198,14 +198,14 @@ def test_medclip_pads_to_a_centred_black_square_and_resizes(size):
 
 
 def test_medclips_square_has_at_least_224_pixels():
-    assert pad_to_square(image(100, 50), 224).size == (224, 224)
-    assert pad_to_square(image(100, 300), 224).size == (300, 300)
+    assert pad_to_shape(image(100, 50), 224).size == (224, 224)
+    assert pad_to_shape(image(100, 300), 224).size == (300, 300)
 
 
 @pytest.mark.parametrize("make", [TrainView, SslView])
 def test_medclip_views_are_those_of_the_grey_square_in_colour(make):
     """Working on one channel changes nothing but the time it takes."""
-    square = pad_to_square(image().convert("L"), 32).convert("RGB")
+    square = pad_to_shape(image().convert("L"), 32).convert("RGB")
     in_colour = make(Preprocess(size=32, mean=MEDCLIP_MEAN, std=MEDCLIP_STD))
     for seed in range(20):
         got = make(MEDCLIP)(image(), np.random.default_rng(seed))
@@ -252,4 +252,4 @@ def test_a_strip_is_cropped_before_it_is_resized_and_looks_the_same(size):
     whole = strip.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - side) / 2), round((height - side) / 2)
     expected = np.asarray(whole.crop((left, top, left + side, top + side)), dtype=int)
-    assert abs(np.asarray(centre_square(strip, short, side), dtype=int) - expected).max() <= 1
+    assert abs(np.asarray(centre_crop(strip, side, short), dtype=int) - expected).max() <= 1
