@@ -20,7 +20,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -70,9 +70,10 @@ from probes import (
     fit_logistic,
     fit_medslip,
     knn_probabilities,
+    save_heads,
     stratified_part,
 )
-from transforms import Preprocess, centre_crop, eval_view, random_resized_crop
+from transforms import Preprocess, linear_eval_view, random_resized_crop
 
 log = logging.getLogger("medslip")
 
@@ -336,25 +337,35 @@ def probe_cbis(
         results["fractions"] = [lesion_fraction(args, train + val, test, fraction) for fraction in args.fraction]
     if processes.is_main:
         predictions.write(Path(args.output_dir) / "predictions.csv")
-        keep_head(args, backbone, head, results, (train + val).features)
+        keep_heads(args, backbone, [head.probabilities], results, (train + val).features)
         how = f"{results['features']} features, {results['protocol']} protocol"
         log.info("\n".join([describe_results(results, how), *describe_lesion_fractions(results)]))
     return results
 
 
-def keep_head(
-    args: argparse.Namespace, backbone: Backbone, head: Head, results: dict[str, Any], features: np.ndarray
-) -> None:
-    """head.safetensors: the layer, and in its header what it takes to use it on another image."""
-    if isinstance(head.probabilities, Linear):
-        about = {
-            "classes": results["classes"],
-            "features": backbone.features,
-            "preprocess": backbone.preprocess.to_dict(),
-            "weights_sha256": results["settings"]["weights_sha256"],
-            "operating_point": results.get("operating_point"),
-        }
-        head.probabilities.knowing(features).save(Path(args.output_dir) / "head.safetensors", about)
+def keep_heads(
+    args: argparse.Namespace, backbone: Backbone, heads: Sequence[Any], results: dict[str, Any],
+    features: np.ndarray | None, **about: Any,
+) -> None:  # fmt: skip
+    """head.safetensors: the layer, of several findings one each, and in its header what using it takes.
+
+    Args:
+        features: of the training images (n, d), for the distance of new ones from them; None where there is none.
+        about: of other sets than CBIS-DDSM: classes, the name of the view, findings.
+    """
+    if not heads or not all(isinstance(head, Linear) for head in heads):  # the medslip protocol's average of models
+        return
+    first = heads[0] if features is None else heads[0].knowing(features)
+    described = {
+        "classes": results.get("classes"),
+        "features": backbone.features,
+        "preprocess": backbone.preprocess.to_dict(),
+        "weights_sha256": results["settings"]["weights_sha256"],
+        "operating_point": results.get("operating_point"),
+        "precision": results["settings"].get("precision", "fp32"),
+        **about,
+    }
+    save_heads(Path(args.output_dir) / "head.safetensors", [first, *heads[1:]], described)
 
 
 def fit_without_callback(args: argparse.Namespace, train: Samples, val: Samples) -> Callable[[Samples], dict]:
@@ -453,14 +464,6 @@ def linear_train_view(preprocess: Preprocess, img: Image.Image, rng: np.random.G
     return preprocess.normalise(view.flip(-1) if rng.random() < 0.5 else view)
 
 
-def linear_eval_view(preprocess: Preprocess, img: Image.Image) -> Tensor:
-    """SLIP's view for linear evaluation: the image covers 8/7 of the size (256 for 224), then the centre."""
-    if preprocess.prepare != "slip":  # all of the image
-        return eval_view(preprocess)(img, None)
-    h, w = preprocess.shape
-    return preprocess.tensor(centre_crop(preprocess.whole(img), preprocess.size, (round(h * 8 / 7), round(w * 8 / 7))))
-
-
 def score_set(labels: np.ndarray, outputs: np.ndarray, metric: str) -> metrics.Scores:
     """All metrics of a set, in percent as its results have always been, from logits or probabilities (n, k)."""
     return metrics.percent(metrics.score_outputs(labels, outputs, metric))
@@ -510,7 +513,12 @@ def probe_features(
     if findings:
         if args.knn or args.fraction:
             raise ValueError(f"{args.dataset} has several findings for each image: no --knn and no --fraction")
-        results["findings"] = probe_findings(args, sets["test"].classes, train, test, findings, processes)
+        names = sets["test"].classes
+        results["findings"], heads = probe_findings(args, names, train, test, findings, processes)
+        if processes.is_main:
+            keep_heads(
+                args, backbone, list(heads.values()), results, train.features, findings=list(heads), view="linear"
+            )
         return results
     if args.cache_features:
         head = fit_on(args.dataset, train, num_classes, args.seed, metric, args.class_weights, args.folds)
@@ -521,6 +529,9 @@ def probe_features(
             results |= report_rows(found, head.held_out, args.baseline, settings, args.resamples, args.seed)
             if processes.is_main:
                 found.write(Path(args.output_dir) / "predictions.csv")
+        if processes.is_main:
+            classes = list(sets["test"].classes)
+            keep_heads(args, backbone, [head.probabilities], results, train.features, classes=classes, view="linear")
     if args.fraction:
         draw = partial(label_fraction, args, train, num_classes, test=test, evaluate=evaluate, metric=metric)
         results["fractions"] = [draw(fraction) for fraction in args.fraction]
@@ -540,9 +551,9 @@ def probe_features(
 def probe_findings(
     args: argparse.Namespace, names: list[str], train: Samples, test: Samples, findings: dict[str, np.ndarray],
     processes: distributed.Processes,
-) -> dict:  # fmt: skip
-    """Logistic regression for each finding by itself, on the images whose finding is known."""
-    prob, chosen = np.full(findings["test"].shape, 0.5), {}
+) -> tuple[dict, dict[str, Any]]:  # fmt: skip
+    """Logistic regression for each finding by itself, on the images whose finding is known: scores and heads."""
+    prob, chosen, heads = np.full(findings["test"].shape, 0.5), {}, {}
     for i, name in enumerate(names):
         index = np.flatnonzero(findings["train"][:, i] >= 0)
         known = replace(train[index], labels=findings["train"][index, i])
@@ -552,6 +563,7 @@ def probe_findings(
         title = f"{args.dataset}, {name}"
         head = fit_on(title, known, 2, args.seed, "roc_auc", args.class_weights, args.folds)
         prob[:, i], chosen[name] = head.probabilities(test.features)[:, 1], head.chosen
+        heads[name] = head.probabilities
     groups = [row["group"] for row in test.rows]
     found = metrics.findings_bootstrap(
         findings["test"], prob, groups, names, resamples=args.resamples, seed=args.seed
@@ -562,11 +574,12 @@ def probe_findings(
                  "| Finding | AUROC | Average precision |", "| --- | --- | --- |"]  # fmt: skip
         cells = {name: " | ".join(interval.percent() for interval in values.values()) for name, values in found.items()}
         log.info("\n".join([*lines, *(f"| {name} | {text} |" for name, text in cells.items())]))
-    return {
+    scores = {
         name: {key: asdict(interval) for key, interval in values.items()}
         | ({"chosen": chosen[name]} if name in chosen else {})
         for name, values in found.items()
     }
+    return scores, heads
 
 
 def write_findings(
@@ -744,7 +757,7 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: distribut
     if backbone.fingerprint() != run.settings["weights_sha256"]:
         raise RuntimeError("the frozen tower has changed; its features and this result are not those of --pretrained")
     log.info(f"{args.dataset}: {scores['metric']} {scores['score']:.2f} after {args.epochs} epochs")
-    return {
+    results = {
         "model": backbone.name,
         "dataset": args.dataset,
         "features": backbone.features,
@@ -755,6 +768,12 @@ def train_sgd(args: argparse.Namespace, backbone: Backbone, processes: distribut
         **scores,
         "best_score_on_test": run.best,
     }
+    if processes.is_main:
+        weight, bias = run.head.weight.detach().cpu().numpy().T, run.head.bias.detach().cpu().numpy()
+        layer = Linear(np.zeros(len(weight), np.float32), np.ones(len(weight), np.float32), weight, bias)
+        settings = {**run.settings, "precision": processes.precision}
+        keep_heads(args, backbone, [layer], {"settings": settings}, None, classes=list(train.classes), view="linear")
+    return results
 
 
 def build_linear_run(

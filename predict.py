@@ -7,7 +7,7 @@
 
 Images are files (DICOM too), folders, or a CSV with a column image. One that cannot be read is named, skipped and
 counted. classify uses a probe of main_linear.py as it was fitted, and flags images unlike those that it was trained on;
-or a tower that run_class_finetuning.py has fine-tuned.
+or a tower that run_class_finetuning.py has fine-tuned. --explain DIR draws where a score comes from (needs captum).
 Nothing here is a medical device.
 """
 
@@ -19,6 +19,7 @@ import io
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,17 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+import distributed
 import downstream
 import metrics
 import models
+import saliency
 import utils
 from features import Backbone, Loading, extract, load_backbone
 from images import read_image
 from metadata import Table
-from probes import Linear
-from transforms import eval_view
+from probes import Linear, load_heads
+from transforms import eval_view, linear_eval_view
 
 log = logging.getLogger("medslip")
 
@@ -51,6 +54,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                           "or of run_class_finetuning.py")
     add_images(classify)
     classify.add_argument("--weights", default="", type=str, help="where the run's weights are now, if they were moved")
+    classify.add_argument("--explain", default=None, type=Path, metavar="DIR",
+                          help="write each image with the places in red that its score comes from, the malignant one "
+                          "or the predicted class's; make_report.py --saliency says how far to trust such maps")
 
     zero = commands.add_parser("zero-shot", help="by labels in words", formatter_class=utils.HelpFormatter)
     add_weights(zero)
@@ -88,6 +94,10 @@ def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
     parser.add_argument("--output", default="", type=str, help="CSV, or .npz of embed (embed needs one)")
     parser.add_argument("--batch-size", default=64, type=utils.positive_int, help="memory and speed only")
     parser.add_argument("-j", "--workers", default=0, type=int, help="loader processes")
+    parser.add_argument("--gpu", default=None, type=int, help="index of the GPU; by default the first, -1: the CPU")
+    parser.add_argument("--precision", default="auto", choices=("auto", *distributed.PRECISIONS),
+                        help="of image features; auto: a run's own where this machine has it, else bf16 on a GPU and "
+                        "fp32 on a CPU")
 # fmt: on
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +143,7 @@ def passed(
 ) -> tuple[np.ndarray, list[Path]]:
     """Features (n, d) of the readable images and their paths; the others are named and counted."""
     dataset = ImageList(paths, view or eval_view(backbone.preprocess))
-    loading = Loading(args.batch_size, args.workers, skip_broken=True)
+    loading = Loading(args.batch_size, args.workers, skip_broken=True, processes=args.processes)
     features, kept = extract(backbone, dataset, title, loading)
     lost = sorted(set(range(len(paths))) - set(kept.tolist()))
     for i in lost:
@@ -152,22 +162,33 @@ def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Probabilities of a fitted probe, its decision at validation's threshold, and whether the image is far off."""
     if not (args.run / "head.safetensors").is_file() and (args.run / "checkpoint.pt").is_file():
         return classify_finetuned(args)
-    head, about = Linear.load(args.run / "head.safetensors")
+    heads, about = load_heads(args.run / "head.safetensors")
+    args.processes = processes_of(args, about.get("precision", "fp32"))
     settings = json.loads((args.run / "settings.json").read_text())["args"]
     backbone = load_backbone(
         args.weights or settings["pretrained"], model=settings["model"], arch=settings["arch"],
         untrained=settings["untrained"], seed=settings["seed"], features=about["features"],
-        size=about["preprocess"]["size"],
+        size=about["preprocess"]["size"], device=args.processes.device,
     )  # fmt: skip
     if backbone.fingerprint() != about["weights_sha256"]:
         raise ValueError(f"{args.weights or settings['pretrained']} are not the weights that {args.run} was fitted on")
-    features, paths = passed(backbone, find_images(args.images), args, "classify")
-    prob, distance = head(features), head.distance(features)
-    rows = []
-    for i, row in enumerate(answers(paths, prob, about["classes"], about["operating_point"])):
-        if distance is not None:
-            row["unlike_training"] = int(distance[i] > 1)
-        rows.append(row)
+    preprocess = backbone.preprocess
+    view = partial(linear_eval_view, preprocess) if about.get("view") == "linear" else eval_view(preprocess)
+    features, paths = passed(backbone, find_images(args.images), args, "classify", view)
+    distance = heads[0].distance(features)
+    if names := about.get("findings"):  # of each image any number, each by a head of its own
+        prob = np.stack([head(features)[:, 1] for head in heads], axis=1)
+        rows = finding_answers(paths, prob, names)
+        explained = [(int(p.argmax()), 1) for p in prob]
+    else:
+        prob = heads[0](features)
+        rows = answers(paths, prob, about["classes"], about["operating_point"])
+        explained = [(0, target) for target in targets(prob, about["classes"], about["operating_point"])]
+    for i, row in enumerate(rows if distance is not None else []):
+        assert distance is not None
+        row["unlike_training"] = int(distance[i] > 1)
+    if args.explain:
+        draw_maps(args, backbone, heads, view, paths, explained, rows)
     if distance is not None and (far := int((distance > 1).sum())):
         log.warning(f"{far} of {len(rows)} images are farther from the training images than 99.9% of these are")
     return rows
@@ -191,30 +212,93 @@ def classify_finetuned(args: argparse.Namespace) -> list[dict[str, Any]]:
         given.finetune = args.weights
     model, preprocess, _ = run_class_finetuning.build_model(given, len(classes))
     model.load_state_dict(state["state_dict"])
-    model.eval()
-    backbone = Backbone(model, model, preprocess, "logits", "fine-tuned")
-    logits, paths = passed(backbone, find_images(args.images), args, "classify", EvalView(preprocess, given.crop_pct))
+    file = args.run / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    args.processes = processes_of(args, results.get("settings", {}).get("precision", "fp32"))
+    model.eval().to(args.processes.device)
+    backbone, view = Backbone(model, model, preprocess, "logits", "fine-tuned"), EvalView(preprocess, given.crop_pct)
+    logits, paths = passed(backbone, find_images(args.images), args, "classify", view)
     prob = torch.from_numpy(logits).double().softmax(-1).numpy()
-    results = args.run / "results.json"
-    point = json.loads(results.read_text()).get("operating_point") if results.is_file() else None
-    return answers(paths, prob, classes, point)
+    point = results.get("operating_point")
+    rows = answers(paths, prob, classes, point)
+    if args.explain:
+        explained = [(0, target) for target in targets(prob, classes, point)]
+        draw_maps(args, backbone, [saliency.identity_head(len(classes))], view, paths, explained, rows)
+    return rows
+
+
+def processes_of(args: argparse.Namespace, own: str = "") -> distributed.Processes:
+    """This process on the GPU, or on the CPU where there is none; in `own`, a run's precision, where it can be had."""
+    alone = {"rank": 0, "world_size": 1, "local_rank": 0, "gpu": args.gpu}
+    try:
+        precision = own if own and args.precision == "auto" else args.precision
+        return distributed.init_distributed(argparse.Namespace(**alone, precision=precision))
+    except ValueError as error:
+        if not own or args.precision != "auto":
+            raise
+        log.warning(
+            f"the run was computed in {own}, which this machine does not have ({error}): last digits may differ"
+        )
+        return distributed.init_distributed(argparse.Namespace(**alone, precision="auto"))
+
+
+def positive_of(classes: Sequence[str], operating_point: dict | None) -> str | None:
+    """The class that is looked for, where there is one."""
+    found = (operating_point or {}).get("positive", metrics.MALIGNANT)
+    return found if found in classes else None
+
+
+def targets(prob: np.ndarray, classes: Sequence[str], operating_point: dict | None) -> list[int]:
+    """The class that is explained of each image: the one that is looked for, else the predicted one."""
+    positive = positive_of(classes, operating_point)
+    return [int(p.argmax()) if positive is None else list(classes).index(positive) for p in prob]
+
+
+def draw_maps(
+    args: argparse.Namespace, backbone: Backbone, heads: Sequence[Linear], view: Any, paths: Sequence[Path],
+    explained: Sequence[tuple[int, int]], rows: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """An image with its map for each answer, in --explain; the answer's column `map` names it.
+
+    Args:
+        explained: of each image the head's number and the class in it.
+    """
+    args.explain.mkdir(parents=True, exist_ok=True)
+    for number, target in sorted(set(explained)):
+        explainer = saliency.Explainer(backbone, heads[number], target)
+        own = [i for i, pair in enumerate(explained) if pair == (number, target)]
+        for start in range(0, len(own), 8):
+            part = own[start : start + 8]
+            images = torch.stack([view(read_image(paths[i]), None) for i in part])
+            for i, image, heat in zip(part, images, explainer(images.to(args.processes.device)), strict=True):
+                file = args.explain / f"{i:05d}_{paths[i].stem}.png"
+                saliency.overlay(saliency.grey_view(image), heat).save(file)
+                rows[i]["map"] = str(file)
+
+
+def finding_answers(paths: Sequence[Path], prob: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each image: the probability (n, f) of each finding by itself."""
+    return [
+        {"image": str(path), **{f"prob_{name}": float(p) for name, p in zip(names, own, strict=True)}}
+        for path, own in zip(paths, prob, strict=True)
+    ]
 
 
 def answers(
     paths: Sequence[Path], prob: np.ndarray, classes: Sequence[str], operating_point: dict | None
 ) -> list[dict[str, Any]]:
     """A row for each image: the class, the probabilities (n, k), and the decision at validation's threshold."""
-    point = None
-    if operating_point:
+    point, positive = None, positive_of(classes, operating_point)
+    if operating_point and positive is not None:
         point = metrics.OperatingPoint(operating_point["temperature"], operating_point["threshold"])
     rows = []
     for i, path in enumerate(paths):
         row: dict[str, Any] = {"image": str(path), "predicted": classes[int(prob[i].argmax())]}
         row |= {f"prob_{name}": float(p) for name, p in zip(classes, prob[i], strict=True)}
-        if point is not None:
-            positive = list(classes).index(metrics.MALIGNANT)
-            row["called_malignant"] = int(prob[i, positive] >= point.threshold)
-            row["calibrated_malignant"] = float(point.calibrated(prob[i : i + 1])[0, positive])
+        if point is not None and positive is not None:
+            column, name = list(classes).index(positive), positive.lower()
+            row[f"called_{name}"] = int(prob[i, column] >= point.threshold)
+            row[f"calibrated_{name}"] = float(point.calibrated(prob[i : i + 1])[0, column])
         rows.append(row)
     return rows
 
@@ -234,6 +318,7 @@ def zero_shot(args: argparse.Namespace) -> list[dict[str, Any]]:
     if lacking := [template for template in templates if "{}" not in template]:
         raise utils.UsageError(f"template {lacking[0]!r} has no {{}} for the label")
     loaded = models.load_pretrained(args.weights, bert_vocab=args.bert_vocab)
+    loaded.model.to(processes_of(args).device)
     paths = readable(find_images(args.images))
     prob = loaded.zero_shot([image for _, image in paths], labels, templates)
     names = [label if isinstance(label, str) else label[0] for label in labels]
@@ -266,6 +351,8 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
     if bool(args.images) == bool(args.captions):
         raise utils.UsageError("embed takes images or --captions, one of the two")
     loaded = models.load_pretrained(args.weights, bert_vocab=args.bert_vocab)
+    args.processes = processes_of(args)
+    loaded.model.to(args.processes.device)
     if args.captions:
         ids = [line.strip() for line in Path(args.captions).read_text("utf-8").splitlines() if line.strip()]
         vectors = loaded.embed_captions(ids)
@@ -301,6 +388,7 @@ def search(args: argparse.Namespace) -> list[dict[str, Any]]:
     loaded = models.load_pretrained(weights, bert_vocab=args.bert_vocab)
     if utils.weights_sha256(loaded.model.state_dict()) != str(bank["weights_sha256"]):
         raise ValueError(f"{weights} are not the weights that {args.bank} was embedded with")
+    loaded.model.to(processes_of(args).device)
     queries, names = [], []
     if args.images:
         found = readable(find_images(args.images))

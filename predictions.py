@@ -185,7 +185,9 @@ def score_predictions(
             labels, prob, predictions.patients, scheme.classes, point, malignant=scheme.positive, resamples=resamples,
             seed=seed,
         )  # fmt: skip
-        results["operating_point"] = {**asdict(point), "specificity_on_validation": metrics.SPECIFICITY}
+        results["operating_point"] = {
+            **asdict(point), "specificity_on_validation": metrics.SPECIFICITY, "positive": scheme.positive,
+        }  # fmt: skip
         results["detection"] = {name: plain(interval) for name, interval in detection.items()}
     return results
 

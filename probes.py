@@ -118,22 +118,34 @@ class Linear:
         rest = np.linalg.norm(standard - on_axes @ self.axes.T, axis=1)
         return np.linalg.norm(np.column_stack([on_axes, rest]) / self.spread, axis=1) / self.limit
 
-    def save(self, path: Path, about: dict[str, Any]) -> None:
-        """As safetensors, `about` (JSON) in its header."""
-        tensors = {name: np.ascontiguousarray(value) for name, value in vars(self).items() if value is not None}
-        data = safetensors.numpy.save(tensors, {"about": json.dumps(about)})
-        utils.atomic_write(path, lambda file: file.write(data))
 
-    @classmethod
-    def load(cls, path: Path) -> tuple[Linear, dict[str, Any]]:
-        """(head, about) of a file that `save` wrote; another one is a ValueError that names it."""
-        try:
-            with safetensors.safe_open(path, "np") as file:
-                about = json.loads((file.metadata() or {})["about"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                return cls(**tensors), about
-        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{path} holds no fitted head of this project: {error}") from error
+def save_heads(path: Path, heads: Sequence[Linear], about: dict[str, Any]) -> None:
+    """As safetensors, `about` (JSON) in the header: one head, or one for each of several findings."""
+    tensors = {
+        f"{i}.{name}" if len(heads) > 1 else name: np.ascontiguousarray(value)
+        for i, head in enumerate(heads)
+        for name, value in vars(head).items()
+        if value is not None
+    }
+    data = safetensors.numpy.save(tensors, {"about": json.dumps({**about, "heads": len(heads)})})
+    utils.atomic_write(path, lambda file: file.write(data))
+
+
+def load_heads(path: Path) -> tuple[list[Linear], dict[str, Any]]:
+    """(heads, about) of a file that `save_heads` wrote; another one is a ValueError that names it."""
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            about = json.loads((file.metadata() or {})["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if about.get("heads", 1) == 1:
+            return [Linear(**tensors)], about
+        parts: list[dict[str, np.ndarray]] = [{} for _ in range(about["heads"])]
+        for name, tensor in tensors.items():
+            number, _, part = name.partition(".")
+            parts[int(number)][part] = tensor
+        return [Linear(**part) for part in parts], about
+    except (IndexError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} holds no fitted head of this project: {error}") from error
 
 
 @dataclass(frozen=True)

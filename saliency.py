@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import metrics
 import models
 from features import Backbone, load_backbone
 from images import UnreadableImage, read_image
-from probes import Linear
+from probes import Linear, load_heads
 
 INSIDE = 0.5  # of a mask's pixel that the view has mixed from inside and outside
 
@@ -51,13 +52,17 @@ class Explained:
 
 
 class Explainer:
-    """Saliency of one class of a probe: images (B, 3, S, S) to maps (B, S, S), each of them of sum 1 (0 if empty)."""
+    """Saliency of one class of a probe: images (B, 3, H, W) to maps (B, H, W), each of them of sum 1 (0 if empty).
+
+    A fine-tuned classifier is a backbone whose features are its logits, under `identity_head`.
+    """
 
     def __init__(self, backbone: Backbone, head: Linear, target: int):
         self.backbone, self.target = backbone, target
         keys = ("mean", "scale", "weight", "bias")
-        self.head = {key: torch.as_tensor(getattr(head, key), dtype=torch.float32) for key in keys}
-        tower: Any = backbone.model.visual
+        device = next(backbone.model.parameters(), torch.empty(0)).device
+        self.head = {key: torch.as_tensor(getattr(head, key), dtype=torch.float32, device=device) for key in keys}
+        tower: Any = getattr(backbone.model, "visual", backbone.model)
         self.layer = spatial_layer(tower)
 
     def score(self, images: Tensor) -> Tensor:
@@ -71,16 +76,22 @@ class Explainer:
             from captum.attr import LayerGradCam, LayerGradientXActivation
         except ImportError as error:
             raise ImportError("saliency needs captum: pip install captum") from error
-        images = images.requires_grad_()
+        images = images.detach().clone().requires_grad_()
         if self.layer.kind == "convolution":
             heat: Any = LayerGradCam(self.score, self.layer.module).attribute(images)  # (B, 1, h, w)
         else:
             product: Any = LayerGradientXActivation(self.score, self.layer.module).attribute(images)
-            heat = self.layer.grid(product)[:, None]
+            heat = self.layer.grid(product, images.shape[-2:])[:, None]
         heat = F.relu(heat.detach())
         heat = F.interpolate(heat, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         total = heat.sum((1, 2), keepdim=True)
-        return (heat / total.clamp(min=1e-12)).numpy()
+        return (heat / total.clamp(min=1e-12)).cpu().numpy()
+
+
+def identity_head(classes: int) -> Linear:
+    """Logits as they are."""
+    zeros, ones = np.zeros(classes, np.float32), np.ones(classes, np.float32)
+    return Linear(zeros, ones, np.eye(classes, dtype=np.float32), zeros)
 
 
 @dataclass(frozen=True)
@@ -91,14 +102,16 @@ class SpatialLayer:
     kind: str  # convolution (B, C, h, w), channels_last (B, h, w, C) or tokens (B, n + h * w, C)
     prefix: int = 0  # tokens that are no place
 
-    def grid(self, product: Tensor) -> Tensor:
-        """Gradient times activation, summed over channels: (B, h, w)."""
+    def grid(self, product: Tensor, shape: Sequence[int]) -> Tensor:
+        """Gradient times activation, summed over channels: (B, h, w), of the proportions of an image (H, W)."""
         heat = product.sum(-1)
         if self.kind == "channels_last":
             return heat
         heat = heat[:, self.prefix :]
-        side = round(heat.shape[1] ** 0.5)
-        return heat.reshape(-1, side, heat.shape[1] // side)
+        places, wanted = heat.shape[1], math.log(shape[0] / shape[1])
+        heights = [h for h in range(1, places + 1) if places % h == 0]
+        height = min(heights, key=lambda h: abs(math.log(h * h / places) - wanted))
+        return heat.reshape(-1, height, places // height)
 
 
 def spatial_layer(tower: nn.Module) -> SpatialLayer:
@@ -108,6 +121,8 @@ def spatial_layer(tower: nn.Module) -> SpatialLayer:
     prefix = next((module.num_prefix_tokens for module in named.values() if hasattr(module, "num_prefix_tokens")), None)
     if blocks and prefix is not None:
         return SpatialLayer(named[blocks[-1]].norm1, "tokens", int(prefix))
+    if "encoder.layers" in named and "layernorm" in named:  # Hugging Face's Swin, whose feature is the mean of these
+        return SpatialLayer(named["layernorm"], "tokens")
     for stages, kind in (("layers", "channels_last"), ("layer4", "convolution"), ("stages", "convolution"),
                          ("blocks", "convolution")):  # fmt: skip
         found = [module for name, module in named.items() if name.split(".")[-1] == stages]
@@ -132,14 +147,13 @@ def explain(
         images = torch.stack([view for _, view, _ in part])
         heats = [explainer(images.clone()) for explainer in explainers]
         for i, (row, view, mask) in enumerate(part):
-            grey = view.mean(0).numpy()
-            grey = (grey - grey.min()) / max(float(np.ptp(grey)), 1e-12)
-            explained.append(Explained(row["lesion"], row["patient"], grey, mask, heats[0][i], heats[1][i]))
+            heat, heat_random = heats[0][i], heats[1][i]
+            explained.append(Explained(row["lesion"], row["patient"], grey_view(view), mask, heat, heat_random))
     return explained
 
 
 def view_and_mask(row: dict[str, str], root: Path, backbone: Backbone) -> tuple[Tensor, np.ndarray] | None:
-    """The model's view (3, S, S) of the full mammogram and the outline as it lies in that view (S, S).
+    """The model's view (3, H, W) of the full mammogram and the outline as it lies in that view (H, W).
 
     The mask's file differs from the mammogram's by some pixels in places: it is first brought to its size, then through
     the same view. Where padding surrounds the image, the mask has none there.
@@ -213,17 +227,29 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(found.statistic)
 
 
-def plate(explained: Explained, side: int = 220) -> str:
-    """The view with its map in red and the outline in cyan, as a data URI."""
-    grey = np.repeat((255 * explained.view[..., None]).astype(np.float32), 3, axis=2)
-    heat = explained.heat / max(float(explained.heat.max()), 1e-12)
+def grey_view(view: Tensor) -> np.ndarray:
+    """A normalised view (3, H, W) as grey from 0 to 1, (H, W), over its own range."""
+    grey = view.mean(0).numpy()
+    return (grey - grey.min()) / max(float(np.ptp(grey)), 1e-12)
+
+
+def overlay(view: np.ndarray, heat: np.ndarray, mask: np.ndarray | None = None) -> Image.Image:
+    """A view (H, W) from 0 to 1 with its map (H, W) in red and an outline in cyan."""
+    grey = np.repeat((255 * view[..., None]).astype(np.float32), 3, axis=2)
+    heat = heat / max(float(heat.max()), 1e-12)
     colour = np.array([255.0, 60.0, 20.0], dtype=np.float32)
     shown = grey * (1 - 0.6 * heat[..., None]) + colour * 0.6 * heat[..., None]
-    mask = explained.mask
-    inner = mask.copy()
-    inner[1:-1, 1:-1] = mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:] & mask[1:-1, 1:-1]
-    shown[mask & ~inner] = (60, 220, 255)
-    img = Image.fromarray(shown.clip(0, 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    if mask is not None:
+        inner = mask.copy()
+        inner[1:-1, 1:-1] = mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:] & mask[1:-1, 1:-1]
+        shown[mask & ~inner] = (60, 220, 255)
+    return Image.fromarray(shown.clip(0, 255).astype(np.uint8))
+
+
+def plate(explained: Explained, side: int = 220) -> str:
+    """The view with its map and the outline, `side` pixels high, as a data URI."""
+    img = overlay(explained.view, explained.heat, explained.mask)
+    img = img.resize((round(side * img.width / img.height), side), Image.Resampling.BICUBIC)
     data = io.BytesIO()
     img.save(data, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
@@ -236,7 +262,7 @@ def explain_run(
     path = folder / "head.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder} has no head.safetensors: probe again")
-    head, about = Linear.load(path)
+    (head, *_), about = load_heads(path)
     args = settings["args"]
     backbone = load_backbone(
         args["pretrained"], model=args["model"], arch=args["arch"], untrained=args["untrained"], seed=args["seed"],

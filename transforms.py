@@ -27,10 +27,10 @@ from colour import Colour, draw_colour, luma
 from images import UnreadableImage, decode_image, decode_pixels, pixels_of, read_image, read_picture, to_rgb8
 
 __all__ = [  # with what others import from here
-    "IMAGENET_MEAN", "IMAGENET_STD", "MEDCLIP_MEAN", "MEDCLIP_STD", "PREPARES", "Preprocess", "UnreadableImage", "View",
-    "Size", "as_size", "as_view", "centre_crop", "decode_image", "decode_pixels", "eval_view", "height_width",
-    "pad_to_shape", "random_resized_crop", "read_image", "read_picture", "size_text", "ssl_pixels", "to_rgb8",
-    "train_pixels",
+    "IMAGENET_MEAN", "IMAGENET_STD", "MEDCLIP_MEAN", "MEDCLIP_STD", "PREPARES", "Preprocess", "Size",
+    "UnreadableImage", "View", "as_size", "as_view", "centre_crop", "decode_image", "decode_pixels", "eval_view",
+    "height_width", "linear_eval_view", "pad_to_shape", "random_resized_crop", "read_image", "read_picture",
+    "size_text", "ssl_pixels", "to_rgb8", "train_pixels",
 ]  # fmt: skip
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -233,6 +233,14 @@ def _crop_box(
 def eval_view(preprocess: Preprocess) -> View:
     """The image without chance: its centre ("slip") or all of it ("medclip"). Takes no generator."""
     return partial(_eval, preprocess)
+
+
+def linear_eval_view(preprocess: Preprocess, img: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
+    """SLIP's view for linear evaluation: the image covers 8/7 of the size (256 for 224), then the centre."""
+    if preprocess.prepare != "slip":  # all of the image
+        return _eval(preprocess, img)
+    h, w = preprocess.shape
+    return preprocess.tensor(centre_crop(preprocess.whole(img), preprocess.size, (round(h * 8 / 7), round(w * 8 / 7))))
 
 
 def as_view(preprocess: Preprocess | View) -> View:

@@ -203,6 +203,8 @@ class Beit(nn.Module):
             if isinstance(self.head, nn.Linear):
                 self.head.weight.mul_(init_scale)
 
+    num_prefix_tokens = 1  # the class token; timm's name for it
+
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """timm's protocol: which parameters make up the stem and each block. All others belong with the head."""
         return dict(stem=r"^cls_token|^pos_embed|^patch_embed", blocks=r"^blocks\.(\d+)")

@@ -22,6 +22,7 @@ import main_linear
 import make_dataset
 import make_report
 import metrics
+import predict
 from beit_finetuning import run_class_finetuning
 from predictions import Predictions
 
@@ -293,3 +294,39 @@ def test_several_findings_have_no_fraction_and_no_zero_shot(checkpoint, tmp_path
     with pytest.raises(ValueError, match="not several findings"):
         eval_zeroshot.main(["--resume", str(tmp_path / "clip.pt"), "--datasets", "hospital", "--catalog", str(catalog),
                             "--output-dir", str(tmp_path / "zero"), "-j", "0"])  # fmt: skip
+
+
+def answers_of(run, catalog, findings=()):
+    """predict.py's probabilities of the set's test images, and the run's own."""
+    rows = [row for row in read_rows(catalog.parent / "table.csv") if row["part"] == "test"]
+    (catalog.parent / "new.csv").write_text("image\n" + "".join(f"{row['File Name']}\n" for row in rows))
+    found = predict.main(
+        ["classify", str(run), str(catalog.parent / "new.csv"), "--gpu", "-1", "--batch-size", "256"]
+    )  # fmt: skip
+    names = [f"prob_{name}" for name in findings or CLASSES]
+    own = read_rows(run / "predictions.csv")
+    return found, [[[float(row[name]) for name in names] for row in table] for table in (found, own)]
+
+
+def test_a_probe_answers_about_new_images(hospital, checkpoint, tmp_path):
+    """To the bit what it has said of the test images; the decision is about the set's own positive class."""
+    probe(hospital, tmp_path, checkpoint, "--cache-features", "--gpu", "-1")
+    rows, (found, own) = answers_of(tmp_path, hospital)
+    assert found == own
+    point = json.loads((tmp_path / "results.json").read_text())["operating_point"]
+    assert point["positive"] == "malignant"
+    assert [row["called_malignant"] for row in rows] == [int(p[1] >= point["threshold"]) for p in own]
+    assert {row["unlike_training"] for row in rows} <= {0, 1}
+
+
+def test_a_layer_trained_by_sgd_answers_about_new_images(hospital, checkpoint, tmp_path):
+    probe(hospital, tmp_path, checkpoint, "--epochs", "2", "--batch-size", "32", "--gpu", "-1")
+    rows, (found, own) = answers_of(tmp_path, hospital)
+    assert np.allclose(found, own, atol=1e-6) and "unlike_training" not in rows[0]
+
+
+def test_findings_are_answered_each_by_its_own_head(checkpoint, tmp_path):
+    catalog = write_set(tmp_path, several=True)
+    probe(catalog, tmp_path / "out", checkpoint, "--cache-features", "--gpu", "-1")
+    rows, (found, own) = answers_of(tmp_path / "out", catalog, ("bright", "odd"))
+    assert found == own and "predicted" not in rows[0] and "unlike_training" in rows[0]

@@ -579,7 +579,7 @@ def test_the_kept_head_gives_the_runs_predictions(cbis, checkpoint, tmp_path, mo
     monkeypatch.setattr(probes, "MEDSLIP_EPOCHS", 2)
     monkeypatch.setattr(main_linear, "MEDSLIP_SIZE", 64)
     results = probe(cbis, tmp_path, "--pretrained", str(checkpoint), "--protocol", protocol)
-    head, about = probes.Linear.load(tmp_path / "head.safetensors")
+    (head,), about = probes.load_heads(tmp_path / "head.safetensors")
     (file,) = (tmp_path / "features").glob("*_test_*.npz")
     prob = head(np.load(file)["features"])
     written = [[float(row[f"prob_{name}"]) for name in CBIS_CLASSES] for row in read_csv(tmp_path / "predictions.csv")]
@@ -587,7 +587,7 @@ def test_the_kept_head_gives_the_runs_predictions(cbis, checkpoint, tmp_path, mo
     assert about["weights_sha256"] == results["settings"]["weights_sha256"] and about["classes"] == list(CBIS_CLASSES)
     (tmp_path / "head.safetensors").write_bytes(b"no head")
     with pytest.raises(ValueError, match="no fitted head"):
-        probes.Linear.load(tmp_path / "head.safetensors")
+        probes.load_heads(tmp_path / "head.safetensors")
 
 
 def test_digits_get_what_lesions_get_and_a_paired_baseline(tmp_path):

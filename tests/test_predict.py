@@ -1,7 +1,9 @@
 """predict.py and the methods of a loaded model: the run's own predictions, formulas, and what is refused."""
 
 import csv
+import importlib.util
 import re
+from dataclasses import replace
 
 import cbis_tree
 import evaluation_helpers
@@ -14,15 +16,19 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+import distributed
 import main_linear
 import make_dataset
 import models
 import predict
 from beit_finetuning import run_class_finetuning
+from beit_finetuning.modeling_finetune import create_beit
 from cbis import CBIS_CLASSES
+from features import Backbone
 from images import read_image
-from probes import Linear
-from transforms import eval_view
+from probes import load_heads
+from saliency import Explainer, identity_head
+from transforms import Preprocess, eval_view
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,7 @@ def test_a_corrupt_image_is_named_and_skipped_and_dicom_is_read(probed, tmp_path
 
 
 def test_images_unlike_the_training_are_flagged(probed, tmp_path):
-    head, _ = Linear.load(probed / "run" / "head.safetensors")
+    (head,), _ = load_heads(probed / "run" / "head.safetensors")
     features = [np.load(file)["features"] for file in (probed / "run" / "features").glob("*_train_*.npz")]
     features += [np.load(file)["features"] for file in (probed / "run" / "features").glob("*_val_*.npz")]
     known = np.concatenate(features)
@@ -100,6 +106,70 @@ def test_images_unlike_the_training_are_flagged(probed, tmp_path):
     Image.fromarray(flag).save(tmp_path / "flag.png")
     (row,) = predict.main(["classify", str(probed / "run"), str(tmp_path / "flag.png")])
     assert row["unlike_training"] == 1
+
+
+@pytest.mark.parametrize("flags", [("--image-kind", "crop"), ("--precision", "bf16")])
+def test_maps_lie_in_the_image_and_change_nothing(probed, tmp_path, flags):
+    """A map for each answer, of the malignant score; in bf16 where the machine has it."""
+    captum = pytest.importorskip("captum")
+    assert captum
+    if "bf16" in flags and not distributed.cpu_has_bf16():
+        pytest.skip("no bf16 units")
+    run = tmp_path / "run"
+    main_linear.main([
+        "--dataset", "cbis_mass", "--root", str(probed / "cbis"), "--pretrained", str(probed / "checkpoint.pt"), "-j",
+        "0", "--resamples", "20", "--output-dir", str(run), "--gpu", "-1", *flags,
+    ])  # fmt: skip
+    rows = [row for row in read_rows(probed / "cbis" / "mass.csv") if row["split"] == "test"]
+    (probed / "cbis" / "list.csv").write_text("image\n" + "".join(f"{row['crop']}\n" for row in rows))
+    given = ["classify", str(run), str(probed / "cbis" / "list.csv"), "--gpu", "-1", "--batch-size", "128"]
+    found = predict.main([*given, "--explain", str(tmp_path / "maps"), "--output", str(tmp_path / "answers.csv")])
+    expected = read_rows(run / "predictions.csv")
+    for row, own in zip(found, expected, strict=True):
+        assert row["prob_MALIGNANT"] == float(own["prob_MALIGNANT"])  # the run's precision, too
+        assert Image.open(row["map"]).size == (32, 32)
+    assert len({row["map"] for row in read_rows(tmp_path / "answers.csv")}) == len(rows)
+
+
+@pytest.mark.parametrize(
+    "name, tower, settings, size",
+    [
+        ("MEDCLIP_VIT", "medclip-swin", dict(embed_dim=12, depths=[1, 1], num_heads=[2, 2]), (96, 64)),
+        ("CLIP_VITT16", "vit_tiny_patch16_224", dict(depth=1), (96, 32)),
+        ("CLIP_VITT16", "test_resnet", {}, (96, 64)),
+    ],
+)
+def test_maps_find_what_the_score_depends_on(name, tower, settings, size):
+    """A head that reads one tower's response to a bright corner: the other half of the image hardly matters."""
+    pytest.importorskip("captum")
+    torch.manual_seed(0)
+    model = models.create_model(name, vision_tower=tower, vision_kwargs=settings, image_size=size, text_layers=2)
+    backbone = Backbone(model.visual, model.eval(), model.preprocess, "backbone", name)
+    flat = torch.zeros(1, 3, *size)
+    image = flat.clone()
+    image[:, :, : size[0] // 3] = 2.0
+    with torch.no_grad():
+        direction = (model.visual(image) - model.visual(flat))[0].numpy()
+    head = identity_head(2)
+    weight = np.stack([np.zeros_like(direction), direction], axis=1)
+    width = len(direction)
+    head = replace(head, mean=np.zeros(width), scale=np.ones(width), weight=weight, bias=np.zeros(2))
+    heat = Explainer(backbone, head, 1)(image.clone())
+    assert heat.shape == (1, *size)
+    assert heat[0].sum() == pytest.approx(1, abs=1e-4) and (heat >= 0).all()
+    if tower != "medclip-swin":  # one block of windows of 7 x 7 mixes all of this small image
+        assert heat[0, : size[0] // 2].sum() > 0.6
+
+
+@pytest.mark.parametrize("mean_pooling", [True, False])
+def test_a_fine_tuned_beit_has_maps(mean_pooling):
+    pytest.importorskip("captum")
+    torch.manual_seed(0)
+    settings = dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, use_mean_pooling=mean_pooling)
+    model = create_beit("beit_small_patch16_224", img_size=(48, 32), num_classes=3, init_scale=1.0, **settings).eval()
+    backbone = Backbone(model, model, Preprocess(size=(48, 32)), "logits", "beit")
+    heat = Explainer(backbone, identity_head(3), 2)(torch.rand(2, 3, 48, 32))
+    assert heat.shape == (2, 48, 32) and np.allclose(heat.sum((1, 2)), 1, atol=1e-4)
 
 
 def test_other_weights_than_the_probes_are_refused(probed, tmp_path):
@@ -209,9 +279,11 @@ def test_a_fine_tuned_run_gives_its_own_predictions(probed, tmp_path):
     ])  # fmt: skip
     rows = [row for row in read_rows(probed / "cbis" / "mass.csv") if row["split"] == "test"]
     (probed / "cbis" / "list.csv").write_text("image\n" + "".join(f"{row['crop']}\n" for row in rows))
-    found = predict.main(["classify", str(run), str(probed / "cbis" / "list.csv"), "--batch-size", "16"])
+    maps = ["--explain", str(tmp_path / "maps")] if importlib.util.find_spec("captum") else []
+    found = predict.main(["classify", str(run), str(probed / "cbis" / "list.csv"), "--batch-size", "16", *maps])
     for row, own in zip(found, read_rows(run / "predictions.csv"), strict=True):
         assert [row[f"prob_{name}"] for name in CBIS_CLASSES] == [float(own[f"prob_{name}"]) for name in CBIS_CLASSES]
         assert row["predicted"] == own["predicted"] and row["called_malignant"] in (0, 1)
+        assert not maps or Image.open(row["map"]).size == (32, 32)
     with pytest.raises(FileNotFoundError):
         predict.main(["classify", str(tmp_path), str(probed / "cbis" / "list.csv")])
