@@ -63,11 +63,14 @@ def draw_metrics(
     """The six columns of a row with S seeds, probs being their probabilities (n, k) for the same samples.
 
     Rows drawn with the same labels, patients, `resamples` and `seed` see the same resamples, so that they can be
-    compared in pairs. Raises as metrics.patient_bootstrap does.
+    compared in pairs. Raises as metrics.patient_bootstrap does, and a ValueError where a class has a single patient:
+    what another one of them would do cannot be known.
     """
     each = [metrics.resampled_metrics(y_true, p, patients, classes, malignant, resamples, seed) for p in probs]
     names, labels = np.asarray(patients), np.asarray(y_true)
     number = min(len(set(names[labels == c])) for c in range(len(classes)))
+    if number < 2:
+        raise ValueError("a class has a single patient, so that no interval over patients can be given")
     return {
         name: Draws(np.array([e[name][0] for e in each]), np.stack([e[name][1] for e in each]), number, trained)
         for name in each[0]

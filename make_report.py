@@ -511,8 +511,7 @@ def misread(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs) -> l
         return []
     found, crops = Predictions.read(path), {row["lesion"]: row["crop"] for row in rows}
     target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
-    cancers = np.flatnonzero(found.labels == target)
-    missed = cancers[np.argsort(found.prob[cancers, target], kind="stable")][:SHOWN]
+    missed = missed_cancers(found)
     wrong = np.flatnonzero(found.prob.argmax(1) != found.labels)
     confident = wrong[np.argsort(-found.prob[wrong].max(1), kind="stable")][:SHOWN]
     groups = []
@@ -531,6 +530,13 @@ def misread(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs) -> l
     return groups
 
 
+def missed_cancers(found: Predictions) -> np.ndarray:
+    """Numbers of the cancers with the lowest malignant probability."""
+    target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
+    cancers = np.flatnonzero(found.labels == target)
+    return cancers[np.argsort(found.prob[cancers, target], kind="stable")][:SHOWN]
+
+
 def explained(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, most: int, images: bool) -> dict | None:
     """Saliency of the table's last probe; what prevents it is told."""
     if not most or runs.cbis is None:
@@ -540,13 +546,27 @@ def explained(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, mo
     if not models:
         return {"why": "no probe kept its head (head.safetensors)"}
     model, folder = models[-1], models[-1].folders[0]
+    own = Predictions.read(folder / "predictions.csv")
+    missed = [own.rows[i]["lesion"] for i in missed_cancers(own)]
     try:
-        found = saliency.explain_run(folder, read_json(folder / "settings.json", runs), rows, runs.cbis, most)
+        settings = read_json(folder / "settings.json", runs)
+        found, named = saliency.explain_run(folder, settings, rows, runs.cbis, most, missed)
         scores = saliency.score_maps(found)
     except (ImportError, ValueError, FileNotFoundError) as error:
         return {"why": str(error)}
-    plates = [{"lesion": e.lesion, "data": saliency.plate(e), "energy": saliency.energy_inside(e.heat, e.mask),
-               "chance": e.chance} for e in found[:SHOWN]] if images else []  # fmt: skip
+    energy = {e.lesion: saliency.energy_inside(e.heat, e.mask) for e in [*found, *named]}
+    farthest = sorted(found, key=lambda e: energy[e.lesion] - e.chance)
+    groups = {
+        "Cancers with the lowest malignant probability": named,
+        "Maps with the least inside the outline, beside its size": farthest,
+        "Drawn by lot": found,
+    }  # fmt: skip
+    plates = [
+        {"title": title, "images": [
+            {"lesion": e.lesion, "data": saliency.plate(e), "energy": energy[e.lesion], "chance": e.chance}
+            for e in part[:SHOWN]
+        ]} for title, part in groups.items()
+    ] if images else []  # fmt: skip
     return {"model": model.name, "source": str(folder / "head.safetensors"), "lesions": len(found), "why": "",
             "scores": [(SALIENCY[name], percent_cell(value)) for name, value in scores.items()],
             "plates": plates}  # fmt: skip
@@ -662,13 +682,14 @@ def unit_rows(table: ResultTable) -> list[dict[str, Any]]:
 
 
 def subgroup_rows(table: ResultTable) -> list[dict[str, Any]]:
-    """Of the last model; the intervals are over patients."""
+    """Of the last model; the intervals are over patients and, where there are several, seeds."""
     models = [row for row in table.rows if row.subgroups]
     if not models:
         return []
     return [
         {"model": models[-1].name, "group": f"{part['by']}: {part['value']}", "lesions": part["lesions"],
          "patients": part["patients"], "malignant": part["pathologies"][metrics.MALIGNANT],
+         "seeds": max(1, len(models[-1].folders)),
          "auroc": percent_cell(part["auroc"]) if part["auroc"] else "not defined",
          "auroc_malignant": percent_cell(part["auroc_malignant"]) if part["auroc_malignant"] else "not defined"}
         for part in models[-1].subgroups

@@ -76,7 +76,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="check everything, print each step's command and stop")
     run.add_argument("--submit", default=None, nargs="?", const="", type=str, metavar="FLAGS",
                      help="send the trainings to Slurm through run_with_submitit.py with these flags, e.g. "
-                     "--submit='--partition gpu --nodes 1'; run the same command again when they have ended")
+                     "--submit='--partition gpu --nodes 1 --ngpus 1'; the same command again says which still wait or "
+                     "run, and goes on when they have ended")
     return parser
 # fmt: on
 
@@ -192,10 +193,13 @@ class Step:
 
     @property
     def done(self) -> bool:
-        record = self.folder / "step.json"
-        if not self.result.is_file() or not record.is_file():
-            return False
-        return json.loads(record.read_text()) == json.loads(json.dumps(self.record()))
+        return self.result.is_file() and self.recorded == json.loads(json.dumps(self.record()))
+
+    @property
+    def recorded(self) -> dict[str, Any] | None:
+        """`record` when the step last ran; None where it never has."""
+        path = self.folder / "step.json"
+        return json.loads(path.read_text()) if path.is_file() else None
 
 
 def seeds_of(row: Row, seeds: Sequence[int]) -> list[int]:
@@ -222,6 +226,8 @@ def plan_steps(plan: Plan, args: argparse.Namespace, out: Path) -> list[Step]:
                 flags = [*shlex.split(row.train), "--seed", str(seed), "--workers", str(args.workers)]
                 script = "main.py" if args.submit is None else "run_with_submitit.py"
                 job = [] if args.submit is None else shlex.split(args.submit)
+                if args.submit is not None and "--job_dir" not in job:
+                    job += ["--job_dir", str(out / "jobs" / "%j")]
                 command = [python, str(HERE / script), *flags, "--output-dir", str(folder / "training"), *job]
                 steps.append(Step(f"{row.name}, seed {seed}: train", folder / "training", command, weights,
                                   training=True))  # fmt: skip
@@ -337,6 +343,8 @@ def run_steps(steps: list[Step]) -> None:
             step.status = "done before"
         elif step.done:
             step.status = "done before"
+        elif step.training and (state := state_in_queue(step.folder)):
+            step.status = f"submitted before: {state}"
         elif absent := [path for path in step.needs if not path.exists()]:
             step.status = f"not run: {absent[0]} is not there"
         else:
@@ -348,11 +356,28 @@ def run_steps(steps: list[Step]) -> None:
 def already_trained(step: Step) -> bool:
     """Whether the training of this folder has reached its end; main.py itself refuses other settings."""
     newest = step.folder / "checkpoint.pt"
-    if not newest.is_file() or not step.result.is_file() or not (step.folder / "step.json").is_file():
+    if not newest.is_file() or not step.result.is_file() or step.recorded is None:
         return False
-    if json.loads((step.folder / "step.json").read_text())["command"][2:] != step.command[2:]:
+    if step.recorded["command"][2:] != step.command[2:]:
         return False
     return bool(utils.training_progress(utils.load_checkpoint(newest, mmap=True), newest).get("finished"))
+
+
+JOB = "job.txt"  # of a training's folder: the job's number in Slurm
+
+
+def state_in_queue(folder: Path) -> str:
+    """Slurm's word for the training's job, RUNNING and so on; "" where none waits or runs, or Slurm cannot be asked."""
+    path = folder / JOB
+    if not path.is_file():
+        return ""
+    number = path.read_text().strip()
+    try:
+        asked = subprocess.run(["squeue", "-h", "-j", number, "-o", "%T"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    states = sorted(set(asked.stdout.split()) - {"COMPLETING"}) if asked.returncode == 0 else []
+    return f"job {number} is {', '.join(states)}" if states else ""
 
 
 def run_step(step: Step, title: str) -> None:
@@ -375,8 +400,13 @@ def run_step(step: Step, title: str) -> None:
     step.seconds = time.monotonic() - start
     if code == 0 and step.result.is_file():
         step.status = "done"
+    elif code == 0 and "run_with_submitit.py" in step.command[1]:
+        numbers = re.findall(r"^job (\S+): files in", output.read_text(errors="replace"), re.MULTILINE)
+        if numbers:
+            (step.folder / JOB).write_text(numbers[-1] + "\n")
+        step.status = f"submitted: job {numbers[-1]}" if numbers else "submitted"
     elif code == 0:
-        step.status = "submitted" if "run_with_submitit.py" in step.command[1] else f"no {step.result.name} came of it"
+        step.status = f"no {step.result.name} came of it"
     else:
         step.status = f"FAILED with code {code}"
         if step.result.name == "results.json":
@@ -473,7 +503,7 @@ def describe_row(item: Measured, test: list[dict[str, str]], resamples: int) -> 
             "metrics": plain_draws(merged, item.trained, resamples),
         }
     entry["never_predicted"] = sorted({name for r in item.results for name in r.get("never_predicted", [])})
-    entry["subgroups"] = item.results[0].get("subgroups", [])  # of the first seed
+    entry["subgroups"] = predictions.score_subgroups(whole[0], resamples, others=whole[1:])
     entry["two_class"] = [r["two_class"]["metrics"]["auroc"] for r in item.results if r.get("two_class")]
     entry["confusion"] = np.mean([r["confusion"] for r in item.results], axis=0).tolist()
     entry["weights"] = [r.get("weights", {}) for r in item.results]
@@ -668,7 +698,7 @@ def make_tables(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     primary = name_primary(plan, out, any(out.glob("runs/*/*/*/results.json")))
     run_steps(steps)
-    if any(step.status == "submitted" for step in steps):
+    if any(step.status.startswith("submitted") for step in steps):
         log.info("trainings are in the queue: run the same command again when they have ended")
         return {}
     result = collect(plan, args, out, primary, steps)

@@ -13,7 +13,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix
 
+import comparisons
 import metrics
 from cbis import CBIS_CLASSES
 from metadata import Table
@@ -260,10 +261,13 @@ def crop_area(row: dict[str, str]) -> float | None:
     return float(width) * float(height) if width and height else None
 
 
-def score_subgroups(predictions: Predictions, resamples: int = 2000, seed: int = 0) -> list[dict]:
+def score_subgroups(
+    predictions: Predictions, resamples: int = 2000, seed: int = 0, others: Sequence[Predictions] = ()
+) -> list[dict]:
     """AUROC, macro and malignant against the rest, for each value of SUBGROUPS; null where it is not defined.
 
     Sizes are thirds of the test table's crops by area, where these differ. What the table leaves empty is no subgroup.
+    With the predictions of `others`, the same lesions by other seeds, means over seeds and intervals that cover both.
     """
     areas = [area for row in predictions.rows if (area := crop_area(row)) is not None]
     bounds = np.quantile(areas, (1 / 3, 2 / 3)).tolist() if areas else []
@@ -278,27 +282,38 @@ def score_subgroups(predictions: Predictions, resamples: int = 2000, seed: int =
             if not value or not len(index):
                 continue
             part = predictions[index]
+            parts = [part, *(other[index] for other in others)]
             counts = np.bincount(part.labels, minlength=len(CBIS_CLASSES)).tolist()
             enough = len(index) >= LEAST
-            macro = _or_none(lambda part=part: intervals_of(part, resamples, seed)) if enough else None
-            malignant = _or_none(lambda part=part: _malignant_auroc(part, resamples, seed)) if enough else None
+            macro = _or_none(lambda parts=parts: _over_seeds(parts, resamples, seed)) if enough else None
+            malignant = _or_none(lambda parts=parts: _malignant(parts, resamples, seed)) if enough else None
             results.append({
                 "by": name, "value": value, "lesions": len(index), "patients": len(set(part.patients)),
                 "pathologies": dict(zip(CBIS_CLASSES, counts, strict=True)),
-                "auroc": macro and asdict(macro["auroc"]), "auroc_malignant": malignant and asdict(malignant),
+                "auroc": macro and asdict(macro), "auroc_malignant": malignant and asdict(malignant),
             })  # fmt: skip
     return results
 
 
-def _malignant_auroc(part: Predictions, resamples: int, seed: int) -> metrics.Interval:
-    target = CBIS_CLASSES.index(metrics.MALIGNANT)
-    p = part.prob[:, target]
-    two = np.stack([1 - p, p], axis=1).clip(0, 1)
-    found = metrics.patient_bootstrap(
-        (part.labels == target).astype(int), two, part.patients, ("others", metrics.MALIGNANT), resamples=resamples,
-        seed=seed,
+def _over_seeds(seeds: Sequence[Predictions], resamples: int, seed: int) -> metrics.Interval:
+    """Macro AUROC of the same lesions by one or several seeds."""
+    if len(seeds) == 1:
+        return intervals_of(seeds[0], resamples, seed)["auroc"]
+    first, classes = seeds[0], seeds[0].scheme.classes
+    found = comparisons.draw_metrics(
+        first.labels, [p.prob for p in seeds], first.patients, classes, malignant=first.scheme.positive,
+        resamples=resamples, seed=seed,
     )  # fmt: skip
-    return found["auroc"]
+    return comparisons.interval(found["auroc"])
+
+
+def _malignant(seeds: Sequence[Predictions], resamples: int, seed: int) -> metrics.Interval:
+    """AUROC of the malignant lesions against the others."""
+    target, label = CBIS_CLASSES.index(metrics.MALIGNANT), CBIS.label
+    rows = [{**row, label: "others" if row[label] != metrics.MALIGNANT else row[label]} for row in seeds[0].rows]
+    scheme = replace(CBIS, classes=("others", metrics.MALIGNANT))
+    two = [Predictions(rows, np.stack([1 - (p := found.prob[:, target]), p], 1).clip(0, 1), scheme) for found in seeds]
+    return _over_seeds(two, resamples, seed)
 
 
 def _or_none(score: Callable[[], Any]) -> Any:

@@ -256,9 +256,14 @@ def plate(explained: Explained, side: int = 220) -> str:
 
 
 def explain_run(
-    folder: Path, settings: dict[str, Any], rows: Sequence[dict[str, str]], root: Path, most: int
-) -> list[Explained]:
-    """Maps of up to `most` cancers of the test table by the probe in `folder`; ValueError where it kept no head."""
+    folder: Path, settings: dict[str, Any], rows: Sequence[dict[str, str]], root: Path, most: int,
+    named: Sequence[str] = (),
+) -> tuple[list[Explained], list[Explained]]:  # fmt: skip
+    """Maps by the probe in `folder`; ValueError where it kept no head.
+
+    Returns:
+        up to `most` cancers of the test table, drawn by lot; and the lesions in `named`, in their order.
+    """
     path = folder / "head.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder} has no head.safetensors: probe again")
@@ -272,4 +277,9 @@ def explain_run(
         raise ValueError(f"{args['pretrained']} does not hold the weights that {folder} was fitted on")
     cancers = [row for row in rows if row["split"] == "test" and row["pathology"] == metrics.MALIGNANT]
     order = np.random.default_rng(0).permutation(len(cancers))[:most]
-    return explain([cancers[i] for i in sorted(order)], root, backbone, head)
+    drawn = [cancers[i] for i in sorted(order)]
+    by_name = {row["lesion"]: row for row in cancers}
+    also = [by_name[name] for name in named if name in by_name]
+    found = {e.lesion: e for e in explain([*drawn, *(row for row in also if row not in drawn)], root, backbone, head)}
+    sample, others = ([found[row["lesion"]] for row in part if row["lesion"] in found] for part in (drawn, also))
+    return sample, others

@@ -122,3 +122,11 @@ def test_one_seed_alone_leaves_out_the_training():
     """What the remark beside a single seed's p-value is about: over all trainings it covers too little."""
     found = coverage.simulate(1, draws=80, resamples=200, noise=1.0, silent=True)
     assert found["coverage"]["recall_malignant"] < 0.8
+
+
+def test_a_class_of_one_patient_has_no_interval():
+    labels, prob = np.array([0, 0, 1, 1]), np.array([[0.6, 0.4], [0.3, 0.7], [0.2, 0.8], [0.5, 0.5]])
+    with pytest.raises(ValueError, match="single patient"):
+        comparisons.draw_metrics(
+            labels, [prob, prob], ["a", "b", "c", "c"], ("no", "yes"), malignant="yes", resamples=20
+        )

@@ -5,7 +5,7 @@ import shlex
 
 import numpy as np
 import pytest
-from helpers import TINY
+from helpers import TINY, write_checkpoint
 from sklearn.metrics import roc_auc_score
 
 import make_tables
@@ -117,6 +117,33 @@ def test_a_failed_row_does_not_stop_the_others(drawn, tmp_path):
     assert result["tables"]["calc"]["absent"]["Diverges"] == "no seed has results"
     row = next(row for row in result["tables"]["calc"]["rows"] if row["name"] == "ViT untrained")
     assert row["leaves_out"] and "leaves out how another training" in (tmp_path / "out" / "tables.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_row_that_is_fine_tuned_end_to_end_stands_beside_its_probe(drawn, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "tower.pt", "batchnorm")
+    rows = {
+        "probe": "--resamples 60",
+        "finetune": "--epochs 1 --warmup_epochs 0 --batch_size 16 --drop_path 0 --resamples 60 -j 0 --gpu -1",
+        "primary": ["mass", "Fine-tuned"],
+        "rows": [
+            {"name": "Probe", "weights": str(checkpoint)},
+            {"name": "Fine-tuned", "weights": str(checkpoint), "finetune": "--lr 1e-3", "baseline": "Probe"},
+        ],
+    }
+    result = make_tables.main(command(drawn, tmp_path, "--seeds", "0", "1", rows=rows))
+    for kind, table in result["tables"].items():
+        probe, tuned = (row for row in table["rows"] if row["kind"] == "measured")
+        assert probe["seeds"] == [0] and tuned["seeds"] == [0, 1]
+        found = [Predictions.read(tmp_path / "out" / path / "predictions.csv") for path in tuned["files"]]
+        assert abs(found[0].prob - found[1].prob).max() > 1e-4  # the seeds are two trainings
+        each = [roc_auc_score(p.labels, p.prob, multi_class="ovr") for p in found]
+        assert tuned["metrics"]["auroc"]["value"] == pytest.approx(np.mean(each))
+        assert set(tuned["detection"]) and tuned["subgroups"] and tuned["units"]["breast"]["number"]
+        (entry,) = table["comparisons"]
+        assert (entry["row"], entry["baseline"]) == ("Fine-tuned", "Probe") and entry["primary"] is (kind == "mass")
+    again = make_tables.main(command(drawn, tmp_path, "--seeds", "0", "1", rows=rows))
+    assert {step["status"] for step in again["steps"]} == {"done before"}
 
 
 def test_dry_run_prints_the_commands_and_runs_none(drawn, tmp_path, capsys):

@@ -136,6 +136,24 @@ def test_subgroups_are_complete_and_have_their_own_scores():
     assert part["auroc_malignant"]["value"] == pytest.approx(roc_auc_score(own.labels == 2, own.prob[:, 2]))
 
 
+def test_subgroups_of_several_seeds_have_their_mean_and_a_wider_interval():
+    first = table()
+    rng = np.random.default_rng(5)
+    noisy = [first.prob * rng.uniform(0.2, 3, first.prob.shape) for _ in range(2)]
+    others = [predictions.Predictions(first.rows, p / p.sum(1, keepdims=True)) for p in noisy]
+    together = predictions.score_subgroups(first, resamples=200, others=others)
+    each = [predictions.score_subgroups(found, resamples=200) for found in (first, *others)]
+    assert [(part["by"], part["value"], part["lesions"]) for part in together] == [
+        (part["by"], part["value"], part["lesions"]) for part in each[0]
+    ]
+    for i, part in enumerate(together):
+        for name in ("auroc", "auroc_malignant"):
+            values = [found[i][name]["value"] for found in each]
+            assert part[name]["value"] == pytest.approx(np.mean(values))
+            least = part[name]["high"] - part[name]["low"]
+            assert part[name]["high"] == 1 or least > 2 * 1.96 * np.std(values, ddof=1) / np.sqrt(3)
+
+
 def test_a_class_that_is_never_predicted_is_named():
     test = table(60)
     test.prob[:, 1] = 0

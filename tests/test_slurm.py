@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,11 +32,13 @@ from submitit.core.utils import UncompletedJobError
 import cbis
 import distributed
 import main
+import make_tables
 import run_with_submitit
 import run_with_submitit_linear
 import utils
 from beit_finetuning import run_class_finetuning
 from predictions import Predictions
+from synthetic import world
 
 HERE = Path(__file__).parent / "slurm"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -468,6 +471,31 @@ def test_slurm_fine_tuning_on_two_nodes_equals_one_process(cluster, tmp_path):
     assert [row["lesion"] for row in one.rows] == [row["lesion"] for row in two.rows]
     assert abs(one.prob - two.prob).max() < 1e-3
     assert "2 task(s) on n1, n2" in logged(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_slurm_trains_the_rows_of_the_tables(cluster, tmp_path, monkeypatch):
+    """--submit: jobs that wait or run are not sent again; when they have ended the same command makes the tables."""
+    lesions = {kind: {"train": 60, "test": 40} for kind in ("calc", "mass")}
+    world.make_demo(tmp_path / "world", seed=0, pairs=60, lesions=lesions, workers=1)
+    flags = f"--dataset roco --root {{roco}} --model SLIP_VITT16 --epochs 1 --batch-size 16 --gpu -1 {shlex.join(TINY)}"
+    rows = {"train": flags, "probe": "--resamples 30", "rows": [{"name": "ViT", "train": ""}]}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    argv = ["--roco", str(tmp_path / "world" / "roco"), "--cbis", str(tmp_path / "world" / "cbis"), "--workers", "0"]
+    argv += ["--rows", str(tmp_path / "rows.json"), "--output-dir", str(tmp_path / "out"), "--resamples", "50"]
+    argv += ["--seeds", "0", "1", "--submit=--nodes 1 --ngpus 1 --mem 1 --cpus 1 --timeout 10"]
+    assert make_tables.main(argv) == {}
+    folders = [tmp_path / "out" / "runs" / "vit" / f"seed{seed}" / "training" for seed in (0, 1)]
+    jobs = [SimpleNamespace(job_id=(folder / make_tables.JOB).read_text().strip()) for folder in folders]
+    subprocess.run(["scontrol", "hold", jobs[1].job_id], check=False)  # it may run already
+    assert make_tables.main(argv) == {}
+    assert [(folder / make_tables.JOB).read_text().strip() for folder in folders] == [job.job_id for job in jobs]
+    subprocess.run(["scontrol", "release", jobs[1].job_id], check=False)
+    for job in jobs:
+        assert wait_for_end(job, 240) == "COMPLETED", logs(tmp_path / "out" / "jobs" / job.job_id)
+    result = make_tables.main(argv)
+    assert [row["seeds"] for row in result["tables"]["calc"]["rows"] if row["kind"] == "measured"] == [[0, 1]]
+    assert json.loads((folders[0] / "settings.json").read_text())["args"]["seed"] == 0
 
 
 LONG = ["--epochs", "25", "--eval-freq", "25", "--batch-size", "4", "--save-every-minutes", "1000"]
