@@ -1,9 +1,12 @@
 """The report says what the files say: numbers, what is missing, figures, and a page that stands alone."""
 
 import csv
+import importlib.util
 import json
 import re
 import shutil
+import subprocess
+from html import unescape
 from html.parser import HTMLParser
 
 import cbis_tree
@@ -282,3 +285,60 @@ def test_figures_take_their_text_colour_from_the_page():
     svg = figures.forest([("a", metrics.Interval(0.5, 0.4, 0.6))], "A & b", "percent", synthetic=False)
     assert "currentColor" in svg and figures.INK not in svg and 'aria-label="A &amp; b"' in svg
     assert re.search(r"<text[^>]*>", svg), "text is text, not outlines"
+
+
+# What a page is like once it is laid out, written into its own title: the browser prints the page as it then stands.
+MEASURE = """<script>addEventListener("load", () => {
+  const sizes = [...document.querySelectorAll("figure")].map(f => {
+    const drawn = f.querySelector("svg, img, .gone").getBoundingClientRect();
+    const img = f.querySelector("img");
+    return [drawn.width, drawn.height, img ? img.naturalWidth : 1];
+  });
+  const style = getComputedStyle(document.body);
+  document.title = JSON.stringify({sizes, wide: document.documentElement.scrollWidth, width: innerWidth,
+    background: style.backgroundColor, colour: style.color});
+})</script>"""
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def laid_out(path, width: int, dark: bool, folder) -> tuple[dict, str]:
+    """What MEASURE says of a page in a headless Chromium, and the console's messages."""
+    copy = folder / "measured.html"
+    copy.write_text(path.read_text("utf-8").replace("</body>", MEASURE + "</body>"), "utf-8")
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+         f"--user-data-dir={folder / 'user'}",
+         f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={width},900", "--dump-dom",
+         copy.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    title = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.DOTALL)
+    assert title, done.stderr[-2000:]
+    return json.loads(unescape(title[1])), "\n".join(re.findall(r".*CONSOLE.*", done.stderr))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_the_page_lays_out_on_desk_and_phone_in_light_and_dark(runs, probed, tmp_path):
+    flags = ["--cbis", str(probed / "cbis")]
+    if importlib.util.find_spec("captum"):
+        flags += ["--saliency", "4"]
+    page, html = report(runs, *flags)
+    number = html.count("<figure")
+    assert number > len(page["figures"]) > 5
+    seen = {}
+    for width in (1280, 500):
+        for dark in (False, True):
+            folder = tmp_path / f"{width}{dark}"
+            folder.mkdir()
+            found, console = laid_out(runs.parent / "report" / "report.html", width, dark, folder)
+            assert console == "" and len(found["sizes"]) == number
+            assert all(w > 40 and h > 40 and natural > 0 for w, h, natural in found["sizes"]), found["sizes"]
+            assert found["wide"] <= found["width"] <= width  # tables scroll inside their frames, the page does not
+            assert all(w <= found["width"] for w, *_ in found["sizes"])
+            seen[width, dark] = found["background"], found["colour"]
+    assert seen[1280, False] == seen[500, False] != seen[1280, True] == seen[500, True]
+    broken = tmp_path / "broken.html"
+    broken.write_text("<html><head><title></title></head><body><script>missing()</script></body></html>")
+    assert "missing is not defined" in laid_out(broken, 500, False, tmp_path)[1]  # a console error would be seen
