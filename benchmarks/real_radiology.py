@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Row:
     flags: str = ""
     blend: float = 1.0  # fraction of the trained weights in the average with those at the start
     base: str = ""  # the row whose training is blended
+    best: bool = False  # the epoch with the best recall over the validation pairs, not the last one
 
 
 HELD = "--lr 3e-4 --hold-batchnorm"
@@ -75,6 +76,7 @@ SEARCH = {  # with SLIP
     "rate 3e-5": Row("SLIP", "--lr 3e-5"),
     "held": Row("SLIP", HELD),  # BatchNorm
     "held, blend 0.5": Row("SLIP", HELD, blend=0.5, base="held"),
+    "held, best epoch": Row("SLIP", HELD, best=True),
 }
 FROZEN = {"untrained": Row(), "ImageNet": Row()}
 
@@ -203,8 +205,8 @@ def tower_of(args: argparse.Namespace, name: str, row: Row, seed: int, root: Pat
     out.mkdir(parents=True, exist_ok=True)
     flags = flags_of(args, row, seed, root, out)
     if row.objective and not row.base:
-        training.main([*flags, "--keep-last", "1", "--eval-freq", str(args.epochs)])
-        state = utils.load_checkpoint(out / "checkpoint.pt")
+        training.main([*flags, "--keep-last", "1", "--eval-freq", "1" if row.best else str(args.epochs)])
+        state = utils.load_checkpoint(out / ("checkpoint_best.pt" if row.best else "checkpoint.pt"))
         utils.save_checkpoint({key: state[key] for key in ("state_dict", "model", "preprocess", "tokenizer")}, file)
         for checkpoint in out.glob("checkpoint*.pt"):  # with the optimizer's state: five times as large
             checkpoint.unlink()
@@ -242,6 +244,8 @@ def run_one(args: argparse.Namespace, name: str, row: Row, seed: int) -> None:
 
     for dataset in (["busi"] if "busi" in catalog else []) + MIAS * (args.output_dir / "mias").is_dir():
         probe(dataset, tower)
+    if "busi" in catalog and row.objective in ("CLIP", "SLIP"):
+        label_in_words(args, catalog, tower, out / "busi_zero_shot")
     probed = time.time()
     for k in () if args.skip_finding else range(FOLDS):
         root = args.output_dir / f"roco_without_{k}"
@@ -283,6 +287,19 @@ def probe_set(args: argparse.Namespace, dataset: str, catalog: dict, tower: Path
     auroc = max(entry["score"] for entry in head.validation)
     utils.write_json(done, {"auroc": auroc, "train": len(train.labels), "test": len(test.labels), **head.chosen})
     return auroc
+
+
+def label_in_words(args: argparse.Namespace, catalog: dict, tower: Path, folder: Path) -> None:
+    """Zero-shot predictions of BUSI's test images, by the catalog's labels and templates."""
+    if (folder / "predictions.csv").is_file():
+        return
+    images, loaded = create_downstream("busi", False, None, catalog), training.models.load_pretrained(tower)
+    loaded.model.to(common.choose_device(False))
+    pictures = [images.image(i) for i in range(len(images))]
+    prob = loaded.zero_shot(pictures, catalog["busi"]["labels"], catalog["busi"]["templates"])
+    assert images.scheme is not None  # a set of type csv
+    folder.mkdir(parents=True, exist_ok=True)
+    Predictions(images.rows, prob, images.scheme).write(folder / "predictions.csv")
 
 
 def retrieval_of(log: Path) -> dict[str, float]:
@@ -353,6 +370,8 @@ def predictions_of(args: argparse.Namespace, name: str, seed: int) -> dict[str, 
         scheme = create_downstream("busi", False, None, catalog).scheme
         assert scheme is not None  # a set of type csv
         found["BUSI"] = Predictions.read(out / "busi" / "predictions.csv", scheme)
+        if (words := out / "busi_zero_shot" / "predictions.csv").is_file():
+            found["BUSI, zero-shot"] = Predictions.read(words, scheme)
     for kind in ("calc", "mass"):
         file = out / f"cbis_{kind}" / "predictions.csv"
         if file.is_file():
@@ -395,7 +414,8 @@ def tabulate(args: argparse.Namespace, rows: dict[str, Row]) -> dict:
 def correct(table: dict, names: list[str]) -> None:
     """Holm's p-values over the final rows' AUROC differences, all sets together, beside each."""
     cells = [
-        found[name]["auroc minus ImageNet"] for found in table.values() for name in names if name in found
+        found[name]["auroc minus ImageNet"] for found in table.values() for name in names
+        if "auroc minus ImageNet" in found.get(name, {})
     ]  # fmt: skip
     for cell, p in zip(cells, comparisons.holm([cell["p_value"] for cell in cells]), strict=True):
         cell["holm"] = p
@@ -444,7 +464,7 @@ def main(argv: list[str] | None = None) -> dict:
     run_rows(args, {**FROZEN, **search}, argv)
     best, scores = choose(args, list(search))
     final = {} if search[best].base else {
-        f"{objective}, {best}": Row(objective, search[best].flags) for objective in ("CLIP", "SIMCLR")
+        f"{objective}, {best}": replace(search[best], objective=objective) for objective in ("CLIP", "SIMCLR")
     }  # fmt: skip
     run_rows(args, final, argv)
     rows = {**FROZEN, **search, **final}
