@@ -344,7 +344,7 @@ def probe_cbis(
 
 
 def keep_heads(
-    args: argparse.Namespace, backbone: Backbone, heads: Sequence[Any], results: dict[str, Any],
+    args: argparse.Namespace, backbone: Backbone, heads: Sequence[Linear], results: dict[str, Any],
     features: np.ndarray | None, **about: Any,
 ) -> None:  # fmt: skip
     """head.safetensors: the layer, of several findings one each, and in its header what using it takes.
@@ -353,7 +353,7 @@ def keep_heads(
         features: of the training images (n, d), for the distance of new ones from them; None where there is none.
         about: of other sets than CBIS-DDSM: classes, the name of the view, findings.
     """
-    if not heads or not all(isinstance(head, Linear) for head in heads):  # the medslip protocol's average of models
+    if not heads:  # no finding has two images of either outcome
         return
     first = heads[0] if features is None else heads[0].knowing(features)
     described = {
@@ -551,7 +551,7 @@ def probe_features(
 def probe_findings(
     args: argparse.Namespace, names: list[str], train: Samples, test: Samples, findings: dict[str, np.ndarray],
     processes: distributed.Processes,
-) -> tuple[dict, dict[str, Any]]:  # fmt: skip
+) -> tuple[dict, dict[str, Linear]]:  # fmt: skip
     """Logistic regression for each finding by itself, on the images whose finding is known: scores and heads."""
     prob, chosen, heads = np.full(findings["test"].shape, 0.5), {}, {}
     for i, name in enumerate(names):

@@ -589,7 +589,8 @@ def resize_position_embeddings(
     own, changed = dict(model.named_parameters()), {}
     key = "visual.pos_embed"
     if key in own and key in state_dict and own[key].ndim == 3:
-        prefix, (h, w) = model.visual.num_prefix_tokens, model.visual.patch_embed.grid_size
+        h, w = model.visual.patch_embed.grid_size
+        prefix = own[key].shape[1] - h * w  # 0 where class and register tokens have no position
         places = state_dict[key].shape[1] - prefix
         patch = model.visual.patch_embed.patch_size
         old = tuple(side // p for side, p in zip(height_width(size), patch, strict=True)) if size is not None else None

@@ -68,7 +68,7 @@ CLASS_WEIGHTS = ("none", "balanced", "validated")
 class Head:
     """A fitted head: `probabilities(features (n, d)) -> (n, k)`, and how its setting was chosen."""
 
-    probabilities: Predict
+    probabilities: Linear
     chosen: dict[str, Any]
     validation: list[dict[str, Any]]  # score and loss of each setting on the validation samples
     # The validation samples' labels (n,) and probabilities (n, k) by the chosen setting, fitted without them.
@@ -189,7 +189,7 @@ def fit_chosen(
     name: str,
     settings: Sequence[float],
     fit: Callable[[Samples, Sequence[float], bool], list[Predict]],
-    refit: Callable[[Samples, float, bool], Predict],
+    refit: Callable[[Samples, float, bool], Linear],
     choice: Choice,
 ) -> Head:
     """The head whose setting is best on held-out samples, fitted again on all of train and val.
@@ -359,7 +359,7 @@ def fit_medslip(train: Samples, val: Samples, num_classes: int, choice: Choice |
     )
 
 
-def train_medslip(samples: Samples, num_classes: int, rate: float, seed: int, balanced: bool = False) -> Predict:
+def train_medslip(samples: Samples, num_classes: int, rate: float, seed: int, balanced: bool = False) -> Linear:
     """50 epochs over shuffled batches of 16, one cosine over the whole run; returns features -> probabilities."""
     torch.manual_seed(seed)
     scaler = StandardScaler().fit(samples.features)

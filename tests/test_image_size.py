@@ -136,6 +136,14 @@ def test_a_vits_positions_follow_to_any_shape_and_back(size):
     torch.testing.assert_close(back.visual.pos_embed[0, 1:], again)
 
 
+def test_positions_without_the_class_token_follow_too():
+    settings = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2, no_embed_class=True, reg_tokens=4)
+    model = models.create_model("CLIP_VITT16", image_size=32, vision_kwargs=settings, **SMALL).eval()
+    other = models.at_size(model, (64, 24))
+    expected = bicubic(model.visual.pos_embed[0].reshape(4, 4, 32), (8, 3)).reshape(-1, 32)
+    torch.testing.assert_close(other.visual.pos_embed[0], expected)
+
+
 @pytest.mark.parametrize(
     "name, tower, settings, size",
     [
