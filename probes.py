@@ -188,7 +188,7 @@ def fit_chosen(
     val: Samples,
     name: str,
     settings: Sequence[float],
-    fit: Callable[[Samples, Sequence[float], bool], list[Predict]],
+    fit: Callable[[Samples, Sequence[float], bool], Sequence[Predict]],
     refit: Callable[[Samples, float, bool], Linear],
     choice: Choice,
 ) -> Head:
@@ -208,7 +208,7 @@ def fit_chosen(
         predictors = [fit(fitted, settings, balanced) for fitted, _ in parts]
         weighting = {} if choice.class_weights == "none" else {"balanced": balanced}
 
-        def held_out_by(i: int, predictors: list[list[Predict]] = predictors) -> np.ndarray:
+        def held_out_by(i: int, predictors: list[Sequence[Predict]] = predictors) -> np.ndarray:
             """Probabilities of all held-out samples by setting i, one setting in memory at a time."""
             return np.concatenate([fold[i](out.features) for fold, (_, out) in zip(predictors, parts, strict=True)])
 
@@ -253,7 +253,7 @@ def logistic_path(
     num_classes: int,
     tolerance: float = 1e-4,
     balanced: bool = False,
-) -> list[Predict]:
+) -> list[Linear]:
     """Logistic regression at each penalty, in their order: functions from features (n, d) to probabilities (n, k).
 
     Minimises mean cross-entropy + penalty / 2 * |W|^2 over standardised features in float64 until no component
@@ -351,7 +351,7 @@ def fit_medslip(train: Samples, val: Samples, num_classes: int, choice: Choice |
     """
     choice = choice if isinstance(choice, Choice) else Choice(choice)
 
-    def fit(samples: Samples, rates: Sequence[float], balanced: bool) -> list[Predict]:
+    def fit(samples: Samples, rates: Sequence[float], balanced: bool) -> list[Linear]:
         return [train_medslip(samples, num_classes, rate, choice.seed, balanced) for rate in rates]
 
     return fit_chosen(
