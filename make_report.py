@@ -568,6 +568,7 @@ def explained(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, mo
         ]} for title, part in groups.items()
     ] if images else []  # fmt: skip
     return {"model": model.name, "source": str(folder / "head.safetensors"), "lesions": len(found), "why": "",
+            "fitted_on_crops": settings["args"]["image_kind"] == "crop",
             "scores": [(SALIENCY[name], percent_cell(value)) for name, value in scores.items()],
             "plates": plates}  # fmt: skip
 
@@ -581,6 +582,7 @@ SALIENCY = {
     "rank_correlation_with_random_weights": "Rank correlation with the map of weights drawn anew",
     "pointing_minus_chance": "Highest value inside, minus chance",
     "energy_minus_chance": "Energy inside, minus chance",
+    "empty": "Maps without a place that speaks for it",
 }
 
 

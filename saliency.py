@@ -1,10 +1,11 @@
 """Where a probe's malignant score comes from, on whole mammograms, against the radiologist's outline.
 
-Maps come from captum: Grad-CAM (Selvaraju et al. 2017) at the last convolutional stage, gradient times activation at
-the last stage of a Swin tower and before the last attention of a ViT. They are scored by the pointing game (Zhang et
-al. 2018: is the highest value inside the outline?) and by the fraction of their energy inside it, against what a flat
-map would score. A map that hardly changes when the tower's weights are drawn anew (Adebayo et al. 2018) shows the
-image, not the model: the same scores of such a tower stand beside.
+Maps come from captum: Grad-CAM (Selvaraju et al. 2017) at the last convolutional layer, gradient times activation at
+the last layer of a Swin tower and before the last attention of a ViT. Where the tower's feature is the mean over the
+layer's places, the map says what each place adds to the score beside the average training image. Maps are scored by the
+pointing game (Zhang et al. 2018: is the highest value inside the outline?) and by the fraction of their energy inside
+it, against what a flat map would score. A map that hardly changes when the tower's weights are drawn anew (Adebayo et
+al. 2018) shows the image, not the model: the same scores of such a tower stand beside.
 """
 
 from __future__ import annotations
@@ -82,10 +83,23 @@ class Explainer:
         else:
             product: Any = LayerGradientXActivation(self.score, self.layer.module).attribute(images)
             heat = self.layer.grid(product, images.shape[-2:])[:, None]
-        heat = F.relu(heat.detach())
+        heat = F.relu(self.beside_the_average(heat.detach(), images))
         heat = F.interpolate(heat, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         total = heat.sum((1, 2), keepdim=True)
         return (heat / total.clamp(min=1e-12)).cpu().numpy()
+
+    @torch.no_grad()
+    def beside_the_average(self, heat: Tensor, images: Tensor) -> Tensor:
+        """Maps (B, 1, h, w) less what each place of the average training image adds, where that is known.
+
+        That is where a map adds up to the weights times the features, because these are means over the places. Else
+        many a map would be empty: the score of an image may be below zero in all places and still above the average.
+        """
+        weight = self.head["weight"][:, self.target] / self.head["scale"]  # (d,)
+        whole, added = self.backbone.encode(images) @ weight, heat.sum((1, 2, 3))  # (B,)
+        if not torch.allclose(whole, added, rtol=1e-3, atol=1e-4 * float(whole.abs().max())):
+            return heat
+        return heat - self.head["mean"] @ weight / heat[0].numel()
 
 
 def identity_head(classes: int) -> Linear:
@@ -121,6 +135,10 @@ def spatial_layer(tower: nn.Module) -> SpatialLayer:
     prefix = next((module.num_prefix_tokens for module in named.values() if hasattr(module, "num_prefix_tokens")), None)
     if blocks and prefix is not None:
         return SpatialLayer(named[blocks[-1]].norm1, "tokens", int(prefix))
+    if "conv_head" in named and isinstance(named.get("bn2"), nn.Module):  # EfficientNet and MobileNet of timm
+        return SpatialLayer(named["bn2"], "convolution")
+    if "layers" in named and isinstance(named.get("norm"), nn.LayerNorm):  # timm's Swin, over (B, h, w, C)
+        return SpatialLayer(named["norm"], "channels_last")
     if "encoder.layers" in named and "layernorm" in named:  # Hugging Face's Swin, whose feature is the mean of these
         return SpatialLayer(named["layernorm"], "tokens")
     for stages, kind in (("layers", "channels_last"), ("layer4", "convolution"), ("stages", "convolution"),
@@ -194,8 +212,9 @@ def energy_inside(heat: np.ndarray, mask: np.ndarray) -> float:
 def score_maps(explained: Sequence[Explained], resamples: int = 2000, seed: int = 0) -> dict[str, dict[str, float]]:
     """Means over lesions with 95% intervals over resampled patients; ValueError where there is no lesion.
 
-    pointing and energy of the model, of the tower drawn anew, and of chance; energy above chance, paired; and the rank
-    correlation of the model's maps with those of the tower drawn anew.
+    pointing and energy of the model, of the tower drawn anew, and of chance; energy above chance, paired; the rank
+    correlation of the model's maps with those of the tower drawn anew; and the fraction of maps that are empty, which
+    score as chance.
     """
     if not explained:
         raise ValueError("no lesion has a full image and a mask that can be read")
@@ -205,6 +224,7 @@ def score_maps(explained: Sequence[Explained], resamples: int = 2000, seed: int 
         "energy_inside": [energy_inside(e.heat, e.mask) for e in explained],
         "energy_inside_random_weights": [energy_inside(e.heat_random, e.mask) for e in explained],
         "chance": [e.chance for e in explained],
+        "empty": [float(e.heat.max() <= 0) for e in explained],
         "rank_correlation_with_random_weights": [_correlation(e.heat, e.heat_random) for e in explained],
     }
     values["pointing_minus_chance"] = (np.array(values["pointing"]) - values["chance"]).tolist()

@@ -54,6 +54,21 @@ def test_grad_cam_of_a_model_that_sums_brightness_is_the_brightness():
     assert saliency.Explainer(backbone, other, 2)(images.clone()).max() == 0  # darkness speaks for it, no place does
 
 
+def test_a_map_says_what_each_place_adds_beside_the_average_image():
+    """Of a model whose feature is the mean brightness: where the image is darker or brighter than the average one."""
+    tower, model = Bright(), nn.Module()
+    model.visual = tower
+    backbone = Backbone(tower, model, Preprocess(), "backbone", "bright")
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    small = torch.nn.functional.avg_pool2d(images.sum(1, keepdim=True), 4)
+    for sign in (1, -1):  # the negative weight's score is below zero in every place, the map is not empty
+        head = Linear(np.full(3, 0.5), np.full(3, 2.0), np.array([[0, 0, sign]] * 3), np.zeros(3))
+        expected = torch.relu(sign * (small - 1.5))
+        expected = torch.nn.functional.interpolate(expected, (32, 32), mode="bilinear")[:, 0]
+        heat = saliency.Explainer(backbone, head, 2)(images)
+        assert np.allclose(heat, expected / expected.sum(), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "tower, size, kind",
     [
