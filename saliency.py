@@ -14,7 +14,7 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def spatial_layer(tower: nn.Module) -> SpatialLayer:
     prefix = next((module.num_prefix_tokens for module in named.values() if hasattr(module, "num_prefix_tokens")), None)
     if blocks and prefix is not None:
         return SpatialLayer(named[blocks[-1]].norm1, "tokens", int(prefix))
-    if "conv_head" in named and isinstance(named.get("bn2"), nn.Module):  # EfficientNet and MobileNet of timm
+    if "conv_head" in named and isinstance(named.get("bn2"), nn.Module):  # timm's EfficientNets
         return SpatialLayer(named["bn2"], "convolution")
     if "layers" in named and isinstance(named.get("norm"), nn.LayerNorm):  # timm's Swin, over (B, h, w, C)
         return SpatialLayer(named["norm"], "channels_last")
@@ -157,7 +157,9 @@ def explain(
     fresh = models.rebuilt(backbone.model, seed + 1).eval().requires_grad_(False)
     encode = fresh.encode_image if backbone.features == "projection" else fresh.visual
     random = Backbone(encode, fresh, backbone.preprocess, backbone.features, "drawn anew")
-    explainers = Explainer(backbone, head, target), Explainer(random, head, target)
+    # The average image's features are known of the model alone; they change no gradient.
+    of_random = replace(head, mean=np.zeros_like(head.mean))
+    explainers = Explainer(backbone, head, target), Explainer(random, of_random, target)
     views = [(row, *found) for row in lesions if (found := view_and_mask(row, root, backbone)) is not None]
     explained = []
     for start in range(0, len(views), batch):
