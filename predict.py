@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import io
 import json
 import logging
@@ -160,6 +161,8 @@ def passed(
 
 def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Probabilities of a fitted probe, its decision at validation's threshold, and whether the image is far off."""
+    if args.explain and importlib.util.find_spec("captum") is None:  # before the images are read
+        raise utils.UsageError("--explain needs captum: pip install captum")
     if not (args.run / "head.safetensors").is_file() and (args.run / "checkpoint.pt").is_file():
         return classify_finetuned(args)
     heads, about = load_heads(args.run / "head.safetensors")
