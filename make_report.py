@@ -546,9 +546,9 @@ def explained(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, mo
     if not models:
         return {"why": "no probe kept its head (head.safetensors)"}
     model, folder = models[-1], models[-1].folders[0]
-    own = Predictions.read(folder / "predictions.csv")
-    missed = [own.rows[i]["lesion"] for i in missed_cancers(own)]
     try:
+        own = Predictions.read(folder / "predictions.csv")
+        missed = [own.rows[i]["lesion"] for i in missed_cancers(own)]
         settings = read_json(folder / "settings.json", runs)
         found, named = saliency.explain_run(folder, settings, rows, runs.cbis, most, missed)
         scores = saliency.score_maps(found)
@@ -568,7 +568,7 @@ def explained(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, mo
         ]} for title, part in groups.items()
     ] if images else []  # fmt: skip
     return {"model": model.name, "source": str(folder / "head.safetensors"), "lesions": len(found), "why": "",
-            "fitted_on_crops": settings["args"]["image_kind"] == "crop",
+            "fitted_on_crops": settings["args"].get("image_kind") == "crop",
             "scores": [(SALIENCY[name], percent_cell(value)) for name, value in scores.items()],
             "plates": plates}  # fmt: skip
 

@@ -463,8 +463,10 @@ def main(argv: list[str] | None = None) -> dict:
     search = {name: SEARCH[name] for name in args.recipes}
     run_rows(args, {**FROZEN, **search}, argv)
     best, scores = choose(args, list(search))
-    final = {} if search[best].base else {
-        f"{objective}, {best}": replace(search[best], objective=objective) for objective in ("CLIP", "SIMCLR")
+    row = search[best]
+    final = {} if row.base else {
+        f"CLIP, {best}": replace(row, objective="CLIP"),
+        f"SIMCLR, {best}": replace(row, objective="SIMCLR", best=False),  # it has no recall to choose an epoch by
     }  # fmt: skip
     run_rows(args, final, argv)
     rows = {**FROZEN, **search, **final}

@@ -134,6 +134,9 @@ def test_intervals_are_over_patients_and_the_report_shows_them(tmp_path):
     assert set(scores) == set(make_report.SALIENCY.values())
     html = (tmp_path / "report" / "report.html").read_text()
     assert scores["Energy inside the outline"] in html
+    (run / "predictions.csv").unlink()  # what prevents the maps is told, the page is made
+    page = make_report.main([str(run), "--output-dir", str(tmp_path / "report"), "--saliency", "5"])
+    assert "predictions.csv" in page["sections"][0]["saliency"]["why"]
     (run / "head.safetensors").unlink()
     page = make_report.main([str(run), "--output-dir", str(tmp_path / "report"), "--saliency", "5"])
     assert "kept its head" in page["sections"][0]["saliency"]["why"]
