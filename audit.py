@@ -3,10 +3,11 @@
     python make_dataset.py audit train=/path/to/roco/train test=/path/to/roco/test --output duplicates.csv
     python make_dataset.py audit roco=/path/to/roco/train                      a set against itself
 
-Found are copies that were resized, re-encoded, mirrored, or cropped by up to a sixth of a side. Two steps, because
-radiographs of one kind are all alike. First each image's few nearest by a perceptual hash (its 8 x 8 blurred
-brightnesses, with crops and mirrored, compared as a cosine). Then each such pair is laid over one another at 48 x 48,
-coarse brightness taken out, at all shifts of a few crops, and the highest correlation decides.
+Found are copies that were resized, re-encoded, mirrored, or cropped by up to a sixth of a side. Radiographs of one kind
+are all alike, so what they share must not count. First each image's few nearest by a perceptual hash: 12 x 12 blurred
+brightnesses, with crops and mirrored, whitened by the principal components of the sets, compared as a cosine. Then each
+such pair is laid over one another at 48 x 48, coarse brightness taken out, at all shifts of a few crops; what fits is
+laid over at 96 x 96, by fractions of a pixel, and this correlation decides.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,18 @@ from utils import HelpFormatter, Progress, UsageError, atomic_write
 log = logging.getLogger("medslip")
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".dcm"}
-SIDE = 48  # pixels of a kept image, whatever its shape
-HASH = 8  # pixels of its perceptual hash
-NEAREST = 3  # candidates that each image has for each crop and its mirror image
-KEPT = 8  # of all those
-LEAST = 0.85  # cosine of hashes below which a pair is no candidate
+SIDE = 96  # pixels of a kept image, whatever its shape
+HASH = 12  # pixels of its perceptual hash
+COMPONENTS = 64  # numbers that the hash is made of
+KEPT = 5  # candidates of an image
+FEW = 64**2  # pairs that are all compared: so few images say little about what is common
+LEAST = 0.6  # cosine of hashes below which a pair is no candidate
 CROP = 0.9  # side of the crops of the first step
-SCALES = (1.0, 0.95, 0.9)  # sides of the crops of the second, which are refined to what lies between and below
-# Correlation from which a pair counts as a copy; benchmarks/bench_audit.py chose it on one set and tested it on others.
+SCALES = (1.0, 0.95, 0.9, 0.85)  # sides of the crops of the second, which are refined to what lies between and below
+# Correlation from which a pair counts as a copy; benchmarks/bench_audit.py says what it finds and lists wrongly.
 THRESHOLD = 0.88
-WORTH_REFINING = 0.6  # correlation to the pixel from which fractions of one are tried
+WORTH_REFINING = 0.7  # coarse correlation to the pixel from which fractions of one are tried
+WORTH_A_CLOSE_LOOK = 0.85  # and after that the fine one; pairs below are never listed
 
 
 def add_parser(commands: Any, add_workers: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -131,46 +135,71 @@ def small_image(path: Path) -> np.ndarray | str:
     return np.asarray(img.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
-def boxes(side: float) -> list[tuple[float, float, float]]:
-    """(left, top, side) of the whole and of crops of this side: the middle and the corners, in fractions."""
-    rest = 1 - side
-    return [(0.0, 0.0, 1.0), *((x * rest, y * rest, side) for x, y in ((0.5, 0.5), (0, 0), (1, 0), (0, 1), (1, 1)))]
+WHOLE = (0.0, 0.0, 1.0)  # left, top and side, in fractions
+CROPS = [(x * (1 - CROP), y * (1 - CROP), CROP) for x in (0, 0.5, 1) for y in (0, 0.5, 1)]
 
 
-def hashes(images: Tensor, box: tuple[float, float, float], mirrored: bool) -> Tensor:
-    """uint8 (n, SIDE, SIDE) to unit vectors (n, HASH ** 2) of a part of each image."""
+def blurred(images: Tensor, box: tuple[float, float, float] = WHOLE, mirrored: bool = False) -> Tensor:
+    """uint8 (n, SIDE, SIDE) to (n, HASH ** 2): a part of each image, of mean 0 and deviation 1."""
     left, top, side = (round(v * SIDE) for v in box)
-    part = images[:, top : top + side, left : left + side].float()
-    part = part.flip(-1) if mirrored else part
-    blurred = F.interpolate(part[:, None], (HASH, HASH), mode="area")[:, 0].flatten(1)
-    return F.normalize(blurred - blurred.mean(1, keepdim=True), dim=1)
+    part = images[:, top : top + side, left : left + side]
+    small = torch.cat([F.interpolate(x[:, None].float(), (HASH, HASH), mode="area")[:, 0] for x in part.split(1024)])
+    small = (small.flip(-1) if mirrored else small).flatten(1)
+    small = small - small.mean(1, keepdim=True)
+    return small / small.std(1, keepdim=True).clamp(min=1)
 
 
-def candidates(a: Tensor, b: Tensor, same: bool, block: int = 4096) -> Tensor:
-    """(K, 3): places in a and b, and whether b is mirrored, of the nearest by any crop; each pair once."""
-    whole, *crops = boxes(CROP)
-    views = [(whole, whole), *((whole, crop) for crop in crops), *((crop, whole) for crop in crops)]
-    right = {(box, mirrored): hashes(b, box, mirrored) for box in [whole, *crops] for mirrored in (False, True)}
+def whitening(images: Tensor, ridge: float = 0.01) -> Tensor:
+    """(HASH ** 2, COMPONENTS): principal components, each divided by its deviation.
+
+    Not about the mean, which is a component too. What the set hardly varies in is kept from growing by `ridge`, in
+    shares of a pixel's variance.
+    """
+    small = blurred(images)
+    variance, axes = torch.linalg.eigh(small.T @ small / len(small))
+    variance, axes = variance[-COMPONENTS:].clamp(min=0), axes[:, -COMPONENTS:]
+    return axes / (variance + ridge).sqrt()
+
+
+def candidates(a: Tensor, b: Tensor, same: bool, block: int = 1024) -> Tensor:
+    """(K, 3): places in a and b, and whether b is mirrored, of each image's nearest by any crop; each pair once."""
+    if len(a) * len(b) <= FEW:
+        everything = torch.cartesian_prod(torch.arange(len(a)), torch.arange(len(b)), torch.arange(2))
+        return unique(everything, same)
+    white = whitening(a if same else torch.cat([a, b]))
+
+    def hashes(images: Tensor, box: tuple[float, float, float], mirrored: bool = False) -> Tensor:
+        return F.normalize(blurred(images, box, mirrored) @ white, dim=1)
+
+    views = [(WHOLE, box) for box in [WHOLE, *CROPS]]
+    if not same:  # within a set the crop's own row has the pair the other way round
+        views += [(box, WHOLE) for box in CROPS]
+    of_a = {box: hashes(a, box) for box in {box for box, _ in views}}
     found = []
-    for start in range(0, len(a), block):
-        part = a[start : start + block]
-        rows = torch.arange(len(part))
-        near, places = [], []  # (block, NEAREST) of each view
-        for mirrored in (False, True):
-            for of_a, of_b in views:
-                cosine = hashes(part, of_a, False) @ right[of_b, mirrored].T  # (block, m)
-                if same:  # an image is no copy of itself, not even where it is symmetric
-                    cosine[rows, rows + start] = -1
-                top = cosine.topk(min(NEAREST, len(b)))
-                near.append(top.values)
-                places.append(2 * top.indices + mirrored)
-        cosine, place = torch.cat(near, 1), torch.cat(places, 1)
-        best = cosine.topk(min(4 * KEPT, cosine.shape[1]))  # one place may be there by several crops
-        keys_of = place.gather(1, best.indices).tolist()
-        for row, values, keys in zip((rows + start).tolist(), best.values.tolist(), keys_of, strict=True):
-            kept = dict.fromkeys(key for key, value in zip(keys, values, strict=True) if value >= LEAST)
-            found += [(row, key // 2, key % 2) for key in list(kept)[:KEPT]]
-    return unique(torch.tensor(found, dtype=torch.long).reshape(-1, 3), same)
+
+    def keep(cosine: Tensor, of_a: Tensor, of_b: Tensor, mirrored: bool) -> None:
+        kept = cosine >= LEAST
+        places = [of_a.expand_as(kept)[kept], of_b.expand_as(kept)[kept]]
+        found.append(torch.stack([*places, torch.full_like(places[0], mirrored)], 1))
+
+    for mirrored in (False, True):
+        of_b = {box: hashes(b, box, mirrored) for box in {box for _, box in views}}
+        nearest, place = torch.empty(0, len(b)), torch.empty(0, len(b), dtype=torch.long)  # to each of b
+        for start in range(0, len(a), block):
+            rows = torch.arange(start, min(start + block, len(a)))
+            best = torch.full((len(rows), len(b)), -1.0)
+            for left, right in views:
+                torch.maximum(best, of_a[left][rows] @ of_b[right].T, out=best)
+            if same:  # an image is no copy of itself, not even where it is symmetric
+                best[rows - start, rows] = -1
+            cosine, column = best.topk(min(KEPT, len(b)))
+            keep(cosine, rows[:, None], column, mirrored)
+            cosine, row = best.topk(min(KEPT, len(rows)), dim=0)
+            nearest, place = torch.cat([nearest, cosine]), torch.cat([place, rows[row]])
+            nearest, best_of = nearest.topk(min(KEPT, len(nearest)), dim=0)
+            place = place.gather(0, best_of)
+        keep(nearest, place, torch.arange(len(b))[None], mirrored)
+    return unique(torch.cat(found), same)
 
 
 def unique(pairs: Tensor, same: bool) -> Tensor:
@@ -186,11 +215,32 @@ def unique(pairs: Tensor, same: bool) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def detail(images: Tensor) -> Tensor:
-    """(n, h, w) without its coarse brightness, which all images of one kind share: minus a blur of 13 pixels."""
-    x = images[:, None]
-    blurred = F.avg_pool2d(F.pad(x, (6, 6, 6, 6), mode="reflect"), 13, 1)
-    return (x - blurred)[:, 0]
+def window_sums(x: Tensor, h: int, w: int) -> Tensor:
+    """(n, H, W) to (n, H - h + 1, W - w + 1): sums over windows, by differences of running sums."""
+    total = F.pad(x, (1, 0, 1, 0)).cumsum(1).cumsum(2)
+    return total[:, h:, w:] - total[:, :-h, w:] - total[:, h:, :-w] + total[:, :-h, :-w]
+
+
+def detail(images: Tensor, window: int = 13, least: float = 4.0) -> Tensor:
+    """(n, h, w): what a window's mean does not say, over the window's deviation.
+
+    All images of one kind share their coarse brightness, all mammograms the edge between breast and dark: texture must
+    count as much as edges do. `least`, in grey levels, keeps noise on an even ground from counting too.
+    """
+    images = images - images.mean((1, 2), keepdim=True)  # the squares stay small
+    rows, columns = (averaging(size, window) for size in images.shape[1:])
+    mean, square = (rows @ x @ columns.T for x in (images, images**2))
+    return (images - mean) / ((square - mean**2).clamp(min=0).sqrt() + least)
+
+
+@lru_cache(maxsize=32)
+def averaging(size: int, window: int) -> Tensor:
+    """(size, size): means of neighbours, reflected at the ends. Two products with it are the fastest blur on a CPU."""
+    places = np.arange(size)[:, None] + np.arange(window) - window // 2
+    places = size - 1 - np.abs(size - 1 - np.abs(places))
+    matrix = np.zeros((size, size), np.float32)
+    np.add.at(matrix, (np.arange(size)[:, None], places), 1 / window)
+    return torch.from_numpy(matrix)
 
 
 def best_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,22 +248,20 @@ def best_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     part (n, 4): its left, top, width and height in pixels.
 
     Args:
-        a, b: images (n, SIDE, SIDE) in float.
+        a, b: square images (n, s, s) in float.
     """
-    n = len(a)
+    n, size = len(a), a.shape[-1]
     target = detail(a)
     best, box = torch.full((n,), -1.0), torch.zeros(n, 4)
     for sy in SCALES:
         for sx in SCALES:
-            h, w = round(sy * SIDE), round(sx * SIDE)
+            h, w = round(sy * size), round(sx * size)
             template = detail(F.interpolate(b[:, None], (h, w), mode="area")[:, 0])
             template = template - template.mean((1, 2), keepdim=True)
             template = template / template.flatten(1).norm(dim=1).clamp(min=1e-3)[:, None, None]
-            product = F.conv2d(target[None], template[:, None], groups=n)[0]  # (n, SIDE - h + 1, SIDE - w + 1)
-            mean = F.avg_pool2d(target[:, None], (h, w), 1)[:, 0]
-            square = F.avg_pool2d(target[:, None] ** 2, (h, w), 1)[:, 0]
-            spread = ((square - mean**2).clamp(min=1e-3) * (h * w)).sqrt()
-            highest, place = (product / spread).flatten(1).max(1)
+            product = F.conv2d(target[None], template[:, None], groups=n)[0]  # (n, size - h + 1, size - w + 1)
+            square = window_sums(target**2, h, w) - window_sums(target, h, w) ** 2 / (h * w)
+            highest, place = (product / square.clamp(min=1e-2).sqrt()).flatten(1).max(1)
             top, left = place // product.shape[2], place % product.shape[2]
             found = torch.stack([left, top, torch.full((n,), w), torch.full((n,), h)], 1).float()
             box = torch.where((highest > best)[:, None], found, box)
@@ -221,33 +269,29 @@ def best_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return best, box
 
 
-def refined(a: Tensor, b: Tensor, box: Tensor) -> Tensor:
-    """(n,): the correlation of `b` with the part `box` of `a`, moved and stretched by fractions of a pixel."""
+def refined(a: Tensor, b: Tensor, box: Tensor, steps: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The correlation (n,) of `b` with the part `box` of `a`, moved and stretched by these pixels; the part."""
+    size = a.shape[-1]
     template = F.normalize(_centred(detail(b)), dim=1)
 
     def at(box: Tensor) -> Tensor:
-        scale, middle = box[:, 2:] / SIDE, (2 * box[:, :2] + box[:, 2:]) / SIDE - 1  # in grid_sample's units
+        scale, middle = box[:, 2:] / size, (2 * box[:, :2] + box[:, 2:]) / size - 1  # in grid_sample's units
         theta = torch.zeros(len(a), 2, 3)
         theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = scale[:, 0], scale[:, 1], middle
-        grid = F.affine_grid(theta, [len(a), 1, SIDE, SIDE], align_corners=False)
+        grid = F.affine_grid(theta, [len(a), 1, size, size], align_corners=False)
         part = F.grid_sample(a[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
         return (F.normalize(_centred(detail(part)), dim=1) * template).sum(1)
 
     best = at(box)
-    for step in (0.5, 0.25):
-        for axes in ((0, 1), (2, 3)):  # where it lies, then how large it is
-            start = box.clone()
-            for dx in (-step, 0.0, step):
-                for dy in (-step, 0.0, step):
-                    tried = start.clone()
-                    for axis, d in zip(axes, (dx, dy), strict=True):
-                        tried[:, axis] += 2 * d if axis > 1 else d
-                        if axis > 1:  # about its middle
-                            tried[:, axis - 2] -= d
-                    value = at(tried)
-                    box = torch.where((value > best)[:, None], tried, box)
-                    best = torch.maximum(best, value)
-    return best
+    along = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [-1, 0, 2, 0], [0, -1, 0, 2]])  # stretched about the middle
+    for step in steps:
+        for axis in along:
+            start = box
+            for d in (-step, step):
+                value = at(start + d * axis)
+                box = torch.where((value > best)[:, None], start + d * axis, box)
+                best = torch.maximum(best, value)
+    return best, box
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -255,21 +299,42 @@ def _centred(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
 
 
+def overlay(a: Tensor, b: Tensor) -> Tensor:
+    """(n,): the fine correlation of all of one image with a part of the other, -1 where the coarse one is too low.
+
+    Args:
+        a, b: images (n, SIDE, SIDE) in float.
+    """
+    small_a, small_b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    in_a, box_a = best_overlap(small_a, small_b)
+    in_b, box_b = best_overlap(small_b, small_a)
+    turned = (in_b > in_a)[:, None]
+    coarse, box = torch.maximum(in_a, in_b), torch.where(turned, box_b, box_a)
+
+    def pair(a: Tensor, b: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, swap = a[of], b[of], turned[of][:, :, None]
+        return torch.where(swap, b, a), torch.where(swap, a, b)
+
+    out = torch.full((len(a),), -1.0)
+    near = torch.nonzero(coarse >= WORTH_REFINING)[:, 0]
+    if len(near):
+        coarse, box = refined(*pair(small_a, small_b, near), box[near], (0.5,))
+        close = coarse >= WORTH_A_CLOSE_LOOK
+        near, box = near[close], box[close]
+    if len(near):
+        out[near] = refined(*pair(a, b, near), 2 * box, (0.5, 0.5, 0.25))[0]
+    return out
+
+
 def correlations(a: Tensor, b: Tensor, pairs: Tensor, batch: int = 256) -> Tensor:
-    """(K,): of each candidate, either image being the crop; what lies well apart is not refined."""
+    """(K,): the fine correlation of each candidate."""
+    if not len(pairs):
+        return torch.zeros(0)
     out = []
     for part in pairs.split(batch):
         left, right = a[part[:, 0]].float(), b[part[:, 1]].float()
-        right = torch.where(part[:, 2, None, None] > 0, right.flip(-1), right)
-        best = torch.full((len(part),), -1.0)
-        for whole, crop in ((left, right), (right, left)):
-            value, box = best_overlap(whole, crop)
-            near = value >= WORTH_REFINING
-            if near.any():
-                value[near] = torch.maximum(value[near], refined(whole[near], crop[near], box[near]))
-            best = torch.maximum(best, value)
-        out.append(best)
-    return torch.cat(out) if out else torch.zeros(0)
+        out.append(overlay(left, torch.where(part[:, 2, None, None] > 0, right.flip(-1), right)))
+    return torch.cat(out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,7 +413,7 @@ def nearest_by_model(a: Tensor, b: Tensor, same: bool, block: int = 4096) -> Ten
         if same:
             rows = torch.arange(len(cosine))
             cosine[rows, rows + start] = -2
-        near = cosine.topk(min(NEAREST, len(b))).indices
+        near = cosine.topk(min(3, len(b))).indices
         rows = torch.arange(start, start + len(near))[:, None].expand_as(near)
         for mirrored in (0, 1):
             found.append(torch.stack([rows, near, torch.full_like(near, mirrored)], -1).flatten(0, 1))

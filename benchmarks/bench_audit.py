@@ -2,10 +2,10 @@
 
     python benchmarks/bench_audit.py --choose DIR --test DIR [DIR ...]
 
-Half of each folder's images, drawn by a seed, get four planted copies: resized to three fifths, cropped by a tenth at a
-random place, re-encoded as JPEG of quality 50, mirrored. The other half has none, unless the folder itself holds an
-image twice: the highest correlations among them are named, to be looked at. The threshold is chosen on the first folder
-and tested on the others.
+Half of each folder's images, drawn by a seed, get five planted copies: resized to three fifths, cropped by a tenth and
+by a sixth at random places, re-encoded as JPEG of quality 50, mirrored. The other half has none, unless the folder
+itself holds an image twice: the highest correlations among them are named, to be looked at. The threshold is chosen on
+the first folder and tested on the others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from PIL import Image
 import audit
 from images import UnreadableImage, read_image
 
-KINDS = ("resized", "cropped", "re-encoded", "mirrored")
+KINDS = ("resized", "cropped", "cropped by a sixth", "re-encoded", "mirrored")
+THE_GOAL = [kind for kind in KINDS if kind != "cropped by a sixth"]
 
 
 def plant(paths: list[Path], folder: Path, rng: np.random.Generator) -> dict[str, tuple[int, str]]:
@@ -35,8 +36,9 @@ def plant(paths: list[Path], folder: Path, rng: np.random.Generator) -> dict[str
             copy = img
             if kind == "resized":
                 copy = img.resize((max(8, img.width * 3 // 5), max(8, img.height * 3 // 5)), Image.Resampling.BICUBIC)
-            elif kind == "cropped":
-                w, h = round(0.9 * img.width), round(0.9 * img.height)
+            elif kind.startswith("cropped"):
+                side = 0.9 if kind == "cropped" else 5 / 6
+                w, h = round(side * img.width), round(side * img.height)
                 x, y = int(rng.integers(img.width - w + 1)), int(rng.integers(img.height - h + 1))
                 copy = img.crop((x, y, x + w, y + h))
             elif kind == "mirrored":
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     threshold = None
     for folder in [args.choose, *args.test]:
         row = measure(folder, args.limit, 0, args.workers)
-        copies = np.concatenate(list(row["found"].values()))
+        copies = np.concatenate([row["found"][kind] for kind in THE_GOAL])
         if threshold is None:
             threshold = float(np.quantile(copies[copies > -1], 0.01))  # of those that are candidates
             print(f"threshold chosen here: {threshold:.3f}; audit.THRESHOLD is {audit.THRESHOLD}")

@@ -90,10 +90,51 @@ def test_the_overlap_is_numpys_correlation():
         assert value[i] >= expected - 1e-3
     crop = torch.nn.functional.interpolate(a[:, None, 2:45, 1:44], (48, 48), mode="bilinear")[:, 0]
     value, box = audit.best_overlap(a, crop)
-    refined = audit.refined(a, crop, box)
+    refined, _ = audit.refined(a, crop, box, (0.5, 0.25))
     assert (refined > 0.97).all() and (refined >= value - 0.05).all()
     stranger = torch.nn.functional.interpolate(torch.rand(3, 1, 20, 20, generator=g), (48, 48), mode="bicubic")[:, 0]
     assert (audit.best_overlap(a, 200 * stranger)[0] < 0.5).all()
+
+
+def outlines(folder, n=12):
+    """Films of one outline in the dark, as mammograms are, with a texture of their own inside it."""
+    rng, (y, x) = np.random.default_rng(1), np.mgrid[:200, :200]
+    inside = (x / 130) ** 2 + ((y - 100) / 90) ** 2 < 1
+    for i in range(n):
+        texture = Image.fromarray(rng.integers(150, 200, (40, 40), dtype=np.uint8)).resize((200, 200), 3)
+        Image.fromarray(np.where(inside, np.asarray(texture), 5).astype(np.uint8)).save(folder / f"{i:02d}.png")
+    return [folder / f"{i:02d}.png" for i in range(n)]
+
+
+def test_a_shared_outline_makes_no_copies_and_a_crop_by_a_sixth_is_one(tmp_path):
+    paths = outlines(tmp_path)
+    assert audit.audit({"films": paths})[0] == []
+    film = Image.open(paths[0])
+    film.crop((0, 15, 167, 182)).save(tmp_path / "crop.png")
+    (pair,) = audit.audit({"films": paths, "other": [tmp_path / "crop.png"]})[0]
+    assert pair.first == paths[0] and not pair.mirrored
+
+
+@pytest.mark.parametrize("copies", [2, 10])
+def test_a_set_of_one_image_only_is_all_pairs(tmp_path, copies):
+    """Of which the principal components know nothing but that image."""
+    rng = np.random.default_rng(2)
+    film = Image.fromarray(rng.integers(0, 256, (30, 30), dtype=np.uint8)).resize((150, 150), 3)
+    for i in range(copies):
+        film.resize((120 + 5 * i, 130)).save(tmp_path / f"{i}.jpg", quality=70 + i)
+    pairs, _ = audit.audit({"films": sorted(tmp_path.glob("*.jpg"))})
+    assert len({path for pair in pairs for path in (pair.first, pair.second)}) == copies
+
+
+def test_the_average_is_torchs():
+    x = torch.from_numpy(np.random.default_rng(3).random((2, 40, 33), dtype=np.float32))
+    padded = torch.nn.functional.pad(x[:, None], (6,) * 4, mode="reflect")
+    expected = torch.nn.functional.avg_pool2d(padded, 13, 1)[:, 0]
+    found = audit.averaging(40, 13) @ x @ audit.averaging(33, 13).T
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    sums = audit.window_sums(x, 7, 5)
+    assert sums.shape == (2, 34, 29)
+    torch.testing.assert_close(sums[:, 3, 4], x[:, 3:10, 4:9].sum((1, 2)), rtol=1e-4, atol=1e-4)
 
 
 def test_metrics_are_given_with_and_without_copies(films, tmp_path, caplog):
