@@ -74,20 +74,40 @@ def world(root):
         name, split = ("benign", "malignant", "normal")[i % 3], "test" if i % 9 < 3 else "train"
         picture(root / "busi" / split / f"{i}.jpg", rng, i % 3 / 2)
         lines.append(f"{split}/{i}.jpg,{name},{split},{i},56,48")
+    film = Image.fromarray(rng.integers(0, 256, (24, 28), dtype=np.uint8)).resize((56, 48), 3)
+    film.save(root / "busi" / "test" / "0.jpg")
+    lines[2] = "train/1.jpg,malignant,train,1,56,48"
+    (root / "busi" / "test" / "1.jpg").unlink()
+    film.save(root / "busi" / "train" / "1.jpg", quality=70)  # in another group by the table, in training
     (root / "busi" / "table.csv").write_text("\n".join(lines) + "\n")
     return root
 
 
-def test_rows_are_trained_probed_and_compared(tmp_path):
+def test_rows_are_trained_probed_and_compared(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of each of the two rows at a time
     torch.manual_seed(0)
     torch.save(timm.create_model(real_radiology.TOWER).state_dict(), tmp_path / "tower.pt")
     argv = ["--data", str(world(tmp_path / "data")), "--vision-weights", str(tmp_path / "tower.pt"), "-j", "0"]
     argv += ["--output-dir", str(tmp_path / "out"), "--image-size", "32", "--epochs", "1", "--batch-size", "4"]
-    argv += ["--seeds", "0", "1", "--recipes", "held", "held, best epoch", "held, blend 0.5", "--resamples", "50"]
+    argv += [
+        "--seeds",
+        "0",
+        "1",
+        "--recipes",
+        "held, best epoch",
+        "held, blend 0.5",
+        "--resamples",
+        "50",
+        "--jobs",
+        "2",
+    ]
     report = real_radiology.main(argv)
     names = {"untrained", "ImageNet", "held", "held, best epoch", "held, blend 0.5"}
-    assert set(report["table"]) == {"BUSI", "BUSI, zero-shot", "finding"} and names <= set(report["table"]["BUSI"])
-    assert report["chosen"] == max(report["scores"], key=report["scores"].get)
+    names |= {"CLIP, held", "SIMCLR, held"}
+    labelled = {"SLIP, captions from labels", "CLIP, captions from labels"}
+    assert set(report["table"]) == {"BUSI", "BUSI, split", "BUSI, zero-shot", "finding"}
+    assert set(report["table"]["BUSI"]) == names == set(report["table"]["finding"])
+    assert set(report["table"]["BUSI, split"]) == names | labelled
     for rows in report["table"].values():
         for name, cells in rows.items():
             value = cells["auroc"]
@@ -95,8 +115,16 @@ def test_rows_are_trained_probed_and_compared(tmp_path):
             if name != "ImageNet" and "ImageNet" in rows:
                 gain = cells["auroc minus ImageNet"]
                 assert gain["value"] == pytest.approx(value["value"] - rows["ImageNet"]["auroc"]["value"])
-    # No caption and no image of a tested group is in what its tower was trained on.
     out = tmp_path / "out"
+    # Every ultrasound is predicted once, and none was in the captions that labels became. A copy is in one group.
+    with open(out / "busi.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["group"] == rows[1]["group"] and rows[0]["split"] == rows[1]["split"] == "train"
+    with open(out / "rows" / "held" / "0" / "busi" / "folds.csv", newline="") as file:
+        assert sorted(row["image"] for row in csv.DictReader(file)) == sorted(row["image"] for row in rows)
+    captions = (out / "roco_labelled" / "train" / "radiology" / "captions.txt").read_text().splitlines()
+    assert len(captions) == sum(row["split"] == "train" for row in rows) and "breast" in captions[0]
+    # No caption and no image of a tested group is in what its tower was trained on.
     for k in range(real_radiology.FOLDS):
         trained = (out / f"roco_without_{k}" / "train" / "radiology" / "captions.txt").read_text()
         with open(out / f"finding_{k}.csv", newline="") as file:
