@@ -42,7 +42,7 @@ HASH = 12  # pixels of its perceptual hash
 COMPONENTS = 64  # numbers that the hash is made of
 KEPT = 5  # candidates of an image
 FEW = 64**2  # pairs that are all compared: so few images say little about what is common
-LEAST = 0.6  # cosine of hashes below which a pair is no candidate
+LEAST = 0.6  # cosine of hashes below which a pair is no candidate, unless it is an image's nearest
 CROP = 0.9  # side of the crops of the first step
 SCALES = (1.0, 0.95, 0.9, 0.85)  # sides of the crops of the second, which are refined to what lies between and below
 # Correlation from which a pair counts as a copy; benchmarks/bench_audit.py says what it finds and lists wrongly.
@@ -177,8 +177,9 @@ def candidates(a: Tensor, b: Tensor, same: bool, block: int = 1024) -> Tensor:
     of_a = {box: hashes(a, box) for box in {box for box, _ in views}}
     found = []
 
-    def keep(cosine: Tensor, of_a: Tensor, of_b: Tensor, mirrored: bool) -> None:
+    def keep(cosine: Tensor, first: Any, of_a: Tensor, of_b: Tensor, mirrored: bool) -> None:
         kept = cosine >= LEAST
+        kept[first] = True  # a crop between the nine places may lie lower, and is still the nearest
         places = [of_a.expand_as(kept)[kept], of_b.expand_as(kept)[kept]]
         found.append(torch.stack([*places, torch.full_like(places[0], mirrored)], 1))
 
@@ -193,12 +194,12 @@ def candidates(a: Tensor, b: Tensor, same: bool, block: int = 1024) -> Tensor:
             if same:  # an image is no copy of itself, not even where it is symmetric
                 best[rows - start, rows] = -1
             cosine, column = best.topk(min(KEPT, len(b)))
-            keep(cosine, rows[:, None], column, mirrored)
+            keep(cosine, (slice(None), 0), rows[:, None], column, mirrored)
             cosine, row = best.topk(min(KEPT, len(rows)), dim=0)
             nearest, place = torch.cat([nearest, cosine]), torch.cat([place, rows[row]])
             nearest, best_of = nearest.topk(min(KEPT, len(nearest)), dim=0)
             place = place.gather(0, best_of)
-        keep(nearest, place, torch.arange(len(b))[None], mirrored)
+        keep(nearest, 0, place, torch.arange(len(b))[None], mirrored)
     return unique(torch.cat(found), same)
 
 

@@ -48,7 +48,9 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_planted_copies_are_found_between_sets_and_strangers_are_not(films, tmp_path, caplog):
+@pytest.mark.parametrize("few", [audit.FEW, 0], ids=["all pairs", "nearest by hash"])
+def test_planted_copies_are_found_between_sets_and_strangers_are_not(films, tmp_path, caplog, monkeypatch, few):
+    monkeypatch.setattr(audit, "FEW", few)
     out = tmp_path / "d.csv"
     with caplog.at_level("INFO", logger="medslip"):
         make_dataset.main(
@@ -96,12 +98,12 @@ def test_the_overlap_is_numpys_correlation():
     assert (audit.best_overlap(a, 200 * stranger)[0] < 0.5).all()
 
 
-def outlines(folder, n=12):
+def outlines(folder, n=12, grain=40):
     """Films of one outline in the dark, as mammograms are, with a texture of their own inside it."""
     rng, (y, x) = np.random.default_rng(1), np.mgrid[:200, :200]
     inside = (x / 130) ** 2 + ((y - 100) / 90) ** 2 < 1
     for i in range(n):
-        texture = Image.fromarray(rng.integers(150, 200, (40, 40), dtype=np.uint8)).resize((200, 200), 3)
+        texture = Image.fromarray(rng.integers(150, 200, (grain, grain), dtype=np.uint8)).resize((200, 200), 3)
         Image.fromarray(np.where(inside, np.asarray(texture), 5).astype(np.uint8)).save(folder / f"{i:02d}.png")
     return [folder / f"{i:02d}.png" for i in range(n)]
 
@@ -124,6 +126,28 @@ def test_a_set_of_one_image_only_is_all_pairs(tmp_path, copies):
         film.resize((120 + 5 * i, 130)).save(tmp_path / f"{i}.jpg", quality=70 + i)
     pairs, _ = audit.audit({"films": sorted(tmp_path.glob("*.jpg"))})
     assert len({path for pair in pairs for path in (pair.first, pair.second)}) == copies
+
+
+def test_the_nearest_by_hash_have_every_copy_among_them_and_few_others(tmp_path, monkeypatch):
+    """Outlines that all look alike, copies cropped at a random place or mirrored: within the set and between two."""
+    monkeypatch.setattr(audit, "FEW", 0)
+    rng, originals = np.random.default_rng(4), [Image.open(path) for path in outlines(tmp_path, 80, grain=10)]
+    copies = []
+    for i, film in enumerate(originals[:40]):
+        x, y = rng.integers(0, 21, 2)
+        copies.append(film.transpose(0) if i % 2 else film.crop((x, y, x + 180, y + 180)))
+
+    def small(films):
+        size = (audit.SIDE, audit.SIDE)
+        return torch.from_numpy(np.stack([np.asarray(f.resize(size, Image.Resampling.BOX)) for f in films]))
+
+    a, b = small(originals), small(copies)
+    found = audit.candidates(a, b, same=False, block=32)
+    assert {(i, i, i % 2) for i in range(40)} <= set(map(tuple, found.tolist()))
+    assert len(found) <= 2 * audit.KEPT * (80 + 40)
+    found = audit.candidates(torch.cat([a, b]), torch.cat([a, b]), same=True, block=32)
+    assert {(i, 80 + i, i % 2) for i in range(40)} <= set(map(tuple, found.tolist()))
+    assert all(i < j for i, j, _ in found.tolist())
 
 
 def test_the_average_is_torchs():
