@@ -414,7 +414,7 @@ def nearest_by_model(a: Tensor, b: Tensor, same: bool, block: int = 4096) -> Ten
         if same:
             rows = torch.arange(len(cosine))
             cosine[rows, rows + start] = -2
-        near = cosine.topk(min(3, len(b))).indices
+        near = cosine.topk(min(KEPT, len(b))).indices
         rows = torch.arange(start, start + len(near))[:, None].expand_as(near)
         for mirrored in (0, 1):
             found.append(torch.stack([rows, near, torch.full_like(near, mirrored)], -1).flatten(0, 1))
