@@ -16,6 +16,9 @@ import signal
 import time
 from pathlib import Path
 
+from runtime.command_line import run_script
+from runtime.logs import start_logging
+
 log = logging.getLogger("medslip")
 
 NOTICE = "SYNTHETIC data: these numbers say nothing about patients."
@@ -144,7 +147,7 @@ def probe(args: argparse.Namespace, world: Path, kind: str, checkpoint: Path, ou
 
 def summary(args: argparse.Namespace, results: dict[str, dict[str, dict]]) -> str:
     """The rows of the published tables for both towers, and what training has added, as Markdown."""
-    from metrics import METRICS, Difference, Interval
+    from evaluation.metrics import METRICS, Difference, Interval
 
     lines = [f"**{NOTICE}** Percent, with 95% intervals over resampled patients."]
     for kind, pair in results.items():
@@ -162,9 +165,8 @@ def summary(args: argparse.Namespace, results: dict[str, dict[str, dict]]) -> st
 def main(argv: list[str] | None = None) -> dict[str, dict[str, dict]]:
     """Run the demo; returns {"calc" | "mass": {"untrained" | "trained": the results of main_linear.py}}."""
     args = get_args_parser().parse_args(argv)
-    import utils  # here, because the processes that draw import this file and need none of it
 
-    with utils.start_logging():
+    with start_logging():
         return run_demo(args)
 
 
@@ -204,6 +206,4 @@ def run_demo(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
 
 
 if __name__ == "__main__":
-    import utils
-
-    utils.run_script(main)
+    run_script(main)

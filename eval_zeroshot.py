@@ -4,7 +4,7 @@
     python eval_zeroshot.py --resume checkpoint.pt --retrieval --dataset roco --root /path/to/roco
 
 Prints a row for each set and writes zeroshot.json, both in percent. main.py validates with the same functions, which
-live in features.py (one pass over each sample), metrics.py (scores) and downstream.py (class names and prompts).
+live in evaluation/: features.py (one pass over each sample), metrics.py (scores), catalog.py (class names, prompts).
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ from typing import Any, cast
 from torch import Tensor
 
 import distributed
-import downstream
-import metrics
 import models
 import utils
-from datasets import READERS, Reader, create_reader
-from downstream import ZeroShotSet
-from features import Loading, TextCache, classify_zeroshot, embed_pairs, zeroshot_probabilities
-from predictions import Predictions, count_reading, score_predictions
+from datasets import READERS, create_reader
+from evaluation import downstream, metrics
+from evaluation.catalog import CATALOG, read_catalog
+from evaluation.downstream import ZeroShotSet
+from evaluation.features import Loading, classify_zeroshot, embed_pairs, zeroshot_probabilities
+from evaluation.predictions import Predictions, score_predictions
+from evaluation.run_folder import count_reading
+from inputs.reader import Reader
+from inputs.sizes import ImageSize
+from inputs.transforms import Preprocess, View, as_view
+from runtime.command_line import UsageError, positive_int, run_script
+from runtime.logs import start_logging
 from tokenizer import Tokenizer
-from transforms import Preprocess, View, as_view
+from towers.prompts import TextCache
 
 __all__ = ["as_view", "embed_pairs", "evaluate", "main", "retrieval_metrics"]
 
@@ -55,7 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     run.add_argument("--output-dir", default="./", type=str,
                      help="zeroshot.json is written here, and features/ with the prompts' embeddings for the next run")
-    run.add_argument("--batch-size", default=256, type=utils.positive_int,
+    run.add_argument("--batch-size", default=256, type=positive_int,
                      help="images, or prompts, for each process at a time; memory and speed only")
     run.add_argument("-j", "--workers", default=10, type=int,
                      help="loader processes for each process, no more than there are cores; 0 for none")
@@ -76,7 +82,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="vocabulary of Bio_ClinicalBERT; only MedCLIP's own weights need it")
     model.add_argument("--text-pooling", default=None, choices=("masked", "medclip"),
                        help="BERT towers: average over a caption's own tokens, or padding too (default: as trained)")
-    model.add_argument("--image-size", default=None, action=utils.ImageSize,
+    model.add_argument("--image-size", default=None, action=ImageSize,
                        help="pixels of the images, a side or height and width, where it is not the size that the "
                        "weights were trained with; position embeddings follow")
     model.add_argument("--open-clip", default="", type=str, metavar="NAME",
@@ -91,7 +97,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     data.add_argument("--datasets", default=[], nargs="+", type=str, metavar="NAME",
                       help="sets of the catalog to evaluate (default: all of them, in its order)")
-    data.add_argument("--catalog", default=str(downstream.CATALOG), type=str, metavar="JSON",
+    data.add_argument("--catalog", default=str(CATALOG), type=str, metavar="JSON",
                       help="where each set lies; edit the paths in dataset_catalog.json or name a copy of it, to which "
                       "sets of your own can be added")
     data.add_argument("--download", action="store_true",
@@ -121,7 +127,7 @@ def load_model(args: argparse.Namespace) -> models.Pretrained:
     """The model that the arguments name, with a text side. ValueError where it has none."""
     if args.open_clip:
         if args.image_size:
-            raise utils.UsageError("--image-size is for our models: one of open_clip brings its own views")
+            raise UsageError("--image-size is for our models: one of open_clip brings its own views")
         return load_open_clip(args.open_clip, args.open_clip_weights)
     path = args.resume or os.path.join(args.output_dir, "checkpoint_best.pt")
     loaded = models.load_pretrained(
@@ -177,7 +183,7 @@ def open_sets(
     if args.root:
         reader = create_reader(args.dataset, args.root, args.metadata, args.split, args.caption_filter)
         return {args.dataset: reader}, {}
-    catalog = downstream.read_catalog(args.catalog)
+    catalog = read_catalog(args.catalog)
     opened, absent = {}, {}
     for name in chosen_sets(args, catalog):
         try:
@@ -203,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Evaluate, print a table and write zeroshot.json to --output-dir; returns what was written."""
     args = get_args_parser().parse_args(argv)
     processes = distributed.init_distributed(args)
-    with utils.start_logging(is_main=processes.is_main), distributed.ending_together(processes):
+    with start_logging(is_main=processes.is_main), distributed.ending_together(processes):
         return evaluate(args, processes)
 
 
@@ -295,4 +301,4 @@ def _skipped(scores: dict) -> str:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

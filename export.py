@@ -27,20 +27,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import medclip
 import models
 import utils
-from make_tables import is_synthetic
-from metrics import METRICS
+from evaluation.metrics import METRICS
+from inputs.sizes import as_size, size_text
+from runtime.checkpoints import save_checkpoint
+from runtime.command_line import HelpFormatter, run_script
+from runtime.logs import start_logging
+from synthetic.world import is_synthetic
 from tokenizer import BPE_PATH, SimpleTokenizer
-from transforms import as_size, size_text
+from towers import medclip
 
 log = logging.getLogger("medslip")
 
 
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("export.py", description=__doc__, formatter_class=utils.HelpFormatter)
+    parser = argparse.ArgumentParser("export.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("checkpoint", help="any weights that this project reads")
     parser.add_argument("--to", required=True, choices=list(FORMATS),
                         help="open-clip holds both towers; timm the image tower's features, not projected; onnx, "
@@ -197,7 +200,7 @@ def to_medclip(loaded: models.Pretrained, folder: Path) -> None:
         raise ValueError(
             f"MedCLIP makes a square of every image, this model {size_text(loaded.preprocess.size)} pixels"
         )
-    utils.save_checkpoint(medclip.export_medclip(model), folder / medclip.WEIGHTS_NAME)
+    save_checkpoint(medclip.export_medclip(model), folder / medclip.WEIGHTS_NAME)
 
 
 class _Image(nn.Module):
@@ -392,7 +395,7 @@ def export(
 
 def main(argv: list[str] | None = None) -> Path:
     args = get_args_parser().parse_args(argv)
-    with utils.start_logging():
+    with start_logging():
         folder = export(Path(args.checkpoint), args.to, args.output, args.bert_vocab, args.results)
         size = sum(file.stat().st_size for file in folder.rglob("*"))
         log.info(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}; {size / 2**20:.1f} MiB")
@@ -400,4 +403,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

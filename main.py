@@ -32,18 +32,37 @@ from tqdm import tqdm
 
 import datasets
 import distributed
-import downstream
-import loader
 import losses
 import models
-import pretrained_towers
 import utils
-from colour import apply_colour_batch
 from distributed import Processes
-from features import Loading, classify_zeroshot, embed_pairs
-from metrics import percent, retrieval_metrics
+from evaluation import downstream
+from evaluation.features import Loading, classify_zeroshot, embed_pairs
+from evaluation.metrics import percent, retrieval_metrics
+from inputs import loader
+from inputs.colour import apply_colour_batch
+from inputs.reader import NoSplit, NothingKept, Reader
+from inputs.sizes import ImageSize
+from inputs.transforms import Preprocess
+from runtime.checkpoints import (
+    differences,
+    find_training_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_training_checkpoint,
+)
+from runtime.command_line import (
+    HelpFormatter,
+    StopRequest,
+    UsageError,
+    add_config_argument,
+    parse_with_config,
+    positive_int,
+    run_script,
+)
+from runtime.logs import MetricWriter, format_seconds, start_logging
 from tokenizer import Tokenizer, create_tokenizer
-from transforms import Preprocess
+from towers import pretrained as pretrained_towers
 
 log = logging.getLogger("medslip")
 HERE = Path(__file__).parent
@@ -56,13 +75,13 @@ RESUME_SETTINGS = (
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("main.py", description=__doc__, formatter_class=utils.HelpFormatter)
+    parser = argparse.ArgumentParser("main.py", description=__doc__, formatter_class=HelpFormatter)
     add_data_arguments(parser)
     add_model_arguments(parser)
     add_training_arguments(parser)
     add_run_arguments(parser)
     distributed.add_distributed_arguments(parser)
-    utils.add_config_argument(parser)
+    add_config_argument(parser)
     return parser
 
 
@@ -80,8 +99,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                       help="csv: of a table that names no splits, hold out this fraction of the images for validation, "
                       "the same ones in every run; 0 trains on all and does not validate")
     data.add_argument("--caption-filter", default="all", type=str, metavar="FILTER",
-                      help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in datasets.py), or "
-                      "a regular expression, matched without regard to case; validation is filtered too")
+                      help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in "
+                      "inputs/caption_filters.py), or a regular expression, matched without regard to case; validation "
+                      "is filtered too")
     data.add_argument("--cache-dir", default="", type=str,
                       help="where the index of a large dataset is kept; by default beside its metadata")
     data.add_argument("--max-bad-fraction", "--max-bad-share", default=0.01, type=float, metavar="FRACTION",
@@ -99,7 +119,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="one of " + ", ".join(models.MODELS))
     model.add_argument("--ssl-mlp-dim", default=4096, type=int, help="hidden width of the SimCLR projection head")
     model.add_argument("--ssl-emb-dim", default=256, type=int, help="output width of the SimCLR projection head")
-    model.add_argument("--image-size", default=None, action=utils.ImageSize,
+    model.add_argument("--image-size", default=None, action=ImageSize,
                        help="pixels of the training images, the side of a square or height and width, as 1520 912 for "
                        "whole mammograms (default: the model's, 224); position embeddings follow")
     model.add_argument("--vision-tower", default=None, type=str, metavar="TIMM_NAME",
@@ -140,11 +160,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train = parser.add_argument_group("training")
-    train.add_argument("--epochs", default=25, type=utils.positive_int, help="passes over the training pairs")
+    train.add_argument("--epochs", default=25, type=positive_int, help="passes over the training pairs")
     train.add_argument("--warmup-epochs", default=1, type=int, help="epochs of linear warm-up from --lr-start")
-    train.add_argument("--batch-size", default=64, type=utils.positive_int,
+    train.add_argument("--batch-size", default=64, type=positive_int,
                        help="pairs for each process and micro-batch")
-    train.add_argument("--update-freq", default=1, type=utils.positive_int,
+    train.add_argument("--update-freq", default=1, type=positive_int,
                        help="micro-batches for each optimizer step (gradient accumulation)")
     train.add_argument("--accum-negatives", default="micro", choices=("micro", "full"),
                        help="with --update-freq: contrast within each micro-batch, as published, or over the whole "
@@ -183,7 +203,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("validation, checkpoints, logging")
-    run.add_argument("--eval-freq", default=1, type=utils.positive_int,
+    run.add_argument("--eval-freq", default=1, type=positive_int,
                      help="validate every so many epochs, and after the last")
     run.add_argument("-e", "--evaluate", action="store_true", help="only validate the weights of --resume or --init")
     run.add_argument("--skip-broken", action="store_true",
@@ -193,9 +213,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
                      help="dataset of dataset_catalog.json for zero-shot validation; skipped where its path is absent")
     run.add_argument("--catalog", default=str(HERE / "dataset_catalog.json"), type=str,
                      help="where the downstream datasets are")
-    run.add_argument("--print-freq", default=10, type=utils.positive_int, metavar="STEPS",
+    run.add_argument("--print-freq", default=10, type=positive_int, metavar="STEPS",
                      help="steps between log lines")
-    run.add_argument("--keep-last", default=2, type=utils.positive_int, metavar="K",
+    run.add_argument("--keep-last", default=2, type=positive_int, metavar="K",
                      help="checkpoints to keep beside the best")
     run.add_argument("--save-every-minutes", default=30.0, type=float, metavar="MINUTES",
                      help="checkpoint within an epoch this often, beside the one after every epoch")
@@ -314,7 +334,7 @@ def pretrained_model(args: argparse.Namespace) -> tuple[models.ImageModel, Token
     return loaded.model, loaded.tokenizer
 
 
-def build_reader(args: argparse.Namespace, split: str, caption_filter: str, quiet: bool = False) -> datasets.Reader:
+def build_reader(args: argparse.Namespace, split: str, caption_filter: str, quiet: bool = False) -> Reader:
     if not args.root:
         raise ValueError(f"--root is missing: the folder of the {args.dataset} dataset")
     # The published default belongs to yfcc15m alone.
@@ -337,7 +357,7 @@ def build_reader(args: argparse.Namespace, split: str, caption_filter: str, quie
 class Validation:
     """What a run is validated on: nothing, where neither is there."""
 
-    readers: dict[str, datasets.Reader]  # for retrieval: `val` as the caption filter leaves it, `val_full` all of it
+    readers: dict[str, Reader]  # for retrieval: `val` as the caption filter leaves it, `val_full` all of it
     zero_shot: downstream.ZeroShotSet | None
 
 
@@ -358,7 +378,7 @@ def build_validation(args: argparse.Namespace, model: models.ImageModel) -> Vali
     return Validation(readers, zero_shot)
 
 
-def retrieval_readers(args: argparse.Namespace) -> dict[str, datasets.Reader]:
+def retrieval_readers(args: argparse.Namespace) -> dict[str, Reader]:
     """Readers of the validation split by name; none, with a notice, where the dataset has no such split."""
     if "validation" not in datasets.READERS[args.dataset].splits:
         log.info(f"validation: {args.dataset} has no validation pairs, so there is no retrieval")
@@ -366,10 +386,10 @@ def retrieval_readers(args: argparse.Namespace) -> dict[str, datasets.Reader]:
     readers = {}
     try:
         readers["val"] = build_reader(args, "validation", args.caption_filter)
-    except (FileNotFoundError, datasets.NoSplit) as error:
+    except (FileNotFoundError, NoSplit) as error:
         log.info(f"validation: no retrieval ({error})")
         return {}
-    except datasets.NothingKept as error:
+    except NothingKept as error:
         log.info(f"validation: {error}, so all candidates choose the best checkpoint")
     if args.caption_filter != "all":
         readers["val_full"] = build_reader(args, "validation", "all", quiet=True)
@@ -378,7 +398,7 @@ def retrieval_readers(args: argparse.Namespace) -> dict[str, datasets.Reader]:
 
 def build_loader(
     args: argparse.Namespace,
-    reader: datasets.Reader,
+    reader: Reader,
     model: Any,
     tokenizer: Tokenizer | None,
     processes: Processes,
@@ -432,7 +452,7 @@ class Run(Step):
     loader: DataLoader
     sampler: datasets.GlobalBatchSampler
     steps_per_epoch: int
-    writer: utils.MetricWriter
+    writer: MetricWriter
     settings: dict  # compared when a run is continued
     epoch: int = 0
     step_in_epoch: int = 0  # updates done in this epoch
@@ -469,10 +489,10 @@ def prepare_step(args: argparse.Namespace, processes: Processes, model: Any) -> 
 def build_run(
     args: argparse.Namespace,
     processes: Processes,
-    writer: utils.MetricWriter,
+    writer: MetricWriter,
     model: models.ImageModel,
     tokenizer: Tokenizer | None,
-    reader: datasets.Reader,
+    reader: Reader,
 ) -> Run:
     """A run at its first step."""
     step = prepare_step(args, processes, model)
@@ -528,7 +548,7 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
 
 
 def resume_settings(
-    args: argparse.Namespace, model: Any, tokenizer: Tokenizer | None, processes: Processes, reader: datasets.Reader
+    args: argparse.Namespace, model: Any, tokenizer: Tokenizer | None, processes: Processes, reader: Reader
 ) -> dict:
     settings = {key: getattr(args, key) for key in RESUME_SETTINGS}
     settings |= {
@@ -569,13 +589,13 @@ def save(run: Run, is_best: bool = False) -> None:
         "versions": utils.versions(),
     }
     output_dir = Path(run.args.output_dir)
-    utils.save_training_checkpoint(state, output_dir, run.step, is_best, run.args.keep_last)
+    save_training_checkpoint(state, output_dir, run.step, is_best, run.args.keep_last)
     if is_best and exports_medclip(run):
-        import medclip
+        from towers import medclip
 
         (output_dir / "medclip_export").mkdir(exist_ok=True)
         exported = medclip.export_medclip(run.model, weights)
-        utils.save_checkpoint(exported, output_dir / "medclip_export" / medclip.WEIGHTS_NAME)
+        save_checkpoint(exported, output_dir / "medclip_export" / medclip.WEIGHTS_NAME)
 
 
 def exports_medclip(run: Run) -> bool:
@@ -586,9 +606,9 @@ def exports_medclip(run: Run) -> bool:
 def resume(run: Run) -> None:
     """Continue from --resume, else from the newest checkpoint in the output directory, if there is one."""
     output_dir = Path(run.args.output_dir)
-    state, source = utils.find_training_checkpoint(output_dir), f"the run in {output_dir}"
+    state, source = find_training_checkpoint(output_dir), f"the run in {output_dir}"
     if run.args.resume:
-        named = utils.load_checkpoint(run.args.resume)
+        named = load_checkpoint(run.args.resume)
         if state is not None and state.get("step", 0) >= named.get("step", 0):
             log.info(
                 f"{source} is as far as {run.args.resume} or further, so it is continued; to go back, "
@@ -606,7 +626,7 @@ def resume(run: Run) -> None:
     theirs = {"mask_duplicates": False, "hold_batchnorm": False, **state["settings"]}
     if (off := theirs.pop("disable_amp", None)) is not None:  # before there was --precision
         theirs["precision"] = "fp32" if off else "auto"
-    differ = utils.differences(theirs, run.settings)
+    differ = differences(theirs, run.settings)
     if (
         state["preprocess"] != run.model.preprocess.to_dict()
     ):  # that of --vision-weights, which a tower cannot say itself
@@ -789,7 +809,7 @@ def update(run: Run, batches: list[dict[str, Any]], totals: Totals) -> None:
     totals.skipped += ~finite
 
 
-def train_one_epoch(run: Run, stop: utils.StopRequest) -> bool:
+def train_one_epoch(run: Run, stop: StopRequest) -> bool:
     """The rest of the epoch that `run` stands in; False when a signal ended it early, after a checkpoint."""
     args, keys, device = run.args, run.model.objective.metrics, run.processes.device
     run.called.train()
@@ -903,7 +923,7 @@ class Interval:
             f"epoch {run.epoch} [{run.step_in_epoch}/{run.steps_per_epoch}]  {parts}  lr {row['lr']:.3g}  "
             f"{row['samples_per_second']:.0f} samples/s  data {100 * row['waiting_for_data']:.0f}%"
             + (f"  mem {row['memory_gib']:.1f} GiB" if row["memory_gib"] else "")
-            + f"  left {utils.format_seconds(left)}"
+            + f"  left {format_seconds(left)}"
         )
         run.writer.row("train", run.step, row)
         if skipped:
@@ -980,7 +1000,7 @@ def evaluate(args: argparse.Namespace, processes: Processes) -> dict[str, float]
     return validate(args, processes, model.to(processes.device), tokenizer, validation)[0]
 
 
-def train(args: argparse.Namespace, processes: Processes, writer: utils.MetricWriter) -> dict:
+def train(args: argparse.Namespace, processes: Processes, writer: MetricWriter) -> dict:
     """All epochs that are left, once the processes have met."""
     utils.seed_everything(args.seed)  # all ranks start from the same weights
     model, tokenizer = build_model(args)
@@ -992,7 +1012,7 @@ def train(args: argparse.Namespace, processes: Processes, writer: utils.MetricWr
     record_settings(args, run, len(reader))
 
     scores = {}
-    with utils.StopRequest() as stop:
+    with StopRequest() as stop:
         while run.epoch < args.epochs:
             if not train_one_epoch(run, stop):
                 return {**scores, "stopped_by": stop.name}
@@ -1004,32 +1024,32 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that exclude each other."""
     starts = [f"--{n.replace('_', '-')}" for n in ("resume", "init", "medclip_weights") if getattr(args, n)]
     if len(starts) > 1:
-        raise utils.UsageError(f"{' and '.join(starts)} cannot both say where the weights come from: choose one")
+        raise UsageError(f"{' and '.join(starts)} cannot both say where the weights come from: choose one")
     towers = [f"--{n}-weights" for n in ("vision", "text") if getattr(args, f"{n}_weights")]
     others = [name for name in starts if name != "--resume"] + ["--bert-vocab"] * bool(args.bert_vocab)
     if towers and others:
-        raise utils.UsageError(f"{towers[0]} says where a tower comes from: leave out {' '.join(others)}")
+        raise UsageError(f"{towers[0]} says where a tower comes from: leave out {' '.join(others)}")
     if args.start_epoch >= args.epochs:
-        raise utils.UsageError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
+        raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
     if args.shard and args.accum_negatives == "full":
-        raise utils.UsageError("--shard keeps no whole tower to run twice: use it with --accum-negatives micro")
+        raise UsageError("--shard keeps no whole tower to run twice: use it with --accum-negatives micro")
     if not 0 <= args.val_fraction < 1:
-        raise utils.UsageError(f"--val-fraction {args.val_fraction}: a fraction from 0 to below 1")
+        raise UsageError(f"--val-fraction {args.val_fraction}: a fraction from 0 to below 1")
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; returns the last epoch's scores, and `stopped_by` where a signal came first."""
-    args = utils.parse_with_config(get_args_parser(), argv)
+    args = parse_with_config(get_args_parser(), argv)
     check_arguments(args)
     processes = distributed.init_distributed(args)
     if args.shard and processes.world_size == 1:
-        raise utils.UsageError("--shard splits the model over several processes: start it with torchrun or submitit")
-    with utils.start_logging(args.output_dir, processes.is_main), distributed.ending_together(processes):
+        raise UsageError("--shard splits the model over several processes: start it with torchrun or submitit")
+    with start_logging(args.output_dir, processes.is_main), distributed.ending_together(processes):
         if args.evaluate:
             return evaluate(args, processes)
-        with closing(utils.MetricWriter(Path(args.output_dir), processes.is_main, args.wandb, vars(args))) as writer:
+        with closing(MetricWriter(Path(args.output_dir), processes.is_main, args.wandb, vars(args))) as writer:
             return train(args, processes, writer)
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

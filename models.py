@@ -26,139 +26,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.special import softmax
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import losses
 import utils
-from images import read_image, to_8bit, to_rgb8
+from inputs.images import read_image, to_8bit, to_rgb8
+from inputs.sizes import Size, as_size, size_text
+from inputs.transforms import IMAGENET_MEAN, IMAGENET_STD, MEDCLIP_MEAN, MEDCLIP_STD, Preprocess, eval_view
+from runtime.checkpoints import load_checkpoint, strip_wrappers, training_progress, unfinished
 from tokenizer import Tokenizer, create_tokenizer
-from transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    MEDCLIP_MEAN,
-    MEDCLIP_STD,
-    Preprocess,
-    Size,
-    as_size,
-    eval_view,
-    height_width,
-    size_text,
-)
+from towers.clip_text import CLIPText
+from towers.weights import load_weights, resize_position_embeddings
 
 log = logging.getLogger("medslip")
 
 LOGIT_SCALE_START = math.log(1 / 0.07)  # CLIP, section 2.5
 LOGIT_SCALE_MAX = 4.6052  # ln(100): "clipped to prevent scaling the logits by more than 100"; the published value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The text tower of CLIP
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and what came before it.
-
-    Parameter names are those of torch.nn.MultiheadAttention, which the published checkpoints were saved from.
-    """
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, L, D = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3*D)
-        q, k, v = qkv.view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads) each
-        # Scores (B, heads, L, L) are never written out where the device has a fused kernel.
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, D/heads)
-        return self.out_proj(x.transpose(1, 2).reshape(B, L, D))
-
-
-class QuickGELU(nn.Module):
-    """The sigmoid approximation of GELU (Hendrycks and Gimpel 2016, section 2) that CLIP was trained with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-class TextBlock(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.attn = CausalSelfAttention(width, heads)
-        self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
-        )
-        self.ln_2 = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-
-
-class TextTransformer(nn.Module):
-    def __init__(self, width: int, heads: int, layers: int):
-        super().__init__()
-        self.resblocks = nn.Sequential(*(TextBlock(width, heads) for _ in range(layers)))
-
-        self.checkpointed = False
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
-        for block in self.resblocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed and self.training else block(x)
-        return x
-
-
-@dataclass(frozen=True)
-class CLIPText:
-    """CLIP's causal text transformer (Radford et al. 2021, section 2.4), read out at the first end-of-text token."""
-
-    context_length: int = 77
-    vocab_size: int = 49408
-    width: int = 512
-    heads: int = 8
-    layers: int = 12
-    modules = ("token_embedding", "positional_embedding", "transformer", "ln_final")
-    reads_padding = False  # attention is causal, and the read-out stands before the padding
-
-    def attach(self, model: Any, embed_dim: int) -> None:
-        """Register the tower's parameters on `model`, in the initial distributions of CLIP's published code."""
-        model.positional_embedding = nn.Parameter(torch.empty(self.context_length, self.width))
-        model.text_projection = nn.Parameter(torch.empty(self.width, embed_dim))
-        model.transformer = TextTransformer(self.width, self.heads, self.layers)
-        model.token_embedding = nn.Embedding(self.vocab_size, self.width)
-        model.ln_final = nn.LayerNorm(self.width)
-        nn.init.normal_(model.token_embedding.weight, std=0.02)
-        nn.init.normal_(model.positional_embedding, std=0.01)
-        nn.init.normal_(model.text_projection, std=self.width**-0.5)
-        block: Any
-        for block in model.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=self.width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=self.width**-0.5 * (2 * self.layers) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=self.width**-0.5 * (2 * self.layers) ** -0.5)
-
-    def checkpoint_gradients(self, model: Any) -> None:
-        model.transformer.checkpointed = True
-
-    def encode(self, model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Tokens (B, L), L at most the context, to embeddings (B, embed_dim). Causal, so it needs no mask."""
-        if tokens.shape[1] > self.context_length:
-            raise ValueError(f"captions of {tokens.shape[1]} tokens do not fit a context of {self.context_length}")
-        x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]  # (B, L, D)
-        x = model.ln_final(model.transformer(x))
-        # End-of-text has the highest id, and argmax returns its first place.
-        x = x[torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]  # (B, D)
-        return x @ model.text_projection
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -494,7 +377,7 @@ def _timm_tower(config: ModelConfig) -> Any:
 def _image_tower(config: ModelConfig) -> tuple[nn.Module, int]:
     """The image tower and the width of its features."""
     if config.vision_tower.startswith("medclip-"):
-        import medclip  # transformers takes seconds to import, and only these models need it
+        from towers import medclip  # transformers takes seconds to import, and only these models need it
 
         return medclip.build_image_tower(config.vision_tower, config.vision_kwargs, config.image_size)
     tower = _timm_tower(config)
@@ -512,7 +395,7 @@ def _text_tower(config: ModelConfig) -> Any:
     if config.text_tower == "clip":
         return CLIPText(**sizes)
     if config.text_tower == "bert":
-        import medclip
+        from towers import medclip
 
         return medclip.BertText(**sizes, pooling=config.text_pooling)
     raise ValueError(f"unknown text tower {config.text_tower!r}: choose clip or bert")
@@ -557,7 +440,7 @@ def create_model(name: str, **overrides) -> ImageModel:
             that one call serves all three (SLIP's constructors did the same).
 
     Returns:
-        the model, with `config` (plain values), `objective` and `preprocess` (transforms.Preprocess).
+        the model, with `config` (plain values), `objective` and `preprocess` (inputs.transforms.Preprocess).
     """
     config = resolve_config(name, **overrides)
     if config.objective not in OBJECTIVES:
@@ -578,34 +461,6 @@ globals().update({name: partial(create_model, name) for name in MODELS})
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def resize_position_embeddings(
-    state_dict: dict[str, Tensor], model: ImageModel, size: Size | None = None
-) -> dict[str, Tensor]:
-    """`state_dict` with a ViT's position embeddings (1, p + h*w, d), and timm's Swin's tables, fit to `model`.
-
-    Args:
-        size: of the images that the weights were trained with; None for a square.
-    """
-    own, changed = dict(model.named_parameters()), {}
-    key = "visual.pos_embed"
-    if key in own and key in state_dict and own[key].ndim == 3:
-        h, w = model.visual.patch_embed.grid_size
-        prefix = own[key].shape[1] - h * w  # 0 where class and register tokens have no position
-        places = state_dict[key].shape[1] - prefix
-        patch = model.visual.patch_embed.patch_size
-        old = tuple(side // p for side, p in zip(height_width(size), patch, strict=True)) if size is not None else None
-        if old is None or old[0] * old[1] != places:  # a square grid, or load_weights says that the shape is another
-            old = (math.isqrt(places),) * 2
-        if old != (h, w) and old[0] * old[1] == places:
-            changed[key] = resample_abs_pos_embed(state_dict[key], [h, w], list(old), num_prefix_tokens=prefix)
-    for key, table in state_dict.items():  # of windows, which timm makes smaller where a stage has less room
-        if key.endswith("relative_position_bias_table") and key in own and own[key].shape != table.shape:
-            window = getattr(model.get_submodule(key.rpartition(".")[0]), "window_size", None)
-            if window is not None and math.isqrt(len(table)) ** 2 == len(table):  # of a square window
-                changed[key] = resize_rel_pos_bias_table(table, window, own[key].shape)
-    return {**state_dict, **changed}
-
-
 def rebuilt(model: Any, seed: int, **changes) -> Any:
     """A model of the same settings, but for `changes` (fields of ModelConfig), with fresh weights."""
     utils.seed_everything(seed)
@@ -622,38 +477,6 @@ def at_size(model: Any, size: Size) -> Any:
     load_weights(resized, weights, f"{model.name} at {size_text(size)} pixels")
     resized.preprocess = replace(model.preprocess, size=size)
     return resized.train(model.training)
-
-
-def load_weights(model: ImageModel, state_dict: dict[str, Tensor], source: str, other_head: bool = False) -> None:
-    """Load every parameter and buffer by name.
-
-    Args:
-        other_head: a SimCLR head that only one side has, or of another shape, is passed over: the model keeps its own.
-
-    Raises:
-        ValueError: naming what is missing, unexpected or of another shape.
-    """
-    own = model.state_dict()
-    if other_head:
-        head = {k: v for k, v in own.items() if k.startswith("image_mlp.")}
-        same = all(k in state_dict and state_dict[k].shape == v.shape for k, v in head.items())
-        state_dict = {k: v for k, v in state_dict.items() if not k.startswith("image_mlp.")} | (
-            {k: state_dict[k] for k in head} if same else head
-        )
-    missing = [k for k in own if k not in state_dict]
-    unexpected = [k for k in state_dict if k not in own]
-    shapes = [
-        f"{k} {tuple(state_dict[k].shape)} instead of {tuple(v.shape)}"
-        for k, v in own.items()
-        if k in state_dict and state_dict[k].shape != v.shape
-    ]
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"{source} does not fit {model.name}: missing {missing[:8] or 'none'} ({len(missing)}), "
-            f"unexpected {unexpected[:8] or 'none'} ({len(unexpected)}), "
-            f"other shape {shapes[:8] or 'none'} ({len(shapes)})"
-        )
-    model.load_state_dict(state_dict)
 
 
 @dataclass
@@ -693,7 +516,7 @@ class Pretrained:
         self, images: Sequence[Any], labels: Sequence[str | Sequence[str]], templates: Sequence[str] = ("{}.",)
     ) -> np.ndarray:
         """Probabilities (n, k) of labels (an inner list for synonyms), each in every template, at the model's scale."""
-        from features import zeroshot_classifier
+        from towers.prompts import zeroshot_classifier
 
         model, tokenizer = self._reader()
         device = next(self.model.parameters()).device
@@ -726,10 +549,10 @@ def read_pretrained(path: str | Path) -> dict:
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return _read_exported(path)
     if path.is_dir() or path.suffix == ".zip":
-        import medclip
+        from towers import medclip
 
         return medclip.read_weights(path)
-    state = utils.load_checkpoint(path)
+    state = load_checkpoint(path)
     bare = state and all(isinstance(value, Tensor) for value in state.values()) and not _is_medclip_state(state)
     return {"state_dict": state} if bare else state
 
@@ -786,11 +609,11 @@ def load_pretrained(
     if image_size is not None and as_size(image_size) != loaded.preprocess.size:
         loaded = at_size(loaded, as_size(image_size))
     loaded.eval()
-    remark = utils.unfinished(state, path)
+    remark = unfinished(state, path)
     if remark:
         log.warning(f"{path} is {remark}")
     source = f"{loaded.name} from {kind} {path}" + (f", {remark}" if remark else "")
-    training = state.get("training") or utils.training_progress(state, path)
+    training = state.get("training") or training_progress(state, path)
     return Pretrained(loaded, loaded.preprocess, tokenizer, source, training)
 
 
@@ -806,7 +629,7 @@ def _from_ours(state: dict, path: str | Path, pooling: dict) -> tuple[ImageModel
 def _from_medclip(
     state: dict, path: str | Path, bert_vocab: str | None, pooling: dict
 ) -> tuple[ImageModel, Tokenizer | None, str]:
-    import medclip
+    from towers import medclip
 
     name = {"medclip-swin": "MEDCLIP_VIT", "medclip-resnet50": "MEDCLIP_RESNET"}[medclip.tower_name(state)]
     model = create_model(name, **{"text_pooling": "medclip", **pooling})
@@ -821,7 +644,7 @@ def _from_published(state: dict, path: str | Path, name: str | None) -> tuple[Im
     name = name or args.get("model")
     if name not in MODELS:
         raise ValueError(f"{path} holds model {name!r}: name one of {', '.join(MODELS)} that it was trained as")
-    weights = utils.strip_wrappers(state["state_dict"])
+    weights = strip_wrappers(state["state_dict"])
     head = {}
     if "image_mlp.layer1.weight" in weights:
         head = dict(
@@ -849,14 +672,14 @@ def initialise(model: ImageModel, path: str | Path, tokenizer: Tokenizer | None 
                 "would mean other words; give the same --bert-vocab as its run, or none where it had none"
             )
     if _is_medclip_state(state):
-        import medclip
+        from towers import medclip
 
         medclip.load_medclip(model, state, str(path))
         return
     if "state_dict" not in state:
         raise ValueError(f"{path} holds no state_dict; its keys begin {list(state)[:5]}")
     theirs = Preprocess.from_dict(state["preprocess"]) if "preprocess" in state else None
-    weights = utils.strip_wrappers(state["state_dict"])
+    weights = strip_wrappers(state["state_dict"])
     weights = resize_position_embeddings(weights, model, theirs and theirs.size)
     load_weights(model, weights, str(path), other_head=True)
     if theirs is not None:  # the tower goes on with the normalisation that it knows

@@ -30,27 +30,29 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import distributed
-import downstream
-import metrics
 import models
-import saliency
 import utils
-from features import Backbone, Loading, extract, load_backbone
-from images import read_image
-from metadata import Table
-from probes import Linear, load_heads
-from transforms import eval_view, linear_eval_view
+from evaluation import downstream, metrics, saliency
+from evaluation.catalog import read_prompts
+from evaluation.features import Backbone, Loading, extract, load_backbone
+from evaluation.probes import Linear, load_heads
+from inputs.images import read_image
+from inputs.metadata import Table
+from inputs.transforms import eval_view, linear_eval_view
+from runtime.checkpoints import load_checkpoint
+from runtime.command_line import HelpFormatter, UsageError, positive_int, run_script
+from runtime.logs import start_logging
 
 log = logging.getLogger("medslip")
 
 
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("predict.py", description=__doc__, formatter_class=utils.HelpFormatter)
+    parser = argparse.ArgumentParser("predict.py", description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     classify = commands.add_parser("classify", help="by a fitted probe or a fine-tuned tower",
-                                   formatter_class=utils.HelpFormatter)
+                                   formatter_class=HelpFormatter)
     classify.add_argument("run", type=Path, help="folder of main_linear.py, with head.safetensors and settings.json, "
                           "or of run_class_finetuning.py")
     add_images(classify)
@@ -59,7 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                           help="write each image with the places in red that its score comes from, the malignant one "
                           "or the predicted class's; make_report.py --saliency says how far to trust such maps")
 
-    zero = commands.add_parser("zero-shot", help="by labels in words", formatter_class=utils.HelpFormatter)
+    zero = commands.add_parser("zero-shot", help="by labels in words", formatter_class=HelpFormatter)
     add_weights(zero)
     add_images(zero)
     zero.add_argument("--labels", default=[], nargs="+", type=str, help="the classes, in words; quote those of several")
@@ -69,16 +71,16 @@ def get_args_parser() -> argparse.ArgumentParser:
                       help="take labels and templates from this entry of the catalog, labels.json and templates.json")
 
     embed = commands.add_parser("embed", help="images or captions to a file of vectors",
-                                formatter_class=utils.HelpFormatter)
+                                formatter_class=HelpFormatter)
     add_weights(embed)
     add_images(embed, nargs="*")
     embed.add_argument("--captions", default="", type=str, metavar="TXT", help="a file of captions instead, one a line")
 
-    search = commands.add_parser("search", help="nearest in an embedded set", formatter_class=utils.HelpFormatter)
+    search = commands.add_parser("search", help="nearest in an embedded set", formatter_class=HelpFormatter)
     search.add_argument("bank", type=Path, help="what embed wrote: images or captions")
     add_images(search, nargs="*")
     search.add_argument("--text", default=[], nargs="+", type=str, help="captions to look for")
-    search.add_argument("-k", default=5, type=utils.positive_int, help="how many of the nearest")
+    search.add_argument("-k", default=5, type=positive_int, help="how many of the nearest")
     search.add_argument("--weights", default="", type=str, help="where the set's weights are now, if they were moved")
     search.add_argument("--bert-vocab", default=None, type=str, help="for MedCLIP's own weights")
     return parser
@@ -93,7 +95,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
     parser.add_argument("images", nargs=nargs, type=Path, help="image files, folders, or CSVs with a column image")
     parser.add_argument("--output", default="", type=str, help="CSV, or .npz of embed (embed needs one)")
-    parser.add_argument("--batch-size", default=64, type=utils.positive_int, help="memory and speed only")
+    parser.add_argument("--batch-size", default=64, type=positive_int, help="memory and speed only")
     parser.add_argument("-j", "--workers", default=0, type=int, help="loader processes")
     parser.add_argument("--gpu", default=None, type=int, help="index of the GPU; by default the first, -1: the CPU")
     parser.add_argument("--precision", default="auto", choices=("auto", *distributed.PRECISIONS),
@@ -162,7 +164,7 @@ def passed(
 def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Probabilities of a fitted probe, its decision at validation's threshold, and whether the image is far off."""
     if args.explain and importlib.util.find_spec("captum") is None:  # before the images are read
-        raise utils.UsageError("--explain needs captum: pip install captum")
+        raise UsageError("--explain needs captum: pip install captum")
     if not (args.run / "head.safetensors").is_file() and (args.run / "checkpoint.pt").is_file():
         return classify_finetuned(args)
     heads, about = load_heads(args.run / "head.safetensors")
@@ -204,7 +206,7 @@ def classify_finetuned(args: argparse.Namespace) -> list[dict[str, Any]]:
     from beit_finetuning.views import EvalView
 
     best = args.run / "checkpoint_best.pt"
-    state = utils.load_checkpoint(best if best.is_file() else args.run / "checkpoint.pt")
+    state = load_checkpoint(best if best.is_file() else args.run / "checkpoint.pt")
     if "data_set" not in state.get("settings", {}):
         raise ValueError(f"{args.run} is neither a probe (no head.safetensors) nor a fine-tuned classifier")
     classes = state["settings"]["classes"]
@@ -311,15 +313,15 @@ def zero_shot(args: argparse.Namespace) -> list[dict[str, Any]]:
     labels: Sequence[Any] = args.labels
     templates: Sequence[str] = args.templates
     if args.set:
-        prompts = downstream.read_prompts("labels.json")
+        prompts = read_prompts("labels.json")
         if args.set not in prompts:
             raise ValueError(f"--set {args.set!r} is not in labels.json; choose from {', '.join(prompts)}")
         labels = prompts[args.set]
-        templates = downstream.read_prompts("templates.json").get(args.set) or templates
+        templates = read_prompts("templates.json").get(args.set) or templates
     if len(labels) < 2:
-        raise utils.UsageError("zero-shot needs --labels, at least two, or --set")
+        raise UsageError("zero-shot needs --labels, at least two, or --set")
     if lacking := [template for template in templates if "{}" not in template]:
-        raise utils.UsageError(f"template {lacking[0]!r} has no {{}} for the label")
+        raise UsageError(f"template {lacking[0]!r} has no {{}} for the label")
     loaded = models.load_pretrained(args.weights, bert_vocab=args.bert_vocab)
     loaded.model.to(processes_of(args).device)
     paths = readable(find_images(args.images))
@@ -350,9 +352,9 @@ def readable(paths: Sequence[Path]) -> list[tuple[Path, Image.Image]]:
 def embed(args: argparse.Namespace) -> dict[str, Any]:
     """Unit vectors to an .npz: ids (n,), vectors (n, d), what they are of, and the weights by path and hash."""
     if not args.output.endswith(".npz"):
-        raise utils.UsageError(f"embed needs --output with the ending .npz, not {args.output!r}")
+        raise UsageError(f"embed needs --output with the ending .npz, not {args.output!r}")
     if bool(args.images) == bool(args.captions):
-        raise utils.UsageError("embed takes images or --captions, one of the two")
+        raise UsageError("embed takes images or --captions, one of the two")
     loaded = models.load_pretrained(args.weights, bert_vocab=args.bert_vocab)
     args.processes = processes_of(args)
     loaded.model.to(args.processes.device)
@@ -380,7 +382,7 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
 def search(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The nearest of an embedded set for each image or caption, best first."""
     if not args.images and not args.text:
-        raise utils.UsageError("search needs images or --text to look for")
+        raise UsageError("search needs images or --text to look for")
     with np.load(args.bank, allow_pickle=False) as stored:
         if lacking := {"ids", "vectors", "weights", "weights_sha256"} - set(stored.files):
             raise ValueError(
@@ -429,7 +431,7 @@ def show(rows: list[dict[str, Any]], most: int = 20) -> str:
 def main(argv: list[str] | None = None) -> Any:
     """Run a command; returns its rows, or what embed wrote."""
     args = get_args_parser().parse_args(argv)
-    with utils.start_logging():
+    with start_logging():
         if args.command == "embed":
             return embed(args)
         rows = {"classify": classify, "zero-shot": zero_shot, "search": search}[args.command](args)
@@ -441,4 +443,4 @@ def main(argv: list[str] | None = None) -> Any:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

@@ -26,7 +26,8 @@ from typing import Any
 import submitit
 from submitit.core.utils import UncompletedJobError
 
-import utils
+from runtime.command_line import run_script
+from runtime.logs import start_logging
 
 log = logging.getLogger("medslip")
 HERE = Path(__file__).resolve().parent
@@ -113,7 +114,7 @@ class ScriptJob:
         os.environ.update(rank_environment(env))
         output_dir = Path(self.output_dir.replace("%j", env.job_id))
         output_dir.mkdir(parents=True, exist_ok=True)
-        with utils.start_logging(output_dir, is_main=env.global_rank == 0):
+        with start_logging(output_dir, is_main=env.global_rank == 0):
             return self.run(env, output_dir, requeue)
 
     def run(self, env: submitit.JobEnvironment, output_dir: Path, requeue: Callable[[], None]) -> dict | None:
@@ -279,7 +280,7 @@ def submit(script: str, argv: list[str] | None = None, timeout: int = 2800, node
     `timeout` and `nodes` are the defaults of these flags. Returns the jobs: none after --dry-run.
     """
     args, script_argv = split_arguments(importlib.import_module(script), argv, timeout, nodes)
-    with utils.start_logging():
+    with start_logging():
         return submit_script(script, args, script_argv)
 
 
@@ -339,4 +340,4 @@ if __name__ == "__main__":
     import run_with_submitit
 
     # By its name, so that the stored job refers to this file instead of copying from it.
-    utils.run_script(run_with_submitit.main)
+    run_script(run_with_submitit.main)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import submitit
 
 import run_with_submitit
-import utils
+from runtime.command_line import run_script
 
 
 def main(argv: list[str] | None = None) -> list[submitit.Job]:
@@ -18,4 +18,4 @@ def main(argv: list[str] | None = None) -> list[submitit.Job]:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

@@ -23,7 +23,9 @@ from timm.models.beit import gen_relative_position_index
 from torch import Tensor, nn
 
 import models
-from transforms import Preprocess, Size, height_width, size_text
+from inputs.sizes import Size, height_width, size_text
+from inputs.transforms import Preprocess
+from towers.weights import load_weights, resize_position_embeddings
 
 # ViT-Small as in MoCo v3: 12 heads, where timm and DeiT have 6.
 BEIT_MODELS = {
@@ -322,8 +324,8 @@ def tower_classifier(
         ssl_emb_dim=1,
     )
     weights = {k: v for k, v in model.state_dict().items() if k.startswith("visual.")}
-    weights = models.resize_position_embeddings(weights, rebuilt, config["image_size"])
-    models.load_weights(rebuilt, weights, f"{model.name} at {size_text(size)} pixels", other_head=True)
+    weights = resize_position_embeddings(weights, rebuilt, config["image_size"])
+    load_weights(rebuilt, weights, f"{model.name} at {size_text(size)} pixels", other_head=True)
     preprocess = replace(model.preprocess, size=size)
     return TowerClassifier(rebuilt.visual, rebuilt.feature_dim, num_classes, preprocess, init_scale, freeze_batchnorm)
 

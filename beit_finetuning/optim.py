@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from layer_decay import layer_ids, layer_scales
+from towers.layer_decay import layer_ids, layer_scales
 from utils import cosine_lr
 
 _NO_DECAY = ("pos_embed", "cls_token", "reg_token", "dist_token", "absolute_pos_embed", "position_embeddings")

@@ -35,21 +35,32 @@ from torch.utils.data import DataLoader
 if __name__ == "__main__":  # started as a file, whose folder is then the first place of imports
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import cbis
 import distributed
-import downstream
-import loader
-import metrics
-import models
-import predictions
 import utils
 from beit_finetuning import optim
-from beit_finetuning.modeling_finetune import BEIT_MODELS, create_beit, create_tower, tower_classifier
-from beit_finetuning.views import Augmentation, Criterion, EvalView, Mix, TrainView, beit_preprocess
-from beit_finetuning.weights import load_weights
+from beit_finetuning.modeling_finetune import BEIT_MODELS
+from beit_finetuning.networks import build_model
+from beit_finetuning.sets import Sets, class_weights, open_sets
+from beit_finetuning.views import Augmentation, Criterion, EvalView, Mix, TrainView
 from datasets import GlobalBatchSampler
 from distributed import Processes
-from features import Loading, each_once
+from evaluation import downstream, metrics, predictions
+from evaluation.catalog import CATALOG
+from evaluation.features import Loading, each_once
+from evaluation.run_folder import count_reading
+from inputs import cbis, loader
+from inputs.sizes import ImageSize
+from runtime.checkpoints import differences, find_training_checkpoint, load_checkpoint, save_training_checkpoint
+from runtime.command_line import (
+    HelpFormatter,
+    StopRequest,
+    UsageError,
+    add_config_argument,
+    parse_with_config,
+    positive_int,
+    run_script,
+)
+from runtime.logs import MetricWriter, start_logging
 
 log = logging.getLogger("medslip")
 # What must not differ between a run and its continuation.
@@ -65,7 +76,7 @@ RESUME_SETTINGS = (
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "run_class_finetuning.py", description=__doc__, formatter_class=utils.HelpFormatter, allow_abbrev=False
+        "run_class_finetuning.py", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     )
     add_model_arguments(parser)
     add_data_arguments(parser)
@@ -73,7 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_augmentation_arguments(parser)
     add_run_arguments(parser)
     distributed.add_distributed_arguments(parser)
-    utils.add_config_argument(parser)
+    add_config_argument(parser)
     return parser
 
 
@@ -90,7 +101,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model_prefix", default="", type=str,
                        help="what the tower's names begin with, module.visual. in SLIP's files; extra or missing "
                        "`module.` does not matter")
-    model.add_argument("--input_size", default=None, action=utils.ImageSize,
+    model.add_argument("--input_size", default=None, action=ImageSize,
                        help="pixels of the images, a side or height and width (default: the model's, 224); position "
                        "embeddings are interpolated")
     positions = model.add_mutually_exclusive_group()
@@ -123,7 +134,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--data_path", default="", type=str,
                       help="where the set lies (default: its path in the catalog); of image_folder the training images")
     data.add_argument("--eval_data_path", default="", type=str, help="image_folder: the images to evaluate on")
-    data.add_argument("--catalog", default=str(downstream.CATALOG), type=str, help="where the sets are")
+    data.add_argument("--catalog", default=str(CATALOG), type=str, help="where the sets are")
     data.add_argument("--nb_classes", default=0, type=int,
                       help="number of classes (default: what the set has); another number than the set's is an error")
     data.add_argument("--imagenet_default_mean_and_std", action="store_true",
@@ -138,9 +149,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     train = parser.add_argument_group("optimisation")
-    train.add_argument("--batch_size", default=64, type=utils.positive_int, help="images for each process")
-    train.add_argument("--epochs", default=30, type=utils.positive_int, help="passes over the training images")
-    train.add_argument("--update_freq", default=1, type=utils.positive_int, help="micro-batches for each update")
+    train.add_argument("--batch_size", default=64, type=positive_int, help="images for each process")
+    train.add_argument("--epochs", default=30, type=positive_int, help="passes over the training images")
+    train.add_argument("--update_freq", default=1, type=positive_int, help="micro-batches for each update")
     train.add_argument("--lr", default=5e-4, type=float,
                        help="peak learning rate of the head, absolute: the published 4e-3 belongs to 8 x 128 images")
     train.add_argument("--lr_for_batch", default=0, type=int, metavar="IMAGES",
@@ -203,126 +214,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
                      help="evaluate after the last epoch alone; a validation split is always evaluated")
     run.add_argument("--eval", "--evaluate", "-e", dest="evaluate", action="store_true",
                      help="only evaluate the run in --output_dir")
-    run.add_argument("--print-freq", "--print_freq", default=10, type=utils.positive_int, metavar="UPDATES",
+    run.add_argument("--print-freq", "--print_freq", default=10, type=positive_int, metavar="UPDATES",
                      help="updates between log lines")
     run.add_argument("--save-every-minutes", "--save_every_minutes", default=30.0, type=float, metavar="MINUTES",
                      help="checkpoint within an epoch this often")
-    run.add_argument("--resamples", default=2000, type=utils.positive_int, help="CBIS: of the patients, for intervals")
+    run.add_argument("--resamples", default=2000, type=positive_int, help="CBIS: of the patients, for intervals")
     run.add_argument("--baseline", default=[], nargs="+", type=str, metavar="PREDICTIONS.CSV",
                      help="CBIS: other runs' predictions: adds the paired difference to each")
 # fmt: on
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Sets:
-    """Labelled images without a transform: to train on, to choose on (None where there is no such split), to report."""
-
-    train: downstream.Downstream
-    val: downstream.Downstream | None
-    test: downstream.Downstream
-    metric: str  # one of metrics.SET_METRICS; CBIS-DDSM reports its own
-    lesions: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # CBIS: rows of each split
-    absent: dict[str, int] = field(default_factory=dict)  # CBIS: lesions without an image, where they are skipped
-
-    @property
-    def classes(self) -> list[str]:
-        return self.train.classes
-
-
-def open_sets(args: argparse.Namespace) -> Sets:
-    """The set that the flags name; ValueError with the choices for an unknown one."""
-    if args.data_set in cbis.CBIS_SETS:
-        return open_lesions(args)
-    if args.data_set == "image_folder":
-        if not args.data_path or not args.eval_data_path:
-            raise utils.UsageError("--data_set image_folder needs --data_path and --eval_data_path")
-        folders = Path(args.data_path), Path(args.eval_data_path)
-        for folder in folders:
-            if not folder.is_dir():
-                raise FileNotFoundError(f"{folder} is not a folder of class folders")
-        train, test = (downstream.image_folders(own, None, other=other) for own, other in (folders, folders[::-1]))
-        return Sets(train, None, test, "top1")
-    aliases = {"IMNET": "imagenet", "CIFAR": "cifar100"}
-    name: str = aliases.get(args.data_set) or args.data_set
-    catalog = downstream.read_catalog(args.catalog)
-    entry = downstream.entry_of(name, catalog)
-    if args.data_path:
-        catalog[name] = {**entry, "path": args.data_path}
-    train, test = (downstream.create_downstream(name, split, None, catalog) for split in (True, False))
-    if test.findings is not None:
-        raise ValueError(f"{name} has several findings for each image; fine-tuning takes sets with one class each")
-    for baseline in args.baseline:
-        if test.scheme is None:
-            raise ValueError(f"--baseline needs a test split with known rows, and that of {name} is too large for them")
-        predictions.check_baseline(baseline, test.rows, test.scheme)
-    return Sets(train, None, test, downstream.metric_of(name, catalog))
-
-
-def open_lesions(args: argparse.Namespace) -> Sets:
-    """CBIS-DDSM: its patient-grouped validation split chooses the epoch, its test table is read at the end."""
-    root = downstream.cbis_root(args.data_set, args.data_path, args.catalog)
-    images, rows, absent = {}, {}, {}
-    for split in cbis.CBIS_SPLITS:
-        lesions = cbis.CbisLesions(root, cbis.CBIS_SETS[args.data_set], split, args.image_kind, None, args.skip_broken)
-        images[split] = downstream.lesion_images(lesions, None)
-        rows[split], absent[split] = lesions.rows, lesions.dropped
-    for baseline in args.baseline:  # before hours of training
-        predictions.check_baseline(baseline, rows["test"])
-    return Sets(images["train"], images["val"], images["test"], "top1", rows, absent)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def build_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, Any, str]:
-    """The network with the weights it starts from, its preprocessing, and what it is, for people."""
-    if args.model in BEIT_MODELS:
-        size = args.input_size or 224
-        model = create_beit(
-            args.model,
-            img_size=size,
-            num_classes=num_classes,
-            use_abs_pos_emb=args.abs_pos_emb,
-            use_rel_pos_bias=args.rel_pos_bias,
-            use_mean_pooling=args.use_mean_pooling,
-            init_values=args.layer_scale_init_value,
-            init_scale=args.init_scale,
-            drop=args.drop,
-            attn_drop=args.attn_drop_rate,
-            drop_path=args.drop_path,
-        )
-        if args.finetune:
-            load_weights(model, args.finetune, args.model_key, args.model_prefix)
-        source = f" from {args.finetune}" if args.finetune else ", fresh weights"
-        return model, beit_preprocess(size, args.imagenet_default_mean_and_std), f"{args.model}{source}, fine-tuned"
-    options = dict(init_scale=args.init_scale, freeze_batchnorm=not args.train_batchnorm, drop_path=args.drop_path)
-    if args.model != "tower":
-        tower = create_tower(args.model, num_classes, args.input_size or 224, **options)
-        name = f"{args.model}, fresh weights"
-    elif not args.finetune:
-        raise utils.UsageError("--model tower needs --finetune, or --model a name whose weights start afresh")
-    else:
-        loaded = models.load_pretrained(args.finetune)
-        tower = tower_classifier(loaded.model, num_classes, image_size=args.input_size, **options)
-        name = loaded.source
-    return tower, tower.preprocess, f"{name}, fine-tuned"
-
-
-def class_weights(args: argparse.Namespace, labels: np.ndarray, num_classes: int) -> Tensor | None:
-    """(classes,), of mean 1 over the training images; None where all weigh the same."""
-    if args.class_weights == "none":
-        return None
-    counts = np.bincount(labels, minlength=num_classes)
-    if (counts == 0).any():
-        raise ValueError(f"--class_weights balanced: class {int(counts.argmin())} has no training images")
-    return torch.from_numpy(len(labels) / (num_classes * counts)).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,7 +248,7 @@ class Run:
     scaler: torch.amp.GradScaler
     source: DataLoader
     sampler: GlobalBatchSampler
-    writer: utils.MetricWriter
+    writer: MetricWriter
     settings: dict
     lr: float  # peak, scaled
     epoch: int = 0
@@ -371,7 +270,7 @@ class Run:
         return self.args.warmup_steps if self.args.warmup_steps >= 0 else self.args.warmup_epochs * self.steps_per_epoch
 
 
-def build_run(args: argparse.Namespace, processes: Processes, writer: utils.MetricWriter) -> Run:
+def build_run(args: argparse.Namespace, processes: Processes, writer: MetricWriter) -> Run:
     sets = open_sets(args)
     num_classes = len(sets.classes)
     if args.nb_classes not in (0, num_classes):
@@ -395,9 +294,7 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: utils.Metr
         mix = Mix(num_classes, args.mixup, args.cutmix, minmax, args.mixup_prob, args.mixup_switch_prob,
                   args.mixup_mode, args.smoothing)  # fmt: skip
         if args.batch_size % 2:
-            raise utils.UsageError(
-                f"mixup and cutmix pair the images of a batch: --batch_size {args.batch_size} is odd"
-            )
+            raise UsageError(f"mixup and cutmix pair the images of a batch: --batch_size {args.batch_size} is odd")
     augmentation = Augmentation(
         args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount, args.hflip
     )
@@ -520,7 +417,7 @@ def update(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def train_one_epoch(run: Run, stop: utils.StopRequest) -> bool:
+def train_one_epoch(run: Run, stop: StopRequest) -> bool:
     """The rest of the epoch that `run` stands in; False when a signal ended it early, after a checkpoint."""
     args, processes = run.args, run.processes
     run.called.train()
@@ -612,18 +509,18 @@ def save(run: Run, is_best: bool = False) -> None:
         "args": json.loads(json.dumps(vars(run.args), default=str)),
         "versions": utils.versions(),
     }
-    utils.save_training_checkpoint(state, Path(run.args.output_dir), run.step, is_best, keep_last=2)
+    save_training_checkpoint(state, Path(run.args.output_dir), run.step, is_best, keep_last=2)
 
 
 def resume(run: Run) -> None:
     """Continue from the newest checkpoint in the output directory, if there is one."""
     output_dir = Path(run.args.output_dir)
-    state = utils.find_training_checkpoint(output_dir)
+    state = find_training_checkpoint(output_dir)
     if state is None:
         return
     if "settings" not in state or "data_set" not in state["settings"]:
         raise ValueError(f"{output_dir} holds the checkpoints of another kind of run: choose another --output_dir")
-    if differ := utils.differences(state["settings"], run.settings):
+    if differ := differences(state["settings"], run.settings):
         raise ValueError(
             f"cannot continue the run in {output_dir}, its settings differ (a new run takes another --output_dir): "
             + "; ".join(differ)
@@ -719,13 +616,13 @@ def report_lesions(run: Run) -> dict:
     """CBIS-DDSM's test table, read once, with the weights that the validation split chose."""
     args = run.args
     settings = lesion_settings(run)
-    best = utils.load_checkpoint(Path(args.output_dir) / "checkpoint_best.pt")
+    best = load_checkpoint(Path(args.output_dir) / "checkpoint_best.pt")
     run.model.load_state_dict(best["state_dict"])
     assert run.sets.val is not None
     logits, kept = logits_of(run, run.model, run.sets.val, "validation")
     held_out = run.sets.val.labels[kept], probabilities(logits)
     # The test table is read here for the first time.
-    readings = predictions.count_reading(args.output_dir, settings) if run.processes.is_main else 0
+    readings = count_reading(args.output_dir, settings) if run.processes.is_main else 0
     logits, kept = logits_of(run, run.model, run.sets.test, "test")
     found = predictions.Predictions([run.sets.lesions["test"][i] for i in kept], probabilities(logits))
     results: dict[str, Any] = {
@@ -755,7 +652,7 @@ def report_lesions(run: Run) -> dict:
     return results
 
 
-def fine_tune(args: argparse.Namespace, processes: Processes, writer: utils.MetricWriter) -> dict:
+def fine_tune(args: argparse.Namespace, processes: Processes, writer: MetricWriter) -> dict:
     """All epochs that are left, then the results, once the processes have met."""
     run = build_run(args, processes, writer)
     resume(run)
@@ -764,7 +661,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, writer: utils.Metr
             raise ValueError(f"--eval needs a finished run in --output_dir; there is none in {args.output_dir}")
     else:
         record_settings(run)
-        with utils.StopRequest() as stop:
+        with StopRequest() as stop:
             while run.epoch < args.epochs:
                 if not train_one_epoch(run, stop):
                     return {"stopped_by": stop.name}
@@ -777,12 +674,12 @@ def fine_tune(args: argparse.Namespace, processes: Processes, writer: utils.Metr
 
 def main(argv: list[str] | None = None) -> dict:
     """Fine-tune as the command line says; returns what results.json holds, or `stopped_by` after a signal."""
-    args = utils.parse_with_config(get_args_parser(), argv)
+    args = parse_with_config(get_args_parser(), argv)
     processes = distributed.init_distributed(args)
-    with utils.start_logging(args.output_dir, processes.is_main), distributed.ending_together(processes):
-        with closing(utils.MetricWriter(Path(args.output_dir), processes.is_main)) as writer:
+    with start_logging(args.output_dir, processes.is_main), distributed.ending_together(processes):
+        with closing(MetricWriter(Path(args.output_dir), processes.is_main)) as writer:
             return fine_tune(args, processes, writer)
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

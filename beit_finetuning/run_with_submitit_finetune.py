@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import run_with_submitit_finetune  # noqa: E402
-import utils  # noqa: E402
+from runtime.command_line import run_script  # noqa: E402
 
 if __name__ == "__main__":
-    utils.run_script(run_with_submitit_finetune.main)
+    run_script(run_with_submitit_finetune.main)

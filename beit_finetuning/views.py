@@ -19,7 +19,8 @@ from timm.data import Mixup, create_transform
 from torch import Tensor, nn
 from torchvision import transforms
 
-from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, Size, centre_crop, eval_view
+from inputs.sizes import Size
+from inputs.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, centre_crop, eval_view
 
 INCEPTION = (0.5, 0.5, 0.5)  # BEiT's mean and std of each channel
 
@@ -112,7 +113,7 @@ class EvalView:
     """An image to a normalised tensor (3, H, W), without chance: view(image).
 
     The image is resized (bicubic) to cover its size / `crop_pct` and the centre taken: 256 for 224, and all that covers
-    from 384 pixels on. MedCLIP's towers see the whole image, as everywhere (transforms.eval_view).
+    from 384 pixels on. MedCLIP's towers see the whole image, as everywhere (inputs.transforms.eval_view).
     """
 
     def __init__(self, preprocess: Preprocess, crop_pct: float | None = None):

@@ -21,9 +21,9 @@ from scipy.interpolate import RectBivariateSpline
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-import utils
 from beit_finetuning.modeling_finetune import Beit
-from transforms import Preprocess
+from inputs.transforms import Preprocess
+from runtime.checkpoints import load_checkpoint, strip_wrappers
 
 log = logging.getLogger("medslip")
 
@@ -63,9 +63,9 @@ def read_tower(
     Raises:
         FileNotFoundError, ValueError: no such file; unreadable; no weights under these names.
     """
-    state = utils.load_checkpoint(path)
-    weights = utils.strip_wrappers(_weights_of(state, path, model_key))
-    prefix = next(iter(utils.strip_wrappers({model_prefix: torch.empty(0)})))
+    state = load_checkpoint(path)
+    weights = strip_wrappers(_weights_of(state, path, model_key))
+    prefix = next(iter(strip_wrappers({model_prefix: torch.empty(0)})))
     inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     if not inside and "patch_embed.proj.weight" in weights:
         log.info("%s: no name begins with %s; its names are taken as those of the tower", path, model_prefix)
@@ -222,7 +222,7 @@ def _in_our_names(model: Beit, weights: dict[str, Tensor], own: dict[str, Tensor
 
 def _grid(model: Beit, path: str | Path) -> tuple[int, int] | None:
     """The patches (h, w) of the images that a checkpoint of ours was trained with; None where the file does not say."""
-    if not isinstance(preprocess := utils.load_checkpoint(path).get("preprocess"), dict):
+    if not isinstance(preprocess := load_checkpoint(path).get("preprocess"), dict):
         return None
     height, width = Preprocess.from_dict(preprocess).shape
     down, across = model.patch_embed.proj.kernel_size
@@ -249,7 +249,7 @@ def _resized(
 
 def _check_heads(model: Beit, path: str | Path) -> None:
     """The number of heads changes no shape: where a checkpoint of ours says it, compare."""
-    state = utils.load_checkpoint(path)
+    state = load_checkpoint(path)
     described = state.get("model")
     config = described.get("config") if isinstance(described, dict) else None
     if not isinstance(config, dict) or not timm.is_model(str(config.get("vision_tower"))):

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-import audit
-from images import UnreadableImage, read_image
+from inputs.images import UnreadableImage, read_image
+from preparation import audit
 
 KINDS = ("resized", "cropped", "cropped by a sixth", "re-encoded", "mirrored")
 THE_GOAL = [kind for kind in KINDS if kind != "cropped by a sixth"]

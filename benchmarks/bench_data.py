@@ -35,10 +35,10 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 import utils
-from colour import Colours, apply_colour, apply_colour_batch
-from images import decode_image, decode_pixels
-from make_dataset import encode, shrink
-from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, ssl_pixels, train_pixels
+from inputs.colour import Colours, apply_colour, apply_colour_batch
+from inputs.images import decode_image, decode_pixels
+from inputs.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, ssl_pixels, train_pixels
+from preparation.shrink import encode, shrink
 
 PREPROCESS = Preprocess(224)
 KINDS = {  # width, height, colour or grey, short side of the shrunk copy

@@ -25,7 +25,8 @@ from pathlib import Path
 import common  # noqa: F401  first: it finds the modules below
 import numpy as np
 
-from datasets import Reader, Row
+from inputs.columns import Row
+from inputs.reader import Reader
 
 LIMIT = 1.3
 TITLE_BYTES = 30

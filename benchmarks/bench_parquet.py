@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from images import decode_image
+from inputs.images import decode_image
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

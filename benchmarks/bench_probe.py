@@ -39,15 +39,13 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 import distributed
-import downstream
-import main_linear
-import metrics
 import models
-import probes
 import utils
-from cbis import CBIS_CLASSES, CBIS_KINDS, CbisLesions
-from features import Backbone, Loading, extract_or_reuse, load_backbone
-from transforms import Preprocess, eval_view
+from evaluation import downstream, metrics, predictions, probes
+from evaluation.features import Backbone, Loading, extract_or_reuse, load_backbone
+from evaluation.set_probes import score_set
+from inputs.cbis import CBIS_CLASSES, CBIS_KINDS, CbisLesions
+from inputs.transforms import Preprocess, eval_view
 
 SETS = (*(f"cbis_{kind}" for kind in CBIS_KINDS), "digits")
 SHOWN = ("auroc", "f1", "recall")
@@ -106,7 +104,7 @@ def open_set(name: str, root: Path | None, preprocess: Preprocess, seed: int) ->
         kind = name.removeprefix("cbis_")
         parts: list[Any] = [CbisLesions(root, kind, split, "crop", preprocess) for split in ("train", "val", "test")]
         groups, classes = [row["patient"] for row in parts[2].rows], list[str](CBIS_CLASSES)
-        score = main_linear.macro_auroc
+        score = predictions.macro_auroc
     names = ("train", "val", "test")
     labels = {split: np.array(part.labels) for split, part in zip(names, parts, strict=True)}
     train, val, test = parts
@@ -114,7 +112,7 @@ def open_set(name: str, root: Path | None, preprocess: Preprocess, seed: int) ->
 
 
 def top1(labels: np.ndarray, prob: np.ndarray) -> float:
-    return main_linear.score_set(labels, prob, "top1")["score"]
+    return score_set(labels, prob, "top1")["score"]
 
 
 def view_of(preprocess: Preprocess, image) -> torch.Tensor:

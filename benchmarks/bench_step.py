@@ -45,7 +45,9 @@ import distributed
 import main as training
 import models
 import utils
-from colour import draw_colour
+from inputs.colour import draw_colour
+from runtime.command_line import positive_int
+from towers.clip_text import CausalSelfAttention
 
 SMALL = [
     "--image-size",
@@ -77,9 +79,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=[name for name, config in models.MODELS.items() if config.objective == "slip"],
         help="SLIP_* and MEDSLIP_* models; naming one leaves the CPU's small sizes out",
     )
-    parser.add_argument("--batch-size", type=utils.positive_int, help="pairs a step (default: 128, on a CPU 16)")
-    parser.add_argument("--runs", type=utils.positive_int, default=5, help="timed runs of each; the median is printed")
-    parser.add_argument("--steps", type=utils.positive_int, help="steps in a run (default: 10, on a CPU 2)")
+    parser.add_argument("--batch-size", type=positive_int, help="pairs a step (default: 128, on a CPU 16)")
+    parser.add_argument("--runs", type=positive_int, default=5, help="timed runs of each; the median is printed")
+    parser.add_argument("--steps", type=positive_int, help="steps in a run (default: 10, on a CPU 2)")
     parser.add_argument(
         "--largest-batch",
         action="store_true",
@@ -228,12 +230,12 @@ def write_scores_out(model: Any) -> Any:
             module.fused_attn = False
         elif hasattr(module, "set_attn_implementation"):  # transformers
             module.set_attn_implementation("eager")
-        elif isinstance(module, models.CausalSelfAttention):
+        elif isinstance(module, CausalSelfAttention):
             module.forward = partial(causal_attention, module)
     return model
 
 
-def causal_attention(attention: models.CausalSelfAttention, x: Tensor) -> Tensor:
+def causal_attention(attention: CausalSelfAttention, x: Tensor) -> Tensor:
     """What CausalSelfAttention computes, with a mask (L, L) added to the scores (B, heads, L, L)."""
     B, L, D = x.shape
     qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (B, L, 3*D)

@@ -26,8 +26,7 @@ from scipy.special import softmax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import comparisons  # noqa: E402
-import metrics  # noqa: E402
+from evaluation import comparisons, metrics  # noqa: E402
 
 CLASSES = ("BENIGN", "BENIGN_WITHOUT_CALLBACK", "MALIGNANT")
 PRIOR = np.array([194, 37, 147]) / 378  # the official mass test table

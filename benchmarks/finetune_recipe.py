@@ -20,9 +20,10 @@ from pathlib import Path
 
 import common  # noqa: F401  (finds the project's modules)
 
-import cbis
 import utils
 from beit_finetuning import run_class_finetuning
+from inputs import cbis
+from preparation.cbis_tables import Lesion, split_off_validation, write_table
 
 START = {"lr": "1e-3", "layer_decay": "0.75", "epochs": "20", "views": "recipe", "class_weights": "none"}
 # Tried in this order, each beside what the search has kept so far.
@@ -42,15 +43,15 @@ VIEWS = {  # the published recipe's views, and those of a small set: flips alone
 def inner_table(root: Path, kind: str, folder: Path) -> Path:
     """A folder whose table holds the training lesions alone, the validation patients as its test; images are linked."""
     rows = [row for row in cbis.read_lesions(root / f"{kind}.csv") if row["split"] != "test"]
-    lesions = [cbis.Lesion("", {}, row) for row in rows]
+    lesions = [Lesion("", {}, row) for row in rows]
     for row in rows:
         row["split"] = {"train": "train", "val": "test"}[row["split"]]
-    cbis.split_off_validation(lesions, folds=5, seed=0)
+    split_off_validation(lesions, folds=5, seed=0)
     folder.mkdir(parents=True, exist_ok=True)
     for top in {row[image].split("/")[0] for row in rows for image in cbis.CBIS_IMAGES if row[image]}:
         if not (folder / top).exists():
             os.symlink((root / top).resolve(), folder / top)
-    cbis.write_table(folder / f"{kind}.csv", rows)
+    write_table(folder / f"{kind}.csv", rows)
     return folder
 
 

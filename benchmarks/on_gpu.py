@@ -28,12 +28,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-import colour
 import distributed
-import features
 import main as training
 import models
 import utils
+from evaluation import features
+from inputs import colour
+from runtime.command_line import run_script
 
 STEPS = ("SLIP_VITB16", "MEDSLIP_VIT", "MEDSLIP_RESNET")
 TINY = {"--image-size": "32", "--override": "vision.patch_size=8 vision.depth=1 text_layers=1"}
@@ -322,4 +323,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

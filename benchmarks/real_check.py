@@ -20,8 +20,8 @@ import common  # noqa: F401  first: it finds the modules below
 import numpy as np
 
 import datasets
-import downstream
 import main
+from evaluation import downstream
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDINGS = (

@@ -41,19 +41,22 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
-import audit
-import comparisons
 import distributed
 import main as training
 import make_dataset
 import utils
-from cbis import CbisLesions
-from downstream import create_downstream
-from features import Loading, extract, load_backbone
-from metadata import read_table
-from predictions import CBIS, Predictions, Scheme, macro_auroc
-from probes import Choice, Samples, fit_logistic
-from transforms import eval_view
+from evaluation import comparisons
+from evaluation.downstream import create_downstream
+from evaluation.features import Loading, extract, load_backbone
+from evaluation.predictions import CBIS, Predictions, Scheme, macro_auroc
+from evaluation.probes import Choice, Samples, fit_logistic
+from inputs.cbis import CbisLesions
+from inputs.metadata import read_table
+from inputs.transforms import eval_view
+from preparation import audit
+from preparation.shrink import shrink
+from runtime.checkpoints import load_checkpoint, save_checkpoint
+from runtime.logs import start_logging
 
 MODEL, TOWER = "VITT16", "tf_efficientnet_lite0"  # the text side of SLIP_VITT16, and the image tower in its place
 COMMON = (
@@ -211,7 +214,7 @@ def prepare(data: Path, out: Path, size: int, seed: int = 0) -> None:
 
 def shrunk_copy(source: Path, copy: Path, size: int) -> None:
     with Image.open(source) as img:
-        small = make_dataset.shrink(img.convert("RGB"), 2 * size) or img.convert("RGB")
+        small = shrink(img.convert("RGB"), 2 * size) or img.convert("RGB")
         small.save(copy, quality=95)
 
 
@@ -266,8 +269,8 @@ def tower_of(args: argparse.Namespace, name: str, row: Row, seed: int, root: Pat
     flags = flags_of(args, row, seed, root, out)
     if row.objective and not row.base:
         training.main([*flags, "--keep-last", "1", "--eval-freq", "1" if row.best else str(args.epochs)])
-        state = utils.load_checkpoint(out / ("checkpoint_best.pt" if row.best else "checkpoint.pt"))
-        utils.save_checkpoint({key: state[key] for key in ("state_dict", "model", "preprocess", "tokenizer")}, file)
+        state = load_checkpoint(out / ("checkpoint_best.pt" if row.best else "checkpoint.pt"))
+        save_checkpoint({key: state[key] for key in ("state_dict", "model", "preprocess", "tokenizer")}, file)
         for checkpoint in out.glob("checkpoint*.pt"):  # with the optimizer's state: five times as large
             checkpoint.unlink()
         return file
@@ -279,7 +282,7 @@ def tower_of(args: argparse.Namespace, name: str, row: Row, seed: int, root: Pat
         model.load_state_dict(start.state_dict())
     weights = model.state_dict()
     if row.blend < 1:
-        trained = utils.load_checkpoint(args.output_dir / "rows" / row.base / str(seed) / out.name / "tower.pt")
+        trained = load_checkpoint(args.output_dir / "rows" / row.base / str(seed) / out.name / "tower.pt")
         for key, end in trained["state_dict"].items():
             if key.startswith("visual.") and end.is_floating_point():
                 weights[key] = torch.lerp(weights[key], end, row.blend)
@@ -287,7 +290,7 @@ def tower_of(args: argparse.Namespace, name: str, row: Row, seed: int, root: Pat
         "state_dict": weights, "model": {"name": model.name, "config": model.config},
         "preprocess": model.preprocess.to_dict(), "tokenizer": tokenizer.spec() if tokenizer else None,
     }  # fmt: skip
-    utils.save_checkpoint(state, file)
+    save_checkpoint(state, file)
     return file
 
 
@@ -510,7 +513,7 @@ def main(argv: list[str] | None = None) -> dict:
         run_one(args, args.one[0], Row(**json.loads(os.environ["ROW"])), int(args.one[1]))
         return {}
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    with utils.start_logging():
+    with start_logging():
         prepare(args.data, args.output_dir, args.image_size)
     final = {RECIPE: SEARCH[RECIPE]}
     final |= {f"{name}, {RECIPE}": replace(SEARCH[RECIPE], objective=name) for name in ("CLIP", "SIMCLR")}

@@ -20,9 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import fields_of  # noqa: E402
-from metadata import iter_json  # noqa: E402
-from utils import Progress, atomic_write, run_script, start_logging  # noqa: E402
+from inputs.metadata import fields_of, iter_json  # noqa: E402
+from runtime.command_line import run_script  # noqa: E402
+from runtime.logs import Progress, start_logging  # noqa: E402
+from utils import atomic_write  # noqa: E402
 
 log = logging.getLogger("medslip")
 

@@ -43,12 +43,10 @@ from synthetic.phantoms import (
 )
 
 log = logging.getLogger("medslip")
-
 VERSION = 1  # raise when the same seed gives other images or captions
 ROCO_SPLITS = {"train": 1.0, "validation": 0.1, "test": 0.1}  # fraction of `pairs`; ROCO v1 itself is 8 : 1 : 1
 # Row counts of the published case tables.
 LESIONS = {"calc": {"train": 1546, "test": 326}, "mass": {"train": 1318, "test": 378}}
-
 README = """SYNTHETIC radiology world, drawn by phantoms.py. No real image, no patient.
 
 roco/          image-caption pairs in the layout of ROCO v1
@@ -351,3 +349,9 @@ def make_demo(
     os.replace(unfinished, root)
     log.info("SYNTHETIC phantoms in %s: %s", root, ", ".join(f"{n:,} {what}" for what, n in counts.items()))
     return counts
+
+
+def is_synthetic(root: Path) -> bool:
+    """Whether a folder is part of a drawn world (demo.py): its README says so."""
+    readmes = (root / "README.txt", root.absolute().parent / "README.txt")
+    return any(path.is_file() and "SYNTHETIC" in path.read_text(errors="replace")[:200] for path in readmes)

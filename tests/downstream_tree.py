@@ -16,9 +16,9 @@ import pytest
 import torchvision
 from PIL import Image
 
-import downstream
+from evaluation import catalog as evaluation_catalog
 
-LABELS = downstream.read_prompts("labels.json")
+LABELS = evaluation_catalog.read_prompts("labels.json")
 CALTECH = """
 BACKGROUND_Google Faces Faces_easy Leopards Motorbikes accordion airplanes anchor ant barrel bass beaver
 binocular bonsai brain brontosaurus buddha butterfly camera cannon car_side ceiling_fan cellphone chair
@@ -136,7 +136,7 @@ def write_world(root: Path, patch: pytest.MonkeyPatch) -> dict[str, dict]:
     """All 26 published sets below root, and the catalog that points at them."""
     catalog = {
         name: {**entry, "path": str(root / name)}
-        for name, entry in downstream.read_catalog().items()
+        for name, entry in evaluation_catalog.read_catalog().items()
         if name in LABELS and not re.match("digits|cbis", name)
     }
     for name, entry in catalog.items():

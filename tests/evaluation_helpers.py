@@ -6,8 +6,8 @@ from PIL import Image
 from torch import nn
 
 import models
-import utils
-from images import UnreadableImage
+from inputs.images import UnreadableImage
+from runtime import checkpoints
 
 CPU = torch.device("cpu")
 
@@ -90,4 +90,4 @@ def write_checkpoint(path, name="CLIP_VITT16"):
         "preprocess": model.preprocess.to_dict(),
         "tokenizer": {"kind": "clip-bpe", "context_length": 77} if hasattr(model, "encode_text") else None,
     }
-    utils.save_checkpoint(state, path)
+    checkpoints.save_checkpoint(state, path)

@@ -26,10 +26,10 @@ from scipy.stats import ks_2samp
 import distributed
 import losses
 import models
-import utils
-from colour import apply_colour
-from images import pixels_of
-from transforms import Preprocess, random_resized_crop, ssl_pixels, train_pixels
+from inputs.colour import apply_colour
+from inputs.images import pixels_of
+from inputs.transforms import Preprocess, random_resized_crop, ssl_pixels, train_pixels
+from runtime import checkpoints
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
@@ -88,7 +88,7 @@ def command(roco, output_dir, *extra, model="SLIP_VITT16"):
 
 
 def weights(output_dir):
-    return utils.load_checkpoint(Path(output_dir) / "checkpoint.pt")["state_dict"]
+    return checkpoints.load_checkpoint(Path(output_dir) / "checkpoint.pt")["state_dict"]
 
 
 def assert_same_run(a, b):
@@ -183,12 +183,14 @@ def write_checkpoint(path: Path, tower: str, seed: int = 0, name: str = "CLIP_VI
         "preprocess": model.preprocess.to_dict(),
         "tokenizer": None,
     }
-    utils.save_checkpoint(state, path)
+    checkpoints.save_checkpoint(state, path)
     return path
 
 
 def image_side(path: Path) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in utils.load_checkpoint(path)["state_dict"].items() if k.startswith(("visual.", "image_"))}
+    return {
+        k: v for k, v in checkpoints.load_checkpoint(path)["state_dict"].items() if k.startswith(("visual.", "image_"))
+    }
 
 
 def batches(model, n, seed=0, size=32):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import audit
 import make_dataset
+from preparation import audit
 
 
 @pytest.fixture(scope="module")

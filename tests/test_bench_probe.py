@@ -8,14 +8,14 @@ import bench_probe as bench
 import cbis_tree
 import pytest
 
-import downstream
-import make_dataset
+from evaluation import downstream
+from preparation.cbis_tables import make_cbis
 
 
 def test_both_methods_find_the_same_on_cbis(tmp_path, capsys):
     """The crops' brightness follows the pathology: both methods must see it, and agree within their intervals."""
     cbis_tree.make_small_cbis(tmp_path)
-    make_dataset.make_cbis(tmp_path)
+    make_cbis(tmp_path)
     flags = ["--sets", "cbis_mass", "--root", str(tmp_path), "--arch", "test_resnet", "--size", "32", "--fits", "1"]
     (row,) = bench.main([*flags, "--epochs", "30", "--batch-size", "16"])
     printed = capsys.readouterr().out

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-import downstream
-from cbis import CBIS_CLASSES
+from evaluation import catalog as evaluation_catalog
+from inputs.cbis import CBIS_CLASSES
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "catalog_check.json").read_text())
 PUBLISHED = [name for name in GOLDEN if name != "_"]
 OURS = ["digits", "cbis_calc", "cbis_mass"]
-LABELS = downstream.read_prompts("labels.json")
-TEMPLATES = downstream.read_prompts("templates.json")
+LABELS = evaluation_catalog.read_prompts("labels.json")
+TEMPLATES = evaluation_catalog.read_prompts("templates.json")
 
 
 def digest(value):
@@ -45,16 +45,16 @@ def test_our_lesion_prompts_stand_in_the_order_of_the_classes():
 
 
 def test_catalog_holds_the_26_sets_and_ours():
-    catalog = downstream.read_catalog()
+    catalog = evaluation_catalog.read_catalog()
     names = {*PUBLISHED, *OURS, "roco"} - {"birdsnap", "voc2007"}  # those two have labels but no entry
     assert set(catalog) == names and len(names) == 30
-    kinds = {kind: {n for n, e in catalog.items() if e["type"] == kind} for kind in downstream.TYPES}
+    kinds = {kind: {n for n, e in catalog.items() if e["type"] == kind} for kind in evaluation_catalog.TYPES}
     assert kinds["filelist"] == {"sun397", "clevr_counts"}
     assert kinds["special"] == {"cifar10", "cifar100", "stl10", "mnist", *OURS, "roco"}
 
 
 def test_every_metric_belongs_to_a_set():
-    stated = {name: entry["metric"] for name, entry in downstream.read_catalog().items() if "metric" in entry}
+    stated = {name: entry["metric"] for name, entry in evaluation_catalog.read_catalog().items() if "metric" in entry}
     assert set(stated) <= set(LABELS) and len(stated) == 6
 
 
@@ -73,9 +73,9 @@ def test_every_metric_belongs_to_a_set():
 def test_a_bad_catalog_names_its_fault(tmp_path, text, message):
     (tmp_path / "catalog.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        downstream.read_catalog(tmp_path / "catalog.json")
+        evaluation_catalog.read_catalog(tmp_path / "catalog.json")
 
 
 def test_an_absent_catalog_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        downstream.read_catalog(tmp_path / "none.json")
+        evaluation_catalog.read_catalog(tmp_path / "none.json")

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import cbis
 import make_dataset
-from cbis import CBIS_CLASSES, CbisLesions
+from inputs.cbis import CBIS_CLASSES, CbisLesions
+from inputs.transforms import Preprocess
+from preparation import cbis_tables
 from synthetic import world
-from transforms import Preprocess
 
 # Counted in the published tables: rows, pathologies in the order of CBIS_CLASSES, patients, full images.
 PUBLISHED = {
@@ -132,12 +132,12 @@ def test_validation_split_follows_the_seed(small):
     root, _ = small
 
     def val_patients(seed: int) -> set[str]:
-        cbis.make_cbis(root, seed=seed)
+        cbis_tables.make_cbis(root, seed=seed)
         return {row["patient"] for row in read_table(root, "calc") if row["split"] == "val"}
 
     one, two = val_patients(1), val_patients(2)
     assert one == val_patients(1) and one != two
-    cbis.make_cbis(root)
+    cbis_tables.make_cbis(root)
 
 
 def test_counts_are_printed(small, capsys):
@@ -154,11 +154,11 @@ def test_counts_are_printed(small, capsys):
 
 def test_missing_images_are_named_and_left_empty(tmp_path, caplog):
     truth = cbis_tree.make_small_cbis(tmp_path)
-    cbis.make_cbis(tmp_path)
+    cbis_tables.make_cbis(tmp_path)
     lost = next(row for row in read_table(tmp_path, "mass") if row["split"] == "test")
     (tmp_path / lost["crop"]).unlink()
     caplog.set_level("INFO")
-    report = cbis.make_cbis(tmp_path)
+    report = cbis_tables.make_cbis(tmp_path)
     assert [line for lines in report.values() for line in lines] == report[tmp_path / "mass.csv"]
     (line,) = report[tmp_path / "mass.csv"]
     assert lost["lesion"] in line and "no crop" in line and "row 1," in line
@@ -177,16 +177,16 @@ def test_missing_images_are_named_and_left_empty(tmp_path, caplog):
 def test_two_images_that_nothing_tells_apart_stay_unresolved(tmp_path):
     cbis_tree.make_small_cbis(tmp_path)
     (tmp_path / "csv" / "dicom_info.csv").unlink()
-    cbis.make_cbis(tmp_path)
+    cbis_tables.make_cbis(tmp_path)
     row = read_table(tmp_path, "calc")[0]
     Image.open(tmp_path / row["crop"]).save(tmp_path / row["mask"])
-    lines = cbis.make_cbis(tmp_path)[tmp_path / "calc.csv"]
+    lines = cbis_tables.make_cbis(tmp_path)[tmp_path / "calc.csv"]
     assert [line.split(": ")[1].split(" among")[0] for line in lines] == ["no crop", "no mask"]
 
 
 def test_types_merge_only_where_no_patient_leaks(tmp_path):
     cbis_tree.make_small_cbis(tmp_path)
-    cbis.make_cbis(tmp_path, merge_types=True)
+    cbis_tables.make_cbis(tmp_path, merge_types=True)
     rows = read_table(tmp_path, "both")
     assert {row["type"] for row in rows} == {"calc", "mass"}
     val = {row["patient"] for row in rows if row["split"] == "val"}
@@ -194,7 +194,7 @@ def test_types_merge_only_where_no_patient_leaks(tmp_path):
 
     (tmp_path / "both.csv").unlink()
     cbis_tree.write_case_table(tmp_path, "mass", "test", cbis_tree.make_lesions(20, first=39))
-    cbis.make_cbis(tmp_path)  # apart they are fine; the images of the new rows are missing
+    cbis_tables.make_cbis(tmp_path)  # apart they are fine; the images of the new rows are missing
     with pytest.raises(ValueError, match="2 patients in both training and test.*P_00039, P_00040"):
         make_dataset.main(["cbis", "--root", str(tmp_path), "--merge-types"])
     assert not (tmp_path / "both.csv").exists()
@@ -204,7 +204,7 @@ def test_a_patient_in_training_and_test_of_one_type_is_refused(tmp_path):
     cbis_tree.make_small_cbis(tmp_path)
     cbis_tree.write_case_table(tmp_path, "calc", "test", cbis_tree.make_lesions(20, first=40))
     with pytest.raises(ValueError, match="1 patients .*P_00040"):
-        cbis.make_cbis(tmp_path)
+        cbis_tables.make_cbis(tmp_path)
     assert not (tmp_path / "calc.csv").exists() and not (tmp_path / "mass.csv").exists()
 
 
@@ -222,16 +222,16 @@ def test_a_table_that_is_not_the_published_one(tmp_path, change, message):
     path = tmp_path / "csv" / cbis_tree.TABLES["calc", "train"]
     path.write_bytes(change(path.read_bytes().decode()).encode())
     with pytest.raises(ValueError, match=message):
-        cbis.make_cbis(tmp_path)
+        cbis_tables.make_cbis(tmp_path)
     assert not list(tmp_path.glob("*.csv*"))
 
 
 def test_nothing_to_join(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither jpeg/"):
-        cbis.make_cbis(tmp_path)
+        cbis_tables.make_cbis(tmp_path)
     (tmp_path / "jpeg").mkdir()
     with pytest.raises(FileNotFoundError, match="calc_case_description_train_set.csv"):
-        cbis.make_cbis(tmp_path)
+        cbis_tables.make_cbis(tmp_path)
 
 
 def test_metadata_that_leaves_the_root(tmp_path):
@@ -239,7 +239,7 @@ def test_metadata_that_leaves_the_root(tmp_path):
     (tmp_path / "CBIS-DDSM").mkdir()
     (tmp_path / "metadata.csv").write_text("Series UID,File Location\n1.2.3,./CBIS-DDSM/a\n1.2.4,../../elsewhere\n")
     with pytest.raises(ValueError, match="row 2: .*elsewhere is outside"):
-        cbis.make_cbis(tmp_path)
+        cbis_tables.make_cbis(tmp_path)
 
 
 def test_too_few_patients_for_a_validation_split(tmp_path):
@@ -248,9 +248,9 @@ def test_too_few_patients_for_a_validation_split(tmp_path):
         cbis_tree.write_case_table(tmp_path, kind, "test", cbis_tree.make_lesions(3, 11))
     cbis_tree.make_jpeg_edition(tmp_path)
     with pytest.raises(ValueError, match="--val-folds 5: choose 2 to 3"):
-        cbis.make_cbis(tmp_path)
+        cbis_tables.make_cbis(tmp_path)
     with pytest.raises(ValueError, match="--val-folds 2: splitting 3 patients leaves training or"):
-        cbis.make_cbis(tmp_path, val_folds=2)
+        cbis_tables.make_cbis(tmp_path, val_folds=2)
 
 
 def test_reader_gives_image_label_and_row(small):
@@ -310,7 +310,10 @@ def test_a_mask_that_is_described_as_the_crop_never_becomes_it(tmp_path, caplog)
         ("", "", False),
     ):
         caplog.clear()
-        images = [cbis.SeriesImage(Path("1.jpg"), first), cbis.SeriesImage(Path("2.jpg"), second)]
-        found = cbis.tell_crop_from_mask(images, tmp_path)
+        images = [
+            cbis_tables.SeriesImage(Path("1.jpg"), first),
+            cbis_tables.SeriesImage(Path("2.jpg"), second),
+        ]
+        found = cbis_tables.tell_crop_from_mask(images, tmp_path)
         assert (found["crop"].path.name, found["mask"].path.name) == ("1.jpg", "2.jpg")
         assert ("looks like a mask" in caplog.text) == said

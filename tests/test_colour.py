@@ -7,7 +7,7 @@ import torchvision.transforms as T
 from helpers import draws, grainy, image, least_p, planes
 from PIL import ImageFilter
 
-from colour import (
+from inputs.colour import (
     Colour,
     Colours,
     adjust_brightness,
@@ -20,8 +20,8 @@ from colour import (
     draw_colour,
     luma,
 )
-from images import pixels_of
-from transforms import Preprocess, ssl_pixels
+from inputs.images import pixels_of
+from inputs.transforms import Preprocess, ssl_pixels
 
 SLIP = Preprocess(size=32)
 

@@ -7,9 +7,8 @@ import pytest
 from helpers import ROOT
 from scipy import stats
 
-import comparisons
-import metrics
-from comparisons import Draws
+from evaluation import comparisons, metrics
+from evaluation.comparisons import Draws
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import coverage  # noqa: E402

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 
 import cbis_tree
 import evaluation_helpers
@@ -15,16 +16,16 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from test_finetune import SMALL
 
-import downstream
 import eval_zeroshot
-import features
 import main_linear
-import make_dataset
 import make_report
-import metrics
 import predict
 from beit_finetuning import run_class_finetuning
-from predictions import Predictions
+from evaluation import catalog as evaluation_catalog
+from evaluation import downstream, features, metrics, set_probes
+from evaluation.predictions import Predictions
+from inputs.transforms import linear_eval_view
+from preparation.cbis_tables import make_cbis
 
 CLASSES = ("benign", "malignant", "normal")
 
@@ -85,7 +86,7 @@ def probe(catalog, out, checkpoint, *flags):
 
 
 def test_rows_labels_and_groups_are_the_tables(hospital):
-    catalog = downstream.read_catalog(hospital)
+    catalog = evaluation_catalog.read_catalog(hospital)
     table = read_rows(hospital.parent / "table.csv")
     for train, split in ((True, "train"), (False, "test")):
         found = downstream.create_downstream("hospital", train, None, catalog)
@@ -115,7 +116,7 @@ def test_a_table_that_does_not_do_is_refused(tmp_path, change, message):
     change(rows)
     write_rows(tmp_path / "table.csv", rows)
     with pytest.raises(ValueError, match=message):
-        downstream.create_downstream("hospital", True, None, downstream.read_catalog(catalog))
+        downstream.create_downstream("hospital", True, None, evaluation_catalog.read_catalog(catalog))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_a_table_that_does_not_do_is_refused(tmp_path, change, message):
 )
 def test_an_entry_that_does_not_do_is_refused(tmp_path, entry, message):
     with pytest.raises(ValueError, match=message):
-        downstream.read_catalog(write_set(tmp_path, **entry))
+        evaluation_catalog.read_catalog(write_set(tmp_path, **entry))
 
 
 def test_probe_and_neighbours_give_what_lesions_get(hospital, checkpoint, tmp_path):
@@ -156,8 +157,8 @@ def test_probe_and_neighbours_give_what_lesions_get(hospital, checkpoint, tmp_pa
 
 def test_the_held_out_tenth_keeps_groups_whole(hospital, checkpoint, tmp_path, monkeypatch):
     seen = []
-    fit = main_linear.fit_logistic
-    monkeypatch.setattr(main_linear, "fit_logistic", lambda train, val, *rest: seen.append((train, val)) or fit(
+    fit = set_probes.fit_logistic
+    monkeypatch.setattr(set_probes, "fit_logistic", lambda train, val, *rest: seen.append((train, val)) or fit(
         train, val, *rest))  # fmt: skip
     probe(hospital, tmp_path, checkpoint, "--cache-features", "--fraction", "0.4")
     assert len(seen) == 4
@@ -193,7 +194,7 @@ def test_sgd_writes_predictions_with_intervals(hospital, checkpoint, tmp_path):
 def test_zero_shot_on_lesions_has_the_probes_metrics(tmp_path):
     root = tmp_path / "cbis"
     cbis_tree.make_small_cbis(root)
-    make_dataset.make_cbis(root)
+    make_cbis(root)
     evaluation_helpers.write_checkpoint(tmp_path / "checkpoint.pt")
     entry = {"path": str(root), "type": "special", "train": "train", "test": "test"}
     (tmp_path / "catalog.json").write_text(json.dumps({"cbis_mass": entry}))
@@ -224,7 +225,7 @@ def test_fine_tuning_compares_with_a_probe(hospital, checkpoint, tmp_path):
 @pytest.mark.parametrize("blank, uncertain", [("skip", "skip"), ("negative", "positive")])
 def test_several_findings_each_by_itself(checkpoint, tmp_path, blank, uncertain):
     catalog = write_set(tmp_path / "set", several=True, blank=blank, uncertain=uncertain)
-    found = downstream.create_downstream("hospital", False, None, downstream.read_catalog(catalog))
+    found = downstream.create_downstream("hospital", False, None, evaluation_catalog.read_catalog(catalog))
     table = [row for row in read_rows(tmp_path / "set" / "table.csv") if row["part"] == "test"]
     counts = {"": {"skip": -1, "negative": 0}[blank], "-1": {"skip": -1, "positive": 1}[uncertain], "0": 0, "1": 1}
     assert found.findings.tolist() == [[counts[row["bright"]], counts[row["odd"]]] for row in table]
@@ -253,14 +254,14 @@ def test_an_unclear_finding_is_named(tmp_path, checkpoint):
     rows[0]["odd"] = "maybe"
     write_rows(tmp_path / "table.csv", rows)
     with pytest.raises(ValueError, match=r"p0_0\.png, odd: 'maybe' is not 0, 1, -1 or empty"):
-        downstream.create_downstream("hospital", True, None, downstream.read_catalog(catalog))
+        downstream.create_downstream("hospital", True, None, evaluation_catalog.read_catalog(catalog))
 
 
 def test_folds_and_class_weights_choose_over_whole_groups(hospital, checkpoint, tmp_path):
     found = probe(hospital, tmp_path / "a", checkpoint, "--cache-features", "--folds", "3")
     backbone = features.load_backbone(checkpoint)
-    catalog = downstream.read_catalog(hospital)
-    view = main_linear.partial(main_linear.linear_eval_view, backbone.preprocess)
+    catalog = evaluation_catalog.read_catalog(hospital)
+    view = partial(linear_eval_view, backbone.preprocess)
     train = downstream.create_downstream("hospital", True, view, catalog)
     rows, _ = features.extract(backbone, train, "", features.Loading(64))
     groups = [row["group"] for row in train.rows]

@@ -28,24 +28,18 @@ from helpers import (
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import datasets
 import main
-import metadata
-from datasets import (
-    READERS,
-    Collate,
-    ContrastiveDataset,
-    EvalPairs,
-    GlobalBatchSampler,
-    TextColumn,
-    ZipPool,
-    caption_pattern,
-    create_reader,
-)
-from images import UnreadableImage, read_image
-from metadata import RefusedPickle, iter_json, read_pickle
+from datasets import READERS, Collate, ContrastiveDataset, EvalPairs, GlobalBatchSampler, create_reader
+from inputs import index as inputs_index
+from inputs import metadata
+from inputs import reader as inputs_reader
+from inputs.archives import ZipPool
+from inputs.caption_filters import caption_pattern
+from inputs.columns import TextColumn
+from inputs.images import UnreadableImage, read_image
+from inputs.metadata import RefusedPickle, iter_json, read_pickle
+from inputs.transforms import Preprocess, eval_view
 from tokenizer import SimpleTokenizer
-from transforms import Preprocess, eval_view
 
 
 # ---------------------------------------------------------------------------------------------------- columns
@@ -556,7 +550,7 @@ def test_without_a_writable_folder_the_reader_works_and_says_so(tmp_path, monkey
     def refuse(*_arguments):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(datasets, "write_index", refuse)
+    monkeypatch.setattr(inputs_index, "write_index", refuse)
     reader = create_reader("redcaps", tmp_path)
     assert all_captions(reader) == ["itap"]
     assert "no index kept" in reader.log[-1] and not list(tmp_path.glob("*.index"))
@@ -1032,7 +1026,7 @@ def test_split_names_of_all_publishers_are_known_and_others_named(tmp_path):
     assert [len(reader) for reader in readers.values()] == [3, 3, 1]
     assert "1 rows of unknown splits left out: 'holdout' 1" in "".join(readers["train"].log)
     (tmp_path / "only.csv").write_text("image,caption,split\n0.jpg,text,train\n")
-    with pytest.raises(datasets.NoSplit, match="no rows of the split 'validation'"):
+    with pytest.raises(inputs_reader.NoSplit, match="no rows of the split 'validation'"):
         create_reader("csv", tmp_path, "only.csv", "validation")
 
 

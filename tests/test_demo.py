@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 import demo
-from metrics import METRICS, Interval
+from evaluation.metrics import METRICS, Interval
 from synthetic import world
 
 SMALL = {"calc": {"train": 80, "test": 60}, "mass": {"train": 160, "test": 120}}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import real_check
 from PIL import Image
 
-import downstream
 import eval_zeroshot
 import main
+from evaluation import downstream
 
 
 def pixels(train: bool) -> set[bytes]:

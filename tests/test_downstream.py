@@ -16,13 +16,15 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-import cbis
-import downstream
-import features
-import transforms
-from transforms import Preprocess
+from evaluation import catalog as evaluation_catalog
+from evaluation import downstream, features
+from inputs import cbis, transforms
+from inputs.images import UnreadableImage
+from inputs.transforms import Preprocess
 
-ALL_26 = [n for n, e in downstream.read_catalog().items() if n in LABELS and not n.startswith(("digits", "cbis"))]
+ALL_26 = [
+    n for n, e in evaluation_catalog.read_catalog().items() if n in LABELS and not n.startswith(("digits", "cbis"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_a_broken_image_is_named(tmp_path):
     write_folders(tmp_path / "test", ["a"])
     (tmp_path / "test" / "a" / "0001.png").write_bytes(b"\x89PNG torn")
     dataset = downstream.create_downstream("thing", False, None, entry_at(tmp_path))
-    with pytest.raises(transforms.UnreadableImage, match=r"a/0001\.png"):
+    with pytest.raises(UnreadableImage, match=r"a/0001\.png"):
         dataset[0]
 
 
@@ -287,8 +289,8 @@ def test_cbis_crops_through_the_catalog(tmp_path):
 
 
 def test_each_set_has_its_published_metric():
-    names = downstream.read_catalog()
-    metrics = {name: downstream.metric_of(name, names) for name in names}
+    names = evaluation_catalog.read_catalog()
+    metrics = {name: evaluation_catalog.metric_of(name, names) for name in names}
     assert {n for n, m in metrics.items() if m == "mean_per_class"} == {
         "aircraft",
         "pets",
@@ -300,15 +302,17 @@ def test_each_set_has_its_published_metric():
 
 
 def test_folders_in_another_order_are_reported():
-    downstream.check_class_order("pets", ["Abyssinian", "american_bulldog"], ["Abyssinian", "american bulldog"])
-    downstream.check_class_order("cub200", ["001.Black_footed_Albatross"], ["Black footed Albatross"])
-    downstream.check_class_order("fer2013", ["happy", "sad"], [["glad", "happy"], ["sad"]])
+    evaluation_catalog.check_class_order("pets", ["Abyssinian", "american_bulldog"], ["Abyssinian", "american bulldog"])
+    evaluation_catalog.check_class_order("cub200", ["001.Black_footed_Albatross"], ["Black footed Albatross"])
+    evaluation_catalog.check_class_order("fer2013", ["happy", "sad"], [["glad", "happy"], ["sad"]])
     with pytest.raises(ValueError, match="class 0 is 'american_bulldog' on disk and 'Abyssinian' in labels.json"):
-        downstream.check_class_order("pets", ["american_bulldog", "Abyssinian"], ["Abyssinian", "american bulldog"])
+        evaluation_catalog.check_class_order(
+            "pets", ["american_bulldog", "Abyssinian"], ["Abyssinian", "american bulldog"]
+        )
     with pytest.raises(ValueError, match="2 classes found, 3 class names"):
-        downstream.check_class_order("pets", ["a", "b"], ["a", "b", "c"])
+        evaluation_catalog.check_class_order("pets", ["a", "b"], ["a", "b", "c"])
     with pytest.raises(ValueError, match="hateful, not_hateful; must be 0, 1"):
-        downstream.check_class_order(
+        evaluation_catalog.check_class_order(
             "hateful_memes", ["hateful", "not_hateful"], LABELS["hateful_memes"], folders=["0", "1"]
         )
 
@@ -391,7 +395,7 @@ def test_an_entry_says_labels_templates_metric_and_folders(tmp_path):
     shared = load(tmp_path, labels="cbis_mass", templates="digits", folders=ordered, _note="a comment")
     assert (shared.classnames, shared.templates) == (
         LABELS["cbis_mass"],
-        downstream.read_prompts("templates.json")["digits"],
+        evaluation_catalog.read_prompts("templates.json")["digits"],
     )
 
 
@@ -432,11 +436,13 @@ def test_classes_that_are_numbers_are_remarked_on(tmp_path, caplog):
 
 def test_a_catalog_of_an_earlier_release_keeps_published_metrics_and_folders(world, tmp_path):
     """Entries of {path, type, train, test} alone, as SLIP's catalog has them."""
-    old = {name: {k: entry[k] for k in downstream.REQUIRED} for name, entry in world.items()}
+    old = {name: {k: entry[k] for k in evaluation_catalog.REQUIRED} for name, entry in world.items()}
     (tmp_path / "old.json").write_text(json.dumps(old))
-    read = downstream.read_catalog(tmp_path / "old.json")
-    assert {n: downstream.metric_of(n, read) for n in old} == {n: downstream.metric_of(n, world) for n in old}
-    assert downstream.metric_of("hateful_memes", read) == "roc_auc"
+    read = evaluation_catalog.read_catalog(tmp_path / "old.json")
+    assert {n: evaluation_catalog.metric_of(n, read) for n in old} == {
+        n: evaluation_catalog.metric_of(n, world) for n in old
+    }
+    assert evaluation_catalog.metric_of("hateful_memes", read) == "roc_auc"
     write_folders(tmp_path / "dev", ["hateful", "not_hateful"])
     old["hateful_memes"]["path"] = str(tmp_path)
     with pytest.raises(ValueError, match="hateful, not_hateful; must be 0, 1"):
@@ -477,6 +483,6 @@ def test_classes_that_only_their_order_pairs_are_said(tmp_path, caplog):
     entry = {"path": str(tmp_path), "type": "imagefolder", "train": "train", "test": "test"}
     for labels, said in ((["benign", "malignant"], True), (["x1", "x2"], False)):
         caplog.clear()
-        catalog = downstream.Catalog({"mine": {**entry, "labels": labels}}, "mine.json")
+        catalog = evaluation_catalog.Catalog({"mine": {**entry, "labels": labels}}, "mine.json")
         downstream.load_zeroshot_set("mine", transforms.Preprocess(), catalog)
         assert ("x1 = benign, x2 = malignant" in caplog.text) == said

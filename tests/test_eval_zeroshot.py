@@ -11,15 +11,14 @@ from evaluation_helpers import write_checkpoint
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-import downstream
 import eval_zeroshot as ez
-import features
-import metrics
 import models
-import utils
-from images import UnreadableImage
-from predictions import Predictions
-from transforms import Preprocess
+from evaluation import catalog as evaluation_catalog
+from evaluation import downstream, features, metrics
+from evaluation.predictions import Predictions
+from inputs.images import UnreadableImage
+from inputs.transforms import Preprocess
+from runtime import checkpoints
 
 
 def command(folder, name="checkpoint_best.pt"):
@@ -54,9 +53,9 @@ def test_text_features_are_encoded_once_for_a_model_and_its_prompts(tmp_path, mo
     assert ez.main(args) == first and not encoded
 
     def encodes(change):
-        state = utils.load_checkpoint(tmp_path / "checkpoint_best.pt")
+        state = checkpoints.load_checkpoint(tmp_path / "checkpoint_best.pt")
         change(state)
-        utils.save_checkpoint(state, tmp_path / "other.pt")
+        checkpoints.save_checkpoint(state, tmp_path / "other.pt")
         encoded.clear()
         ez.main([*args, "--resume", str(tmp_path / "other.pt")])
         return bool(encoded)
@@ -66,8 +65,8 @@ def test_text_features_are_encoded_once_for_a_model_and_its_prompts(tmp_path, mo
     assert encodes(lambda state: state["model"]["config"].update(text_heads=1))
     assert encodes(lambda state: state["tokenizer"].update(context_length=20))
     templates = ["scan of a {}"]
-    prompts = {"labels.json": downstream.read_prompts("labels.json"), "templates.json": {"digits": templates}}
-    monkeypatch.setattr(downstream, "read_prompts", prompts.__getitem__)
+    prompts = {"labels.json": evaluation_catalog.read_prompts("labels.json"), "templates.json": {"digits": templates}}
+    monkeypatch.setattr(evaluation_catalog, "read_prompts", prompts.__getitem__)
     encoded.clear()
     ez.main(args)
     assert encoded
@@ -76,7 +75,7 @@ def test_text_features_are_encoded_once_for_a_model_and_its_prompts(tmp_path, mo
 def test_a_wrong_order_is_reported_before_any_score(tmp_path, capsys):
     write_folders(tmp_path / "pets" / "test", [f"{i:02d}" for i in range(36)])  # one class is missing
     catalog = tmp_path / "catalog.json"
-    entries = {name: downstream.read_catalog()[name] for name in ("digits", "pets")}
+    entries = {name: evaluation_catalog.read_catalog()[name] for name in ("digits", "pets")}
     entries["pets"]["path"] = str(tmp_path / "pets")
     catalog.write_text(json.dumps(entries))
     with pytest.raises(ValueError, match="pets: 36 classes found, 37 class names"):
@@ -87,7 +86,7 @@ def test_a_wrong_order_is_reported_before_any_score(tmp_path, capsys):
 
 def test_the_command_walks_the_catalog_and_skips_what_is_not_there(tmp_path, capsys, caplog):
     caplog.set_level("INFO", "medslip")
-    catalog = downstream.read_catalog()
+    catalog = evaluation_catalog.read_catalog()
     write_roco(tmp_path / "roco")
     catalog["roco"]["path"] = str(tmp_path / "roco")
     (tmp_path / "catalog.json").write_text(json.dumps(catalog))

@@ -13,9 +13,9 @@ from roco_tree import make_roco
 
 import export
 import main
-import medclip
 import models
-import utils
+from runtime import checkpoints
+from towers import medclip
 
 WORDS = (
     "axial ct of the chest with a mass in left upper lobe radiograph shows round calcification &amp; Ünïté 3".split()
@@ -32,7 +32,7 @@ def write(path, model, tokenizer):
         "state_dict": model.state_dict(), "model": {"name": model.name, "config": model.config},
         "preprocess": model.preprocess.to_dict(), "tokenizer": tokenizer.spec() if tokenizer else None,
     }  # fmt: skip
-    utils.save_checkpoint(state, path)
+    checkpoints.save_checkpoint(state, path)
     return path
 
 

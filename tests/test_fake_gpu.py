@@ -11,13 +11,12 @@ from helpers import TINY, tiny_medslip
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-import colour
-import features
 import losses
 import main
 import models
-import transforms
 from distributed import Processes
+from evaluation import features
+from inputs import colour, transforms
 
 CUDA = torch.device("cuda")
 B = 4

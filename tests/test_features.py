@@ -13,13 +13,13 @@ from evaluation_helpers import CPU, NAMES, TEMPLATES, Labelled, Pairs, Tower, to
 from PIL import Image
 
 import distributed
-import downstream
-import features
 import models
-from downstream import ZeroShotSet
-from features import Loading
-from images import UnreadableImage
-from transforms import Preprocess, as_view, eval_view
+from evaluation import downstream, features
+from evaluation.downstream import ZeroShotSet
+from evaluation.features import Loading
+from inputs.images import UnreadableImage
+from inputs.transforms import Preprocess, as_view, eval_view
+from towers import prompts as towers_prompts
 
 
 def classify(model, dataset, loading=None, metric="top1", names=NAMES):
@@ -187,8 +187,10 @@ def test_text_files_of_earlier_releases_are_found(tmp_path):
     start = f"{weights.hexdigest()} {json.dumps(settings, sort_keys=True)} (2, 77) [[0], [1]]"
     key = hashlib.sha256(start.encode() + tokens.numpy().tobytes()).hexdigest()[:32]
     np.save(tmp_path / f"text_{key}.npy", np.float32([[1, 0], [0, 1]]))
-    cache = features.TextCache.of(loaded.model, CPU, tmp_path, writes=False)
-    found = features.zeroshot_classifier(loaded.model, loaded.tokenizer, ["cat", "dog"], ["a {}"], CPU, cache=cache)
+    cache = towers_prompts.TextCache.of(loaded.model, CPU, tmp_path, writes=False)
+    found = towers_prompts.zeroshot_classifier(
+        loaded.model, loaded.tokenizer, ["cat", "dog"], ["a {}"], CPU, cache=cache
+    )
     assert found.tolist() == [[1, 0], [0, 1]]
 
 
@@ -214,7 +216,7 @@ def test_larger_images_keep_the_weights(name):
 @pytest.mark.parametrize("batch_size", [1, 3, 256])
 def test_the_classifier_is_the_normalised_mean_of_normalised_prompts(batch_size):
     model = Tower().eval()
-    weights = features.zeroshot_classifier(model, tokenizer, NAMES, TEMPLATES, CPU, batch_size)
+    weights = towers_prompts.zeroshot_classifier(model, tokenizer, NAMES, TEMPLATES, CPU, batch_size)
     assert weights.shape == (6, len(NAMES))
     # written out for the class with two names; all prompts share one padded length, as one call makes them
     prompts = ["a photo of a bird.", "a photo of a small bird.", "the bird", "the small bird"]
@@ -233,7 +235,7 @@ def test_each_distinct_prompt_is_encoded_once():
             seen.append(len(tokens))
             return super().encode_text(tokens)
 
-    features.zeroshot_classifier(Counting(), tokenizer, ["cat", "cat", "dog"], TEMPLATES, CPU, batch_size=3)
+    towers_prompts.zeroshot_classifier(Counting(), tokenizer, ["cat", "cat", "dog"], TEMPLATES, CPU, batch_size=3)
     assert seen == [3, 1]
 
 
@@ -244,25 +246,27 @@ def text_files(folder):
 def test_a_kept_classifier_is_the_encoded_one(tmp_path):
     write_checkpoint(tmp_path / "checkpoint.pt")
     loaded = models.load_pretrained(tmp_path / "checkpoint.pt")
-    cache = features.TextCache.of(loaded.model, CPU, tmp_path / "features", writes=True)
-    silent = features.TextCache.of(loaded.model, CPU, tmp_path / "elsewhere", writes=False)
+    cache = towers_prompts.TextCache.of(loaded.model, CPU, tmp_path / "features", writes=True)
+    silent = towers_prompts.TextCache.of(loaded.model, CPU, tmp_path / "elsewhere", writes=False)
     args = (loaded.model, loaded.tokenizer, NAMES, TEMPLATES, CPU)
-    plain = features.zeroshot_classifier(*args)
+    plain = towers_prompts.zeroshot_classifier(*args)
     for _ in range(2):
-        assert torch.equal(features.zeroshot_classifier(*args, cache=cache), plain)
-        assert torch.equal(features.zeroshot_classifier(*args, cache=silent), plain)
+        assert torch.equal(towers_prompts.zeroshot_classifier(*args, cache=cache), plain)
+        assert torch.equal(towers_prompts.zeroshot_classifier(*args, cache=silent), plain)
     assert len(text_files(tmp_path)) == 1 and not (tmp_path / "elsewhere").exists()
     regrouped = [["cat", "big dog"], *NAMES[2:]]  # the same prompts, other classes
     assert (
-        features.zeroshot_classifier(loaded.model, loaded.tokenizer, regrouped, TEMPLATES, CPU, cache=cache).shape[1]
+        towers_prompts.zeroshot_classifier(
+            loaded.model, loaded.tokenizer, regrouped, TEMPLATES, CPU, cache=cache
+        ).shape[1]
         == 6
     )
-    assert features.TextCache.of(Tower(), CPU, tmp_path, writes=True) is None  # settings unknown
+    assert towers_prompts.TextCache.of(Tower(), CPU, tmp_path, writes=True) is None  # settings unknown
 
 
 def test_a_classifier_needs_names_and_templates():
     with pytest.raises(ValueError, match="at least one class name"):
-        features.zeroshot_classifier(Tower(), tokenizer, [], TEMPLATES, CPU)
+        towers_prompts.zeroshot_classifier(Tower(), tokenizer, [], TEMPLATES, CPU)
 
 
 def test_a_label_outside_the_class_names_is_an_error():

@@ -22,19 +22,19 @@ from helpers import GOLDENS, ROOT, environment, tiny_medslip, write_checkpoint
 from PIL import Image
 from torch import nn
 
-import cbis
-import downstream
 import main_linear
 import models
-import predictions
 import utils
 from beit_finetuning import optim, run_class_finetuning
 from beit_finetuning.modeling_finetune import Beit, create_beit
 from beit_finetuning.views import Augmentation, Criterion, TrainView, beit_preprocess, operations
 from beit_finetuning.weights import load_weights, resize_positions
-from features import Loading, extract, load_backbone
-from probes import Samples
-from transforms import eval_view
+from evaluation import downstream, predictions, set_probes
+from evaluation.features import Loading, extract, load_backbone
+from evaluation.probes import Samples
+from inputs.transforms import eval_view
+from preparation import cbis_tables
+from runtime import checkpoints
 
 FIGURES = torch.load(GOLDENS / "finetune.pt", weights_only=True)
 
@@ -202,7 +202,7 @@ def slip_file(path: Path, name: str, depth: int | None = None, ours: bool = Fals
     model = models.create_model(name, vision_kwargs=kwargs, text_layers=1, ssl_mlp_dim=8, ssl_emb_dim=4)
     if ours:
         described = {"model": {"name": model.name, "config": model.config}, "preprocess": model.preprocess.to_dict()}
-        utils.save_checkpoint({"state_dict": model.state_dict(), "tokenizer": None, **described}, path)
+        checkpoints.save_checkpoint({"state_dict": model.state_dict(), "tokenizer": None, **described}, path)
         return path
     state = {f"module.{key}": value for key, value in model.state_dict().items()}
     torch.save({"state_dict": state, "args": Namespace(model=name), "epoch": 25}, path)
@@ -326,7 +326,9 @@ def test_a_signal_within_an_epoch_loses_nothing(small_set, tmp_path, monkeypatch
     assert fine_tune(tmp_path / "parts", tmp_path, *extra) == {"stopped_by": "SIGTERM"}
     assert not (tmp_path / "parts" / "results.json").exists()
     assert fine_tune(tmp_path / "parts", tmp_path, *extra) == whole
-    first, second = (utils.load_checkpoint(tmp_path / n / "checkpoint.pt")["state_dict"] for n in ("whole", "parts"))
+    first, second = (
+        checkpoints.load_checkpoint(tmp_path / n / "checkpoint.pt")["state_dict"] for n in ("whole", "parts")
+    )
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -337,7 +339,7 @@ def _rank(rank: int, world: int, tmp_path: Path) -> None:
 def test_two_processes_equal_one(small_set, tmp_path):
     fine_tune(tmp_path / "one", tmp_path, "--batch_size", "4", "--drop_path", "0")
     run_ranks(_rank, 2, tmp_path)
-    first, second = (utils.load_checkpoint(tmp_path / n / "checkpoint.pt")["state_dict"] for n in ("one", "two"))
+    first, second = (checkpoints.load_checkpoint(tmp_path / n / "checkpoint.pt")["state_dict"] for n in ("one", "two"))
     for key in first:
         torch.testing.assert_close(first[key], second[key], rtol=1e-3, atol=1e-4)
 
@@ -346,7 +348,7 @@ def test_two_processes_equal_one(small_set, tmp_path):
 def test_lesions_give_a_row_that_compares_with_the_probes(tower, tmp_path):
     root = tmp_path / "cbis"
     cbis_tree.make_small_cbis(root)
-    cbis.make_cbis(root)
+    cbis_tables.make_cbis(root)
     checkpoint = write_checkpoint(tmp_path / "weights.pt", tower)
     argv = ["--data_set", "cbis_mass", "--data_path", str(root), "--finetune", str(checkpoint), *SMALL]
     argv += ["--resamples", "50", "--class_weights", "balanced", "--drop_path", "0", "--layer_decay", "0.75"]
@@ -407,7 +409,7 @@ def test_digits_are_read_better_by_a_fine_tuned_tower_than_by_a_probe_of_it(tmp_
         images = downstream.create_downstream("digits", train, eval_view(backbone.preprocess))
         splits[train] = extract(backbone, images, "", Loading(64))[0], images.labels
     train, test = (Samples(*splits[key]) for key in (True, False))
-    head = main_linear.fit_on("digits", train, 10, 0, "top1")
+    head = set_probes.fit_on("digits", train, 10, 0, "top1")
     probed = head.probabilities(test.features).argmax(1) == test.labels
 
     recipe = "--batch_size 32 --epochs 20 --warmup_epochs 2 --lr 3e-3 --layer_decay 1 --drop_path 0 --color_jitter 0"
@@ -451,7 +453,7 @@ def test_medclips_swin_is_fine_tuned_with_its_own_preprocessing(small_set, tmp_p
         "preprocess": model.preprocess.to_dict(),
         "tokenizer": None,
     }
-    utils.save_checkpoint(state, tmp_path / "weights.pt")
+    checkpoints.save_checkpoint(state, tmp_path / "weights.pt")
     fine_tune(tmp_path / "out", tmp_path, "--layer_decay", "0.5")
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["derived"]["preprocess"]["prepare"] == "medclip"

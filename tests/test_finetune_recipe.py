@@ -6,8 +6,8 @@ import sys
 import cbis_tree
 from helpers import ROOT, write_checkpoint
 
-import cbis
-import make_dataset
+from inputs import cbis
+from preparation.cbis_tables import make_cbis
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import finetune_recipe  # noqa: E402
@@ -16,7 +16,7 @@ import finetune_recipe  # noqa: E402
 def test_the_inner_table_holds_training_patients_alone(tmp_path):
     root = tmp_path / "cbis"
     cbis_tree.make_small_cbis(root)
-    make_dataset.make_cbis(root)
+    make_cbis(root)
     inner = finetune_recipe.inner_table(root, "calc", tmp_path / "inner")
     rows, official = (cbis.read_lesions(folder / "calc.csv") for folder in (inner, root))
     by_split = {name: {row["lesion"] for row in official if row["split"] == name} for name in cbis.CBIS_SPLITS}
@@ -30,7 +30,7 @@ def test_the_inner_table_holds_training_patients_alone(tmp_path):
 def test_the_best_on_validation_goes_on_and_the_test_table_is_read_once(tmp_path, monkeypatch, capsys):
     root = tmp_path / "cbis"
     cbis_tree.make_small_cbis(root)
-    make_dataset.make_cbis(root)
+    make_cbis(root)
     monkeypatch.setattr(finetune_recipe, "CHOICES", {"lr": ("1e-2",)})
     weights = write_checkpoint(tmp_path / "weights.pt", "vit")
     report = finetune_recipe.main([

@@ -14,13 +14,14 @@ import torch
 from helpers import jpeg, make_redcaps, make_yfcc, save_jpeg
 from PIL import Image
 
-import cbis
-import downstream
 import models
-import utils
 from datasets import create_reader
-from images import UnreadableImage, decode_image, decode_pixels
-from metadata import read_table
+from evaluation import catalog
+from inputs import cbis
+from inputs.images import UnreadableImage, decode_image, decode_pixels
+from inputs.metadata import read_table
+from preparation import cbis_tables
+from runtime import checkpoints
 
 ROUNDS = 1500  # of each kind
 
@@ -91,7 +92,7 @@ def test_tables(tmp_path):
         read += check(lambda: all_of(create_reader("csv", tmp_path, "pairs.csv")), "pairs.csv")
     assert 0 < read < ROUNDS
     lesions = [dict.fromkeys(cbis.CBIS_COLUMNS, "x") | {"split": "test", "pathology": "MALIGNANT", "crop": "a.png"}] * 3
-    cbis.write_table(tmp_path / "mass.csv", lesions)
+    cbis_tables.write_table(tmp_path / "mass.csv", lesions)
     whole = (tmp_path / "mass.csv").read_bytes()
     for _, rng in each_round("lesions"):
         (tmp_path / "mass.csv").write_bytes(mutated(whole, rng))
@@ -110,7 +111,7 @@ def test_json(tmp_path):
     entry = {"mine": {"path": "/x", "type": "imagefolder", "train": "a", "test": "b", "labels": ["u", "v"]}}
     for _, rng in each_round("catalog"):
         (tmp_path / "catalog.json").write_bytes(mutated(json.dumps(entry).encode(), rng))
-        check(lambda: downstream.read_catalog(tmp_path / "catalog.json"), "catalog.json")
+        check(lambda: catalog.read_catalog(tmp_path / "catalog.json"), "catalog.json")
 
 
 def test_pickles_and_arrays(tmp_path):
@@ -194,6 +195,6 @@ def test_checkpoints(tmp_path):
         whole = path.read_bytes()
         for _, rng in each_round(f"checkpoint {legacy}"):
             path.write_bytes(mutated(whole, rng))
-            check(lambda: utils.load_checkpoint(path), "checkpoint.pt")
+            check(lambda: checkpoints.load_checkpoint(path), "checkpoint.pt")
             check(lambda: models.load_pretrained(path), "checkpoint.pt")
     assert [p.name for p in Path(tmp_path).iterdir()] == ["checkpoint.pt"]

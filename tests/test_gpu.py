@@ -11,13 +11,13 @@ import torch
 from helpers import TINY, batches, command, tiny_medslip, tiny_model
 from roco_tree import make_roco
 
-import colour
 import distributed
-import features
 import losses
 import main
 import models
-import utils
+from evaluation import features
+from inputs import colour
+from runtime import checkpoints
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,7 +100,7 @@ def test_a_run_on_the_gpu_learns_and_goes_on_where_it_stopped(roco, tmp_path, pr
     assert len(losses_of) == 2 and losses_of[1] < losses_of[0]
     derived = json.loads((tmp_path / "run" / "settings.json").read_text())["derived"]
     assert derived["precision"] == precision and derived["device"].startswith("cuda")
-    state = utils.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert all(v.dtype == torch.float32 for v in state["state_dict"].values() if v.is_floating_point())
     assert bool(state["scaler"]) == (precision == "fp16")
 

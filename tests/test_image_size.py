@@ -19,24 +19,15 @@ import eval_zeroshot
 import export
 import main
 import main_linear
-import make_dataset
 import models
 import predict
 from beit_finetuning import run_class_finetuning
 from beit_finetuning.modeling_finetune import create_beit
 from beit_finetuning.views import EvalView, beit_preprocess
 from beit_finetuning.weights import load_weights
-from transforms import (
-    Preprocess,
-    _crop_box,
-    as_size,
-    centre_crop,
-    eval_view,
-    height_width,
-    pad_to_shape,
-    ssl_pixels,
-    train_pixels,
-)
+from inputs.sizes import as_size, height_width
+from inputs.transforms import Preprocess, _crop_box, centre_crop, eval_view, pad_to_shape, ssl_pixels, train_pixels
+from preparation.cbis_tables import make_cbis
 
 TALL, WIDE = (48, 32), (24, 40)
 
@@ -204,7 +195,7 @@ def trained(tmp_path_factory):
     make_roco(root / "roco")
     main.main(command(root / "roco", root / "run", *TINY[2:], "--image-size", "48", "32", "--epochs", "1"))
     cbis_tree.make_small_cbis(root / "cbis")
-    make_dataset.make_cbis(root / "cbis")
+    make_cbis(root / "cbis")
     return root
 
 

@@ -10,14 +10,7 @@ import pytest
 from helpers import grainy, image, planes
 from PIL import Image
 
-from images import (
-    UnreadableImage,
-    decode_image,
-    decode_pixels,
-    read_image,
-    to_rgb8,
-    window_to_8bit,
-)
+from inputs.images import UnreadableImage, decode_image, decode_pixels, read_image, to_rgb8, window_to_8bit
 
 
 def test_percentile_window_maps_the_middle_99_percent():

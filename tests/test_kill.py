@@ -17,6 +17,7 @@ from roco_tree import make_roco
 
 import main
 import utils
+from runtime import checkpoints
 
 KILLS = 24  # every third while a checkpoint is being written
 EPOCHS = 40  # of three steps: more than the kills leave time for
@@ -141,7 +142,7 @@ def test_killed_at_random_moments_it_resumes_to_the_unbroken_run(tmp_path, monke
         torn += kill_once(training, number, rng)
         reached.append(training.steps())
         if reached[-1]:  # the newest checkpoint can be read, whatever the moment
-            assert utils.find_training_checkpoint(out)["step"] == reached[-1]
+            assert checkpoints.find_training_checkpoint(out)["step"] == reached[-1]
     print(f"{KILLS} kills, {torn} of them in the middle of a write; steps reached: {reached}")
     assert torn >= 5
     assert reached == sorted(reached) and len(set(reached)) > KILLS // 2  # progress, and never backwards
@@ -169,7 +170,7 @@ def test_end_during_validation_costs_nothing_of_the_epoch(tmp_path, monkeypatch)
         patch.setattr(main, "validate", killed)
         with pytest.raises(Killed):
             main.main(command(roco, broken, *DROPOUT))
-    state = utils.load_checkpoint(broken / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(broken / "checkpoint.pt")
     assert (state["epoch"], state["step_in_epoch"]) == (0, 3)
     main.main(command(roco, broken, *DROPOUT))
     assert_same_run(whole, broken)

@@ -18,7 +18,7 @@ from roco_tree import make_roco
 
 import distributed
 import main
-import utils
+from runtime import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_torchrun_asked_to_end_leaves_a_checkpoint(roco, tmp_path):
         r"stopped by SIGTERM: checkpoint written at epoch (\d+), step (\d+)", (tmp_path / "log.txt").read_text()
     )
     assert stopped, output
-    state = utils.load_checkpoint(tmp_path / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")
     assert (state["epoch"], state["step_in_epoch"]) == tuple(map(int, stopped.groups()))
 
 

@@ -18,10 +18,11 @@ from roco_tree import make_roco
 from torch.utils.data import Dataset
 
 import distributed
-import loader
 import main
 import utils
-from images import UnreadableImage
+from inputs import loader
+from inputs.images import UnreadableImage
+from runtime import checkpoints, command_line
 
 CPU = torch.device("cpu")
 
@@ -59,11 +60,11 @@ def workers() -> list[int]:
 def test_workers_leave_signals_to_their_parent():
     source = loader.make_loader(Slow(12, 0.05), workers=2, device=CPU)
     seen, hit = [], 0
-    with utils.StopRequest() as stop:
+    with command_line.StopRequest() as stop:
         for batch in loader.batches(source):
             seen += batch.tolist()
             for pid in workers():
-                for number in utils.SIGNALS:
+                for number in command_line.SIGNALS:
                     os.kill(pid, number)
                     hit += 1
         assert not stop.name and hit >= 2 * 4
@@ -133,7 +134,7 @@ def test_a_run_whose_worker_dies_keeps_the_last_whole_step(tmp_path, monkeypatch
         m.setattr(loader, "batches", dying)
         with pytest.raises(loader.LoaderFailed, match="has died"):
             main.main(command(roco, tmp_path / "parts", *DROPOUT, *frequent))
-    state = utils.load_checkpoint(tmp_path / "parts" / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(tmp_path / "parts" / "checkpoint.pt")
     assert (state["epoch"], state["step_in_epoch"]) == (1, 2)
     assert "checkpoint of the last whole step written" in (tmp_path / "parts" / "log.txt").read_text()
     main.main(command(roco, tmp_path / "parts", *DROPOUT, *frequent))
@@ -191,7 +192,7 @@ def test_signals_to_the_whole_group_lose_nothing(tmp_path, launcher):
     rng, log, stopped = random.Random(0), parts / "log.txt", 0
     for _ in range(20 if not launcher else 6):
         before = lines_of(log)
-        number = rng.choice(utils.SIGNALS if not launcher else (signal.SIGTERM, signal.SIGINT))
+        number = rng.choice(command_line.SIGNALS if not launcher else (signal.SIGTERM, signal.SIGINT))
         code = signalled(argv(parts), number, rng.random() * 0.5, partial(more_lines, log, before))
         stopped += code != 0
         if "this run is finished" in log.read_text():
@@ -206,7 +207,7 @@ def test_signals_to_the_whole_group_lose_nothing(tmp_path, launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", utils.SIGNALS)
+@pytest.mark.parametrize("number", command_line.SIGNALS)
 def test_signals_to_the_group_of_a_linear_run_lose_nothing(tmp_path, number):
     rng = np.random.default_rng(0)
     for split, n in (("train", 12), ("val", 4)):
@@ -233,6 +234,7 @@ def test_signals_to_the_group_of_a_linear_run_lose_nothing(tmp_path, number):
     assert code == 128 + number
     subprocess.run([sys.executable, *map(str, argv("parts"))], env=environment(), check=True)
     first, second = (
-        utils.load_checkpoint(tmp_path / name / "linear_checkpoint.pt")["state_dict"] for name in ("whole", "parts")
+        checkpoints.load_checkpoint(tmp_path / name / "linear_checkpoint.pt")["state_dict"]
+        for name in ("whole", "parts")
     )
     assert all(torch.equal(first[key], second[key]) for key in first)

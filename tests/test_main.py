@@ -19,8 +19,8 @@ from roco_tree import make_roco
 import losses
 import main
 import models
-import utils
 from datasets import create_reader
+from runtime import checkpoints, command_line
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_signal_in_an_epoch_checkpoints_and_the_rest_is_the_unbroken_run(roco,
     with monkeypatch.context() as m:
         m.setattr(main, "update", interrupted)
         main.main(command(roco, broken, *DROPOUT, *extra))
-    state = utils.load_checkpoint(broken / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(broken / "checkpoint.pt")
     assert (state["epoch"], state["step_in_epoch"]) == (0, 2)
     assert "stopped by SIGUSR2" in (broken / "log.txt").read_text()
     main.main(command(roco, broken, *DROPOUT, *extra))
@@ -99,7 +99,7 @@ def test_other_settings_refuse_to_resume_and_are_named(roco, unbroken):
 def test_accumulation_has_a_correct_tail(roco, tmp_path):
     """24 pairs in batches of 4 are 6 micro-batches, that is two steps: groups of 4 and of 2."""
     main.main(command(roco, tmp_path, "--batch-size", "4", "--update-freq", "4", "--epochs", "1"))
-    state = utils.load_checkpoint(tmp_path / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["step"] == 2
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len([r for r in rows if r["kind"] == "train"]) == 2
@@ -144,7 +144,7 @@ def test_the_other_objectives_train(roco, tmp_path, model):
 
 
 def test_medslip_fine_tunes_and_exports_what_medclip_loads(roco, tmp_path):
-    import medclip
+    from towers import medclip
 
     tiny_bert = [
         "vision.embed_dim=12",
@@ -255,7 +255,7 @@ def test_two_processes_equal_one(roco, tmp_path, model):
         # A running mean sums a whole layer of weights that each differ by rounding.
         atol = 3e-4 if "running_" in key else 2e-5
         torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=atol, msg=lambda m, k=key: f"{k}: {m}")
-    best = [utils.load_checkpoint(p / "checkpoint.pt")["best_acc1"] for p in (one, two)]
+    best = [checkpoints.load_checkpoint(p / "checkpoint.pt")["best_acc1"] for p in (one, two)]
     assert best[0] == best[1]  # validation counts every sample once
 
 
@@ -364,7 +364,7 @@ def test_a_broken_validation_image_is_an_error_or_left_out(tmp_path):
 
 def test_evaluate_takes_the_runs_own_best_and_its_settings(roco, unbroken, tmp_path):
     before = (unbroken / "settings.json").read_bytes()
-    best = utils.load_checkpoint(unbroken / "checkpoint_best.pt")["best_acc1"]
+    best = checkpoints.load_checkpoint(unbroken / "checkpoint_best.pt")["best_acc1"]
     argv = ["--dataset", "roco", "--root", str(roco), "--output-dir", str(unbroken), "-j", "0", "--evaluate"]
     scores = main.main(argv)  # no model flags: the checkpoint says what it is
     recalls = [v for k, v in scores.items() if k.startswith(("val_i2t_r", "val_t2i_r"))]
@@ -462,7 +462,7 @@ def test_freezing_and_published_gather_reach_the_run(roco, tmp_path):
         "SLIP_VITT16",
         **{
             k: v
-            for k, v in utils.load_checkpoint(tmp_path / "checkpoint.pt")["model"]["config"].items()
+            for k, v in checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")["model"]["config"].items()
             if k != "objective"
         },
     )
@@ -593,7 +593,7 @@ def test_a_stopped_run_says_so_to_the_shell_and_to_whoever_reads_it(roco, tmp_pa
     monkeypatch.setattr(main, "update", stopping)
     monkeypatch.setattr(sys, "argv", ["main.py", *command(roco, tmp_path)])
     with pytest.raises(SystemExit) as left:
-        utils.run_script(main.main)
+        command_line.run_script(main.main)
     assert left.value.code == 128 + signal.SIGTERM
     source = models.load_pretrained(tmp_path / "checkpoint.pt").source
     assert source.endswith("unfinished: epoch 1 of 2, step 4 of 6")
@@ -629,13 +629,13 @@ def test_a_finished_run_is_extended_by_a_new_one(roco, tmp_path):
     main.main(command(roco, tmp_path / "first", "--epochs", "1"))
     with pytest.raises(ValueError, match=r"epochs: 1 there, 2 now; it is finished.*--init .*first/checkpoint.pt"):
         main.main(command(roco, tmp_path / "first", "--epochs", "2"))
-    old = utils.load_checkpoint(tmp_path / "first" / "checkpoint.pt")
+    old = checkpoints.load_checkpoint(tmp_path / "first" / "checkpoint.pt")
     longer = ["--init", str(tmp_path / "first" / "checkpoint.pt"), "--warmup-epochs", "0", "--lr", "1e-4"]
     main.main(command(roco, tmp_path / "second", "--epochs", "1", *longer, "--print-freq", "1"))
     rows = [json.loads(line) for line in (tmp_path / "second" / "log.jsonl").read_text().splitlines()]
     rates = [row["lr"] for row in rows if row["kind"] == "train"]
     assert rates[0] == pytest.approx(1e-4) and rates == sorted(rates, reverse=True)
-    new = utils.load_checkpoint(tmp_path / "second" / "checkpoint.pt")
+    new = checkpoints.load_checkpoint(tmp_path / "second" / "checkpoint.pt")
     weights = [k for k, v in old["state_dict"].items() if v.is_floating_point() and "running" not in k]
     moved = [(new["state_dict"][k] - old["state_dict"][k]).abs().max().item() for k in weights]
     assert 0 < max(moved) < 0.01

@@ -26,24 +26,23 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
-import downstream
-import features as passes
 import main_linear
-import make_dataset
 import models
-import probes
-import utils
-from cbis import CBIS_CLASSES
-from downstream import create_downstream
-from metrics import METRICS
-from transforms import Preprocess, eval_view
+from evaluation import cbis_probe, downstream, linear_sgd, probes
+from evaluation import features as passes
+from evaluation.downstream import create_downstream
+from evaluation.metrics import METRICS
+from inputs.cbis import CBIS_CLASSES, CbisLesions
+from inputs.transforms import Preprocess, eval_view, linear_eval_view
+from preparation.cbis_tables import make_cbis
+from runtime import checkpoints
 
 
 @pytest.fixture(scope="module")
 def cbis(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("cbis")
     cbis_tree.make_small_cbis(root)
-    make_dataset.make_cbis(root)
+    make_cbis(root)
     return root
 
 
@@ -140,7 +139,7 @@ def test_features_are_the_towers_own_in_eval_mode(cbis, tmp_path, features):
     loaded = models.load_pretrained(checkpoint)
     (file,) = (tmp_path / "features").glob("*_test_*.npz")
     got = np.load(file)["features"]
-    lesions = main_linear.CbisLesions(cbis, "calc", "test", "crop", loaded.preprocess)
+    lesions = CbisLesions(cbis, "calc", "test", "crop", loaded.preprocess)
     with torch.inference_mode():
         expected = loaded.model.visual(torch.stack([lesions[i][0] for i in range(len(lesions))]))
         if features == "projection":
@@ -150,7 +149,7 @@ def test_features_are_the_towers_own_in_eval_mode(cbis, tmp_path, features):
 
 def test_the_test_table_is_read_once_and_last(cbis, checkpoint, tmp_path, monkeypatch):
     order = []
-    lesions, logistic = main_linear.CbisLesions, main_linear.PROTOCOLS["logistic"]
+    lesions, logistic = CbisLesions, cbis_probe.PROTOCOLS["logistic"]
 
     def recorded_lesions(root, kind, split, *args, **kwargs):
         order.append(split)
@@ -161,8 +160,8 @@ def test_the_test_table_is_read_once_and_last(cbis, checkpoint, tmp_path, monkey
         order.append("chosen")
         return head
 
-    monkeypatch.setattr(main_linear, "CbisLesions", recorded_lesions)
-    monkeypatch.setitem(main_linear.PROTOCOLS, "logistic", recorded_fit)
+    monkeypatch.setattr(cbis_probe, "CbisLesions", recorded_lesions)
+    monkeypatch.setitem(cbis_probe.PROTOCOLS, "logistic", recorded_fit)
     probe(cbis, tmp_path, "--pretrained", str(checkpoint))
     assert order == ["train", "val", "chosen", "chosen", "test"]  # three classes, then two of them
 
@@ -346,9 +345,9 @@ def test_published_defaults_stay():
 
 def test_learning_rate_scales_with_the_whole_batch():
     parse = main_linear.get_args_parser().parse_args
-    assert main_linear.learning_rate(parse([]), world_size=8) == pytest.approx(0.1 * 8 * 128 / 256)
+    assert linear_sgd.learning_rate(parse([]), world_size=8) == pytest.approx(0.1 * 8 * 128 / 256)
     # The published script divided one process's batch by their number.
-    assert main_linear.learning_rate(parse(["--lr-scaling", "slip"]), 8) == pytest.approx(0.1 * 16 / 256)
+    assert linear_sgd.learning_rate(parse(["--lr-scaling", "slip"]), 8) == pytest.approx(0.1 * 16 / 256)
 
 
 def test_sgd_learns_and_leaves_the_tower_alone(catalog, tmp_path, monkeypatch):
@@ -360,7 +359,7 @@ def test_sgd_learns_and_leaves_the_tower_alone(catalog, tmp_path, monkeypatch):
     assert results["unit"] == "percent"
     for name, value in image_side(checkpoint).items():
         assert torch.equal(value, seen[0].model.state_dict()[name]), name
-    state = utils.load_checkpoint(tmp_path / "out" / "linear_checkpoint.pt")
+    state = checkpoints.load_checkpoint(tmp_path / "out" / "linear_checkpoint.pt")
     assert state["epoch"] == 20 and state["state_dict"]["weight"].shape[0] == 3
     assert (tmp_path / "out" / "linear_best.pt").is_file()
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
@@ -371,13 +370,13 @@ def test_sgd_learns_and_leaves_the_tower_alone(catalog, tmp_path, monkeypatch):
 
 
 def head_of(output_dir: Path) -> dict[str, torch.Tensor]:
-    return utils.load_checkpoint(output_dir / "linear_checkpoint.pt")["state_dict"]
+    return checkpoints.load_checkpoint(output_dir / "linear_checkpoint.pt")["state_dict"]
 
 
 def test_an_interrupted_run_continues_as_if_it_never_stopped(catalog, checkpoint, tmp_path, monkeypatch):
     whole = classify(catalog, checkpoint, tmp_path / "whole")
     epochs = []
-    train_epoch = main_linear.train_epoch
+    train_epoch = linear_sgd.train_epoch
 
     def stop_after_three(run, stop):
         if len(epochs) == 3:
@@ -385,12 +384,10 @@ def test_an_interrupted_run_continues_as_if_it_never_stopped(catalog, checkpoint
         epochs.append(run.epoch)
         return train_epoch(run, stop)
 
-    monkeypatch.setattr(main_linear, "train_epoch", stop_after_three)
+    monkeypatch.setattr(linear_sgd, "train_epoch", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
         classify(catalog, checkpoint, tmp_path / "parts")
-    monkeypatch.setattr(
-        main_linear, "train_epoch", lambda run, stop: epochs.append(run.epoch) or train_epoch(run, stop)
-    )
+    monkeypatch.setattr(linear_sgd, "train_epoch", lambda run, stop: epochs.append(run.epoch) or train_epoch(run, stop))
     parts = classify(catalog, checkpoint, tmp_path / "parts")
     assert epochs == [0, 1, 2, 3, 4, 5]
     for name, value in head_of(tmp_path / "whole").items():
@@ -406,7 +403,7 @@ def test_a_signal_within_an_epoch_leaves_a_checkpoint_and_the_rest_is_the_unbrok
 ):
     frequent = ("--print-freq", "1", "-b", "4")
     whole = classify(catalog, checkpoint, tmp_path / "whole", *frequent)
-    cross_entropy, steps = main_linear.F.cross_entropy, []
+    cross_entropy, steps = linear_sgd.F.cross_entropy, []
 
     def interrupted(*args):
         steps.append(1)
@@ -414,10 +411,10 @@ def test_a_signal_within_an_epoch_leaves_a_checkpoint_and_the_rest_is_the_unbrok
             os.kill(os.getpid(), signal.SIGUSR1)
         return cross_entropy(*args)
 
-    monkeypatch.setattr(main_linear.F, "cross_entropy", interrupted)
+    monkeypatch.setattr(linear_sgd.F, "cross_entropy", interrupted)
     assert classify(catalog, checkpoint, tmp_path / "parts", *frequent) == {"stopped_by": "SIGUSR1"}
     assert not (tmp_path / "parts" / "results.json").exists()
-    state = utils.load_checkpoint(tmp_path / "parts" / "linear_checkpoint.pt")
+    state = checkpoints.load_checkpoint(tmp_path / "parts" / "linear_checkpoint.pt")
     assert state["step_in_epoch"] > 0 and state["step"] == 4
     assert classify(catalog, checkpoint, tmp_path / "parts", *frequent) == whole
     for name, value in head_of(tmp_path / "whole").items():
@@ -444,17 +441,17 @@ def test_views_are_the_published_ones():
     published = T.Compose(
         [T.Resize(256), T.CenterCrop(224), T.ToTensor(), T.Normalize(preprocess.mean, preprocess.std)]
     )
-    assert torch.allclose(main_linear.linear_eval_view(preprocess, img), published(img), atol=1e-6)
+    assert torch.allclose(linear_eval_view(preprocess, img), published(img), atol=1e-6)
     medclip = Preprocess(prepare="medclip")  # whole squares: there is nothing to cut off
-    assert torch.equal(main_linear.linear_eval_view(medclip, img), eval_view(medclip)(img, None))
+    assert torch.equal(linear_eval_view(medclip, img), eval_view(medclip)(img, None))
 
     two = downstream.ImageArray(np.stack([pixels, pixels]), [str(i) for i in range(8)], [7, 7], None)
-    views = downstream.Views(two, partial(main_linear.linear_train_view, preprocess), seed=0)
+    views = downstream.Views(two, partial(linear_sgd.linear_train_view, preprocess), seed=0)
     assert views[0, 1][1] == 7 and torch.equal(views[3, 1][0], views[3, 1][0])
     assert not torch.equal(views[3, 1][0], views[4, 1][0]) and not torch.equal(views[3, 0][0], views[3, 1][0])
     ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))).convert("RGB")
     slopes = [
-        main_linear.linear_train_view(preprocess, ramp, np.random.default_rng(i))[0, 0].diff().sum() for i in range(60)
+        linear_sgd.linear_train_view(preprocess, ramp, np.random.default_rng(i))[0, 0].diff().sum() for i in range(60)
     ]
     assert 15 < sum(float(slope) < 0 for slope in slopes) < 45  # half of the crops are flipped
     spans = sorted(abs(float(slope)) * 0.229 for slope in slopes)

@@ -17,15 +17,16 @@ import torch
 from helpers import write_checkpoint
 from roco_tree import make_roco
 
-import figures
 import main_linear
-import make_dataset
 import make_report
-import metrics
 import models
-import transforms
 from datasets import create_reader
-from images import read_image
+from evaluation import metrics
+from inputs import transforms
+from inputs.images import read_image
+from preparation.cbis_tables import make_cbis
+from reporting import figures
+from reporting import runs as reporting_runs
 
 KINDS = ("calc", "mass")
 
@@ -35,7 +36,7 @@ def probed(tmp_path_factory):
     """An untrained and a trained tower probed on both tables, and the log of a training."""
     root = tmp_path_factory.mktemp("report")
     cbis_tree.make_small_cbis(root / "cbis")
-    make_dataset.make_cbis(root / "cbis")
+    make_cbis(root / "cbis")
     checkpoint = write_checkpoint(root / "checkpoint.pt", "vit")
     for kind in KINDS:
         flags = ["--dataset", f"cbis_{kind}", "--root", str(root / "cbis"), "--pretrained", str(checkpoint), "-j", "0",
@@ -154,8 +155,8 @@ def test_what_no_file_holds_is_shown_as_missing(runs):
     path.write_text(json.dumps(result))
     page, _ = report(runs)
     calc = page["sections"][0]
-    assert calc["detection"][0]["cells"] == [make_report.MISSING] * len(metrics.DETECTION)
-    assert make_report.MISSING not in calc["detection"][1]["cells"]
+    assert calc["detection"][0]["cells"] == [reporting_runs.MISSING] * len(metrics.DETECTION)
+    assert reporting_runs.MISSING not in calc["detection"][1]["cells"]
 
 
 def test_synthetic_data_is_watermarked_on_every_figure(runs, probed):

@@ -9,8 +9,9 @@ from helpers import TINY, write_checkpoint
 from sklearn.metrics import roc_auc_score
 
 import make_tables
-import utils
-from predictions import Predictions
+from evaluation.predictions import Predictions
+from reporting import plan as reporting_plan
+from runtime import command_line
 from synthetic import world
 
 RESNET = "--vision-tower resnet18 --image-size 32 --context-length 24 --ssl-mlp-dim 32 --ssl-emb-dim 16 --override \
@@ -183,8 +184,8 @@ def test_what_would_fail_later_is_refused_first(drawn, tmp_path, change, message
 
 
 def test_the_default_rows_are_the_eight_of_both_tables():
-    places = dict.fromkeys(make_tables.INPUTS, "/some/path")
-    plan = make_tables.read_plan(make_tables.HERE / "table_rows.json", places, None)
+    places = dict.fromkeys(reporting_plan.INPUTS, "/some/path")
+    plan = reporting_plan.read_plan(make_tables.HERE / "table_rows.json", places, None)
     assert len(plan.rows) == 8 and sum(row.train is not None for row in plan.rows) == 6
     assert [len(plan.published[kind]) for kind in ("calc", "mass")] == [11, 11]
     parser = make_tables.training.get_args_parser()
@@ -192,9 +193,9 @@ def test_the_default_rows_are_the_eight_of_both_tables():
         if row.train:
             args = parser.parse_args(shlex.split(row.train))
             assert args.mask_duplicates and args.lr == 5e-5 and args.medclip_weights == "/some/path"
-    with pytest.raises(utils.UsageError, match="--bert-vocab, --medclip-resnet, --medclip-vit"):
-        make_tables.read_plan(make_tables.HERE / "table_rows.json", {"roco": "r", "cbis": "c"}, None)
+    with pytest.raises(command_line.UsageError, match="--bert-vocab, --medclip-resnet, --medclip-vit"):
+        reporting_plan.read_plan(make_tables.HERE / "table_rows.json", {"roco": "r", "cbis": "c"}, None)
 
 
 def test_a_world_without_readme_is_not_called_synthetic(tmp_path, drawn):
-    assert make_tables.is_synthetic(drawn / "cbis") and not make_tables.is_synthetic(tmp_path)
+    assert world.is_synthetic(drawn / "cbis") and not world.is_synthetic(tmp_path)

@@ -11,7 +11,8 @@ import pytest
 from helpers import reference, write_sources
 
 import make_dataset
-from metadata import read_pickle
+from inputs.metadata import read_pickle
+from preparation import yfcc
 
 
 def test_without_arguments_in_the_folder_of_the_sources(tmp_path, monkeypatch, capsys):
@@ -34,14 +35,14 @@ def test_known_captions():
         "100%25": "100%",
     }
     for field, text in cases.items():
-        assert make_dataset.clean_caption(field.encode()) == text
+        assert yfcc.clean_caption(field.encode()) == text
 
 
 @pytest.mark.parametrize("items", [0, 1, 999, 1000, 1001, 2000])
 def test_streamed_pickle_of_any_length(tmp_path, items):
-    with open(tmp_path / "list.pkl", "wb") as file, make_dataset.PickledList(file) as target:
+    with open(tmp_path / "list.pkl", "wb") as file, yfcc.PickledList(file) as target:
         for i in range(items):
-            target.append(make_dataset.pickled_int(i))
+            target.append(yfcc.pickled_int(i))
     assert pickle.loads((tmp_path / "list.pkl").read_bytes()) == list(range(items)) and target.count == items
 
 

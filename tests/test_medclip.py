@@ -9,8 +9,8 @@ import torch
 from helpers import tiny_medslip
 
 import losses
-import medclip
 import models
+from towers import medclip
 
 GOLDEN = torch.load(Path(__file__).parent / "goldens" / "medclip.pt", weights_only=True)
 KINDS = {"vit": "VIT", "resnet": "RESNET"}

@@ -10,7 +10,7 @@ import torch
 from sklearn import metrics as sk
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score, top_k_accuracy_score
 
-from metrics import (
+from evaluation.metrics import (
     METRICS,
     _weighted_metrics,
     binary_margins,

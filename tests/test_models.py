@@ -13,6 +13,7 @@ from helpers import GOLDEN_MODELS, GOLDENS, tiny_model
 import losses
 import models
 import utils
+from runtime import checkpoints
 
 PUBLISHED = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes()))
 
@@ -230,7 +231,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
 def test_checkpoint_round_trip_restores_model_and_settings(tmp_path):
     model = tiny_model("SLIP")
     path = tmp_path / "ours.pt"
-    utils.save_checkpoint(
+    checkpoints.save_checkpoint(
         {
             "model": {"name": model.name, "config": model.config},
             "state_dict": model.state_dict(),
@@ -249,7 +250,7 @@ def test_checkpoint_round_trip_restores_model_and_settings(tmp_path):
 def test_initialise_resizes_positions_and_passes_over_another_head(tmp_path):
     small = tiny_model("CLIP")
     path = tmp_path / "clip.pt"
-    utils.save_checkpoint({"state_dict": small.state_dict()}, path)
+    checkpoints.save_checkpoint({"state_dict": small.state_dict()}, path)
     large = tiny_model("SLIP", image_size=48)
     head = large.image_mlp.layer1.weight.clone()
     models.initialise(large, path)

@@ -20,7 +20,7 @@ from helpers import ROOT
 from PIL import Image
 
 import datasets
-import make_dataset
+from preparation.cbis_tables import make_cbis
 from synthetic import captions as wording
 from synthetic import mammograms, modalities, phantoms, scene
 from synthetic import world as layouts
@@ -156,7 +156,7 @@ def test_case_tables_have_the_published_header_line_ends_and_broken_path(world, 
 
 
 def test_every_lesion_is_joined_with_its_crop_mask_and_full_view(world, tmp_path, capsys):
-    missing = make_dataset.make_cbis(world / "cbis")
+    missing = make_cbis(world / "cbis")
     assert not any(missing.values())
     for kind in LESIONS:
         with open(world / "cbis" / f"{kind}.csv", newline="") as file:

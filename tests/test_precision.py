@@ -9,11 +9,11 @@ from helpers import command
 from roco_tree import make_roco
 
 import distributed
-import features
 import main
 import main_linear
 import models
-import utils
+from evaluation import features
+from runtime import checkpoints
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -76,7 +76,7 @@ def test_bf16_trains_probes_and_is_named_in_what_is_written(tmp_path, monkeypatc
     main.main(command(root, tmp_path / "run", "--epochs", "1", "--precision", "bf16"))
     assert torch.bfloat16 in dtypes  # of captions; an image tower ends with a norm, which stays in float32
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["derived"]["precision"] == "bf16"
-    state = utils.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert all(v.dtype == torch.float32 for v in state["state_dict"].values() if v.is_floating_point())
     with pytest.raises(ValueError, match="precision: 'bf16' there, 'auto' now"):
         main.main(command(root, tmp_path / "run", "--epochs", "1"))

@@ -18,24 +18,24 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 import distributed
 import main_linear
-import make_dataset
 import models
 import predict
 from beit_finetuning import run_class_finetuning
 from beit_finetuning.modeling_finetune import create_beit
-from cbis import CBIS_CLASSES
-from features import Backbone
-from images import read_image
-from probes import load_heads
-from saliency import Explainer, identity_head
-from transforms import Preprocess, eval_view
+from evaluation.features import Backbone
+from evaluation.probes import load_heads
+from evaluation.saliency import Explainer, identity_head
+from inputs.cbis import CBIS_CLASSES
+from inputs.images import read_image
+from inputs.transforms import Preprocess, eval_view
+from preparation.cbis_tables import make_cbis
 
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory):
     root = tmp_path_factory.mktemp("predict")
     cbis_tree.make_small_cbis(root / "cbis")
-    make_dataset.make_cbis(root / "cbis")
+    make_cbis(root / "cbis")
     checkpoint = write_checkpoint(root / "checkpoint.pt", "vit")
     main_linear.main([
         "--dataset", "cbis_mass", "--root", str(root / "cbis"), "--pretrained", str(checkpoint), "-j", "0",

@@ -7,11 +7,9 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, log_loss, roc_auc_score
 
-import cbis
-import metrics
-import predictions
-import references
-from predictions import Predictions
+from evaluation import metrics, predictions, references, run_folder
+from evaluation.predictions import Predictions
+from inputs import cbis
 
 CLASSES = cbis.CBIS_CLASSES
 
@@ -179,11 +177,11 @@ def test_results_of_other_settings_are_set_aside_and_a_baseline_is_not_overwritt
     test = table(60)
     test.write(tmp_path / "predictions.csv")
     (tmp_path / "results.json").write_text(json.dumps({"settings": {"protocol": "logistic", "folds": 0}}))
-    predictions.set_aside_other_results(tmp_path, {"protocol": "logistic", "folds": 0})
+    run_folder.set_aside_other_results(tmp_path, {"protocol": "logistic", "folds": 0})
     assert (tmp_path / "results.json").exists()
     with pytest.raises(ValueError, match="overwrite"):
-        predictions.set_aside_other_results(tmp_path, {}, [str(tmp_path / "predictions.csv")])
-    predictions.set_aside_other_results(tmp_path, {"protocol": "medslip", "folds": 0})
+        run_folder.set_aside_other_results(tmp_path, {}, [str(tmp_path / "predictions.csv")])
+    run_folder.set_aside_other_results(tmp_path, {"protocol": "medslip", "folds": 0})
     assert not (tmp_path / "results.json").exists()
     assert sorted(path.name for path in (tmp_path / "earlier_1").iterdir()) == ["predictions.csv", "results.json"]
 

@@ -16,10 +16,11 @@ import pytest
 from helpers import LARGE, ROOT, grey_of, make_coco, reference, write_sources
 from PIL import Image
 
-import datasets
 import make_dataset
 from datasets import create_reader
-from images import decode_image, read_image, to_rgb8
+from inputs import archives, index, sources
+from inputs.images import decode_image, read_image, to_rgb8
+from preparation import shards, shrink
 
 needs_webdataset = pytest.mark.skipif(importlib.util.find_spec("webdataset") is None, reason="pip install webdataset")
 
@@ -54,13 +55,13 @@ def test_the_yfcc_reader_starts_from_the_arrays_without_unpickling(tmp_path, mon
     rows = yfcc_tree(tmp_path)
     monkeypatch.chdir(tmp_path)
     make_dataset.main([])
-    by_pickle = datasets.read_list(tmp_path / "yfcc15m.pkl")
-    columns = datasets.load_index(*datasets.rows_index(tmp_path / "yfcc15m.pkl"))
+    by_pickle = sources.read_list(tmp_path / "yfcc15m.pkl")
+    columns = index.load_index(*index.rows_index(tmp_path / "yfcc15m.pkl"))
     texts = [columns.texts[i] for i in range(len(columns.texts))]
     from_arrays = zip(columns.images.tolist(), texts[::2], texts[1::2], strict=True)
     assert list(from_arrays) == [tuple(row) for row in by_pickle] and len(by_pickle) > len(rows)
 
-    monkeypatch.setattr(datasets, "read_pickle", None)  # unpickling would fail
+    monkeypatch.setattr(sources, "read_pickle", None)  # unpickling would fail
     reader = create_reader("yfcc15m", tmp_path)
     kept = [(n, [t.strip() for t in (title, text) if t.strip()]) for n, title, text in rows]
     kept = [(n, captions) for n, captions in kept if captions]
@@ -305,7 +306,7 @@ def table(tmp_path) -> Path:
 
 @needs_webdataset
 def test_images_are_shrunk_to_the_short_side_or_copied_byte_for_byte(table, tmp_path):
-    make_dataset.make_shards(create_reader("csv", table), tmp_path / "out", short_side=60)
+    shards.make_shards(create_reader("csv", table), tmp_path / "out", short_side=60)
     reader = create_reader("webdataset", tmp_path / "out")
     for i, (name, data) in enumerate(FILES.items()):
         assert reader.captions(i) == [name]
@@ -327,7 +328,7 @@ def test_shrinking_is_antialiased(tmp_path):
     """Stripes of one pixel average to grey; taking every n-th pixel would give black or white."""
     stripes = np.zeros((200, 200), dtype=np.uint8)
     stripes[:, ::2] = 255
-    small = np.asarray(make_dataset.shrink(Image.fromarray(stripes).convert("RGB"), 50))
+    small = np.asarray(shrink.shrink(Image.fromarray(stripes).convert("RGB"), 50))
     assert small.shape == (50, 50, 3) and np.abs(small[5:-5, 5:-5].astype(float) - 127.5).max() < 12
 
 
@@ -349,21 +350,21 @@ def test_what_needs_another_decoder_becomes_a_png(table, tmp_path):
     pydicom.dcmwrite(table / "scan.dcm", scan, enforce_file_format=True)
     (table / "train.csv").write_text("image,caption\nscan.dcm,a scan\n")
     source = create_reader("csv", table)
-    make_dataset.make_shards(source, tmp_path / "out")
+    shards.make_shards(source, tmp_path / "out")
     reader = create_reader("webdataset", tmp_path / "out")
     assert reader.name(0).endswith(".png")
     assert np.array_equal(np.asarray(reader.image(0)), np.asarray(source.image(0)))
 
 
 def test_every_extension_that_is_written_is_read():
-    assert set(make_dataset.EXTENSIONS.values()) <= set(datasets.SHARD_IMAGES)
+    assert set(shards.EXTENSIONS.values()) <= set(archives.SHARD_IMAGES)
 
 
 @needs_webdataset
 def test_broken_images_are_left_out_and_named(table, tmp_path, caplog):
     caplog.set_level("INFO")
     (table / "grey.jpg").write_bytes(FILES["grey.jpg"][:300])
-    assert make_dataset.make_shards(create_reader("csv", table), tmp_path / "out", shard_size=3) == 1
+    assert shards.make_shards(create_reader("csv", table), tmp_path / "out", shard_size=3) == 1
     reader = create_reader("webdataset", tmp_path / "out")
     assert [reader.captions(i)[0] for i in range(len(reader))] == [name for name in FILES if name != "grey.jpg"]
     assert str(table / "grey.jpg") in (tmp_path / "out" / "bad_samples.txt").read_text()
@@ -374,8 +375,8 @@ def test_broken_images_are_left_out_and_named(table, tmp_path, caplog):
 def test_interrupted_shards_are_continued_and_equal_those_of_many_processes(table, tmp_path, monkeypatch):
     one, many = tmp_path / "one", tmp_path / "many"
     reader = create_reader("csv", table)
-    make_dataset.make_shards(reader, many, 2, 60, workers=3)
-    pack, calls = make_dataset.pack, []
+    shards.make_shards(reader, many, 2, 60, workers=3)
+    pack, calls = shards.pack, []
 
     def fails(reader, i, short_side):
         calls.append(i)
@@ -383,13 +384,13 @@ def test_interrupted_shards_are_continued_and_equal_those_of_many_processes(tabl
             raise OSError("disk on fire")
         return pack(reader, i, short_side)
 
-    monkeypatch.setattr(make_dataset, "pack", fails)
+    monkeypatch.setattr(shards, "pack", fails)
     with pytest.raises(OSError, match="could not write .*00002.tar: disk on fire"):
-        make_dataset.make_shards(reader, one, 2, 60)
+        shards.make_shards(reader, one, 2, 60)
     assert sorted(path.name for path in one.glob("*")) == ["00000.tar", "00001.tar", "shards.json"]
-    monkeypatch.setattr(make_dataset, "pack", lambda *arguments: calls.append(arguments[1]) or pack(*arguments))
+    monkeypatch.setattr(shards, "pack", lambda *arguments: calls.append(arguments[1]) or pack(*arguments))
     calls.clear()
-    make_dataset.make_shards(reader, one, 2, 60)
+    shards.make_shards(reader, one, 2, 60)
     assert calls == [4, 5, 6, 7]
     for number in range(4):
         assert (one / f"{number:05d}.tar").read_bytes() == (many / f"{number:05d}.tar").read_bytes()
@@ -399,22 +400,22 @@ def test_interrupted_shards_are_continued_and_equal_those_of_many_processes(tabl
 @needs_webdataset
 def test_a_folder_holds_one_set_of_shards(table, tmp_path):
     reader = create_reader("csv", table)
-    make_dataset.make_shards(reader, tmp_path / "out")
+    shards.make_shards(reader, tmp_path / "out")
     with pytest.raises(ValueError, match="begun with short_side None, not 60"):
-        make_dataset.make_shards(reader, tmp_path / "out", short_side=60)
+        shards.make_shards(reader, tmp_path / "out", short_side=60)
     (tmp_path / "out" / "shards.json").unlink()
     with pytest.raises(ValueError, match="not begun by this command"):
-        make_dataset.make_shards(reader, tmp_path / "out")
+        shards.make_shards(reader, tmp_path / "out")
     for arguments, message in (({"shard_size": 0}, "shard-size 0"), ({"short_side": 0}, "short-side 0")):
         with pytest.raises(ValueError, match=message):
-            make_dataset.make_shards(reader, tmp_path / "new", **arguments)
+            shards.make_shards(reader, tmp_path / "new", **arguments)
 
 
 def test_without_the_library_shards_say_what_to_install(table, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     monkeypatch.setitem(sys.modules, "webdataset.writer", None)
     with pytest.raises(ImportError, match="pip install webdataset"):
-        make_dataset.make_shards(create_reader("csv", table), tmp_path / "out")
+        shards.make_shards(create_reader("csv", table), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -474,33 +475,33 @@ def test_a_tree_is_copied_with_its_images_shrunk(tree, tmp_path, capsys):
 
 def test_a_shrunk_tree_is_continued_and_the_same_with_many_processes(tree, tmp_path):
     one, many = tmp_path / "one", tmp_path / "many"
-    make_dataset.shrink_tree(tree, many, 60, workers=3)
-    make_dataset.shrink_tree(tree, one, 60)
+    shrink.shrink_tree(tree, many, 60, workers=3)
+    shrink.shrink_tree(tree, one, 60)
     drop = {"shrink.json": b"", "bad_samples.txt": b""}
     assert {**tree_bytes(one), **drop} == {**tree_bytes(many), **drop}
     (one / "train" / "images" / "large.jpg").unlink()
     (tree / "train" / "captions.txt").write_text("R_1\t other\n")
-    assert make_dataset.shrink_tree(tree, one, 60) == {"shrunk": 1, "copied": 1, "there already": 10}
+    assert shrink.shrink_tree(tree, one, 60) == {"shrunk": 1, "copied": 1, "there already": 10}
     assert (one / "train" / "captions.txt").read_text() == "R_1\t other\n"
     large = "train/images/large.jpg"
     assert (one / large).read_bytes() == (many / large).read_bytes()
-    assert make_dataset.shrink_tree(one, tmp_path / "again", 30)["copied"] >= 1  # a copy of a copy has notes of its own
+    assert shrink.shrink_tree(one, tmp_path / "again", 30)["copied"] >= 1  # a copy of a copy has notes of its own
     assert json.loads((tmp_path / "again" / "shrink.json").read_text())["short_side"] == 30
 
 
 def test_a_shrunk_copy_lies_elsewhere_and_has_one_size(tree, tmp_path):
     for output in (tree, tree / "small", tmp_path):
         with pytest.raises(ValueError, match="lie in each other"):
-            make_dataset.shrink_tree(tree, output, 60)
-    make_dataset.shrink_tree(tree, tmp_path / "out", 60)
+            shrink.shrink_tree(tree, output, 60)
+    shrink.shrink_tree(tree, tmp_path / "out", 60)
     with pytest.raises(ValueError, match="begun with short_side 60, not 80"):
-        make_dataset.shrink_tree(tree, tmp_path / "out", 80)
+        shrink.shrink_tree(tree, tmp_path / "out", 80)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        make_dataset.shrink_tree(tmp_path / "nowhere", tmp_path / "out2", 60)
+        shrink.shrink_tree(tmp_path / "nowhere", tmp_path / "out2", 60)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="not begun by this command"):
-        make_dataset.shrink_tree(tree, tmp_path / "used", 60)
+        shrink.shrink_tree(tree, tmp_path / "used", 60)
 
 
 # ------------------------------------------------------------------------------------------------- benchmarks
@@ -521,7 +522,7 @@ def test_the_memory_benchmark_reads_what_it_says():
 def test_the_yfcc_benchmark_makes_the_lists_it_reports(tmp_path):
     result = load_script("benchmarks/bench_yfcc.py").main(["--folder", str(tmp_path), "--gigabytes", "0.001"])
     assert result["rows"] > 1000 and result["table_gb"] == pytest.approx(0.001, rel=0.01)
-    rows = datasets.read_list(tmp_path / "yfcc15m.pkl")
+    rows = sources.read_list(tmp_path / "yfcc15m.pkl")
     assert 0.1 * result["rows"] < len(rows) < 0.2 * result["rows"]
     assert rows[0][1:] == (
         "Sunset over the bay, evening",
@@ -543,7 +544,7 @@ def test_shrinking_and_sharding_keep_the_contrast_of_twelve_bits(tmp_path):
         ["shrink", "--root", str(root), "--output", str(tmp_path / "small"), "--short-side", "40", "-j", "1"]
     )
     reader = create_reader("csv", root)
-    assert make_dataset.make_shards(reader, tmp_path / "shards", shard_size=3, short_side=40) == 0
+    assert shards.make_shards(reader, tmp_path / "shards", shard_size=3, short_side=40) == 0
     expected = np.asarray(read_image(root / "deep.png").resize((60, 40), Image.Resampling.LANCZOS), dtype=int)
     for copy in (create_reader("csv", tmp_path / "small"), create_reader("webdataset", tmp_path / "shards")):
         got = np.asarray(copy.image(0), dtype=int)

@@ -16,8 +16,8 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 import main
 import models
-import pretrained_towers
-import utils
+from runtime import command_line
+from towers import pretrained as pretrained_towers
 
 TOWER = "tf_efficientnet_lite0"  # its weights expect a mean of 0.5
 VOCAB = [*"[PAD] [UNK] [CLS] [SEP] [MASK]".split(), *"abcdefghijklmnopqrstuvwxyz", "CT", "ct", "axial", "##s", "of"]
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_named(weights, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         build("--vision-tower", TOWER, "--vision-weights", str(tmp_path / "bad.safetensors"))
-    with pytest.raises(utils.UsageError, match="--vision-weights.*leave out --init"):
+    with pytest.raises(command_line.UsageError, match="--vision-weights.*leave out --init"):
         main.main(["--vision-weights", "a.pt", "--init", "b.pt"])
 
 

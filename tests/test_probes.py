@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-import probes
+from evaluation import probes
 
 
 def accuracy(labels: np.ndarray, prob: np.ndarray) -> float:

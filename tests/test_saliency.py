@@ -9,12 +9,13 @@ from PIL import Image
 from torch import nn
 
 import main_linear
-import make_dataset
 import make_report
-import saliency
-from features import Backbone, load_backbone
-from probes import Linear
-from transforms import Preprocess
+from evaluation import saliency
+from evaluation.features import Backbone, load_backbone
+from evaluation.probes import Linear
+from inputs.transforms import Preprocess
+from preparation.cbis_tables import make_cbis
+from reporting import lesions
 
 pytest.importorskip("captum")
 
@@ -119,7 +120,7 @@ def test_the_outline_lies_in_the_view_where_the_lesion_does(tmp_path, mask_size,
 def test_intervals_are_over_patients_and_the_report_shows_them(tmp_path):
     root = tmp_path / "cbis"
     cbis_tree.make_small_cbis(root)
-    make_dataset.make_cbis(root)
+    make_cbis(root)
     checkpoint = write_checkpoint(tmp_path / "checkpoint.pt", "vit")
     run = tmp_path / "runs" / "calc"
     main_linear.main([
@@ -131,7 +132,7 @@ def test_intervals_are_over_patients_and_the_report_shows_them(tmp_path):
     assert found["why"] == "" and found["lesions"] == 5
     assert [len(group["images"]) for group in found["plates"]] == [6, 5, 5]
     scores = dict(found["scores"])
-    assert set(scores) == set(make_report.SALIENCY.values())
+    assert set(scores) == set(lesions.SALIENCY.values())
     html = (tmp_path / "report" / "report.html").read_text()
     assert scores["Energy inside the outline"] in html
     (run / "predictions.csv").unlink()  # what prevents the maps is told, the page is made

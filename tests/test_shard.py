@@ -10,7 +10,7 @@ import distributed
 import losses
 import main
 import models
-import utils
+from runtime import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_sharded_weights_equal_ddp(roco, tmp_path, model):
     assert a.keys() == b.keys() and all(type(v) is torch.Tensor for v in b.values())
     for key in a:
         torch.testing.assert_close(b[key], a[key], rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
-    best = [utils.load_checkpoint(tmp_path / name / "checkpoint.pt")["best_acc1"] for name in ("ddp", "shard")]
+    best = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt")["best_acc1"] for name in ("ddp", "shard")]
     assert best[0] == best[1]
     loaded = models.load_pretrained(tmp_path / "shard" / "checkpoint.pt")  # a single process
     assert loaded.model.encode_image(torch.randn(1, 3, 32, 32)).isfinite().all()
@@ -54,7 +54,7 @@ def test_sharded_run_resumes_as_if_unbroken_and_accumulates(roco, tmp_path):
     argv = ["--batch-size", "2", "--update-freq", "2", "--shard", "--epochs", "2"]
     run_ranks(_train, 2, command(roco, tmp_path / "whole", *argv))
     run_ranks(_stop_after_one_epoch, 2, command(roco, tmp_path / "broken", *argv))
-    assert utils.load_checkpoint(tmp_path / "broken" / "checkpoint.pt")["epoch"] == 1
+    assert checkpoints.load_checkpoint(tmp_path / "broken" / "checkpoint.pt")["epoch"] == 1
     run_ranks(_train, 2, command(roco, tmp_path / "broken", *argv))
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert [k for k in a if not torch.equal(a[k], b[k])] == []

@@ -29,15 +29,16 @@ from helpers import DROPOUT, TINY, assert_same_run, weights, write_checkpoint
 from roco_tree import make_roco
 from submitit.core.utils import UncompletedJobError
 
-import cbis
 import distributed
 import main
 import make_tables
 import run_with_submitit
 import run_with_submitit_linear
-import utils
 from beit_finetuning import run_class_finetuning
-from predictions import Predictions
+from evaluation.predictions import Predictions
+from preparation import cbis_tables
+from reporting import steps
+from runtime import checkpoints
 from synthetic import world
 
 HERE = Path(__file__).parent / "slurm"
@@ -445,7 +446,7 @@ def test_slurm_fine_tuning_on_two_nodes_equals_one_process(cluster, tmp_path):
     """Lesions end to end through the fine-tuning launcher's script: the same predictions as one process makes."""
     root = tmp_path / "cbis"
     cbis_tree.make_small_cbis(root)
-    cbis.make_cbis(root)
+    cbis_tables.make_cbis(root)
     checkpoint = write_checkpoint(tmp_path / "weights.pt", "vit")
     plain = ["--aa=", "--reprob", "0", "--drop_path", "0", "--opt_eps", "1e-2", "--epochs", "2", "--warmup_epochs", "1"]
     flags = [
@@ -488,9 +489,9 @@ def test_slurm_trains_the_rows_of_the_tables(cluster, tmp_path, monkeypatch):
     subprocess.run([*drain, "state=drain"], check=True)  # what is sent now waits
     assert make_tables.main(argv) == {}
     folders = [tmp_path / "out" / "runs" / "vit" / f"seed{seed}" / "training" for seed in (0, 1)]
-    jobs = [SimpleNamespace(job_id=(folder / make_tables.JOB).read_text().strip()) for folder in folders]
+    jobs = [SimpleNamespace(job_id=(folder / steps.JOB).read_text().strip()) for folder in folders]
     assert make_tables.main(argv) == {}
-    assert [(folder / make_tables.JOB).read_text().strip() for folder in folders] == [job.job_id for job in jobs]
+    assert [(folder / steps.JOB).read_text().strip() for folder in folders] == [job.job_id for job in jobs]
     subprocess.run([*drain, "state=resume"], check=True)
     for job in jobs:
         assert wait_for_end(job, 240) == "COMPLETED", logs(tmp_path / "out" / "jobs" / job.job_id)
@@ -572,7 +573,7 @@ def test_slurm_cancelled_job_leaves_a_checkpoint_and_stays_cancelled(cluster, ro
     assert wait_for_end(job, 60) == "CANCELLED", logs(tmp_path)
     (stopped,) = steps_done(tmp_path)
     assert stopped >= (1, 1) and "stopped by SIGTERM" in logged(tmp_path)
-    state = utils.load_checkpoint(tmp_path / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")
     assert (state["epoch"], state["step_in_epoch"]) == stopped
     with pytest.raises(UncompletedJobError):
         job.results()

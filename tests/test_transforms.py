@@ -9,9 +9,9 @@ import torchvision.transforms as T
 from helpers import Script, SslView, TrainView, draws, grainy, image, least_p, planes, resized
 from PIL import Image, ImageFilter
 
-from colour import Colour, apply_colour
-from images import pixels_of
-from transforms import (
+from inputs.colour import Colour, apply_colour
+from inputs.images import pixels_of
+from inputs.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     MEDCLIP_MEAN,

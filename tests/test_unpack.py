@@ -9,7 +9,7 @@ from PIL import Image
 
 import datasets
 import make_dataset
-import unpack
+from preparation import unpack
 
 CAPTIONS = [
     "Mammogram with a round\nmass",

@@ -12,6 +12,7 @@ from torch import nn
 
 import distributed
 import utils
+from runtime import checkpoints
 
 
 @pytest.mark.parametrize("case", json.loads((GOLDENS / "cosine_scheduler.json").read_text()))
@@ -29,7 +30,7 @@ def test_schedule_is_defined_beyond_its_ends():
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    utils.save_checkpoint({"x": torch.ones(3)}, path)
+    checkpoints.save_checkpoint({"x": torch.ones(3)}, path)
 
     def disk_full(state, file):
         file.write(b"half")
@@ -37,31 +38,31 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(OSError, match="checkpoint.pt.*No space left"):
-        utils.save_checkpoint({"x": torch.zeros(3)}, path)
-    assert torch.equal(utils.load_checkpoint(path)["x"], torch.ones(3))
+        checkpoints.save_checkpoint({"x": torch.zeros(3)}, path)
+    assert torch.equal(checkpoints.load_checkpoint(path)["x"], torch.ones(3))
     assert os.listdir(tmp_path) == ["checkpoint.pt"]  # no temporary file stays behind
 
 
 def test_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
     for step in (5, 10, 15):
-        utils.save_training_checkpoint({"step": step}, tmp_path, step, is_best=step == 5, keep_last=2)
+        checkpoints.save_training_checkpoint({"step": step}, tmp_path, step, is_best=step == 5, keep_last=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "checkpoint.pt",
         "checkpoint_best.pt",
         "checkpoint_step00000010.pt",
         "checkpoint_step00000015.pt",
     ]
-    assert utils.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 15
-    assert utils.load_checkpoint(tmp_path / "checkpoint_best.pt")["step"] == 5
+    assert checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 15
+    assert checkpoints.load_checkpoint(tmp_path / "checkpoint_best.pt")["step"] == 5
     newest = tmp_path / "checkpoint_step00000015.pt"
     newest.write_bytes(newest.read_bytes()[:100])
     said = []
-    assert utils.find_training_checkpoint(tmp_path, said.append)["step"] == 10
+    assert checkpoints.find_training_checkpoint(tmp_path, said.append)["step"] == 10
     assert "checkpoint_step00000015.pt" in said[0]
     (tmp_path / "checkpoint_step00000010.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="no checkpoint in"):
-        utils.find_training_checkpoint(tmp_path, said.append)
-    assert utils.find_training_checkpoint(tmp_path / "new", said.append) is None
+        checkpoints.find_training_checkpoint(tmp_path, said.append)
+    assert checkpoints.find_training_checkpoint(tmp_path / "new", said.append) is None
 
 
 def _norm_rank(rank, world, shape):
@@ -121,12 +122,12 @@ def test_learning_rates_of_numpy_are_read_and_other_numbers_refused(tmp_path):
     assert any(name in data for name in names)
     for name in names:
         (tmp_path / "b.pt").write_bytes(data.replace(names[0], name).replace(names[1], name))
-        state = utils.load_checkpoint(tmp_path / "b.pt")
+        state = checkpoints.load_checkpoint(tmp_path / "b.pt")
         assert state == {"lr": 0.00075} and type(state["lr"]) is float
     for value in (np.float32(1), np.array([1.0])):
         torch.save({"lr": value}, tmp_path / "c.pt")
         with pytest.raises(ValueError, match="c.pt is not a readable checkpoint"):
-            utils.load_checkpoint(tmp_path / "c.pt")
+            checkpoints.load_checkpoint(tmp_path / "c.pt")
 
 
 def test_wrappers_are_taken_off_parameter_names_wherever_they_stand():
@@ -138,5 +139,5 @@ def test_wrappers_are_taken_off_parameter_names_wherever_they_stand():
         "a._orig_mod.b",
         "model.a.b",
     ):
-        assert list(utils.strip_wrappers({name: torch.zeros(1)})) == ["a.b"]
-    assert list(utils.strip_wrappers(dict.fromkeys(("model.a", "b"), torch.zeros(1)))) == ["model.a", "b"]
+        assert list(checkpoints.strip_wrappers({name: torch.zeros(1)})) == ["a.b"]
+    assert list(checkpoints.strip_wrappers(dict.fromkeys(("model.a", "b"), torch.zeros(1)))) == ["model.a", "b"]

@@ -14,12 +14,13 @@ from helpers import PREPROCESS, TINY, all_captions, grey_of, jpeg
 from roco_tree import make_roco
 from torch.utils.data import DataLoader
 
-import datasets
 import main
 import make_dataset
-import utils
-from datasets import Collate, ContrastiveDataset, GlobalBatchSampler, TarPool, create_reader
-from images import UnreadableImage
+from datasets import Collate, ContrastiveDataset, GlobalBatchSampler, create_reader
+from inputs import archives
+from inputs.archives import TarPool
+from inputs.images import UnreadableImage
+from runtime import checkpoints
 from tokenizer import SimpleTokenizer
 
 
@@ -299,10 +300,10 @@ def test_a_broken_image_is_named(shards):
 # --------------------------------------------------------------------------------------------------------- index
 def test_the_index_follows_every_shard(shards, monkeypatch):
     first = create_reader("webdataset", shards)
-    rows = datasets.WebDataset.rows
-    monkeypatch.setattr(datasets.WebDataset, "rows", None)  # reading the shards again would fail
+    rows = archives.WebDataset.rows
+    monkeypatch.setattr(archives.WebDataset, "rows", None)  # reading the shards again would fail
     check(create_reader("webdataset", shards), range(24))
-    monkeypatch.setattr(datasets.WebDataset, "rows", rows)
+    monkeypatch.setattr(archives.WebDataset, "rows", rows)
     write_shard(shards / "00003.tar", [1, 2])  # not the file beside which the index lies
     check(create_reader("webdataset", shards), [*range(14), 1, 2, *range(20, 24)])
     (shards / "00004.tar").unlink()
@@ -365,7 +366,7 @@ def test_training_on_shards_equals_training_on_their_source(tmp_path):
                 *TINY,
             ]
         )
-        weights[name] = utils.load_checkpoint(output / "checkpoint.pt")["state_dict"]
+        weights[name] = checkpoints.load_checkpoint(output / "checkpoint.pt")["state_dict"]
     assert scores["webdataset"] == scores["roco"] and scores["roco"]["val_candidates"] == 6
     assert all(torch.equal(value, weights["webdataset"][key]) for key, value in weights["roco"].items())
 

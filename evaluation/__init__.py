@@ -1,0 +1,1 @@
+"""From a frozen tower to figures with intervals."""

@@ -1,0 +1,279 @@
+"""The catalog of labelled sets, dataset_catalog.json, and the class names and prompts beside it.
+
+A set is one entry:
+
+    path, train, test   where it lies, and the names of its two splits
+    type                imagefolder (one folder a class), filelist (`<split>_images.npy` and `<split>_labels.npy`), csv
+                        (a table with a row for each image) or special (a name in SPECIAL; or a name of
+                        datasets.READERS, for retrieval)
+    labels              class names in class order, an inner list for synonyms; or a name in labels.json
+    templates           prompts with {} for the class name; or a name in templates.json
+    metric              top1 (default), mean_per_class, mean_top1_top5 or roc_auc
+    folders             imagefolder: the class folders in class order, where sorting them is not what is meant
+    images              filelist, csv: the folder of the images where they lie outside of path
+    table               csv: the table's file in path (table.csv)
+    columns             csv: the names of its columns image, label, split and, where there is one, group, where they are
+                        called otherwise. A group (the patient) is whole in a split and in a resample of the intervals.
+                        A list of names for label: several findings of 0 and 1 for each image
+    positive            csv: the class that is looked for, which has columns of its own in results
+    blank, uncertain    csv with several findings: what an empty cell and a -1 count as: negative, positive or skip
+
+All after type are optional. Without labels and templates those of labels.json and templates.json under the set's own
+name are taken, else the class folders' names and "a photo of a {}."; a published set keeps its metric and folders. Keys
+that start with "_" are notes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import READERS
+from evaluation.metrics import SET_METRICS
+from inputs.cbis import CBIS_SETS
+
+log = logging.getLogger("medslip")
+
+HERE = Path(__file__).resolve().parents[1]
+CATALOG = HERE / "dataset_catalog.json"
+TYPES = ("imagefolder", "filelist", "csv", "special")
+REQUIRED = ("path", "type", "train", "test")
+CSV_ONLY = ("table", "columns", "positive", "blank", "uncertain")
+OPTIONAL = ("labels", "templates", "metric", "folders", "images", *CSV_ONLY)
+COLUMNS = ("image", "label", "split", "group")
+COUNT_AS = {"negative": 0, "positive": 1, "skip": -1}  # what an unclear finding counts as
+DEFAULT_TEMPLATES = ["a photo of a {}."]
+SPECIAL = ("cifar10", "cifar100", "mnist", "stl10", "digits", "cbis_calc", "cbis_mass")  # with readers of their own
+
+
+class Catalog(dict[str, dict[str, Any]]):
+    """{set: entry} of a catalog file, which errors about an entry name."""
+
+    def __init__(self, entries: dict[str, dict[str, Any]], file: str | Path):
+        super().__init__(entries)
+        self.file = file
+
+
+def read_catalog(path: str | Path = CATALOG) -> Catalog:
+    """The catalog's sets, each entry checked.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no JSON; or an entry lacks a key, has an unknown one, or holds what its key does not allow. The
+            message names the file, the entry and the valid choices.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"dataset catalog {path} does not exist")
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"dataset catalog {path} is not valid JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"dataset catalog {path} holds a {type(entries).__name__}, not {{set: entry}}")
+    catalog = Catalog({name: entry for name, entry in entries.items() if not name.startswith("_")}, path)
+    for name, entry in catalog.items():
+        _check_entry(f"{path}: {name}", name, entry)
+    return catalog
+
+
+def _check_entry(where: str, name: str, entry: dict[str, Any]) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is a {type(entry).__name__}, not an object with {', '.join(REQUIRED)}")
+    if lacking := [key for key in REQUIRED if key not in entry]:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    if unknown := [key for key in entry if key not in REQUIRED + OPTIONAL and not key.startswith("_")]:
+        raise ValueError(f"{where} has unknown keys {', '.join(unknown)}; choose from {', '.join(REQUIRED + OPTIONAL)}")
+    if entry["type"] not in TYPES:
+        raise ValueError(f"{where} has type {entry['type']!r}; choose from {', '.join(TYPES)}")
+    if entry["type"] == "special" and name not in SPECIAL and name not in READERS:
+        raise ValueError(f"{where} is no special set; those are {', '.join([*SPECIAL, *READERS])}")
+    if entry.get("metric", "top1") not in SET_METRICS:
+        raise ValueError(f"{where} has metric {entry['metric']!r}; choose from {', '.join(SET_METRICS)}")
+    if "folders" in entry:
+        if entry["type"] != "imagefolder":
+            raise ValueError(f'{where}: only the type imagefolder has "folders"')
+        folders = _strings(f'{where}, "folders"', entry["folders"])
+        if len(set(folders)) != len(folders):
+            raise ValueError(f'{where}: "folders" names a folder twice')
+    if "labels" in entry:
+        _labels_of(where, entry["labels"])
+    if "templates" in entry:
+        _templates_of(where, entry["templates"])
+    if foreign := [key for key in CSV_ONLY if key in entry and entry["type"] != "csv"]:
+        raise ValueError(f"{where}: only the type csv has {', '.join(foreign)}")
+    columns = entry.get("columns", {})
+    if not isinstance(columns, dict) or (unknown := [key for key in columns if key not in COLUMNS]):
+        raise ValueError(f'{where}: "columns" names the columns {", ".join(COLUMNS)}; not {unknown or columns}')
+    for key in ("blank", "uncertain"):
+        if entry.get(key, "skip") not in COUNT_AS:
+            raise ValueError(f"{where} counts {key} as {entry[key]!r}; choose from {', '.join(COUNT_AS)}")
+
+
+def _published(name: str, key: str) -> Any:
+    """What the project's own catalog says of a set, for the catalogs of others that do not say it."""
+    return _own_catalog().get(name, {}).get(key)
+
+
+@functools.cache
+def _own_catalog() -> Catalog:
+    return read_catalog(CATALOG)
+
+
+def entry_of(name: str, catalog: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The entry of a labelled set; ValueError for an unknown one and for a set of pairs, with the choices."""
+    labelled = ", ".join(n for n in catalog if n not in READERS)
+    if name not in catalog:
+        raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(catalog)}")
+    if name in READERS:
+        raise ValueError(
+            f"{name} has captions, not classes: datasets.create_reader reads it; sets with classes are {labelled}"
+        )
+    return catalog[name]
+
+
+def metric_of(name: str, catalog: dict[str, dict[str, Any]]) -> str:
+    """The metric that a set reports, one of metrics.SET_METRICS: its entry's, else its published one, else top-1."""
+    return catalog.get(name, {}).get("metric") or _published(name, "metric") or "top1"
+
+
+ClassNames = list[str | list[str]]  # in class order; an inner list for synonyms
+
+
+@functools.cache
+def read_prompts(file: str) -> dict[str, list]:
+    """labels.json or templates.json as {set: strings}; labels in class order, an inner list for synonyms."""
+    prompts = json.loads((HERE / file).read_text(encoding="utf-8"))
+    return {name: strings for name, strings in prompts.items() if name != "_"}  # "_" is a note
+
+
+def _strings(where: str, value: object) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
+        raise ValueError(f"{where} must be a list of at least one text, not {value!r}")
+    return value
+
+
+def _shared(where: str, key: str, name: str) -> list:
+    shared = read_prompts(f"{key}.json")
+    if name not in shared:
+        raise ValueError(f'{where}, "{key}": {name!r} is not in {key}.json; choose from {", ".join(shared)}')
+    return shared[name]
+
+
+def _labels_of(where: str, value: object) -> ClassNames:
+    if isinstance(value, str):
+        return _shared(where, "labels", value)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'{where}: "labels" must be a list of class names or a name in labels.json, not {value!r}')
+    for label in value:
+        _strings(f'{where}, "labels"', label if isinstance(label, list) else [label])
+    return value
+
+
+def _templates_of(where: str, value: object) -> list[str]:
+    if isinstance(value, str) and "{}" not in value:
+        return _shared(where, "templates", value)
+    templates = _strings(f'{where}, "templates"', value)
+    if lacking := [template for template in templates if "{}" not in template]:
+        raise ValueError(f"{where}: template {lacking[0]!r} has no {{}} for the class name")
+    return templates
+
+
+def prompts_of(
+    name: str, catalog: dict[str, dict[str, Any]], classes: Sequence[str]
+) -> tuple[Sequence[str | Sequence[str]], Sequence[str]]:
+    """The class names of a set, in the order of its `classes` on disk, and its prompts with {} for the name.
+
+    Raises:
+        ValueError: an unknown set, or classes that cannot be those of the class names, in their order.
+    """
+    entry = entry_of(name, catalog)
+    where = f"{getattr(catalog, 'file', 'dataset catalog')}: {name}"
+    if "labels" in entry:
+        labels = _labels_of(where, entry["labels"])
+    elif name in read_prompts("labels.json"):
+        labels = read_prompts("labels.json")[name]
+    else:
+        labels = [_words(folder) for folder in classes]
+        if all(label.isdecimal() for label in labels):
+            log.warning(f'{where} has no "labels": its classes are prompted by their numbers')
+    if "templates" in entry:
+        templates = _templates_of(where, entry["templates"])
+    else:
+        templates = read_prompts("templates.json").get(name, DEFAULT_TEMPLATES)
+    source = f'the "labels" of {where}' if "labels" in entry else "labels.json"
+    folders = entry.get("folders") or _published(name, "folders")
+    check_class_order(name, classes, labels, folders=folders, source=source)
+    if "labels" in entry and folders is None and not _any_alike(classes, labels):
+        pairs = ", ".join(f"{c} = {_first_name(label)}" for c, label in zip(classes[:4], labels, strict=False))
+        log.warning(f"{where}: no class folder bears the name of its class, so their order alone pairs them: {pairs}")
+    return labels, templates
+
+
+def check_class_order(
+    name: str,
+    classes: Sequence[str],
+    labels: Sequence[str | Sequence[str]],
+    *,
+    folders: Sequence[str] | None = None,
+    source: str = "labels.json",
+) -> None:
+    """Raise ValueError where the classes found on disk cannot be those of the class names, in their order.
+
+    Their number must agree. Folder names need not equal class names (ImageNet's are WordNet ids), but a folder that
+    bears the name of another class shows that the order is wrong.
+
+    Args:
+        folders: the class folders in class order, where no class name repeats them and yet they decide.
+        source: where the class names stand, for the message.
+    """
+    if len(classes) != len(labels):
+        raise ValueError(
+            f"{name}: {len(classes)} classes found, {len(labels)} class names in {source}; "
+            f"found {', '.join(classes[:3])}, ... {classes[-1]}"
+        )
+    if folders is not None and list(classes) != list(folders):
+        raise ValueError(f"{name}: class folders {', '.join(classes)}; must be {', '.join(folders)}")
+    keys = [{_key(s) for s in ([label] if isinstance(label, str) else label)} for label in labels]
+    for i, folder in enumerate(classes):
+        key = _key(folder)
+        others = [j for j, names in enumerate(keys) if key in names]
+        if others and i not in others:
+            raise ValueError(
+                f"{name}: class {i} is {folder!r} on disk and {labels[i]!r} in {source}, where {folder!r} "
+                f'is class {others[0]}: put the class names, or the "folders" of the catalog entry, in the same order'
+            )
+
+
+def _any_alike(classes: Sequence[str], labels: Sequence[str | Sequence[str]]) -> bool:
+    names = ([label] if isinstance(label, str) else label for label in labels)
+    return any(_key(c) in map(_key, of_class) for c, of_class in zip(classes, names, strict=True))
+
+
+def _first_name(label: str | Sequence[str]) -> str:
+    return label if isinstance(label, str) else label[0]
+
+
+def _words(folder: str) -> str:
+    """A class folder's name as words of a prompt: without the number it may start with, and without underscores."""
+    return re.sub(r"^\d+[._](?=.)", "", folder).replace("_", " ")
+
+
+def _key(name: str) -> str:
+    """Letters and digits of a class name or folder name, without the number that some folders start with."""
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"^\d+[._]", "", name).lower())
+
+
+def cbis_root(name: str, given: str, catalog_file: str | Path) -> str:
+    """`given`, or where a catalog says that CBIS-DDSM lies; its three tables are in one folder."""
+    if given:
+        return given
+    catalog = read_catalog(catalog_file)
+    entry = next((catalog[one] for one in (name, *CBIS_SETS) if one in catalog), None)
+    if entry is None:
+        raise ValueError(f"{catalog_file} does not say where {name} lies: name its folder")
+    return entry["path"]

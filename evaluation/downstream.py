@@ -1,0 +1,490 @@
+"""The labelled sets of the catalog as images with labels.
+
+Zero-shot evaluation, probes and fine-tuning read them in the layouts that VISSL's scripts, torchvision and the
+publishers write: class folders, lists of files, tables, and a few sets with readers of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import Dataset
+
+from evaluation.catalog import CATALOG, COUNT_AS, entry_of, metric_of, prompts_of, read_catalog
+from evaluation.predictions import CBIS, Scheme
+from inputs import metadata
+from inputs.cbis import CBIS_CLASSES, CBIS_SETS, CbisLesions
+from inputs.columns import TextColumn
+from inputs.images import read_image
+from inputs.transforms import Preprocess, View, as_view
+
+log = logging.getLogger("medslip")
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".dcm", ".dicom")
+Transform = Callable[..., torch.Tensor]  # takes an RGB image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets with prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ZeroShotSet:
+    """A labelled set for zero-shot evaluation; unpacks as (dataset, class names, templates, metric)."""
+
+    dataset: Downstream  # items are (image tensor (3, S, S), label)
+    classnames: Sequence[str | Sequence[str]]  # in class order; an inner list for synonyms
+    templates: Sequence[str]  # prompts with {} for the class name
+    metric: str = "top1"  # one of metrics.SET_METRICS
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.dataset, self.classnames, self.templates, self.metric))
+
+
+def load_zeroshot_set(
+    name: str,
+    preprocess: Preprocess | View,
+    catalog: str | Path | dict[str, dict[str, Any]] = CATALOG,
+    download: bool = False,
+) -> ZeroShotSet:
+    """The test split of a catalog's set with its class names, prompts and metric.
+
+    Raises:
+        ValueError: an unknown set, or the classes found do not fit the class names.
+        FileNotFoundError: the catalog's path does not exist.
+    """
+    catalog = catalog if isinstance(catalog, dict) else read_catalog(catalog)
+    dataset = create_downstream(name, False, as_view(preprocess), catalog, download)
+    labels, templates = prompts_of(name, catalog, dataset.classes)
+    return ZeroShotSet(dataset, labels, templates, metric_of(name, catalog))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images with labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Downstream(Dataset):
+    """Images with labels: `ds[i]` is (transform(image), label).
+
+    `classes` names the classes in the order of their numbers, `labels` (N,) is int64, `image(i)` is sample i as an RGB
+    image of 8 bits. `rows` say of each sample of a csv set which image and group it is, and of another set's test
+    split, unless it is large (give_rows). An image that cannot be decoded raises inputs.images.UnreadableImage with its
+    name.
+    """
+
+    def __init__(self, classes: list[str], labels: np.ndarray, transform: Transform | None):
+        self.classes, self.labels, self.transform = classes, np.asarray(labels, dtype=np.int64), transform
+        self.rows: list[dict[str, str]] = []
+        self.scheme: Scheme | None = None  # what the rows are
+        self.findings: np.ndarray | None = None  # (N, k) 0, 1, or -1 where nothing is known, of several findings
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor | Image.Image, int]:
+        image = self.image(i)
+        return image if self.transform is None else self.transform(image), int(self.labels[i])
+
+    def image(self, i: int) -> Image.Image:
+        raise NotImplementedError
+
+
+def with_transform(images: Downstream, transform: Transform) -> Downstream:
+    """The same images and labels, seen through `transform`."""
+    same = copy.copy(images)
+    same.transform = transform
+    return same
+
+
+class Views(Dataset):
+    """`ds[epoch, index] -> (view(image, rng), label)`; every random number comes from (seed, epoch, index).
+
+    Args:
+        view: an RGB image and a generator to a tensor (3, S, S).
+    """
+
+    def __init__(self, images: Downstream, view: Callable[[Image.Image, np.random.Generator], torch.Tensor], seed: int):
+        self.images, self.view, self.seed = images, view, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        return self.view(self.images.image(index), rng), int(self.images.labels[index])
+
+
+class ImageFiles(Downstream):
+    """Samples that lie in files of their own; the paths are kept as bytes that forked workers share."""
+
+    def __init__(
+        self, root: Path, paths: TextColumn, classes: list[str], labels: np.ndarray, transform: Transform | None
+    ):
+        super().__init__(classes, labels, transform)
+        self.root, self.paths = root, paths
+
+    def image(self, i: int) -> Image.Image:
+        return read_image(self.root / self.paths[i])
+
+
+class ImageArray(Downstream):
+    """Samples that lie in one array of bytes, (N, H, W) or (N, H, W, 3); shown `upsample` times as large."""
+
+    def __init__(self, pixels: np.ndarray, classes: list[str], labels, transform, upsample: int = 1):
+        super().__init__(classes, labels, transform)
+        self.pixels, self.upsample = pixels, upsample
+
+    def image(self, i: int) -> Image.Image:
+        image = Image.fromarray(self.pixels[i]).convert("RGB")
+        if self.upsample == 1:
+            return image
+        width, height = image.size
+        return image.resize((width * self.upsample, height * self.upsample), Image.Resampling.BILINEAR)
+
+
+def create_downstream(
+    name: str,
+    train: bool,
+    transform: Transform | None,
+    catalog: dict[str, dict[str, Any]] | None = None,
+    download: bool = False,
+) -> Downstream:
+    """A set of the catalog: its train or its test split.
+
+    transform takes an RGB image (inputs.transforms.eval_view(preprocess) does) and must be picklable where workers are
+    spawned; None leaves images as they are. download lets torchvision fetch cifar10, cifar100, stl10 and
+    mnist into their path. An unknown name is a ValueError with the choices; an absent path is a
+    FileNotFoundError that names it.
+    """
+    found = _read_set(name, train, transform, catalog, download)
+    if not train and found.scheme is None:
+        give_rows(found)
+    return found
+
+
+# Images times classes of a test split, and images, up to which its rows are kept and its scores get intervals: the
+# bootstrap holds a weight for each image and resample.
+MOST_CELLS, MOST_IMAGES = 200_000, 20_000
+
+
+def give_rows(found: Downstream) -> None:
+    """Rows for a test split that no table describes: each image, by its path or number, is a group of its own."""
+    n = len(found)
+    names = [str(name) for name in found.classes]
+    if len(set(names)) < len(names):
+        return
+    if n > MOST_IMAGES or n * len(names) > MOST_CELLS:
+        log.info(f"{n:,} test images in {len(names):,} classes are too many for intervals: scores alone")
+        return
+    images = [str(i) for i in range(n)]
+    if isinstance(found, ImageFiles):
+        images = [found.paths[i] for i in range(n)]
+    if len(set(images)) < n:
+        return
+    found.rows = [
+        {"image": image, "group": image, "label": names[label], "split": "test"}
+        for image, label in zip(images, found.labels, strict=True)
+    ]
+    found.scheme = Scheme(tuple(names), "image", "label", "group", ("image", "group", "label"))
+
+
+def _read_set(
+    name: str, train: bool, transform: Transform | None, catalog: dict[str, dict[str, Any]] | None, download: bool
+) -> Downstream:
+    entry = entry_of(name, read_catalog() if catalog is None else catalog)
+    if entry["type"] == "special":
+        return SPECIAL_READERS[name](name, entry, train, transform, download)
+    path, split = _existing(name, Path(entry["path"])), entry["train" if train else "test"]
+    others = entry["test" if train else "train"]
+    if entry["type"] == "csv":
+        return csv_set(name, entry, path, split, others, transform)
+    if entry["type"] == "imagefolder":
+        return image_folders(_existing(name, path / split), transform, entry.get("folders"), path / others)
+    return file_list(name, path, split, others, transform, Path(entry.get("images", path)))
+
+
+def _existing(name: str, path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: {path} does not exist; set its path in the dataset catalog")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and file lists
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def image_folders(
+    root: Path, transform: Transform | None, folders: Sequence[str] | None = None, other: Path | None = None
+) -> ImageFiles:
+    """One folder a class, in order of their names; in numeric order where every name is a number.
+
+    flowers has folders 1 to 102, which a sort by letters would scramble: 1, 10, 100, ... `folders` names them in
+    class order instead; then others on disk, or missing ones, are a ValueError.
+
+    Args:
+        other: the other split, whose classes are numbered together with these: one that a split lacks shifts nothing.
+    """
+    own = _class_folders(root)
+    if not own:
+        raise ValueError(f"{root} holds no class folders")
+    classes = in_order(own | (_class_folders(other) if other is not None and other.is_dir() else set()))
+    if folders is not None:
+        if set(folders) != set(classes):
+            raise ValueError(f"{root}: class folders {', '.join(classes)}; must be {', '.join(folders)}")
+        classes = list(folders)
+    labels = array("q")
+
+    def paths() -> Iterator[str]:
+        for label, name in enumerate(classes):
+            if name not in own:
+                continue
+            for path in images_below(root / name):
+                labels.append(label)
+                yield path[len(os.path.join(root, "")) :]
+            if not labels or labels[-1] != label:
+                raise ValueError(f"class folder {root / name} holds no images")
+
+    column = TextColumn.from_strings(paths(), paths=True)
+    return ImageFiles(root, column, classes, np.array(labels), transform)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes in the order of their numbers: sorted, as numbers where all are."""
+    names = list(names)
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+
+def _class_folders(root: Path) -> set[str]:
+    return {entry.name for entry in os.scandir(root) if entry.is_dir() and not is_system(entry.name)}
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder is hidden, or what an operating system or a disk station left there."""
+    return name.startswith(".") or name in ("@eaDir", "__MACOSX", "#recycle", "Thumbs.db", "lost+found")
+
+
+def images_below(folder: Path) -> Iterator[str]:
+    """Paths of all images below a folder, in order; a folder that links lead to twice is walked once."""
+    seen = set()
+    for where, subfolders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not is_system(name))
+        for file in sorted(files):
+            if file.lower().endswith(IMAGE_SUFFIXES) and not is_system(file):
+                yield os.path.join(where, file)
+
+
+def file_list(
+    name: str, path: Path, split: str, other_split: str, transform: Transform | None, images: Path
+) -> ImageFiles:
+    """Paths in `<split>_images.npy`, classes in `<split>_labels.npy`: whole numbers, or names.
+
+    Names are numbered in sorted order (clevr_counts: count_10, count_3, ... count_9), over both splits, so
+    that a class which one split lacks does not shift the others. VISSL writes absolute paths; they must lie
+    below `path` or below `images`, the catalog entry's optional fifth key. Relative paths start at `path`.
+    """
+    files = _read_npy(_existing(name, path / f"{split}_images.npy"), "U")
+    labels = _read_npy(_existing(name, path / f"{split}_labels.npy"), "Ui")
+    if len(files) != len(labels):
+        raise ValueError(f"{path}: {len(files)} rows in {split}_images.npy, {len(labels)} in {split}_labels.npy")
+    other = path / f"{other_split}_labels.npy"
+    every = np.concatenate([labels, _read_npy(other, labels.dtype.kind)]) if other.exists() else labels
+    if labels.dtype.kind == "U":
+        classes = in_order(set(every.tolist()))
+        number = {name: i for i, name in enumerate(classes)}
+        labels = np.array([number[name] for name in labels.tolist()])
+    elif labels.min() < 0:
+        raise ValueError(f"{path / f'{split}_labels.npy'}: class {labels.min()} in row {labels.argmin()}")
+    else:
+        classes = [str(i) for i in range(every.max() + 1)]
+    roots = [os.path.abspath(path), os.path.abspath(images)]
+    paths = (_inside(file, roots, f"{split}_images.npy, row {i}") for i, file in enumerate(files))
+    column = TextColumn.from_strings(paths, paths=True)
+    return ImageFiles(path, column, classes, labels, transform)
+
+
+def csv_set(
+    name: str, entry: dict[str, Any], path: Path, split: str, others: str, transform: Transform | None
+) -> ImageFiles:
+    """A table with the columns image, label, split and perhaps group; each row an image below `path` or `images`.
+
+    Classes are numbered in sorted order over both splits. With several label columns each is a finding of 0 and 1 and
+    the class a sample's only one: `findings` has them all, `labels` are 0.
+
+    Raises:
+        ValueError: no such column or split, an empty or unknown label, an image outside of its root, a group in both
+            splits, or one image twice; the message names file and row.
+    """
+    table, given = _existing(name, path / entry.get("table", "table.csv")), entry.get("columns", {})
+    labels = given.get("label", "label")
+    names = {role: _column(given.get(role, role)) for role in ("image", "split", "group")}
+    several = isinstance(labels, list)
+    label_columns = [_column(column) for column in (labels if several else [labels])]
+    rows = metadata.read_table(table, [names["image"], names["split"], *label_columns])
+    if "group" in given and rows and names["group"] not in rows[0]:
+        raise ValueError(f"{table}: no column {names['group']}")
+    kept: list[dict[str, str]] = []
+    splits_of: dict[str, set[str]] = {}
+    for number, row in enumerate(rows, 1):
+        where = f"{table}, row {number}"
+        if row[names["split"]] not in (split, others):
+            continue
+        image = metadata.inside(row[names["image"]], where)
+        label = "" if several else row[label_columns[0]]
+        if not label and not several:
+            raise ValueError(f"{where} has no {label_columns[0]}")
+        group = row.get(names["group"], "") or image
+        splits_of.setdefault(group, set()).add(row[names["split"]])
+        cells = {column: row[column] for column in label_columns} if several else {}
+        kept.append({"image": image, "label": label, "group": group, "split": row[names["split"]], **cells})
+    if shared := sorted(group for group, splits in splits_of.items() if len(splits) > 1):
+        raise ValueError(f"{table}: {len(shared)} groups are in both {split} and {others}, first {shared[0]!r}")
+    classes = [str(column) for column in labels] if several else in_order({row["label"] for row in kept})
+    own = [row for row in kept if row["split"] == split]
+    if not own:
+        found = ", ".join(sorted({row[names["split"]] for row in rows}))
+        raise ValueError(f"{table}: no row of the split {split!r}; its splits: {found}")
+    if twice := [image for image, n in Counter(row["image"] for row in own).items() if n > 1]:
+        raise ValueError(f"{table}: the image {twice[0]} is there twice")
+    positive = entry.get("positive")
+    if positive is not None and positive not in classes:
+        raise ValueError(f"{name}: positive {positive!r} is no class; choose from {', '.join(classes)}")
+    root = Path(entry.get("images", path))
+    column = TextColumn.from_strings((row["image"] for row in own), paths=True)
+    number_of = {label: number for number, label in enumerate(classes)}
+    numbers = np.array([0 if several else number_of[row["label"]] for row in own])
+    found = ImageFiles(root, column, classes, numbers, transform)
+    found.rows = own
+    found.scheme = Scheme(tuple(classes), "image", "label", "group", ("image", "group", "label"), positive)
+    if several:
+        found.findings = np.array(
+            [[_finding(row[c], entry, f"{table}, {row['image']}, {c}") for c in label_columns] for row in own]
+        )
+    return found
+
+
+def _column(name: str) -> str:
+    """A column's name as metadata.read_table spells it."""
+    return name.strip().lower().replace(" ", "_")
+
+
+def _finding(cell: str, entry: dict[str, Any], where: str) -> int:
+    """0, 1, or -1 for what is to be skipped. CheXpert leaves blank what a report does not mention; -1 is uncertain."""
+    if cell == "":
+        return COUNT_AS[entry.get("blank", "skip")]
+    try:
+        value = float(cell)
+    except ValueError:
+        value = None
+    if value not in (0, 1, -1):
+        raise ValueError(f"{where}: {cell!r} is not 0, 1, -1 or empty")
+    return COUNT_AS[entry.get("uncertain", "skip")] if value == -1 else int(value)
+
+
+def _read_npy(path: Path, kinds: str) -> np.ndarray:
+    """A one-dimensional .npy of text ("U") or whole numbers ("i"), read without running a pickle's code."""
+    array = np.asarray(metadata.read_pickle(path))
+    if array.ndim != 1 or array.dtype.kind not in kinds:
+        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}, not one row of text or whole numbers")
+    return array
+
+
+def _inside(file: str, roots: list[str], where: str) -> str:
+    """The absolute path of a listed file, refused where it leaves every root."""
+    full = os.path.normpath(os.path.join(roots[0], file))
+    if not any(full.startswith(os.path.join(root, "")) for root in roots):
+        raise ValueError(
+            f"{where}: {file} is outside of {' and '.join(dict.fromkeys(roots))}; "
+            f'if it is meant, name its folder as "images" in the catalog entry'
+        )
+    return full
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Special sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _cifar(name: str, entry: dict, train: bool, transform, download: bool) -> ImageArray:
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    data = _from_torchvision(name, kind, entry, download, train=train)
+    return ImageArray(data.data, data.classes, data.targets, transform)
+
+
+def _mnist(name: str, entry: dict, train: bool, transform, download: bool) -> ImageArray:
+    data = _from_torchvision(name, torchvision.datasets.MNIST, entry, download, train=train)
+    return ImageArray(data.data.numpy(), [str(i) for i in range(10)], data.targets.numpy(), transform)
+
+
+def _stl10(name: str, entry: dict, train: bool, transform, download: bool) -> ImageArray:
+    split = entry["train" if train else "test"]
+    data = _from_torchvision(name, torchvision.datasets.STL10, entry, download, split=split)
+    classes = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+    return ImageArray(data.data.transpose(0, 2, 3, 1), classes, data.labels, transform)
+
+
+def _from_torchvision(name: str, kind: type, entry: dict, download: bool, **split) -> Any:
+    """torchvision checks the published checksums of CIFAR and STL-10 before it opens their files."""
+    if not download or entry["path"].startswith("/path/to/"):  # the catalog's own placeholder
+        _existing(name, Path(entry["path"]))
+    try:
+        return kind(entry["path"], download=download, **split)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: torchvision finds no intact copy in {entry['path']}: {error}") from error
+
+
+def _digits(name: str, entry: dict, train: bool, transform, download: bool) -> ImageArray:
+    """scikit-learn's 1,797 scanned digits of 8x8 pixels, at 32x32; a fixed fifth of each is for testing."""
+    digits: Any = load_digits()
+    pixels = (digits.images * 15.9375).round().astype(np.uint8)  # 0 to 16 becomes 0 to 255
+    rows = train_test_split(np.arange(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0)
+    rows = np.sort(rows[0 if train else 1])
+    return ImageArray(pixels[rows], [str(i) for i in range(10)], digits.target[rows], transform, upsample=4)
+
+
+def _cbis(name: str, entry: dict, train: bool, transform, download: bool) -> ImageFiles:
+    """Lesion crops of the table that make_dataset.py wrote beside CBIS-DDSM."""
+    lesions = CbisLesions(entry["path"], CBIS_SETS[name], entry["train" if train else "test"])
+    return lesion_images(lesions, transform)
+
+
+def lesion_images(lesions: CbisLesions, transform: Transform | None) -> ImageFiles:
+    """The lesions' images with their labels, seen through another transform than their own."""
+    paths = TextColumn.from_strings((os.path.abspath(path) for path in lesions.paths), paths=True)
+    classes = [str(name) for name in CBIS_CLASSES]
+    found = ImageFiles(Path("/"), paths, classes, np.array(lesions.labels), transform)
+    found.rows, found.scheme = lesions.rows, CBIS
+    return found
+
+
+SPECIAL_READERS = {
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "mnist": _mnist,
+    "stl10": _stl10,
+    "digits": _digits,
+    "cbis_calc": _cbis,
+    "cbis_mass": _cbis,
+}

@@ -1,0 +1,238 @@
+"""Sources of image files in their publishers' layouts: ROCO, tables, COCO, CC3M, CC12M, RedCaps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from inputs.columns import Row
+from inputs.metadata import Table, fields_of, inside, iter_json, read_pickle
+from inputs.reader import SPLITS, NoSplit, Reader, first_file, number_of
+
+
+class Roco(Reader):
+    """ROCO v1 (Pelka et al. 2018): `{train,validation,test}/{radiology,non-radiology}/images/<id>.jpg` beside
+    `captions.txt`, or the first MedSLIP's `selected_pairs.txt`: lines of an id, white space and the caption.
+
+    The root is the folder of the three splits, or its parent where it is called `data`, or one split, or a
+    folder of captions itself; from the last two the other splits are found beside it. A folder of captions
+    that belongs to no split is `train`. `metadata` is the name of another file of captions beside `images`.
+    """
+
+    kinds: tuple[str, ...] = ("radiology",)
+
+    def locate(self, metadata: str) -> None:
+        if Path(metadata).name != metadata:
+            raise ValueError(f"ROCO's metadata is the name of a file beside images/, no path: {metadata!r}")
+        names = (metadata,) if metadata else ("captions.txt", "selected_pairs.txt")
+
+        def captions_in(folder: Path) -> Path | None:
+            return next((folder / name for name in names if (folder / name).is_file()), None)
+
+        given, own_split = self.root, "train"
+        roots = [given, given / "data"]
+        split_folder = given.parent if given.name in ("radiology", "non-radiology") else given
+        if split_folder.name in SPLITS:
+            own_split = split_folder.name
+            roots.append(split_folder.parent)
+        for root in roots:
+            found = [path for kind in self.kinds if (path := captions_in(root / self.split / kind)) is not None]
+            if len(found) == len(self.kinds):
+                self.root, self.files = root, found
+                return
+        alone = captions_in(given)
+        if alone is None or self.split != own_split:
+            wanted = " and ".join(f"{self.split}/{kind}/{' or '.join(names)}" for kind in self.kinds)
+            raise FileNotFoundError(f"no ROCO split {self.split!r} under {given}: expected {wanted}")
+        self.files = [alone]
+
+    def rows(self) -> Iterator[Row]:
+        for path in self.files:
+            images = (path.parent.relative_to(self.root) / "images").as_posix()
+            with open(path, "rb") as lines:  # text mode would split a caption at a carriage return inside
+                for number, line in enumerate(lines, 1):
+                    where = f"{path} line {number}"
+                    try:
+                        fields = line.decode("utf-8-sig").split(None, 1)
+                    except UnicodeDecodeError as error:
+                        raise ValueError(f"{where} is not UTF-8: {error}") from error
+                    if fields:
+                        yield Row(where, f"{images}/{inside(fields[0], where)}.jpg", fields[1:])
+
+
+class RocoNonRadiology(Roco):
+    """ROCO's other part: charts, photographs and drawings out of the same papers."""
+
+    kinds = ("non-radiology",)
+
+
+class RocoAll(Roco):
+    """Both parts of ROCO."""
+
+    kinds = ("radiology", "non-radiology")
+
+
+class RocoV2(Reader):
+    """ROCO v2 (Rückert et al. 2024): `<split>_captions.csv` with ID and Caption, and the images in
+    `<split>_images/<split>/`, `<split>_images/` or `<split>/`; validation is called `valid`."""
+
+    def locate(self, metadata: str) -> None:
+        short = "valid" if self.split == "validation" else self.split
+        self.find(metadata, f"{short}_captions.csv")
+        folders = (f"{short}_images/{short}", f"{short}_images", short)
+        self.images = next((folder for folder in folders if (self.root / folder).is_dir()), "")
+        if not self.images:
+            raise FileNotFoundError(f"no images at {self.root}/{{{','.join(folders)}}}")
+
+    def rows(self) -> Iterator[Row]:
+        table = Table(self.files[0])
+        image, caption = table.column("id"), table.column("caption")
+        for where, fields in table:
+            yield Row(where, f"{self.images}/{inside(fields[image], where)}.jpg", [fields[caption]])
+
+
+SPLIT_NAMES = {
+    "train": ("train", "training", "restval"),  # restval: Karpathy's splits of COCO and Flickr30k
+    "validation": ("validation", "valid", "val", "validate", "dev"),
+    "test": ("test", "testing"),
+}
+SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+
+
+class Csv(Reader):
+    """Any table of captions and of image paths in the root; comma, semicolon or tab separated.
+
+    The columns are the first that the header holds of IMAGE and of CAPTION. The table is `metadata`, with {split} in
+    its name where each split has its own, or `<root>/<split>.csv` or `.tsv`. In one table for all splits a column
+    `split` tells them apart; without one, `val_fraction` of the images are held out for validation, always the same.
+    """
+
+    IMAGE = ("image", "image_path", "filepath", "file_path", "filename", "file_name", "path", "picture")
+    CAPTION = ("caption", "title", "text", "report", "description", "sentence")
+
+    def locate(self, metadata: str) -> None:
+        names = SPLIT_NAMES[self.split]
+        self.for_all_splits = bool(metadata) and "{split}" not in metadata
+        if self.for_all_splits:
+            self.find(metadata)
+        elif metadata:
+            places = [metadata.replace("{split}", name) for name in names]
+            self.files = [first_file([Path(base, place) for place in places for base in ("", self.root)], self.split)]
+        else:
+            self.find("", *(f"{name}.{kind}" for name in names for kind in ("csv", "tsv")))
+
+    def rows(self) -> Iterator[Row]:
+        table = Table(self.files[0])
+        image, caption = table.column(*self.IMAGE), table.column(*self.CAPTION)
+        split = table.column("split") if "split" in table.header else None
+        chosen, unknown = 0, Counter()
+        for where, fields in table:
+            path = fields[image].strip().removeprefix(f"{self.root}/")
+            if split is not None:
+                name = SPLIT_OF.get(fields[split].strip().lower())
+                if name is None:
+                    unknown[fields[split]] += 1
+                belongs = name == self.split
+            elif self.for_all_splits:
+                belongs = self.split != "test" and held_out(path, self.val_fraction) == (self.split == "validation")
+            else:
+                belongs = True
+            if belongs:
+                chosen += 1
+                yield Row(where, path, [fields[caption]])
+        self._remark(split is not None, unknown)
+        if not chosen:
+            raise NoSplit("; ".join([f"{table.path} has no rows of the split {self.split!r}", *self.remarks]))
+
+    def _remark(self, has_splits: bool, unknown: Counter) -> None:
+        if unknown:
+            named = ", ".join(f"{name!r} {n}" for name, n in unknown.most_common(10))
+            self.remarks.append(
+                f"{unknown.total()} rows of unknown splits left out: {named}; known are {', '.join(SPLIT_OF)}"
+            )
+        if self.for_all_splits and not has_splits:
+            self.remarks.append(
+                f"the table has no column split: {self.val_fraction:.0%} of the images, the same in every run, are "
+                "held out for validation (--val-fraction)"
+            )
+
+
+def held_out(path: str, fraction: float) -> bool:
+    """Whether an image belongs to the `fraction` that is not trained on: decided by its path alone."""
+    return number_of(path.encode("utf-8", "surrogateescape")) < fraction * 2**63
+
+
+class Coco(Reader):
+    """COCO Captions 2017 (Chen et al. 2015): `{train,val}2017/` and `annotations/captions_*.json`."""
+
+    splits = ("train", "validation")
+    indexed = True
+
+    def locate(self, metadata: str) -> None:
+        self.folder = "train2017" if self.split == "train" else "val2017"
+        name = f"captions_{self.folder}.json"
+        if metadata and self.split == "validation":  # the training file is given, the other lies beside it
+            metadata = str(Path(metadata).with_name(name))
+        self.find(metadata, f"annotations/{name}")
+
+    def rows(self) -> Iterator[Row]:
+        captions: dict[int, list[str]] = {}
+        for number, item in enumerate(iter_json(self.files[0], "annotations")):
+            where = f"{self.files[0]} annotation {number}"
+            image, caption = fields_of(item, where, image_id=int, caption=str)
+            captions.setdefault(image, []).append(caption)
+        for image, texts in captions.items():
+            yield Row(f"{self.files[0]} image {image}", f"{self.folder}/{image:012d}.jpg", texts)
+
+
+class Cc3m(Reader):
+    """CC3M (Sharma et al. 2018) as `cc3m.npy`: an array of {image_id: path, captions: [text]}."""
+
+    splits = ("train",)
+    indexed = True
+    key = "image_id"
+
+    def locate(self, metadata: str) -> None:
+        self.find(metadata, f"{type(self).__name__.lower()}.npy")
+
+    def rows(self) -> Iterator[Row]:
+        for number, item in enumerate(read_list(self.files[0])):
+            where = f"{self.files[0]} row {number}"
+            path, texts = fields_of(item, where, **{self.key: (str, int), "captions": list})
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{where}: the captions are not all text: {str(texts)[:80]}")
+            yield Row(where, str(path), texts)
+
+
+class Cc12m(Cc3m):
+    """CC12M (Changpinyo et al. 2021) as `cc12m.npy`: an array of {image_name: path, captions: [text]}."""
+
+    key = "image_name"
+
+
+class RedCaps(Reader):
+    """RedCaps (Desai et al. 2021): the merged list of annotations, and `images/<subreddit>/<id>.jpg` as the
+    downloader writes them or `<subreddit>/<id>.jpg` as SLIP reads them; each subreddit may lie either way."""
+
+    splits = ("train",)
+    indexed = True
+
+    def locate(self, metadata: str) -> None:
+        self.find(metadata, "redcaps_v1.json")
+
+    def rows(self) -> Iterator[Row]:
+        images = self.root / "images"
+        downloaded = {folder.name for folder in images.iterdir()} if images.is_dir() else set()
+        for number, item in enumerate(iter_json(self.files[0], "annotations")):
+            where = f"{self.files[0]} annotation {number}"
+            image, folder, caption = fields_of(item, where, image_id=str, subreddit=str, caption=str)
+            yield Row(where, f"{'images/' if folder in downloaded else ''}{folder}/{image}.jpg", [caption])
+
+
+def read_list(path: Path) -> list:
+    """The list in a `.pkl` or `.npy`; only plain values are read."""
+    rows = read_pickle(path)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds {type(rows).__name__}, not a list of rows")
+    return rows

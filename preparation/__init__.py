@@ -1,0 +1,1 @@
+"""Downloads to the layouts that readers want: the subcommands of make_dataset.py."""

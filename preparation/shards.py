@@ -1,0 +1,151 @@
+"""Any source of main.py as tar shards of key.jpg, key.txt and key.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from datasets import READERS, UnreadableImages, create_reader
+from inputs.images import UnreadableImage
+from inputs.reader import Reader
+from preparation import processes
+from preparation.processes import add_workers_argument, keep_settings, over_processes
+from preparation.shrink import check_short_side, encode, format_of, shrink
+from runtime.command_line import HelpFormatter
+from runtime.logs import Progress
+from utils import atomic_write
+
+log = logging.getLogger("medslip")
+EXTENSIONS = {  # Pillow's name of a format that --dataset webdataset reads -> the extension in a shard
+    "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif", "GIF": "gif", "BMP": "bmp",
+}  # fmt: skip
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "shards",
+        help="write any dataset of main.py as tar shards",
+        description="Writes a dataset's images and captions as WebDataset shards in img2dataset's form: samples "
+        "key.jpg, key.txt (its first caption) and key.json (all captions), in OUTPUT/00000.tar and so on, for "
+        "--dataset webdataset. An image that is not shrunk is copied byte for byte; one that cannot be decoded is "
+        "skipped and named in OUTPUT/bad_samples.txt. Run again after an interruption, it writes the shards that "
+        "are missing.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--dataset", required=True, choices=list(READERS), help="which reader, as for main.py")
+    parser.add_argument("--root", required=True, help="folder of the dataset, as for main.py")
+    parser.add_argument("--metadata", default="", help="file of captions where the layout does not fix it")
+    parser.add_argument("--split", default="train", help="train, validation or test")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the shards; one for each split")
+    parser.add_argument("--shard-size", type=int, default=5000, help="images in a shard; 1,000 to 10,000 are usual")
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        default=None,
+        metavar="PIXELS",
+        help="shrink larger images to this short side, as JPEG of quality 95 (PNG stays PNG); twice the training "
+        "size, 448, keeps what crops need. Default: copy",
+    )
+    add_workers_argument(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    reader = create_reader(args.dataset, args.root, args.metadata, args.split)
+    log.info("\n".join(reader.log))
+    make_shards(reader, args.output, args.shard_size, args.short_side, args.workers)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """What the processes that write shards share."""
+
+    reader: Reader
+    output: Path
+    size: int
+    short_side: int | None
+    unreadable: UnreadableImages
+
+    def path(self, number: int) -> Path:
+        return self.output / f"{number:05d}.tar"
+
+    def rows(self, number: int) -> range:
+        return range(number * self.size, min((number + 1) * self.size, len(self.reader)))
+
+
+def make_shards(
+    reader: Reader, output: str | Path, shard_size: int = 5000, short_side: int | None = None, workers: int = 1
+) -> int:
+    """Writes the reader's pairs as shards, each complete or not there; returns how many images were skipped.
+
+    Raises ImportError without webdataset, ValueError for a folder that holds other shards.
+    """
+    tar_writer()
+    check_short_side(short_side)
+    if shard_size < 1:
+        raise ValueError(f"--shard-size {shard_size}: give at least 1 image")
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    settings = {"reader": type(reader).__name__, "root": str(reader.root), "metadata": str(reader.files[0])}
+    settings |= {"split": reader.split, "pairs": len(reader), "shard_size": shard_size, "short_side": short_side}
+    keep_settings(output / "shards.json", settings, "*.tar")
+    unreadable = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
+    shards = Shards(reader, output, shard_size, short_side, unreadable)
+    numbers = range(math.ceil(len(reader) / shard_size))
+    missing = [number for number in numbers if not shards.path(number).is_file()]
+    with over_processes(workers, shards) as each, Progress(desc="writing", total=len(reader), unit=" images") as bar:
+        bar.update(len(reader) - sum(len(shards.rows(number)) for number in missing))
+        for count in each(write_shard, missing):
+            bar.update(count)
+    skipped = len(unreadable.path.read_bytes().splitlines()) if unreadable.path.is_file() else 0
+    log.info(f"{output}: {len(numbers)} shards of up to {shard_size} images, {len(missing)} of them written now")
+    if skipped:
+        log.info(f"{skipped} images cannot be decoded and were skipped: see {unreadable.path}")
+    return skipped
+
+
+def write_shard(number: int) -> int:
+    """Write one shard of the shared Shards; returns how many of the reader's images it covers."""
+    shards: Shards = processes._shared
+    rows, reader = shards.rows(number), shards.reader
+
+    def write(file: BinaryIO) -> None:
+        with tar_writer()(file, encoder=False, mtime=0) as tar:
+            for i in rows:
+                name, captions, key = reader.name(i), reader.captions(i), f"{i:09d}"
+                try:
+                    image, extension = pack(reader, i, shards.short_side)
+                except (UnreadableImage, FileNotFoundError) as error:
+                    shards.unreadable.add(name, str(error))
+                    continue
+                about = {"key": key, "name": name.removeprefix(f"{reader.root}/"), "captions": captions}
+                about = json.dumps(about, ensure_ascii=False)
+                tar.write({"__key__": key, extension: image, "txt": captions[0].encode(), "json": about.encode()})
+
+    atomic_write(shards.path(number), write)
+    return len(rows)
+
+
+def pack(reader: Reader, i: int, short_side: int | None) -> tuple[bytes, str]:
+    """An image's bytes for a shard and their extension; raises as `Reader.image` does."""
+    img = reader.image(i)
+    data = reader.data(i)
+    file_format = "" if reader.name(i).lower().endswith(".dcm") else format_of(data)
+    if short_side and (small := shrink(img, short_side)):
+        return (encode(small, "PNG"), "png") if file_format == "PNG" else (encode(small, "JPEG"), "jpg")
+    if file_format in EXTENSIONS:
+        return data, EXTENSIONS[file_format]
+    return encode(img, "PNG"), "png"
+
+
+def tar_writer() -> type:
+    try:
+        from webdataset.writer import TarWriter
+    except ImportError as error:
+        raise ImportError("writing shards needs webdataset: pip install webdataset") from error
+    return TarWriter

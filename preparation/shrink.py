@@ -1,0 +1,158 @@
+"""A folder of images to the same folder with smaller ones."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+
+from datasets import UnreadableImages
+from inputs.images import UnreadableImage, decode_image
+from preparation import processes
+from preparation.processes import add_workers_argument, keep_settings, over_processes
+from runtime.command_line import HelpFormatter
+from runtime.logs import Progress
+from utils import atomic_write
+
+log = logging.getLogger("medslip")
+JPEG_QUALITY = 95
+
+
+def shrink(img: Image.Image, short_side: int) -> Image.Image | None:
+    """The image with this many pixels along its short side, antialiased; None where it has no more already."""
+    scale = short_side / min(img.size)
+    if scale >= 1:
+        return None
+    width, height = (max(short_side, round(side * scale)) for side in img.size)
+    return img.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def encode(img: Image.Image, file_format: str) -> bytes:
+    """An RGB image as a PNG or JPEG file, in one channel where all three are equal."""
+    red, green, blue = (channel.tobytes() for channel in img.split())
+    img = img.convert("L") if red == green == blue else img
+    buffer = io.BytesIO()
+    img.save(buffer, file_format, **({"quality": JPEG_QUALITY} if file_format == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+def format_of(data: bytes) -> str:
+    """Pillow's name for the format of an image that can be decoded; the file's name may say another."""
+    with Image.open(io.BytesIO(data)) as img:
+        return img.format or ""
+
+
+def check_short_side(short_side: int | None) -> None:
+    if short_side is not None and short_side < 1:
+        raise ValueError(f"--short-side {short_side}: give at least 1 pixel")
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "shrink",
+        help="copy a folder with its images shrunk",
+        description="Copies a folder tree; JPEG and PNG files whose short side is longer than --short-side are shrunk "
+        "to it (JPEG quality 95; more than 8 bits are windowed as in training), all other files are copied as they "
+        "are, so that readers find the layout they know. Images inside zip or tar archives are not touched: for "
+        "those there is `shards`. Run again after an interruption, it continues.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--root", type=Path, required=True, help="folder to copy")
+    parser.add_argument("--output", type=Path, required=True, help="the copy; outside --root")
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        default=448,
+        metavar="PIXELS",
+        help="448 is twice the usual training size, which leaves room for crops",
+    )
+    add_workers_argument(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    shrink_tree(args.root, args.output, args.short_side, args.workers)
+
+
+def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, workers: int = 1) -> Counter:
+    """Copies the tree with its images shrunk; returns how many files were shrunk, copied, unreadable or there already.
+
+    An unreadable image is copied as it is and named in bad_samples.txt. Raises FileNotFoundError for an absent root and
+    ValueError for an output inside it or of another command.
+    """
+    root, output = Path(os.path.realpath(root)), Path(os.path.realpath(output))
+    check_short_side(short_side)
+    if not root.is_dir():
+        raise FileNotFoundError(f"--root {root} is not a folder")
+    if output.is_relative_to(root) or root.is_relative_to(output):
+        raise ValueError(f"--output {output} and --root {root} lie in each other: choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    keep_settings(output / "shrink.json", {"root": str(root), "short_side": short_side}, "*")
+    unreadable = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
+    counts: Counter = Counter()
+    paths = (path for path in walk_files(root) if path not in ("shrink.json", "bad_samples.txt"))  # of an earlier copy
+    with (
+        over_processes(workers, (root, output, short_side, unreadable), chunk=16) as each,
+        Progress(desc="shrinking", unit=" files") as bar,
+    ):
+        while batch := list(islice(paths, 4096)):  # a pool's map takes in all that it is given
+            for outcome in each(shrink_file, batch):
+                counts[outcome] += 1
+                bar.update()
+    outcomes = (f"{counts[outcome]:,} {outcome}" for outcome in SHRINK_OUTCOMES if counts[outcome])
+    log.info(", ".join(outcomes) or "no files")
+    if counts["unreadable"]:
+        log.info(f"{unreadable.path} names the images that cannot be decoded; they were copied as they are")
+    return counts
+
+
+SHRINK_OUTCOMES = ("shrunk", "copied", "unreadable", "there already")
+SHRUNK_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def walk_files(root: Path) -> Iterator[str]:
+    """Paths, relative to the root, of all files below it; linked folders are entered, each folder once."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in sorted(names))
+
+
+def shrink_file(name: str) -> str:
+    """Copy one file of the shared root to the shared output; returns one of SHRINK_OUTCOMES."""
+    root, output, short_side, unreadable = processes._shared
+    source, target = root / name, output / name
+    stat = source.stat()
+    if target.is_file() and target.stat().st_mtime_ns == stat.st_mtime_ns:
+        return "there already"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    outcome, data = "copied", None
+    if source.suffix.lower() in SHRUNK_SUFFIXES:
+        data = source.read_bytes()
+        try:
+            if small := shrink(decode_image(data, str(source)), short_side):
+                outcome, data = "shrunk", encode(small, "PNG" if format_of(data) == "PNG" else "JPEG")
+        except UnreadableImage as error:
+            unreadable.add(str(source), str(error))
+            outcome = "unreadable"
+    if data is None:
+        with open(source, "rb") as file:
+            atomic_write(target, lambda copy: shutil.copyfileobj(file, copy, 1 << 20))
+    else:
+        atomic_write(target, lambda copy: copy.write(data))
+    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # last: marks the copy as complete
+    return outcome

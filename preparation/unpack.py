@@ -1,0 +1,314 @@
+"""ROCO as it is to be had today, to ROCO's layout: the Hub's parquet folders and Zenodo's zips of ROCO v2.
+
+    python make_dataset.py unpack --source roco-radiology --output roco
+    python make_dataset.py unpack --source zenodo --output rocov2 --short-side 448
+
+One image out of a parquet file costs the decompression of its whole row group, 100 or 1,000 images
+(benchmarks/bench_parquet.py), so training in random order from such files is many times slower than from image files;
+written out once, the set is an ordinary ROCO.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from inputs.images import UnreadableImage, decode_image
+from inputs.metadata import Table, inside
+from preparation.processes import add_workers_argument, keep_settings
+from preparation.shrink import check_short_side, encode, format_of, shrink
+from runtime.command_line import HelpFormatter
+from runtime.logs import Progress
+from utils import atomic_write, write_json
+
+log = logging.getLogger("medslip")
+
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test",
+}  # fmt: skip
+COLUMNS = {  # names by which each column is found, the first that is there
+    "image": ("image", "img", "jpg"),
+    "caption": ("caption", "text", "captions"),
+    "id": ("image_id", "id", "name"),
+}
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "unpack",
+        help="ROCO's parquet folders (Hugging Face) or ROCO v2's zips (Zenodo) to ROCO's layout",
+        description="Writes OUTPUT/{train,validation,test}/radiology/images/<id>.jpg and captions.txt for --dataset "
+        "roco. The source is a folder of parquet files whose names or folders begin with their split "
+        "(train-00000-of-00026.parquet), or of <split>_captions.csv beside <split>_images.zip or its unpacked folder. "
+        "Images keep their bytes; one that cannot be decoded is left out and named in OUTPUT/bad_samples.txt. Run "
+        "again after an interruption, it goes on; a finished copy is verified.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--source", type=Path, required=True, help="folder of the download")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the copy")
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        default=None,
+        metavar="PIXELS",
+        help="shrink larger images to this short side; 448 is twice the usual training size. Default: copy",
+    )
+    for role in COLUMNS:
+        usual = ", ".join(COLUMNS[role])
+        text = f"parquet: the column of the {role}, where it is none of {usual}"
+        parser.add_argument(f"--{role}-column", default=None, metavar="NAME", help=text)
+    add_workers_argument(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    columns = {role: name for role in COLUMNS if (name := getattr(args, f"{role}_column"))}
+    unpack(args.source, args.output, args.short_side, columns, args.workers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    where: str  # for messages
+    id: str
+    caption: str
+    data: Callable[[], bytes]  # FileNotFoundError, UnreadableImage
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of samples, read as a stream."""
+
+    split: str
+    path: Path
+    samples: Callable[[], Iterator[Sample]]
+
+
+def find_sources(folder: Path, columns: dict[str, str]) -> list[Source]:
+    """The parts of a download by split, in order.
+
+    Raises:
+        FileNotFoundError, ValueError: none there; a parquet file whose split nothing names.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--source {folder} is not a folder")
+    found = []
+    for path in sorted(folder.rglob("*.parquet")):
+        split = split_of(path.relative_to(folder))
+        if split is None:
+            raise ValueError(f"{path}: no split in its name or folder; they begin with {', '.join(SPLIT_NAMES)}")
+        found.append(Source(split, path, partial(parquet_samples, path, columns)))
+    for path in sorted(folder.glob("*_captions.csv")):
+        split = SPLIT_NAMES.get(path.name.removesuffix("_captions.csv"))
+        if split is not None:
+            found.append(Source(split, path, partial(zenodo_samples, path)))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds neither parquet files nor <split>_captions.csv")
+    return found
+
+
+def split_of(path: Path) -> str | None:
+    for part in reversed(path.parts):
+        match = re.match(r"([a-z]+)(?:[-_.]|$)", part.lower())
+        if match and match[1] in SPLIT_NAMES:
+            return SPLIT_NAMES[match[1]]
+    return None
+
+
+def parquet_samples(path: Path, given: dict[str, str]) -> Iterator[Sample]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ImportError("reading parquet files needs pyarrow: pip install pyarrow") from error
+    try:
+        file = parquet.ParquetFile(path)
+    except Exception as error:  # pyarrow raises many kinds for a torn or foreign file
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+    names = file.schema_arrow.names
+    column = {}
+    for role, choices in COLUMNS.items():
+        wanted = [given[role]] if role in given else list(choices)
+        column[role] = next((name for name in wanted if name in names), None)
+        if column[role] is None and role != "id":
+            raise ValueError(f"{path} has no column {' or '.join(wanted)}: name one of {', '.join(names)} with "
+                             f"--{role}-column")  # fmt: skip
+    number = 0
+    for batch in file.iter_batches(batch_size=64, columns=[name for name in column.values() if name]):
+        for row in batch.to_pylist():
+            where = f"{path} row {number}"
+            image, caption = row[column["image"]], row[column["caption"]]
+            id = row[column["id"]] if column["id"] else Path((image or {}).get("path") or f"row{number}").stem
+            caption = caption[0] if isinstance(caption, list) and caption else caption
+            yield Sample(where, str(id), str(caption or ""), partial(_bytes_of, image, where))
+            number += 1
+
+
+def _bytes_of(image: Any, where: str) -> bytes:
+    """Of the Hub's struct of bytes and path, or of bytes alone."""
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(data, bytes) or not data:
+        raise UnreadableImage(f"{where} holds no image bytes")
+    return data
+
+
+def zenodo_samples(captions: Path) -> Iterator[Sample]:
+    """`<split>_captions.csv` with ID and Caption, beside `<split>_images.zip` or folders of the same names."""
+    name = captions.name.removesuffix("_captions.csv")
+    table = Table(captions)
+    id, caption = table.column("id"), table.column("caption")
+    archive_path = captions.with_name(f"{name}_images.zip")
+    folders = [
+        captions.with_name(f"{name}_images") / name,
+        captions.with_name(f"{name}_images"),
+        captions.with_name(name),
+    ]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None and not archive_path.is_file():
+        raise FileNotFoundError(f"no {archive_path.name} and no folder {name}_images beside {captions}")
+    archive, members = None, {}
+    if folder is None:
+        try:
+            archive = zipfile.ZipFile(archive_path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{archive_path} is torn or no zip file: {error}") from error
+        # By the file's own name: nothing is written to a path that an archive names.
+        members = {Path(member).stem: member for member in archive.namelist() if not member.endswith("/")}
+
+    def read(key: str, where: str) -> bytes:
+        if archive is None:
+            assert folder is not None
+            found = [path for suffix in (".jpg", ".jpeg", ".png") if (path := folder / f"{key}{suffix}").is_file()]
+            if not found:
+                raise FileNotFoundError(f"{where}: no image {folder / key}.jpg")
+            return found[0].read_bytes()
+        if key not in members:
+            raise FileNotFoundError(f"{where}: no image {key} in {archive_path}")
+        try:
+            return archive.read(members[key])
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UnreadableImage(f"{archive_path}/{members[key]}: {error}") from error
+
+    for where, fields in table:
+        key = inside(fields[id].strip(), where)
+        yield Sample(where, key, fields[caption], partial(read, key, where))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The copy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def unpack(
+    source: Path, output: Path, short_side: int | None = None, columns: dict[str, str] | None = None, workers: int = 1
+) -> dict[str, Counter]:
+    """Write the copy; returns for each split how many images were written, there already, and unreadable.
+
+    A source file is done when its part of the captions is: captions.txt of a split is written when all of its parts
+    are, so a cut-off copy has none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_sources`; an id with white space or a path in it; a copy of another
+            source or size.
+    """
+
+    check_short_side(short_side)
+    sources = find_sources(source, columns or {})
+    for part in sources:  # columns and archives, before the first image is written
+        next(part.samples(), None)
+    output.mkdir(parents=True, exist_ok=True)
+    names = [str(part.path.relative_to(source)) for part in sources]
+    settings = {"source": str(source.resolve()), "files": names, "short_side": short_side, "columns": columns or {}}
+    keep_settings(output / "unpack.json", settings, "*/radiology/captions.txt")
+    counts: dict[str, Counter] = {}
+    unreadable: dict[str, list[str]] = {}
+    lines: dict[str, list[str]] = {}
+    with Progress(desc="unpacking", unit=" images") as bar:
+        for part in sources:
+            done = unpack_part(part, source, output, short_side, workers, bar)
+            counts.setdefault(part.split, Counter()).update(done["counts"])
+            unreadable.setdefault(part.split, []).extend(done["unreadable"])
+            lines.setdefault(part.split, []).extend(done["lines"])
+    for split, rows in lines.items():
+        first: dict[str, str] = {}  # a published copy has a few ids twice; the image that was written is the first's
+        for row in rows:
+            first.setdefault(row.split("\t", 1)[0], row)
+        if repeated := len(rows) - len(first):
+            log.warning(f"{split}: {repeated} rows have an id that was there already, and are left out")
+        rows = list(first.values())
+        text = "".join(f"{row}\n" for row in rows).encode()
+        atomic_write(output / split / "radiology" / "captions.txt", lambda file, text=text: file.write(text))
+        log.info(f"{split}: {len(rows):,} pairs; " + ", ".join(f"{n:,} {what}" for what, n in counts[split].items()))
+    bad = [line for split in unreadable.values() for line in split]
+    if bad:
+        text = "".join(f"{line}\n" for line in bad).encode()
+        atomic_write(output / "bad_samples.txt", lambda file: file.write(text))
+        log.warning(f"{len(bad)} images cannot be decoded or are missing: see {output / 'bad_samples.txt'}")
+    return counts
+
+
+def unpack_part(
+    part: Source, source: Path, output: Path, short_side: int | None, workers: int, bar: Any
+) -> dict[str, Any]:
+    """One source file; its record in OUTPUT/parts is read again where it is complete and its images are there."""
+    folder = output / part.split / "radiology" / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(str(part.path.relative_to(source)).encode()).hexdigest()[:16]
+    record = output / "parts" / f"{part.split}-{name}.json"
+    stat = part.path.stat()
+    if record.is_file():
+        kept = json.loads(record.read_text(encoding="utf8"))
+        there = all((folder / f"{row.split(chr(9), 1)[0]}.jpg").is_file() for row in kept["lines"])
+        if there and kept["size"] == stat.st_size:
+            bar.update(len(kept["lines"]))
+            return {**kept, "counts": {"there already": len(kept["lines"]), "unreadable": len(kept["unreadable"])}}
+    found: dict[str, Any] = {"size": stat.st_size, "counts": Counter(), "lines": [], "unreadable": []}
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        samples = part.samples()
+        while batch := list(islice(samples, 64)):  # what is in memory at a time
+            for sample in batch:
+                if not sample.id or re.search(r"\s|[/\\]", sample.id) or sample.id in (".", ".."):
+                    raise ValueError(f"{sample.where}: the id {sample.id!r} is no name for a file")
+            for sample, outcome in zip(batch, pool.map(partial(write_image, folder, short_side), batch), strict=True):
+                if outcome.startswith("unreadable"):
+                    found["counts"]["unreadable"] += 1
+                    found["unreadable"].append(f"{sample.where}\t{outcome.removeprefix('unreadable: ')}")
+                    continue
+                found["counts"][outcome] += 1
+                found["lines"].append(f"{sample.id}\t {' '.join(sample.caption.split())}")
+            bar.update(len(batch))
+    record.parent.mkdir(exist_ok=True)
+    write_json(record, found)
+    return found
+
+
+def write_image(folder: Path, short_side: int | None, sample: Sample) -> str:
+
+    target = folder / f"{sample.id}.jpg"
+    if target.is_file():  # whole, since it was written atomically
+        return "there already"
+    try:
+        data = sample.data()
+        img = decode_image(data, sample.where)
+    except (UnreadableImage, FileNotFoundError) as error:
+        return f"unreadable: {error}"
+    if short_side and (small := shrink(img, short_side)):
+        data = encode(small, "PNG" if format_of(data) == "PNG" else "JPEG")
+    atomic_write(target, lambda file: file.write(data))
+    return "written"

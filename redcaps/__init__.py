@@ -1,0 +1,1 @@
+"""Preparation of RedCaps: its annotation files to the one list that `--dataset redcaps` reads."""

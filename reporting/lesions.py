@@ -1,0 +1,193 @@
+"""The lesions behind a table: who they are, which were misread, and what their scores come from."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datasets import create_reader
+from evaluation import metrics, neighbours, saliency
+from evaluation.predictions import Predictions
+from inputs import cbis
+from inputs.images import UnreadableImage, read_image
+from reporting.runs import MISSING, ResultTable, Runs, interval, read_json
+
+SHOWN = 6  # images of each kind of error
+
+
+def lesion_tables(runs: Runs) -> dict[str, list[dict[str, str]]]:
+    """Rows of the lesion tables on disk, of the tables that have results."""
+    found = {}
+    for kind in set(runs.tables) & set(cbis.CBIS_KINDS):
+        path = (runs.cbis or Path()) / f"{kind}.csv"
+        if runs.cbis is not None and path.is_file():
+            found[kind] = cbis.read_lesions(path)
+            runs.read.append(path)
+    return found
+
+
+def splits_table(rows: Sequence[dict[str, str]]) -> list[list[str]]:
+    """Table 1: counts by split, a line for each value of what the case tables say."""
+    parts = [[row for row in rows if row["split"] == split] for split in cbis.CBIS_SPLITS]
+    lines = [["", *cbis.CBIS_SPLITS], ["patients", *(str(len({r["patient"] for r in part})) for part in parts)],
+             ["lesions (a lesion in two views counts twice)", *(str(len(part)) for part in parts)]]  # fmt: skip
+    for title, column in (("pathology", "pathology"), ("view", "view"), ("side", "side"), ("breast density", "density"),
+                          ("BI-RADS assessment", "assessment"), ("subtlety", "subtlety")):  # fmt: skip
+        values = sorted({row.get(column, "") for row in rows})
+        if values == [""]:
+            lines.append([title, *[MISSING] * len(parts)])
+            continue
+        for value in values:
+            counts = (Counter(row.get(column, "") for row in part)[value] for part in parts)
+            cells = (f"{n} ({100 * n / max(len(part), 1):.0f}%)" for n, part in zip(counts, parts, strict=True))
+            lines.append([f"{title}: {value or 'not stated'}", *cells])
+    lines.append(["crop, median width × height in pixels", *map(median_crop, parts)])
+    return lines
+
+
+def median_crop(part: Sequence[dict[str, str]]) -> str:
+    sizes = np.array([[float(row[name]) for name in cbis.CROP_SIZE] for row in part if row.get("crop_width")])
+    return "{:.0f} × {:.0f}".format(*np.median(sizes, axis=0)) if len(sizes) else MISSING
+
+
+def misread(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs) -> list[dict[str, Any]]:
+    """Of the table's last model: cancers with the lowest malignant probability, and the most confident errors."""
+    models = [row for row in table.rows if row.kind == "measured" and row.folders]
+    if not models or runs.cbis is None:
+        return []
+    model = models[-1]
+    path = model.folders[0] / "predictions.csv"
+    if not path.is_file():
+        return []
+    found, crops = Predictions.read(path), {row["lesion"]: row["crop"] for row in rows}
+    target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
+    missed = missed_cancers(found)
+    wrong = np.flatnonzero(found.prob.argmax(1) != found.labels)
+    confident = wrong[np.argsort(-found.prob[wrong].max(1), kind="stable")][:SHOWN]
+    groups = []
+    for title, index in (("Cancers with the lowest malignant probability", missed),
+                         ("The most confident errors", confident)):  # fmt: skip
+        images = []
+        for i in index:
+            row = found.rows[i]
+            images.append({
+                "lesion": row["lesion"], "true": row["pathology"],
+                "said": f"{cbis.CBIS_CLASSES[int(found.prob[i].argmax())]} {100 * found.prob[i].max():.0f}%, "
+                f"malignant {100 * found.prob[i, target]:.0f}%",
+                "data": thumbnail(runs.cbis / crops[row["lesion"]]) if crops.get(row["lesion"]) else None,
+            })  # fmt: skip
+        groups.append({"title": title, "model": model.name, "source": str(path), "images": images})
+    return groups
+
+
+def missed_cancers(found: Predictions) -> np.ndarray:
+    """Numbers of the cancers with the lowest malignant probability."""
+    target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
+    cancers = np.flatnonzero(found.labels == target)
+    return cancers[np.argsort(found.prob[cancers, target], kind="stable")][:SHOWN]
+
+
+def explained(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, most: int, images: bool) -> dict | None:
+    """Saliency of the table's last probe; what prevents it is told."""
+    if not most or runs.cbis is None:
+        return None
+    models = [row for row in table.rows if row.folders and (row.folders[0] / "settings.json").is_file()]
+    models = [row for row in models if (row.folders[0] / "head.safetensors").is_file()]
+    if not models:
+        return {"why": "no probe kept its head (head.safetensors)"}
+    model, folder = models[-1], models[-1].folders[0]
+    try:
+        own = Predictions.read(folder / "predictions.csv")
+        missed = [own.rows[i]["lesion"] for i in missed_cancers(own)]
+        settings = read_json(folder / "settings.json", runs)
+        found, named = saliency.explain_run(folder, settings, rows, runs.cbis, most, missed)
+        scores = saliency.score_maps(found)
+    except (ImportError, ValueError, FileNotFoundError) as error:
+        return {"why": str(error)}
+    energy = {e.lesion: saliency.energy_inside(e.heat, e.mask) for e in [*found, *named]}
+    farthest = sorted(found, key=lambda e: energy[e.lesion] - e.chance)
+    groups = {
+        "Cancers with the lowest malignant probability": named,
+        "Maps with the least inside the outline, beside its size": farthest,
+        "Drawn by lot": found,
+    }  # fmt: skip
+    plates = [
+        {"title": title, "images": [
+            {"lesion": e.lesion, "data": saliency.plate(e), "energy": energy[e.lesion], "chance": e.chance}
+            for e in part[:SHOWN]
+        ]} for title, part in groups.items()
+    ] if images else []  # fmt: skip
+    return {"model": model.name, "source": str(folder / "head.safetensors"), "lesions": len(found), "why": "",
+            "fitted_on_crops": settings["args"].get("image_kind") == "crop",
+            "scores": [(SALIENCY[name], percent_cell(value)) for name, value in scores.items()],
+            "plates": plates}  # fmt: skip
+
+
+SALIENCY = {
+    "pointing": "Highest value inside the outline",
+    "pointing_random_weights": "the same, weights drawn anew",
+    "energy_inside": "Energy inside the outline",
+    "energy_inside_random_weights": "the same, weights drawn anew",
+    "chance": "Chance: the outline's fraction of the view",
+    "rank_correlation_with_random_weights": "Rank correlation with the map of weights drawn anew",
+    "pointing_minus_chance": "Highest value inside, minus chance",
+    "energy_minus_chance": "Energy inside, minus chance",
+    "empty": "Maps without a place that speaks for it",
+}
+
+
+def nearest(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, roco: Path | None) -> dict | None:
+    """The nearest captions and images of ROCO's validation split for the missed cancers; what prevents it is told."""
+    if roco is None or runs.cbis is None:
+        return None
+    missed = misread(table, rows, runs)[:1]
+    models = [row for row in table.rows if row.folders and (row.folders[0] / "settings.json").is_file()]
+    if not missed or not models:
+        return None
+    crops = {row["lesion"]: runs.cbis / row["crop"] for row in rows if row["crop"]}
+    weights = read_json(models[-1].folders[0] / "settings.json", runs)["args"]["pretrained"]
+    try:
+        names = [image["lesion"] for image in missed[0]["images"] if image["data"]]
+        bank = neighbours.Neighbours(weights, create_reader("roco", str(roco), "", "validation", "all"))
+        found = bank.of([read_image(crops[name]) for name in names])
+    except (ValueError, FileNotFoundError) as error:
+        return {"why": str(error)}
+    lines = [
+        {"lesion": name, "data": thumbnail(crops[name]),
+         "captions": [(bank.captions[i], cosine) for i, cosine in near["captions"]],
+         "images": [(bank.captions[i], small(bank.reader.image(i), 110), cosine) for i, cosine in near["images"]]}
+        for name, near in zip(names, found, strict=True)
+    ]  # fmt: skip
+    return {"why": "", "model": weights, "source": str(roco), "lines": lines}
+
+
+def thumbnail(path: Path, side: int = 160) -> str | None:
+    """A small JPEG as a data URI; None for an image that is missing or corrupt."""
+    try:
+        return small(read_image(path), side)
+    except (UnreadableImage, FileNotFoundError):
+        return None
+
+
+def small(img: Image.Image, side: int) -> str:
+    img = img.copy()
+    img.thumbnail((side, side), Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    img.save(data, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def percent_cell(value: dict[str, float] | None) -> str:
+    """Percent with the interval, where there is one; a dash for what a publication does not report."""
+    if value is None or value.get("value") is None:
+        return "–"
+    if "low" not in value:
+        return f"{100 * value['value']:.2f}"
+    return interval(value).percent()

@@ -1,0 +1,252 @@
+"""What the page shows, and its files: HTML, Markdown, CSV and TeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shlex
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import utils
+from evaluation import metrics
+from evaluation.predictions import describe_interval
+from inputs import cbis
+from reporting import checklists
+from reporting.lesions import explained, lesion_tables, misread, nearest, percent_cell, splits_table
+from reporting.plan import TABLES
+from reporting.plots import Gallery, flow_figure, fraction_figures, short, table_figures, training_figures
+from reporting.runs import MISSING, ResultTable, Runs
+
+HERE = Path(__file__).resolve().parents[1]
+
+
+def table_rows(table: ResultTable) -> list[dict[str, Any]]:
+    return [
+        {"name": row.name, "kind": row.kind, "source": row.source, "leaves_out": row.leaves_out,
+         "never": row.never_predicted, "cells": [percent_cell(row.metrics.get(key)) for key in metrics.METRICS]}
+        for row in table.rows
+    ]  # fmt: skip
+
+
+def comparison_rows(table: ResultTable, runs: Runs) -> list[dict[str, str]]:
+    found = []
+    for entry in table.comparisons:
+        value = entry["difference"]["auroc"]
+        if entry["primary"] and runs.primary:
+            late = "AFTER results were there" if runs.primary["after_results"] else "before any result"
+            p = f"{value['p_value']:.4f}, primary, named {late}"
+        elif "p_holm" in entry:
+            p = f"{entry['p_holm']:.4f} (Holm, {entry['family']})"
+        else:
+            p = f"{value['p_value']:.4f}, uncorrected"
+        line = {"row": entry["row"], "baseline": short(entry["baseline"], table.kind), "p": p}
+        found.append(line | {"difference": percent_cell(value), "leaves_out": entry.get("leaves_out", "")})
+    return found
+
+
+def detection_rows(table: ResultTable) -> list[dict[str, Any]]:
+    return [
+        {"name": row.name, "cells": [
+            describe_interval(key, row.detection[key]) if key in row.detection else MISSING for key in metrics.DETECTION
+        ]} for row in table.rows if row.kind == "measured"
+    ]  # fmt: skip
+
+
+def unit_rows(table: ResultTable) -> list[dict[str, Any]]:
+    found = []
+    for row in table.rows:
+        for unit, entry in row.units.items():
+            values = entry["metrics"] or {}
+            cells = [percent_cell(values.get(key)) if values else "too few" for key in metrics.METRICS]
+            found.append({"name": row.name, "unit": f"{unit} ({entry['number']})", "cells": cells})
+    return found
+
+
+def subgroup_rows(table: ResultTable) -> list[dict[str, Any]]:
+    """Of the last model; the intervals are over patients and, where there are several, seeds."""
+    models = [row for row in table.rows if row.subgroups]
+    if not models:
+        return []
+    return [
+        {"model": models[-1].name, "group": f"{part['by']}: {part['value']}", "lesions": part["lesions"],
+         "patients": part["patients"], "malignant": part["pathologies"][metrics.MALIGNANT],
+         "seeds": max(1, len(models[-1].folders)),
+         "auroc": percent_cell(part["auroc"]) if part["auroc"] else "not defined",
+         "auroc_malignant": percent_cell(part["auroc_malignant"]) if part["auroc_malignant"] else "not defined"}
+        for part in models[-1].subgroups
+    ]  # fmt: skip
+
+
+def two_class_rows(table: ResultTable) -> list[tuple[str, str]]:
+    return [(row.name, "; ".join(map(percent_cell, row.two_class))) for row in table.rows if row.two_class]
+
+
+def build_page(
+    runs: Runs, title: str, images: bool, saliency_lesions: int = 0, roco: Path | None = None
+) -> dict[str, Any]:
+    """Everything that the templates show."""
+    gallery, sections, lesions = Gallery(), [], lesion_tables(runs)
+    for kind, table in runs.tables.items():
+        rows = lesions.get(kind)
+        sections.append({
+            "kind": kind, "title": TABLES.get(kind, kind), "lesion": kind in cbis.CBIS_KINDS,
+            "lesions": table.lesions, "patients": table.patients,
+            "rows": table_rows(table), "comparisons": comparison_rows(table, runs), "absent": table.absent,
+            "two_class": two_class_rows(table),
+            "detection": detection_rows(table), "units": unit_rows(table), "subgroups": subgroup_rows(table),
+            "figures": table_figures(table, runs, gallery),
+            "splits": splits_table(rows) if rows else None,
+            "flow": flow_figure(kind, rows, runs, gallery) if rows else None,
+            "misread": misread(table, rows, runs) if rows and images else [],
+            "nearest": nearest(table, rows, runs, roco) if rows and images else None,
+            "saliency": explained(table, rows, runs, saliency_lesions, images) if rows else None,
+        })  # fmt: skip
+    training, fractions = training_figures(runs, gallery), fraction_figures(runs, gallery)
+    return {
+        "title": title,
+        "synthetic": runs.synthetic,
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "columns": list(metrics.METRICS.values()),
+        "detection_columns": list(metrics.DETECTION.values()),
+        "sections": sections,
+        "training": training,
+        "fractions": fractions,
+        "figures": gallery.found,
+        "other": [describe_other(path, result) for path, result in runs.other],
+        "zeroshot": [describe_zeroshot(name, result) for name, result in runs.zeroshot],
+        "commands": commands_of(runs),
+        "steps": runs.steps,
+        "versions": versions_of(runs),
+        "checklists": checklists.answer(facts_of(runs, sections)),
+        "read": sorted({str(path) for path in runs.read}),
+        "missing": MISSING,
+    }
+
+
+def describe_other(path: str, result: dict) -> dict[str, str]:
+    scores = result.get("logistic") or result.get("knn") or result
+    if "score" not in scores:
+        return {"dataset": str(result.get("dataset")), "metric": MISSING, "score": MISSING, "source": path}
+    return {"dataset": result["dataset"], "metric": scores["metric"], "score": f"{scores['score']:.2f}", "source": path}
+
+
+def describe_zeroshot(name: str, result: dict) -> dict[str, Any]:
+    sets = {**result.get("zero_shot", {}), **result.get("retrieval", {})}
+    rows = [
+        (key, value["metric"], f"{value['score']:.2f}") if "score" in value else
+        (key, "image-to-text recall at 1", f"{value['i2t_r1']:.2f}")
+        for key, value in sets.items()
+    ]  # fmt: skip
+    return {"name": name, "rows": rows}
+
+
+def commands_of(runs: Runs) -> list[dict[str, str]]:
+    """All flags of each run, as settings.json has them, the defaults too."""
+    found = []
+    for name, settings in runs.settings:
+        given = {k: v for k, v in settings.get("args", {}).items() if v not in (None, False, "", [])}
+        flags = (f"--{key.replace('_', '-')} {_spelled(value)}".strip() for key, value in given.items())
+        found.append({"name": name, "flags": " ".join(flags)})
+    return found
+
+
+def _spelled(value: Any) -> str:
+    if value is True:
+        return ""
+    return shlex.join(map(str, value)) if isinstance(value, list) else shlex.quote(str(value))
+
+
+def versions_of(runs: Runs) -> dict[str, str]:
+    """Of all runs; where they differ, all that occur."""
+    found: dict[str, set[str]] = {}
+    for _, settings in runs.settings:
+        for name, version in settings.get("versions", {}).items():
+            found.setdefault(name, set()).add(str(version))
+    return {name: ", ".join(sorted(values)) for name, values in sorted(found.items())}
+
+
+def facts_of(runs: Runs, sections: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the checklists are answered from."""
+    models = [row for table in runs.tables.values() for row in table.rows if row.kind == "measured"]
+    derived = [settings.get("derived", {}) for _, settings in runs.settings]
+    return {
+        "tables": {s["title"]: (s["lesions"], s["patients"]) for s in sections},
+        "splits": any(s["splits"] for s in sections),
+        "flow": any(s["flow"] for s in sections),
+        "rows": len(models),
+        "seeds": max((len(row.folders) for row in models), default=0),
+        "skipped": runs.skipped,
+        "comparisons": any(table.comparisons for table in runs.tables.values()),
+        "primary": runs.primary,
+        "detection": any(row.detection for row in models),
+        "subgroups": any(row.subgroups for row in models),
+        "pairs": sorted({d["training_pairs"] for d in derived if "training_pairs" in d}),
+        "parameters": sorted({d["parameters"] for d in derived if "parameters" in d}),
+        "devices": sorted({str(d["device"]) for d in derived if "device" in d}),
+        "versions": versions_of(runs),
+        "commands": bool(runs.settings),
+        "misread": any(s["misread"] for s in sections),
+        "saliency": any(s["saliency"] and not s["saliency"]["why"] for s in sections),
+        "radiologist": any("Radiologist" in row.name for t in runs.tables.values() for row in t.rows),
+        "synthetic": runs.synthetic,
+    }
+
+
+def write_csv(page: dict[str, Any]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["table", "row", "kind", *page["columns"], "leaves out", "source"])
+    for section in page["sections"]:
+        for row in section["rows"]:
+            line = [section["title"], row["name"], row["kind"], *row["cells"], row["leaves_out"], row["source"]]
+            writer.writerow(line)
+    return text.getvalue()
+
+
+def tex(text: str) -> str:
+    for plain, escaped in (("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"),
+                           ("–", "--"), ("−", "$-$"), ("×", r"$\times$")):  # fmt: skip
+        text = text.replace(plain, escaped)
+    return text
+
+
+def write_tex(page: dict[str, Any]) -> str:
+    """A booktabs table for each results table; the interval stands small below its value."""
+    lines = ["% Needs \\usepackage{booktabs}. Percent, with 95\\% intervals."]
+    if page["synthetic"]:
+        lines.append("% SYNTHETIC data: these numbers say nothing about patients.")
+    for section in page["sections"]:
+        caption = f"{section['title']}" + (" (SYNTHETIC data)" if page["synthetic"] else "")
+        heads, shape = ["Model", *map(tex, page["columns"])], "l" + "c" * len(page["columns"])
+        lines += [r"\begin{table}", rf"\caption{{{tex(caption)}}}", rf"\begin{{tabular}}{{{shape}}}"]
+        lines += [r"\toprule", " & ".join(heads) + r" \\", r"\midrule"]
+        for row in section["rows"]:
+            name = tex(row["name"]) + (r"$^\dagger$" if row["leaves_out"] else "")
+            lines.append(" & ".join([name, *map(tex, row["cells"])]) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(page: dict[str, Any], folder: Path) -> None:
+    """report.html, report.md with figures/, tables.csv and tables.tex."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=jinja2.select_autoescape(["html.jinja"]),
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    files = {f"figures/{f.name}.svg": with_colours(f.svg) for f in page["figures"].values()}
+    for name in ("report.html", "report.md"):
+        files[name] = environment.get_template(f"{name}.jinja").render(page)
+    files |= {"tables.csv": write_csv(page), "tables.tex": write_tex(page)}
+    for name, text in files.items():
+        utils.atomic_write(folder / name, lambda file, text=text: file.write(text.encode()))
+
+
+def with_colours(svg: str) -> str:
+    """A figure by itself has no page to take its text colour from: one that is read on white and on black."""
+    return svg.replace("<svg ", '<svg style="color:#777" ', 1)

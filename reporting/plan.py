@@ -1,0 +1,99 @@
+"""The rows file of make_tables.py, its places filled in."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.command_line import UsageError
+
+TABLES = {"calc": "Calcification", "mass": "Mass"}
+INPUTS = {"roco": "--roco", "cbis": "--cbis", "medclip_vit": "--medclip-vit", "medclip_resnet": "--medclip-resnet",
+          "bert_vocab": "--bert-vocab"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the rows file. Flags are those of main.py, main_linear.py and run_class_finetuning.py."""
+
+    name: str
+    weights: str = ""  # a model as it is: what --pretrained takes; empty with `train`, or for an untrained tower
+    train: str | None = None  # flags of main.py; its best checkpoint is evaluated
+    probe: str = ""  # further flags of main_linear.py
+    finetune: str | None = None  # flags of run_class_finetuning.py, in place of the probe
+    baseline: str | None = None  # the row it is compared with
+
+    @property
+    def seeded(self) -> bool:
+        """Whether a seed has a part in it: every row but a given model that is probed as it is."""
+        return self.train is not None or self.finetune is not None or not self.weights or "--untrained" in self.probe
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows file, its places filled in."""
+
+    rows: list[Row]
+    primary: tuple[str, str] | None
+    published: dict[str, dict[str, dict[str, float]]]  # table -> name -> metric -> percent
+
+
+def read_plan(path: str | Path, places: dict[str, str], primary: Sequence[str] | None) -> Plan:
+    """The rows with {roco} and so on filled in; ValueError names what is wrong and the valid choices."""
+    try:
+        content = json.loads(Path(path).read_text())
+        rows = content["rows"]
+    except FileNotFoundError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no rows file (JSON with a list `rows`): {error!r}") from error
+    known = [name for name in Row.__dataclass_fields__]
+    found, lacking = [], set()
+
+    def filled(text: str) -> str:
+        for _, name, *_ in string.Formatter().parse(text):
+            if name is not None and name not in INPUTS:
+                raise ValueError(f"{path}: {{{name}}} is no place; choose from {', '.join(INPUTS)}")
+            if name and not places.get(name):
+                lacking.add(name)
+        return text.format(**{name: shlex.quote(places.get(name, "")) for name in INPUTS})
+
+    for entry in rows:
+        if not isinstance(entry, dict) or not entry.get("name"):
+            raise ValueError(f"{path}: a row without a name: {entry}")
+        if unknown := [key for key in entry if key not in known]:
+            raise ValueError(f"{path}, row {entry['name']!r}: unknown {', '.join(unknown)}; choose from {known}")
+        entry = {key: filled(value) if key != "name" and key != "baseline" else value for key, value in entry.items()}
+        for step in ("train", "probe", "finetune"):
+            if step in entry:
+                entry[step] = f"{filled(content.get(step, ''))} {entry[step]}".strip()
+        entry.setdefault("probe", filled(content.get("probe", "")))
+        entry["weights"] = " ".join(shlex.split(entry.get("weights", "")))
+        found.append(Row(**entry))
+    if lacking:
+        raise UsageError(f"the rows of {path} need {', '.join(INPUTS[name] for name in sorted(lacking))}")
+    names = [row.name for row in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{path}: two rows are called {sorted(twice)[0]!r}")
+    for row in found:
+        if row.baseline is not None and row.baseline not in names:
+            raise ValueError(f"{path}, row {row.name!r}: its baseline {row.baseline!r} is no row")
+        if row.train is not None and row.weights:
+            raise ValueError(f"{path}, row {row.name!r}: `weights` are a model as it is; --init starts a training")
+    chosen = primary or content.get("primary")
+    if chosen is not None:
+        table, name = chosen
+        compared = [row.name for row in found if row.baseline]
+        if table not in TABLES or name not in compared:
+            raise ValueError(f"primary {table!r} {name!r}: choose one of {', '.join(TABLES)} and of {compared}")
+        chosen = (table, name)
+    return Plan(found, chosen, content.get("published", {}))

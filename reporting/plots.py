@@ -1,0 +1,193 @@
+"""The page's figures, each from what the runs hold."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evaluation import metrics
+from evaluation.predictions import Predictions
+from inputs import cbis
+from reporting import figures
+from reporting.plan import TABLES
+from reporting.runs import MISSING, ResultTable, Row, Runs, interval, read_predictions, row_name
+
+log = logging.getLogger("medslip")
+BANDS = 200  # resamples of the patients behind a curve's band
+
+
+@dataclass(frozen=True)
+class Figure:
+    name: str  # file name
+    title: str
+    svg: str
+    source: str
+
+
+class Gallery:
+    """The report's figures in order, by name."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Figure] = {}
+
+    def add(self, name: str, title: str, svg: str, source: str) -> str:
+        self.found[name] = Figure(name, title, svg, source)
+        return name
+
+
+def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str, list[str]]:
+    """Forest plots, curves and confusion matrices of a results table; returns the names by section."""
+    title, synthetic = TABLES.get(table.kind, table.kind), runs.synthetic
+    models = [row for row in table.rows if row.kind == "measured"]
+    found: dict[str, list[str]] = {"overview": [], "curves": [], "confusion": []}
+    with_interval = [row for row in table.rows if "low" in row.metrics.get("auroc", {})]
+    if with_interval:
+        name = f"{title}: AUROC of each row"
+        svg = figures.forest([(r.name, interval(r.metrics["auroc"])) for r in with_interval], name,
+                             "macro AUROC, percent, 95% interval", synthetic)  # fmt: skip
+        found["overview"].append(gallery.add(f"{table.kind}_auroc", name, svg, sources(with_interval)))
+    if table.comparisons:
+        name = f"{title}: AUROC, differences"
+        pairs = [(f"{short(c['row'])} − {short(c['baseline'], table.kind)}", interval(c["difference"]["auroc"]))
+                 for c in table.comparisons]  # fmt: skip
+        svg = figures.forest(pairs, name, "percentage points, paired over patients, 95% interval", synthetic, zero=0.0)
+        compared = [row for row in models if row.name in {c["row"] for c in table.comparisons}]
+        found["overview"].append(gallery.add(f"{table.kind}_differences", name, svg, sources(compared)))
+    each = [(row, read_predictions(row, runs)) for row in models] if table.classes == cbis.CBIS_CLASSES else []
+    each = [(row, group) for row, group in each if group]
+    if each:
+        found["curves"] = list(curve_figures(table.kind, title, each, runs, gallery))
+    for row in models:
+        if row.confusion is not None:
+            name = f"{title}, {short(row.name)}: confusion" + (" (mean over seeds)" if len(row.folders) > 1 else "")
+            svg = figures.confusion(np.array(row.confusion, dtype=float), table.classes, name, synthetic)
+            key = f"{table.kind}_confusion_{len(found['confusion'])}"
+            found["confusion"].append(gallery.add(key, name, svg, row.source))
+    return found
+
+
+def sources(rows: Sequence[Row]) -> str:
+    """The file of all rows, or that each has its own."""
+    files = {row.source for row in rows}
+    return files.pop() if len(files) == 1 else "each row's own file"
+
+
+def short(name: str, kind: str = "") -> str:
+    """A path's telling part: the folder of a predictions.csv, without its table."""
+    if not name.endswith("predictions.csv"):
+        return name
+    folder = Path(name).parent
+    return row_name(folder, folder.parents[1], kind) if kind else folder.name
+
+
+def curve_figures(
+    kind: str, title: str, each: list[tuple[Row, list[Predictions]]], runs: Runs, gallery: Gallery
+) -> Iterator[str]:
+    """ROC, precision-recall and calibration of malignant against the rest; bands over patients (and seeds' mean)."""
+    roc, precision, calibration = [], [], []
+    target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
+    for row, group in each:
+        first = group[0]
+        positive = first.labels == target
+        scores = [p.in_order_of(first.rows, row.name).prob[:, target] for p in group]
+        weights = metrics.resample_weights(positive.astype(int), first.patients, 2, BANDS, 0)
+        one = np.ones((1, len(positive)))
+        for rows, on_grid in ((roc, figures.roc_on_grid), (precision, figures.precision_on_grid)):
+            line = np.mean([on_grid(positive, s, one)[0] for s in scores], axis=0)
+            drawn = np.mean([on_grid(positive, s, weights) for s in scores], axis=0)
+            rows.append((row.name, figures.GRID, line, *np.quantile(drawn, (0.025, 0.975), axis=0)))
+        if row.point is not None:
+            x, y = figures.reliability(positive, row.point.calibrated(first.prob)[:, target])
+            calibration.append((row.name, x, y, np.array([]), np.array([])))
+    source, band = "predictions.csv of each row", "95% bands over patients"
+    name = f"{title}: ROC, malignant against the rest ({band})"
+    yield gallery.add(f"{kind}_roc", name, figures.curves(
+        roc, name, ("1 − specificity", "sensitivity"), runs.synthetic, diagonal=True), source)  # fmt: skip
+    name = f"{title}: precision and recall, malignant against the rest ({band})"
+    yield gallery.add(f"{kind}_precision", name, figures.curves(
+        precision, name, ("recall", "precision"), runs.synthetic), source)  # fmt: skip
+    if calibration:
+        name = f"{title}: calibration of the malignant class, after the temperature from validation (first seed)"
+        yield gallery.add(f"{kind}_calibration", name, figures.curves(
+            calibration, name, ("mean probability", "observed fraction"), runs.synthetic, diagonal=True),
+            source)  # fmt: skip
+
+
+def training_figures(runs: Runs, gallery: Gallery) -> list[str]:
+    """Loss and validation recall over epochs; the seeds of a row are a band from the lowest to the highest."""
+    curves: dict[str, list] = {"loss": [], "recall": []}
+    for name, folders in runs.trainings.items():
+        logs = [[row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+                 if row["kind"] == "epoch"] for folder in folders]  # fmt: skip
+        epochs = min((len(log) for log in logs), default=0)
+        if not epochs:
+            continue
+        for key, pick in (("loss", epoch_loss), ("recall", epoch_recall)):
+            values = np.array([[pick(row) for row in log[:epochs]] for log in logs], dtype=float)
+            kept = ~np.isnan(values).any(0)
+            if kept.any():
+                x, values = np.flatnonzero(kept) + 1, values[:, kept]
+                band = (values.min(0), values.max(0)) if len(values) > 1 else (np.array([]), np.array([]))
+                curves[key].append((name, x, values.mean(0), *band))
+    found = []
+    for key, axis in (("loss", "training loss"), ("recall", "validation recall, mean of six, percent")):
+        if curves[key]:
+            several = any(len(folders) > 1 for folders in runs.trainings.values())
+            title = f"Training: {axis}" + (", mean and range of the seeds" if several else "")
+            svg = figures.curves(curves[key], title, ("epoch", axis), runs.synthetic, unit=False)
+            found.append(gallery.add(f"training_{key}", title, svg, "log.jsonl of each training"))
+    return found
+
+
+def epoch_loss(row: dict) -> float:
+    value = row.get("loss")
+    return np.nan if value is None else float(value)
+
+
+def epoch_recall(row: dict) -> float:
+    values = [value for key, value in row.items() if key.startswith(("val_i2t_r", "val_t2i_r"))]
+    return float(np.mean(values)) if values else np.nan
+
+
+def fraction_figures(runs: Runs, gallery: Gallery) -> list[str]:
+    by_set: dict[str, list] = {}
+    for row, dataset, parts in runs.fractions:
+        x = np.array([part["fraction"] for part in parts])
+        if all("metrics" in part for part in parts):
+            values = [part["metrics"]["auroc"] for part in parts]
+            columns = [np.array([100 * v[key] for v in values]) for key in ("value", "low", "high")]
+        else:  # of a set without intervals: mean and range of the draws
+            each = [part["scores"] for part in parts]
+            columns = [np.array([of(scores) for scores in each]) for of in (np.mean, np.min, np.max)]
+        by_set.setdefault(dataset, []).append((row, x, *columns))
+    found = []
+    for dataset, rows in by_set.items():
+        title = f"{dataset}: score by fraction of the labels"
+        axes = ("fraction of the training patients or images", "macro AUROC (CBIS-DDSM) or the set's metric, percent")
+        svg = figures.curves(rows, title, axes, runs.synthetic, unit=False)
+        found.append(gallery.add(f"fractions_{len(found)}", title, svg, "results.json, fractions"))
+    return found
+
+
+def flow_figure(kind: str, rows: Sequence[dict[str, str]], runs: Runs, gallery: Gallery) -> str:
+    """From the case tables to the lesions that were evaluated, with everything that was left out."""
+    title = f"{TABLES.get(kind, kind)}: the lesions and what was left out"
+    patients = len({row["patient"] for row in rows})
+    skipped = runs.skipped.get(kind, {})
+    no_crop = sum(not row["crop"] for row in rows)
+    counts = Counter(row["split"] for row in rows)
+    steps = [
+        (f"case tables: {len(rows)} lesions of {patients} patients", ""),
+        (f"with a crop: {len(rows) - no_crop}", f"{no_crop} without an image"),
+        ("  ".join(f"{split} {counts[split]}" for split in cbis.CBIS_SPLITS), "whole patients in a split"),
+        (f"test lesions evaluated: {counts['test'] - int(skipped.get('test', 0))}",
+         f"skipped, missing or corrupt: train {skipped.get('train', MISSING)}, val {skipped.get('val', MISSING)}, "
+         f"test {skipped.get('test', MISSING)}"),
+    ]  # fmt: skip
+    return gallery.add(f"{kind}_flow", title, figures.flow(steps, title, runs.synthetic), f"{kind}.csv, results.json")

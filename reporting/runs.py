@@ -1,0 +1,233 @@
+"""What run folders hold, gathered for the page."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from evaluation import metrics
+from evaluation.predictions import Predictions
+from inputs import cbis
+from reporting.plan import TABLES
+from synthetic.world import is_synthetic
+
+log = logging.getLogger("medslip")
+MISSING = "missing"
+
+
+@dataclass
+class Row:
+    """A row of a results table and the runs behind it."""
+
+    name: str
+    kind: str  # published, reference or measured
+    metrics: dict[str, dict[str, float]]  # fractions, with low and high where there is an interval
+    source: str  # the file that the numbers come from
+    folders: list[Path] = field(default_factory=list)
+    detection: dict[str, dict] = field(default_factory=dict)
+    units: dict[str, dict] = field(default_factory=dict)
+    subgroups: list[dict] = field(default_factory=list)
+    confusion: list[list[float]] | None = None
+    two_class: list[dict] = field(default_factory=list)  # AUROC of each seed
+    never_predicted: list[str] = field(default_factory=list)
+    leaves_out: str = ""
+    point: metrics.OperatingPoint | None = None
+
+
+@dataclass
+class ResultTable:
+    """One of the two results tables."""
+
+    kind: str  # calc, mass or both; or another set's name
+    classes: tuple[str, ...] = cbis.CBIS_CLASSES
+    rows: list[Row] = field(default_factory=list)
+    comparisons: list[dict] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    lesions: int | None = None
+    patients: int | None = None
+
+
+@dataclass
+class Runs:
+    """All that was found."""
+
+    tables: dict[str, ResultTable] = field(default_factory=dict)
+    primary: dict | None = None
+    zeroshot: list[tuple[str, dict]] = field(default_factory=list)
+    other: list[tuple[str, dict]] = field(default_factory=list)  # results on other sets, and their files
+    fractions: list[tuple[str, str, list[dict]]] = field(default_factory=list)  # row, set, fractions
+    trainings: dict[str, list[Path]] = field(default_factory=dict)  # name -> folders, a seed each
+    settings: list[tuple[str, dict]] = field(default_factory=list)
+    steps: list[dict] = field(default_factory=list)
+    skipped: dict[str, dict] = field(default_factory=dict)  # table -> lesions without image, by split
+    cbis: Path | None = None
+    synthetic: bool = False
+    read: list[Path] = field(default_factory=list)
+
+
+def read_json(path: Path, runs: Runs) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if path not in runs.read:
+        runs.read.append(path)
+    return found
+
+
+def gather(folders: Sequence[Path], cbis_root: Path | None = None) -> Runs:
+    """Everything that a report can show, from the files of runs. Raises where a folder has none."""
+    runs = Runs(cbis=cbis_root)
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder of a run")
+        before = len(runs.read)
+        if (folder / "tables.json").is_file():
+            add_tables(folder, runs)
+        else:
+            found = [path for path in sorted(folder.rglob("results.json")) if "earlier_" not in str(path)]
+            # A run that is compared with others comes after them.
+            for path in sorted(found, key=lambda path: "differences" in read_json(path, runs)):
+                add_results(path, folder, runs)
+        for path in sorted(folder.rglob("zeroshot.json")):
+            add_zeroshot(path, folder, runs)
+        for path in sorted(folder.rglob("log.jsonl")):
+            add_training(path, folder, runs)
+        for path in sorted(folder.rglob("settings.json")):
+            settings = read_json(path, runs)
+            runs.settings.append((named(path.parent, folder), settings))
+            root = settings.get("args", {}).get("root")
+            if runs.cbis is None and str(settings.get("args", {}).get("dataset", "")).startswith("cbis_") and root:
+                runs.cbis = Path(root)
+        if len(runs.read) == before:
+            raise ValueError(f"{folder} holds no tables.json, results.json, zeroshot.json or log.jsonl")
+    if runs.cbis is not None:
+        runs.synthetic |= is_synthetic(runs.cbis)
+    return runs
+
+
+def named(path: Path, folder: Path) -> str:
+    """A run's name: its place below the folder that was given, or that folder's own name."""
+    below = path.relative_to(folder).as_posix()
+    return folder.resolve().name if below == "." else below
+
+
+def row_name(path: Path, folder: Path, kind: str) -> str:
+    """A probe's name without its table: vit_mammo for vit_mammo/calc, untrained for probe/calc_untrained."""
+    words = [re.sub(rf"^{kind}_|_{kind}$", "", part) for part in named(path, folder).split("/")]
+    return "/".join(word for word in words if word not in (kind, "probe", "")) or named(path, folder)
+
+
+def add_tables(folder: Path, runs: Runs) -> None:
+    """A folder of make_tables.py."""
+    path = folder / "tables.json"
+    content = read_json(path, runs)
+    runs.synthetic |= content["synthetic"]
+    runs.primary, runs.steps = content["primary"], content["steps"]
+    runs.cbis = runs.cbis or Path(content["cbis"])
+    for kind, table in content["tables"].items():
+        mine = runs.tables.setdefault(kind, ResultTable(kind))
+        mine.lesions, mine.patients = table["lesions"], table["patients"]
+        mine.comparisons += table["comparisons"]
+        mine.absent |= table["absent"]
+        for name, values in table["published"].items():
+            percent = {key: {"value": value / 100} for key, value in values.items()}
+            mine.rows.append(Row(f"{name} (as published)", "published", percent, str(path)))
+        for row in table["rows"]:
+            places = [folder / name for name in row["files"]]
+            results = [read_json(place / "results.json", runs) for place in places]
+            mine.rows.append(
+                Row(
+                    row["name"], row["kind"], row["metrics"], str(path), places, row.get("detection", {}),
+                    row.get("units", {}), row.get("subgroups", []), row.get("confusion"), row.get("two_class", []),
+                    row.get("never_predicted", []), row["leaves_out"], point_of(results[0]) if results else None,
+                )
+            )  # fmt: skip
+            for result in results[:1]:
+                runs.skipped.setdefault(kind, result.get("lesions_skipped", {}))
+                if result.get("fractions"):
+                    runs.fractions.append((row["name"], TABLES[kind], result["fractions"]))
+
+
+def two_class_of(result: dict) -> list[dict]:
+    return [result["two_class"]["metrics"]["auroc"]] if result.get("two_class") else []
+
+
+def point_of(result: dict) -> metrics.OperatingPoint | None:
+    point = result.get("operating_point")
+    return point and metrics.OperatingPoint(point["temperature"], point["threshold"])
+
+
+def add_results(path: Path, folder: Path, runs: Runs) -> None:
+    """A results.json of a probe or a fine-tuned model."""
+    result = read_json(path, runs)
+    runs.synthetic |= bool(result.get("synthetic"))
+    dataset = result.get("dataset", "")
+    if not isinstance(dataset, str) or not dataset:
+        return  # a summary of other runs, such as the demo's
+    if "metrics" not in result:
+        runs.other.append((str(path), result))
+        return
+    kind = str(cbis.CBIS_SETS.get(dataset, dataset))
+    table = runs.tables.setdefault(kind, ResultTable(kind, tuple(result["classes"])))
+    name = row_name(path.parent, folder, kind)
+    table.lesions, table.patients = int(np.sum(result["confusion"])), result["test_patients"]
+    runs.skipped.setdefault(kind, result.get("lesions_skipped", {}))
+    untrained = result.get("weights", {}).get("untrained")
+    table.rows.append(
+        Row(
+            name, "measured", result["metrics"], str(path), [path.parent], result.get("detection", {}),
+            result.get("units", {}), result.get("subgroups", []), result["confusion"], two_class_of(result),
+            result.get("never_predicted", []), "" if untrained else "one run: leaves out the training's chance",
+            point_of(result),
+        )
+    )  # fmt: skip
+    for entry in result.get("differences", []):
+        table.comparisons.append({**entry, "row": name, "leaves_out": table.rows[-1].leaves_out, "primary": False})
+    if result.get("fractions"):
+        runs.fractions.append((name, TABLES.get(kind, kind), result["fractions"]))
+
+
+def add_zeroshot(path: Path, folder: Path, runs: Runs) -> None:
+    """A file of eval_zeroshot.py; sets whose rows are known become rows of their table."""
+    result = read_json(path, runs)
+    runs.zeroshot.append((named(path.parent, folder), result))
+    for dataset, scores in result.get("zero_shot", {}).items():
+        if "rows" not in scores:
+            continue
+        kind, found = str(cbis.CBIS_SETS.get(dataset, dataset)), scores["rows"]
+        table = runs.tables.setdefault(kind, ResultTable(kind, tuple(found["classes"])))
+        if table.lesions is None:
+            table.lesions, table.patients = int(np.sum(found["confusion"])), found["test_patients"]
+        name = f"zero-shot, {named(path.parent, folder)}"
+        row = Row(name, "measured", found["metrics"], str(path), confusion=found["confusion"])
+        row.never_predicted = found["never_predicted"]
+        table.rows.append(row)
+
+
+def add_training(path: Path, folder: Path, runs: Runs) -> None:
+    """The log of a training run; the seeds of a row are one entry."""
+    runs.read.append(path)
+    parts = [part for part in path.parent.relative_to(folder).parts if part not in ("runs", "training")]
+    row = "/".join(part for part in parts if not part.startswith("seed")) or folder.resolve().name
+    runs.trainings.setdefault(row, []).append(path.parent)
+
+
+def interval(value: dict[str, float]) -> metrics.Interval:
+    return metrics.Interval(value["value"], value["low"], value["high"])
+
+
+def read_predictions(row: Row, runs: Runs) -> list[Predictions]:
+    found = []
+    for folder in row.folders:
+        path = folder / "predictions.csv"
+        if path.is_file():
+            found.append(Predictions.read(path))
+            runs.read.append(path)
+    return found

@@ -1,0 +1,190 @@
+"""The commands that make a table's rows: which are done, and how the others are run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import utils
+from reporting.plan import TABLES, Plan, Row
+from runtime.checkpoints import load_checkpoint, training_progress
+from runtime.logs import format_seconds
+
+log = logging.getLogger("medslip")
+HERE = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Step:
+    """A command, the folder that it fills, and what has to be there before it."""
+
+    name: str
+    folder: Path
+    command: list[str]
+    result: Path  # is there when the step is done
+    needs: list[Path] = field(default_factory=list)
+    training: bool = False
+    status: str = "waiting"
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """What the result follows from: the command, and size and time of the files that it reads."""
+        stamps = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in self.needs if path.is_file()}
+        return {"command": self.command, "inputs": stamps}
+
+    @property
+    def done(self) -> bool:
+        return self.result.is_file() and self.recorded == json.loads(json.dumps(self.record()))
+
+    @property
+    def recorded(self) -> dict[str, Any] | None:
+        """`record` when the step last ran; None where it never has."""
+        path = self.folder / "step.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+
+def seeds_of(row: Row, seeds: Sequence[int]) -> list[int]:
+    return list(seeds) if row.seeded else [seeds[0]]
+
+
+def folder_of(out: Path, row: Row, seed: int) -> Path:
+    return out / "runs" / row.slug / (f"seed{seed}" if row.seeded else "as_is")
+
+
+def plan_steps(plan: Plan, args: argparse.Namespace, out: Path) -> list[Step]:
+    """All commands in the order in which they can run."""
+    steps, python = [], sys.executable
+    root, tables = Path(args.cbis).absolute(), [f"{kind}.csv" for kind in TABLES]
+    if not all((root / name).is_file() for name in tables):
+        command = [python, str(HERE / "make_dataset.py"), "cbis", "--root", str(root)]
+        steps.append(Step("prepare CBIS-DDSM", out / "runs" / "prepare", command, root / tables[-1]))
+    for row in plan.rows:
+        for seed in seeds_of(row, args.seeds):
+            folder = folder_of(out, row, seed)
+            weights = Path(row.weights).absolute() if row.weights else None
+            if row.train is not None:
+                weights = folder / "training" / "checkpoint_best.pt"
+                flags = [*shlex.split(row.train), "--seed", str(seed), "--workers", str(args.workers)]
+                script = "main.py" if args.submit is None else "run_with_submitit.py"
+                job = [] if args.submit is None else shlex.split(args.submit)
+                if args.submit is not None and "--job_dir" not in job:
+                    job += ["--job_dir", str(out / "jobs" / "%j")]
+                command = [python, str(HERE / script), *flags, "--output-dir", str(folder / "training"), *job]
+                steps.append(Step(f"{row.name}, seed {seed}: train", folder / "training", command, weights,
+                                  training=True))  # fmt: skip
+            for kind in TABLES:
+                steps.append(evaluation(row, kind, folder / kind, weights, seed, args, root))
+    return steps
+
+
+def evaluation(
+    row: Row, kind: str, folder: Path, weights: Path | None, seed: int, args: argparse.Namespace, root: Path
+) -> Step:
+    """The step that ends in a row's predictions for one table: a probe, or fine-tuning end to end."""
+    needs = [root / f"{kind}.csv", *([weights] if weights else [])]
+    result = folder / "results.json"
+    name = f"{row.name}, seed {seed}: {kind}" if row.seeded else f"{row.name}: {kind}"
+    if row.finetune is not None:
+        command = [sys.executable, str(HERE / "beit_finetuning" / "run_class_finetuning.py"),
+                   "--data_set", f"cbis_{kind}", "--data_path", str(root), *shlex.split(row.finetune),
+                   "--seed", str(seed), "--output_dir", str(folder)]  # fmt: skip
+        command += ["--finetune", str(weights)] if weights else []
+    else:
+        command = [sys.executable, str(HERE / "main_linear.py"),
+                   "--dataset", f"cbis_{kind}", "--root", str(root), *shlex.split(row.probe),
+                   "--seed", str(seed), "--workers", str(args.workers), "--output-dir", str(folder)]  # fmt: skip
+        command += ["--pretrained", str(weights)] if weights else []
+    return Step(name, folder, command, result, needs)
+
+
+def run_steps(steps: list[Step]) -> None:
+    """Each step that is not done and has what it needs; a failure stops only what needs it."""
+    for number, step in enumerate(steps, 1):
+        title = f"[{number}/{len(steps)}] {step.name}"
+        if step.training and already_trained(step):
+            step.status = "done before"
+        elif step.done:
+            step.status = "done before"
+        elif step.training and (state := state_in_queue(step.folder)):
+            step.status = f"submitted before: {state}"
+        elif absent := [path for path in step.needs if not path.exists()]:
+            step.status = f"not run: {absent[0]} is not there"
+        else:
+            run_step(step, title)
+            continue
+        log.info(f"{title}: {step.status}")
+
+
+def already_trained(step: Step) -> bool:
+    """Whether the training of this folder has reached its end; main.py itself refuses other settings."""
+    newest = step.folder / "checkpoint.pt"
+    if not newest.is_file() or not step.result.is_file() or step.recorded is None:
+        return False
+    if step.recorded["command"][2:] != step.command[2:]:
+        return False
+    return bool(training_progress(load_checkpoint(newest, mmap=True), newest).get("finished"))
+
+
+JOB = "job.txt"  # of a training's folder: the job's number in Slurm
+
+
+def state_in_queue(folder: Path) -> str:
+    """Slurm's word for the training's job, RUNNING and so on; "" where none waits or runs, or Slurm cannot be asked."""
+    path = folder / JOB
+    if not path.is_file():
+        return ""
+    number = path.read_text().strip()
+    try:
+        asked = subprocess.run(["squeue", "-h", "-j", number, "-o", "%T"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    states = sorted(set(asked.stdout.split()) - {"COMPLETING"}) if asked.returncode == 0 else []
+    return f"job {number} is {', '.join(states)}" if states else ""
+
+
+def run_step(step: Step, title: str) -> None:
+    """One command in a process of its own; its output goes to output.txt in the folder, its last lines are shown."""
+    step.folder.mkdir(parents=True, exist_ok=True)
+    output, start = step.folder / "output.txt", time.monotonic()
+    log.info(f"{title}: {shlex.join(step.command[1:])}")
+    utils.write_json(step.folder / "step.json", step.record())
+    with open(output, "a") as file:
+        process = subprocess.Popen(step.command, stdout=file, stderr=subprocess.STDOUT)
+        previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    step.seconds = time.monotonic() - start
+    if code == 0 and step.result.is_file():
+        step.status = "done"
+    elif code == 0 and "run_with_submitit.py" in step.command[1]:
+        numbers = re.findall(r"^job (\S+): files in", output.read_text(errors="replace"), re.MULTILINE)
+        if numbers:
+            (step.folder / JOB).write_text(numbers[-1] + "\n")
+        step.status = f"submitted: job {numbers[-1]}" if numbers else "submitted"
+    elif code == 0:
+        step.status = f"no {step.result.name} came of it"
+    else:
+        step.status = f"FAILED with code {code}"
+        if step.result.name == "results.json":
+            (step.folder / "step.json").unlink()
+    log.info(f"    {step.status} after {format_seconds(step.seconds)}")
+    if step.status.startswith(("FAILED", "no ")):
+        lines = output.read_text(errors="replace").splitlines()
+        log.info("\n".join(f"    | {line}" for line in lines[-8:]) + f"\n    all of it: {output}")

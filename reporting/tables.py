@@ -1,0 +1,270 @@
+"""Runs of several seeds to tables with intervals and comparisons."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import utils
+from evaluation import comparisons, metrics, predictions, references
+from evaluation.comparisons import Draws
+from evaluation.predictions import Predictions
+from inputs import cbis
+from reporting.plan import TABLES, Plan
+from reporting.steps import Step, folder_of, seeds_of
+from synthetic.world import is_synthetic
+
+HOLM_METRIC = "auroc"  # the comparisons of a table are tested on this one
+
+
+@dataclass
+class Measured:
+    """The runs of a row for one table, and what they draw."""
+
+    name: str
+    kind: str  # measured or reference
+    seeds: list[int]
+    found: list[Predictions]
+    trained: bool
+    results: list[dict] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    draws: dict[str, Draws] = field(default_factory=dict)
+
+
+def measure(plan: Plan, args: argparse.Namespace, out: Path, kind: str) -> tuple[list[Measured], dict[str, str], list]:
+    """References and rows of a table, what is missing and why, and the test rows."""
+    rows = cbis.read_lesions(Path(args.cbis) / f"{kind}.csv")
+    measured, absent = [], {}
+    for name, found in references.reference_rows(rows).items():
+        if isinstance(found, str):
+            absent[name] = found
+        else:
+            measured.append(Measured(name, "reference", [], found, trained=False))
+    test = [row for row in rows if row["split"] == "test"]
+    for row in plan.rows:
+        item = Measured(row.name, "measured", [], [], trained=row.seeded)
+        for seed in seeds_of(row, args.seeds):
+            folder = folder_of(out, row, seed) / kind
+            if not (folder / "results.json").is_file():
+                item.missing.append(seed)
+                continue
+            path = folder / "predictions.csv"
+            item.found.append(Predictions.read(path).in_order_of(test, path))
+            item.results.append(json.loads((folder / "results.json").read_text()))
+            item.files.append(str(folder.relative_to(out)))
+            item.seeds.append(seed)
+        if item.found:
+            measured.append(item)
+        else:
+            absent[row.name] = "no seed has results"
+    for item in measured:
+        item.draws = comparisons.draw_metrics(
+            item.found[0].labels, [p.prob for p in item.found], item.found[0].patients, cbis.CBIS_CLASSES,
+            trained=item.trained, resamples=args.resamples,
+        )  # fmt: skip
+    return measured, absent, test
+
+
+def describe_row(item: Measured, test: list[dict[str, str]], resamples: int) -> dict[str, Any]:
+    """What tables.json says of a row: the six columns, and for a model all else."""
+    entry: dict[str, Any] = {
+        "name": item.name,
+        "kind": item.kind,
+        "seeds": item.seeds,
+        "missing_seeds": item.missing,
+        "leaves_out": comparisons.ONE_SEED if any(d.lacks_seeds for d in item.draws.values()) else "",
+        "files": item.files,
+        "metrics": {
+            name: asdict(comparisons.interval(d)) | {"values": d.values.tolist()} for name, d in item.draws.items()
+        },
+    }
+    if item.kind == "reference":
+        return entry
+    # Rows of the table, which know density and the like, with the probabilities of each seed.
+    whole = [Predictions(test, p.prob) for p in item.found]
+    points = [r["operating_point"] for r in item.results]
+    entry["detection"] = estimates([
+        metrics.resampled_detection(
+            p.labels, p.prob, p.patients, cbis.CBIS_CLASSES,
+            metrics.OperatingPoint(point["temperature"], point["threshold"]), resamples=resamples,
+        ) for p, point in zip(whole, points, strict=True)
+    ], item)  # fmt: skip
+    entry["units"] = {}
+    for unit in predictions.UNITS:
+        merged = [predictions.by_unit(p, unit) for p in whole]
+        entry["units"][unit] = {
+            "number": len(merged[0].rows),
+            "metrics": plain_draws(merged, item.trained, resamples),
+        }
+    entry["never_predicted"] = sorted({name for r in item.results for name in r.get("never_predicted", [])})
+    entry["subgroups"] = predictions.score_subgroups(whole[0], resamples, others=whole[1:])
+    entry["two_class"] = [r["two_class"]["metrics"]["auroc"] for r in item.results if r.get("two_class")]
+    entry["confusion"] = np.mean([r["confusion"] for r in item.results], axis=0).tolist()
+    entry["weights"] = [r.get("weights", {}) for r in item.results]
+    entry["test_readings"] = [r.get("test_readings") for r in item.results]
+    return entry
+
+
+def estimates(each: list[dict], item: Measured) -> dict[str, dict[str, float | None]]:
+    """Intervals over seeds and patients of draws that are not the six columns."""
+    patients = item.draws["auroc"].patients
+    return {
+        name: predictions.plain(
+            comparisons.interval(
+                Draws(
+                    np.array([e[name][0] for e in each]), np.stack([e[name][1] for e in each]), patients, item.trained
+                ),
+                bounded=not name.startswith("calibration"),
+            )
+        )
+        for name in each[0]
+    }
+
+
+def plain_draws(found: list[Predictions], trained: bool, resamples: int) -> dict[str, Any] | None:
+    """The six columns of other units than lesions; None where a class is missing or the patients are too few."""
+    try:
+        draws = comparisons.draw_metrics(
+            found[0].labels, [p.prob for p in found], found[0].patients, cbis.CBIS_CLASSES, trained=trained,
+            resamples=resamples,
+        )  # fmt: skip
+    except ValueError:
+        return None
+    return {name: asdict(comparisons.interval(d)) for name, d in draws.items()}
+
+
+def compare(plan: Plan, kind: str, measured: list[Measured]) -> list[dict[str, Any]]:
+    """Each row with its baseline, and Holm's correction over the AUROCs of all but the primary comparison."""
+    by_name = {item.name: item for item in measured}
+    found = []
+    for row in plan.rows:
+        if row.baseline is None or row.name not in by_name or row.baseline not in by_name:
+            continue
+        item, baseline = by_name[row.name], by_name[row.baseline]
+        differences = {name: asdict(comparisons.difference(d, baseline.draws[name])) for name, d in item.draws.items()}
+        alone = [i.name for i in (item, baseline) if any(d.lacks_seeds for d in i.draws.values())]
+        found.append({
+            "row": row.name, "baseline": row.baseline, "primary": plan.primary == (kind, row.name),
+            "difference": differences, "leaves_out": f"{', '.join(alone)}: {comparisons.ONE_SEED}" if alone else "",
+        })  # fmt: skip
+    secondary = [entry for entry in found if not entry["primary"]]
+    corrected = comparisons.holm([entry["difference"][HOLM_METRIC]["p_value"] for entry in secondary])
+    for entry, p in zip(secondary, corrected, strict=True):
+        entry["p_holm"], entry["family"] = p, len(secondary)
+    return found
+
+
+def name_primary(plan: Plan, out: Path, results_there: bool) -> dict[str, Any] | None:
+    """When the primary comparison was named, and whether results were there by then; kept in primary.json."""
+    if plan.primary is None:
+        return None
+    path = out / "primary.json"
+    named = json.loads(path.read_text()) if path.is_file() else {}
+    if (named.get("table"), named.get("row")) != plan.primary:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        named = {"table": plan.primary[0], "row": plan.primary[1], "named": now, "after_results": results_there}
+        utils.write_json(path, named)
+    return named
+
+
+def collect(plan: Plan, args: argparse.Namespace, out: Path, primary: dict | None, steps: list[Step]) -> dict[str, Any]:
+    """Everything that tables.md and a report show."""
+    tables = {}
+    for kind in TABLES:
+        measured, absent, test = measure(plan, args, out, kind)
+        tables[kind] = {
+            "lesions": len(test),
+            "patients": len({row["patient"] for row in test}),
+            "published": plan.published.get(kind, {}),
+            "rows": [describe_row(item, test, args.resamples) for item in measured],
+            "comparisons": compare(plan, kind, measured),
+            "absent": absent,
+        }
+    return {
+        "synthetic": is_synthetic(Path(args.cbis)),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": utils.versions(),
+        "cbis": str(args.cbis),
+        "seeds": args.seeds,
+        "resamples": args.resamples,
+        "level": 0.95,
+        "unit": "fraction",
+        "primary": primary,
+        "tables": tables,
+        "steps": [
+            {"name": s.name, "command": shlex.join(s.command[1:]), "status": s.status, "seconds": round(s.seconds, 1)}
+            for s in steps
+        ],
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """tables.md."""
+    lines = []
+    if result["synthetic"]:
+        lines += ["**SYNTHETIC data: these numbers say nothing about patients.**", ""]
+    seeds = len(result["seeds"])
+    lines.append(
+        f"Percent, the mean over {seeds} training seed{'s' * (seeds > 1)}, with 95% intervals over training and "
+        f"patients ({result['resamples']} resamples)."
+        if seeds > 1
+        else f"Percent, with 95% intervals over patients ({result['resamples']} resamples); {comparisons.ONE_SEED}."
+    )
+    for kind, table in result["tables"].items():
+        heads = list(metrics.METRICS.values())
+        lines += ["", f"## {TABLES[kind]} ({table['lesions']} test lesions of {table['patients']} patients)", ""]
+        lines += [f"| Model | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
+        for name, values in table["published"].items():
+            cells = (f"{values[key]:g}" if values.get(key) is not None else "–" for key in metrics.METRICS)
+            lines.append(f"| {name} (as published) | {' | '.join(cells)} |")
+        for row in table["rows"]:
+            cells = (interval_of(row["metrics"][key]).percent() for key in metrics.METRICS)
+            name = f"*{row['name']}*" if row["kind"] == "reference" else row["name"]
+            remark = " †" if row["leaves_out"] else ""
+            lines.append(f"| {name}{remark} | {' | '.join(cells)} |")
+        if any(row["leaves_out"] for row in table["rows"]):
+            lines += ["", f"† {comparisons.ONE_SEED}."]
+        for row in table["rows"]:
+            if row.get("never_predicted"):
+                lines += ["", f"{row['name']} never predicts {', '.join(row['never_predicted'])} (in a seed)."]
+            if row["missing_seeds"]:
+                lines += ["", f"{row['name']}: no results of seed {', '.join(map(str, row['missing_seeds']))}."]
+        lines += [f"\nWithout a row: {name}, because {why}." for name, why in table["absent"].items()]
+        lines += describe_comparisons(table["comparisons"], result["primary"])
+    lines += [
+        "",
+        "Rows in italics look at no image but for its size. BENIGN_WITHOUT_CALLBACK: the radiologist asked for neither "
+        "a biopsy nor further films.",
+    ]
+    return "\n".join(lines)
+
+
+def interval_of(value: dict[str, Any]) -> metrics.Interval:
+    return metrics.Interval(value["value"], value["low"], value["high"])
+
+
+def describe_comparisons(found: list[dict[str, Any]], primary: dict | None) -> Iterable[str]:
+    if not found:
+        return
+    yield ""
+    yield "AUROC minus the baseline's, percentage points, paired over patients:"
+    yield ""
+    for entry in found:
+        value = entry["difference"][HOLM_METRIC]
+        difference = metrics.Difference(**value)
+        if entry["primary"] and primary:
+            late = ", AFTER results were there" if primary["after_results"] else ", before any result"
+            p = f"p = {difference.p_value:.4f} (primary, named {primary['named']}{late})"
+        else:
+            p = f"p = {entry['p_holm']:.4f} (Holm, {entry['family']} comparison{'s' * (entry['family'] > 1)})"
+        remark = f"; {entry['leaves_out']}" if entry["leaves_out"] else ""
+        yield f"- {entry['row']} − {entry['baseline']}: {difference.percent()}, {p}{remark}"

@@ -1,0 +1,1 @@
+"""How a command runs: its flags, its checkpoints, its log."""

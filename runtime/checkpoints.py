@@ -1,0 +1,200 @@
+"""Checkpoints: written whole, read without running what they may hold, found again where a run goes on."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import pathlib
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils import atomic_write
+
+log = logging.getLogger("medslip")
+
+
+class _Float64:
+    """For numpy.dtype in a checkpoint: double precision and nothing else."""
+
+    def __init__(self, code: str, *flags: bool):
+        if code != "f8":
+            raise ValueError(f"a numpy number of type {code!r}")
+        self.order = "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", ">", "="):
+            raise ValueError(f"a numpy number of byte order {state[1]!r}")
+        self.order = state[1]
+
+
+def _scalar(dtype: _Float64, data: bytes) -> float:
+    return struct.unpack(f"{dtype.order}d", data)[0]
+
+
+# What the published SLIP checkpoints hold beside tensors and plain values. SLIP's own training left its learning rate
+# as a numpy.float64, whose module has another name from numpy 2 on; it becomes a plain number.
+_PUBLISHED_TYPES: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    (_Float64, "numpy.dtype"),
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+]
+
+
+def save_checkpoint(state: dict, path: str | Path) -> None:
+    """Write tensors and plain values so that a kill at any moment leaves either the old file or the new one."""
+    atomic_write(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
+    """Read a checkpoint of ours or a published SLIP file onto the CPU without running any code it might carry.
+
+    Args:
+        mmap: map tensors into memory instead of reading them, where only the plain values are of interest.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        ValueError: torn, foreign, or holding types other than tensors and plain values (named in the message).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        with torch.serialization.safe_globals(_PUBLISHED_TYPES):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # the restricted unpickler raises any kind on bytes that are no checkpoint
+        why = _why_unreadable(path, error)
+        raise ValueError(f"{path} is not a readable checkpoint: {why}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
+    return state
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """What a file is, as far as its first bytes tell, or the refused type without torch's advice to trust it."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    kinds = {
+        b"\xff\xd8\xff": "a JPEG image",
+        b"\x89PNG": "a PNG image",
+        b"\x1f\x8b": "a gzip archive",
+        b"%PDF": "a PDF",
+    }
+    if not start:
+        return "the file is empty"
+    for mark, kind in kinds.items():
+        if start.startswith(mark):
+            return f"it is {kind}"
+    if start.lstrip()[:1] in (b"{", b"<") or b"git-lfs" in start:
+        return f"it is text that begins {start.lstrip()[:40]!r}, perhaps a failed download"
+    if named := re.search(r"(?:GLOBAL|type|global) (\S+) (?:was not|is not|that)", str(error)):
+        return f"it holds {named[1]}, which is neither a tensor nor a plain value and would be code to run"
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def training_progress(state: dict, path: str | Path) -> dict[str, Any]:
+    """How far a checkpoint's weights were trained and whether their run was finished; {} where it does not say."""
+    args = state.get("args")
+    epochs = args.get("epochs") if isinstance(args, dict) else None
+    if "step_in_epoch" not in state or not epochs:
+        return {}
+    progress = {"epoch": state["epoch"], "epochs": epochs, "finished": not unfinished(state, path)}
+    return progress | ({"step": state["step"]} if "step" in state else {})
+
+
+def unfinished(state: dict, path: str | Path) -> str:
+    """What to say of a training checkpoint whose run has not reached its end; "" for one that has, or is no run's.
+
+    The best checkpoint of a run is of an earlier epoch; whether the run was finished says the newest one beside it.
+    """
+    path = Path(path)
+    newest = path.with_name("checkpoint.pt")
+    if path.name == "checkpoint_best.pt" and newest.is_file():
+        with suppress(ValueError):
+            state = load_checkpoint(newest, mmap=True)
+    args = state.get("args")
+    epochs = args.get("epochs") if isinstance(args, dict) else None
+    if "step_in_epoch" not in state or not epochs or state["epoch"] >= epochs:
+        return ""
+    step = f", step {state['step']} of {state['steps_per_epoch'] * epochs}" if "steps_per_epoch" in state else ""
+    return f"unfinished: epoch {state['epoch']} of {epochs}{step}"
+
+
+def strip_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameter names without what DistributedDataParallel, torch.compile and Lightning put before them."""
+    out = {}
+    for key, value in state_dict.items():
+        key = key.replace("_orig_mod.", "")  # also inside, where towers were compiled one by one
+        while key.startswith("module."):
+            key = key.removeprefix("module.")
+        out[key] = value
+    if out and all(key.startswith("model.") for key in out):  # Lightning's module holds the model
+        out = {key.removeprefix("model."): value for key, value in out.items()}
+    return out
+
+
+def _numbered(output_dir: Path) -> list[Path]:
+    """Checkpoints of a run, newest first."""
+    found = output_dir.glob("checkpoint_step*.pt")
+    return sorted((p for p in found if re.fullmatch(r"checkpoint_step\d+\.pt", p.name)), reverse=True)
+
+
+def save_training_checkpoint(state: dict, output_dir: Path, step: int, is_best: bool, keep_last: int) -> None:
+    """Write the run's state after `step` updates and drop all but the newest `keep_last` such files.
+
+    `checkpoint.pt` is another name of the newest, `checkpoint_best.pt` of the best so far.
+    """
+    for torn in output_dir.glob(".checkpoint*.tmp"):  # left by a kill in the middle of a write
+        torn.unlink()
+    # The best first: a kill after it repeats the epoch, which makes the same one again.
+    names = ["checkpoint_best.pt"] * is_best + [f"checkpoint_step{step:08d}.pt", "checkpoint.pt"]
+    path = output_dir / names[0]
+    save_checkpoint(state, path)
+    for name in names[1:]:
+        link = output_dir / f".{name}.{os.getpid()}.tmp"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, link)
+        os.replace(link, output_dir / name)
+    for old in _numbered(output_dir)[keep_last:]:
+        old.unlink()
+
+
+def find_training_checkpoint(output_dir: Path, notify: Callable[[str], object] = log.info) -> dict | None:
+    """The newest readable checkpoint of a run, or None where the run has none.
+
+    A torn file is reported by name and the one before it used.
+
+    Raises:
+        ValueError: there are checkpoints and none can be read: a fresh start would overwrite them.
+    """
+    candidates = _numbered(output_dir)
+    for path in candidates or [p for p in [output_dir / "checkpoint.pt"] if p.exists()]:
+        try:
+            state = load_checkpoint(path)
+        except ValueError as error:
+            notify(f"warning: {error}")
+            continue
+        notify(f"resuming from {path}")
+        return state
+    if candidates or (output_dir / "checkpoint.pt").exists():
+        raise ValueError(f"no checkpoint in {output_dir} can be read; move them away to start afresh")
+    return None
+
+
+def differences(theirs: dict, ours: dict) -> list[str]:
+    """What the settings of two runs do not share. What a checkpoint does not record is taken to agree."""
+    theirs = {**ours, **theirs}
+    return [f"{k}: {theirs[k]!r} there, {ours.get(k)!r} now" for k in sorted(theirs) if theirs[k] != ours.get(k)]

@@ -1,0 +1,151 @@
+"""What a run says while it runs: lines for people, rows for programs, progress bars."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+log = logging.getLogger("medslip")
+
+
+class _Lines(logging.Formatter):
+    """The message alone; a warning or an error says that it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        return level + super().format(record)
+
+
+class _Terminal(logging.Handler):
+    """Lines on standard output that do not tear a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def start_logging(output_dir: str | Path | None = None, is_main: bool = True) -> Iterator[None]:
+    """Inside the block the lines of the logger `medslip` go to the terminal and, with `output_dir`, to its log.txt.
+
+    Ranks other than the main one say nothing short of an error, so callers never ask who they are.
+    """
+    level, handlers = log.level, []
+    log.setLevel(logging.INFO if is_main else logging.ERROR)
+    if is_main:
+        if not any(isinstance(handler, _Terminal) for handler in log.handlers):  # a script may call another's main
+            handlers.append(_Terminal())
+        if output_dir is not None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf8", delay=True)
+            if file.baseFilename not in {getattr(handler, "baseFilename", "") for handler in log.handlers}:
+                handlers.append(file)
+    for handler in handlers:
+        handler.setFormatter(_Lines())
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+class MetricWriter:
+    """Records for programs: log.jsonl, TensorBoard and, on request, Weights & Biases.
+
+    The files are opened with the first row, so that a run which ends before leaves them alone. Ranks other than the
+    main one hold a writer that does nothing.
+    """
+
+    def __init__(self, output_dir: Path, enabled: bool = True, wandb: bool = False, settings: dict | None = None):
+        self.enabled = enabled
+        self._sinks: list[Callable[[dict, int], object]] = []
+        self._output_dir, self._settings = output_dir, settings
+        self._wandb: Any = None
+        self._board: Any = None
+        self._rows: TextIO | None = None
+        if enabled and wandb:
+            try:
+                import wandb as wandb_module
+            except ImportError as error:
+                raise ValueError("--wandb needs the wandb package: pip install wandb") from error
+            self._wandb = wandb_module
+
+    def row(self, kind: str, step: int, values: dict) -> None:
+        """One record: `kind` is train, epoch or test, `step` the number of updates so far."""
+        if not self.enabled:
+            return
+        rows = self._rows or self._open()
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        rows.write(json.dumps(record, allow_nan=False) + "\n")
+        for sink in self._sinks:
+            sink({f"{kind}/{k}": v for k, v in values.items()}, step)
+
+    def _open(self) -> TextIO:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        self._rows = open(self._output_dir / "log.jsonl", "a", buffering=1, encoding="utf8")
+        self._board = board = SummaryWriter(str(self._output_dir / "tensorboard"))
+        self._sinks.append(
+            lambda row, step: [board.add_scalar(k, v, step) for k, v in row.items() if isinstance(v, (int, float))]
+        )
+        if self._wandb is not None:
+            folder = self._output_dir.resolve()
+            run = self._wandb.init(
+                project="medslip",
+                config=self._settings,
+                dir=str(folder),
+                resume="allow",
+                name=folder.name,
+                id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+            )
+            self._sinks.append(lambda row, step: run.log(row, step=step))
+        return self._rows
+
+    def close(self) -> None:
+        for file in (self._board, self._rows):
+            if file is not None:
+                file.close()
+        self.enabled = False
+
+
+QUIET_SECONDS = 10  # without a line, at most, where there is no terminal
+
+
+class Progress(tqdm):
+    """tqdm's bar on a terminal; elsewhere a log line every ten seconds."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.as_lines = not sys.stderr.isatty()
+        quiet = {"mininterval": QUIET_SECONDS, "leave": False} if self.as_lines else {}
+        super().__init__(*args, **{**options, **quiet})
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if not self.as_lines:
+            super().display(msg, pos)
+        elif self.n and time.time() - self.start_t >= QUIET_SECONDS:
+            of = f" of {self.total:,}" if self.total else ""
+            log.info(f"{self.desc.removesuffix(': ')}: {self.n:,}{of}{self.unit if self.unit.strip() != 'it' else ''}")
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(int(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

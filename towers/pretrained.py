@@ -1,0 +1,237 @@
+"""Towers that start from others' weights: image towers from timm's, text towers from a Hugging Face BERT folder.
+
+    load_vision(model, "tf_efficientnet_lite0.pt")     a file or folder; "timm" for what timm itself has
+    settings = read_bert("/path/to/pubmedbert")        its sizes, tokenizer and where its weights lie
+    load_text(model, "/path/to/pubmedbert")
+
+Every tensor of a tower must come from the file, whose classifier and pre-training heads alone may be left over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+from torch import Tensor
+
+from inputs.sizes import as_size
+from runtime.checkpoints import load_checkpoint, strip_wrappers
+from tokenizer import read_vocab
+from towers.weights import resize_position_embeddings
+
+log = logging.getLogger("medslip")
+
+FROM_TIMM = "timm"  # in place of a path: the weights that timm fetches, or has in its cache
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image towers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def vision_data(tower: str, source: str | Path) -> dict[str, Any]:
+    """What weights of a timm tower expect of an image: `mean` and `std` a channel, and `size` (inputs.sizes.Size).
+
+    Of timm's own record for the tower's name (a tag after the dot chooses among several weights), or of config.json
+    where `source` is a folder that timm wrote.
+
+    Raises:
+        ValueError: no timm tower; a folder whose weights are another tower's.
+    """
+    if not timm.is_model(tower):
+        raise ValueError(f"--vision-weights is for towers of timm, not {tower}: add --vision-tower NAME")
+    cfg = timm.get_pretrained_cfg(tower, allow_unregistered=True)
+    found = dict(mean=cfg.mean, std=cfg.std, input_size=cfg.input_size) if cfg else {}
+    if Path(source).is_dir():
+        file = Path(source) / "config.json"
+        written = _read_json(file)
+        if (theirs := written.get("architecture", tower)) != tower.partition(".")[0]:
+            raise ValueError(
+                f"{file} describes {theirs}, but the run's image tower is {tower}: --vision-tower {theirs}"
+            )
+        found |= {k: v for k, v in written.get("pretrained_cfg", {}).items() if k in ("mean", "std", "input_size")}
+    if len(found) < 3 or not found["mean"]:
+        raise ValueError(f"timm does not say what images {tower} expects: give a folder with a config.json")
+    return {
+        "mean": tuple(found["mean"]),
+        "std": tuple(found["std"]),
+        "size": as_size([int(side) for side in found["input_size"][1:]]),
+    }
+
+
+def load_vision(model: Any, source: str | Path) -> None:
+    """Copy a timm tower's weights to `model.visual`; position embeddings follow the model's image size.
+
+    Args:
+        source: a state dictionary (`.pt`, `.pth`, `.bin`; also inside a training checkpoint) or `.safetensors`, a
+            folder with such a file, or "timm".
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there; unreadable; tensors missing, left over or of another shape.
+    """
+    name, tower = model.config["vision_tower"], model.visual
+    if str(source) == FROM_TIMM:
+        try:  # the constructor of the model has none of its settings: only the weights are taken
+            weights = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        except Exception as error:  # timm and the hub raise many kinds
+            raise ValueError(
+                f"timm has no weights of {name} in its cache and cannot fetch them ({type(error).__name__}: {error}); "
+                "give --vision-weights a file"
+            ) from error
+    else:
+        weights = _read_state(_weights_file(Path(source)))
+        # timm renames what older releases and other publishers wrote, family by family.
+        rename = getattr(sys.modules[type(tower).__module__], "checkpoint_filter_fn", None)
+        weights = rename(weights, tower) if rename else weights
+    own = tower.state_dict()
+    named = {f"visual.{key}": value for key, value in weights.items()}
+    named = resize_position_embeddings(named, model, vision_data(name, source)["size"])
+    weights = {key.removeprefix("visual."): value for key, value in named.items()}
+    heads = _classifiers(name)
+    spare = sorted(key for key in weights if key not in own and key.startswith(heads))
+    _copy(tower, {k: v for k, v in weights.items() if k not in spare}, f"{source} as {name}")
+    if spare:
+        log.info(f"{source}: {', '.join(spare)} not used")
+
+
+def _classifiers(name: str) -> tuple[str, ...]:
+    """What the names of a tower's classifiers begin with."""
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    own = cfg.classifier if cfg and cfg.classifier else ()
+    return tuple(f"{part}." for part in ([own] if isinstance(own, str) else own)) + ("head.", "head_dist.", "fc.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text towers
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What medclip.BertText does not vary: fields of a BERT's config.json.
+_FIXED = {
+    "model_type": "bert", "hidden_act": "gelu", "max_position_embeddings": 512, "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12, "position_embedding_type": "absolute",
+}  # fmt: skip
+_HEADS = ("cls.", "pooler.", "classifier.", "qa_outputs.")
+
+
+def read_bert(folder: str | Path) -> dict[str, Any]:
+    """A Hugging Face BERT folder as `config`, fields of models.ModelConfig, and `tokenizer`, settings of WordPiece.
+
+    Raises:
+        FileNotFoundError, ValueError: no config.json or vocabulary; a model that our text tower cannot hold.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    width = config.get("hidden_size", 768)
+    fixed = {**_FIXED, "intermediate_size": 4 * width}
+    other = [f"{k} {config[k]!r} instead of {v!r}" for k, v in fixed.items() if config.get(k, v) != v]
+    if other:
+        raise ValueError(f"{folder} is no BERT that the text tower can hold: {', '.join(other)}")
+    vocab = _bert_vocabulary(folder)
+    if (size := config.get("vocab_size", len(vocab))) != len(vocab):
+        raise ValueError(f"{folder}: config.json counts {size} tokens, its vocabulary {len(vocab)}")
+    settings = folder / "tokenizer_config.json"
+    lowercase = _read_json(settings).get("do_lower_case", True) if settings.is_file() else True
+    return {
+        "config": {
+            "text_tower": "bert",
+            "text_width": width,
+            "text_heads": config.get("num_attention_heads", 12),
+            "text_layers": config.get("num_hidden_layers", 12),
+        },
+        "tokenizer": {"vocab": vocab, "lowercase": bool(lowercase)},
+    }
+
+
+def _bert_vocabulary(folder: Path) -> list[str]:
+    """The tokens by id, of vocab.txt or, where there is none, of tokenizer.json."""
+    file = folder / "tokenizer.json"
+    if (folder / "vocab.txt").is_file() or not file.is_file():
+        return read_vocab(folder / "vocab.txt")
+    model = _read_json(file).get("model", {})
+    ids = model.get("vocab")
+    if model.get("type") != "WordPiece" or not isinstance(ids, dict) or sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError(f"{file} holds no WordPiece vocabulary, which BERT's text tower reads")
+    return sorted(ids, key=lambda token: ids[token])
+
+
+def load_text(model: Any, folder: str | Path) -> None:
+    """Copy a Hugging Face BERT's weights to `model.bert`; its pooler and pre-training heads are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_vision`.
+    """
+    weights = {}
+    for key, value in _read_state(_weights_file(Path(folder))).items():
+        key = key.removeprefix("bert.")
+        key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))
+        if not key.startswith(_HEADS) and key != "embeddings.position_ids":
+            weights[key] = value
+    _copy(model.bert, weights, str(folder))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _weights_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    names = ("model.safetensors", "pytorch_model.bin")
+    found = [path / name for name in names if (path / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{path} holds neither {' nor '.join(names)}")
+    return found[0]
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors by name: the file's own, or those under state_dict or model, without wrappers' prefixes."""
+    if not path.is_file():
+        raise FileNotFoundError(f"weights {path} do not exist")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:  # SafetensorError has no public base
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    state: Any = load_checkpoint(path)
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dictionary; its keys begin {list(state)[:5]}")
+    return strip_wrappers(state)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        values = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return values
+
+
+def _copy(module: Any, weights: dict[str, Tensor], source: str) -> None:
+    own = module.state_dict()
+    missing = sorted(set(own) - set(weights))
+    unexpected = sorted(set(weights) - set(own))
+    shapes = [
+        f"{k} {tuple(weights[k].shape)} instead of {tuple(v.shape)}"
+        for k, v in own.items()
+        if k in weights and weights[k].shape != v.shape
+    ]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"{source} does not fit: missing {missing[:8] or 'none'} ({len(missing)}), unexpected "
+            f"{unexpected[:8] or 'none'} ({len(unexpected)}), other shape {shapes[:8] or 'none'} ({len(shapes)})"
+        )
+    module.load_state_dict(weights)
