@@ -100,9 +100,16 @@ def run_script(main: Callable[[], object]) -> None:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether this project's code raised the error on purpose, rather than a library that it called."""
+    """Whether this project's code raised the error on purpose, rather than a library that it called.
+
+    Ours are the files at the root and those one folder below it. The libraries of an environment that lies inside the
+    checkout, as the README makes it, lie deeper.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(HERE) and "raise" in (frames[-1].line or "raise")
+    if not frames or "raise" not in (frames[-1].line or "raise"):
+        return False
+    file = Path(frames[-1].filename)
+    return file.is_relative_to(HERE) and len(file.relative_to(HERE).parts) <= 2
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # that ask a run to stop
