@@ -17,7 +17,7 @@ import logging
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -285,7 +285,7 @@ def unpack_part(
             for sample in batch:
                 if not sample.id or re.search(r"\s|[/\\]", sample.id) or sample.id in (".", ".."):
                     raise ValueError(f"{sample.where}: the id {sample.id!r} is no name for a file")
-            for sample, outcome in zip(batch, pool.map(partial(write_image, folder, short_side), batch), strict=True):
+            for sample, outcome in write_batch(pool, partial(write_image, folder, short_side), batch):
                 if outcome.startswith("unreadable"):
                     found["counts"]["unreadable"] += 1
                     found["unreadable"].append(f"{sample.where}\t{outcome.removeprefix('unreadable: ')}")
@@ -296,6 +296,19 @@ def unpack_part(
     record.parent.mkdir(exist_ok=True)
     write_json(record, found)
     return found
+
+
+def write_batch(
+    pool: ThreadPoolExecutor, write: Callable[[Sample], str], batch: Sequence[Sample]
+) -> Iterator[tuple[Sample, str]]:
+    """Each sample with what `write` says of it, in order. An id's later rows wait for its first, whose image counts."""
+    seen: set[str] = set()
+    waiting: list[Callable[[], str]] = []
+    for sample in batch:
+        waiting.append(partial(write, sample) if sample.id in seen else pool.submit(write, sample).result)
+        seen.add(sample.id)
+    for sample, outcome in zip(batch, waiting, strict=True):
+        yield sample, outcome()
 
 
 def write_image(folder: Path, short_side: int | None, sample: Sample) -> str:

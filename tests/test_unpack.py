@@ -1,6 +1,7 @@
 """make_dataset.py unpack: what is written is read by --dataset roco, against the images that went into the archives."""
 
 import io
+import time
 import zipfile
 
 import numpy as np
@@ -169,7 +170,8 @@ def test_bad_sources_are_refused_by_name(tmp_path):
         run(source, tmp_path / "out2")
 
 
-def test_an_id_that_comes_twice_keeps_its_first_image_and_is_counted(tmp_path, caplog):
+def test_an_id_that_comes_twice_keeps_its_first_image_and_is_counted(tmp_path, caplog, monkeypatch):
+    """Also where both are written at the same time in two threads, the second last."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
@@ -177,8 +179,16 @@ def test_an_id_that_comes_twice_keeps_its_first_image_and_is_counted(tmp_path, c
     images = [{"bytes": jpeg(i), "path": ""} for i in range(3)]
     rows = {"image": images, "caption": list("abc"), "image_id": list("xyx")}
     pq.write_table(pa.table(rows), tmp_path / "hub" / "train.parquet")
+    write, begun = unpack.atomic_write, []
+
+    def slowly(path, content):
+        begun.append(path)
+        time.sleep(0.15 * len(begun))
+        write(path, content)
+
+    monkeypatch.setattr(unpack, "atomic_write", slowly)
     with caplog.at_level("WARNING", logger="medslip"):
-        run(tmp_path / "hub", tmp_path / "roco")
+        run(tmp_path / "hub", tmp_path / "roco", "-j", "3")
     reader = datasets.create_reader("roco", str(tmp_path / "roco"), "", "train", "all")
     assert [reader.captions(i) for i in range(len(reader))] == [["a"], ["b"]] and reader.data(0) == jpeg(0)
     assert "train: 1 rows have an id that was there already" in caplog.text
