@@ -121,13 +121,13 @@ def list_images(path: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def small_image(path: Path) -> np.ndarray | str:
-    """The image in grey on SIDE x SIDE uint8, or why it cannot be read."""
+def small_image(side: int, path: Path) -> np.ndarray | str:
+    """The image in grey on side x side uint8, or why it cannot be read."""
     try:
         data = read_bytes(path)
         try:
             img = Image.open(io.BytesIO(data))
-            img.draft("L", (4 * SIDE, 4 * SIDE))  # a JPEG is decoded at an eighth of its size where that is enough
+            img.draft("L", (4 * side, 4 * side))  # a JPEG is decoded at an eighth of its size where that is enough
             if img.format != "JPEG":
                 raise OSError
             img.load()
@@ -135,7 +135,7 @@ def small_image(path: Path) -> np.ndarray | str:
             img = decode_image(data, str(path))
     except (UnreadableImage, OSError) as error:
         return str(error)
-    return np.asarray(img.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX))
+    return np.asarray(img.convert("L").resize((side, side), Image.Resampling.BOX))
 
 
 WHOLE = (0.0, 0.0, 1.0)  # left, top and side, in fractions
@@ -389,7 +389,7 @@ def audit(
 def read_small(paths: Sequence[Path], name: str, workers: int) -> tuple[Tensor, list[Path], list[str]]:
     """Small images (n, SIDE, SIDE) of those that can be read, their paths, and why others cannot."""
     rows, kept, errors = [], [], []
-    with over_processes(workers, None, chunk=32) as each, Progress(desc=name, total=len(paths), unit=" images") as bar:
+    with over_processes(workers, SIDE, chunk=32) as each, Progress(desc=name, total=len(paths), unit=" images") as bar:
         for path, found in zip(paths, each(small_image, paths), strict=True):
             if isinstance(found, str):
                 errors.append(found)

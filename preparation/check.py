@@ -17,7 +17,6 @@ from evaluation import downstream
 from evaluation.catalog import CATALOG, read_catalog
 from inputs.images import UnreadableImage
 from inputs.reader import NoSplit, Reader
-from preparation import processes
 from preparation.processes import add_workers_argument, over_processes
 from runtime.command_line import HelpFormatter, UsageError
 from runtime.logs import Progress
@@ -102,8 +101,8 @@ def unreadable(source: Any, workers: int, title: str) -> list[str]:
     return found
 
 
-def why_unreadable(i: int) -> str:
-    source = processes._shared
+def why_unreadable(source: Any, i: int) -> str:
+    """ "" for an image that can be decoded, else its name, a tab, and why not."""
     try:
         source.image(i)
     except (UnreadableImage, FileNotFoundError) as error:

@@ -18,26 +18,31 @@ from utils import write_json
 
 @contextmanager
 def over_processes(workers: int, shared: object, chunk: int = 1) -> Iterator[Callable]:
-    """A `map` over this many processes, in each of which `_shared` is the given object; one works in this process.
+    """A `map(function, items)` over this many processes that calls function(shared, item); one works in this process.
 
-    A process takes `chunk` items at a time.
+    Args:
+        shared: what every call gets first. Each process has it once, whatever the number of items.
+        chunk: items that a process takes at a time.
     """
     if workers < 2:
-        _share(shared)
-        yield map
+        yield lambda function, items: map(partial(function, shared), items)
         return
     # Forked where the system can: a reader of many million rows is then inherited, not sent.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with ProcessPoolExecutor(workers, multiprocessing.get_context(method), _share, (shared,)) as pool:
-        yield partial(pool.map, chunksize=chunk)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context(method), _keep, (shared,)) as pool:
+        yield lambda function, items: pool.map(partial(_call, function), items, chunksize=chunk)
 
 
-_shared: Any = None
+_kept: Any = None  # of a process of the pool, and of this module alone: who asks for it is handed it
 
 
-def _share(shared: object) -> None:
-    global _shared
-    _shared = shared
+def _keep(shared: object) -> None:
+    global _kept
+    _kept = shared
+
+
+def _call(function: Callable, item: object) -> Any:
+    return function(_kept, item)
 
 
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:

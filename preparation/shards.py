@@ -13,7 +13,6 @@ from typing import BinaryIO
 from datasets import READERS, UnreadableImages, create_reader
 from inputs.images import UnreadableImage
 from inputs.reader import Reader
-from preparation import processes
 from preparation.processes import add_workers_argument, keep_settings, over_processes
 from preparation.shrink import check_short_side, encode, format_of, shrink
 from runtime.command_line import HelpFormatter
@@ -109,9 +108,8 @@ def make_shards(
     return skipped
 
 
-def write_shard(number: int) -> int:
-    """Write one shard of the shared Shards; returns how many of the reader's images it covers."""
-    shards: Shards = processes._shared
+def write_shard(shards: Shards, number: int) -> int:
+    """Write one shard; returns how many of the reader's images it covers."""
     rows, reader = shards.rows(number), shards.reader
 
     def write(file: BinaryIO) -> None:

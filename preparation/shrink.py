@@ -10,6 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from PIL import Image
 
 from datasets import UnreadableImages
 from inputs.images import UnreadableImage, decode_image
-from preparation import processes
 from preparation.processes import add_workers_argument, keep_settings, over_processes
 from runtime.command_line import HelpFormatter
 from runtime.logs import Progress
@@ -101,7 +101,7 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
     counts: Counter = Counter()
     paths = (path for path in walk_files(root) if path not in ("shrink.json", "bad_samples.txt"))  # of an earlier copy
     with (
-        over_processes(workers, (root, output, short_side, unreadable), chunk=16) as each,
+        over_processes(workers, Shrinking(root, output, short_side, unreadable), chunk=16) as each,
         Progress(desc="shrinking", unit=" files") as bar,
     ):
         while batch := list(islice(paths, 4096)):  # a pool's map takes in all that it is given
@@ -132,9 +132,19 @@ def walk_files(root: Path) -> Iterator[str]:
         yield from (os.path.relpath(os.path.join(folder, name), root) for name in sorted(names))
 
 
-def shrink_file(name: str) -> str:
-    """Copy one file of the shared root to the shared output; returns one of SHRINK_OUTCOMES."""
-    root, output, short_side, unreadable = processes._shared
+@dataclass(frozen=True)
+class Shrinking:
+    """What the processes that shrink a tree share."""
+
+    root: Path
+    output: Path
+    short_side: int
+    unreadable: UnreadableImages
+
+
+def shrink_file(tree: Shrinking, name: str) -> str:
+    """Copy one file of the root to the output; returns one of SHRINK_OUTCOMES."""
+    root, output, short_side, unreadable = tree.root, tree.output, tree.short_side, tree.unreadable
     source, target = root / name, output / name
     stat = source.stat()
     if target.is_file() and target.stat().st_mtime_ns == stat.st_mtime_ns:

@@ -1,6 +1,10 @@
 """make_dataset.py check on small trees with an image that is torn."""
 
+import subprocess
+import sys
+
 import pytest
+from helpers import ROOT
 from roco_tree import make_roco
 from test_csv_sets import write_set
 
@@ -20,6 +24,10 @@ def test_pairs_are_counted_by_split_and_torn_images_named(tmp_path, caplog):
     for workers in "12":
         with pytest.raises(ValueError, match="1 images cannot be decoded, first .*ROCO_00026.jpg"):
             make_dataset.main([*argv, workers])
+        done = subprocess.run(
+            [sys.executable, ROOT / "make_dataset.py", *argv, workers], capture_output=True, text=True
+        )
+        assert done.returncode == 1 and "error: 1 images cannot be decoded, first" in done.stderr
     assert (tmp_path / "bad.txt").read_text().count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""Exit codes and messages of the scripts: what the user can mend is one line, a fault of the code keeps its traceback."""
+"""Exit codes and messages: what the user can mend is one line, a fault of the code keeps its traceback."""
 
 import importlib.util
 import sys
