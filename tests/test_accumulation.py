@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import batches, command, gradients, split, tiny_medslip, tiny_model, weights
+from helpers import command, weights
+from model_helpers import batches, gradients, split, tiny_medslip, tiny_model
 from torch import nn
 
 import distributed

@@ -1,8 +1,14 @@
 """Benchmarks on tiny settings: that they run, compare equal things, and count what they say. Never how fast."""
 
+import sys
+
 import bench_step
+import numpy as np
 import pytest
 import torch
+from helpers import load_script
+
+from inputs import sources
 
 SMALL = [
     "--image-size",
@@ -91,3 +97,28 @@ def test_the_largest_batch_within_a_limit():
         results[limit] = bench_step.largest_batch("SLIP_VITT16", 32, args, rest)
     assert results[0.05] == {} and 32 <= results[0.2]["largest_batch"] < results[0.4]["largest_batch"]
     assert results[0.4]["largest_batch_peak"] <= 0.4 * 2**30
+
+
+def test_the_memory_benchmark_reads_what_it_says():
+    bench = load_script("benchmarks/bench_memory.py")
+    lengths = bench.caption_lengths(200_000, seed=3)
+    assert lengths.min() >= 3 and lengths.max() <= 2045
+    assert lengths.mean() == pytest.approx(137, abs=4) and np.median(lengths) == pytest.approx(114, abs=2)
+    assert np.mean(lengths > 370) == pytest.approx(0.03, abs=0.003)
+    if sys.platform == "linux":
+        result = bench.main(["--rows", "5000", "--workers", "2"])
+        assert result["text_bytes"] == 5000 * 30 + bench.caption_lengths(5000, 0).sum()
+        assert result["rows"] == 5000 and len(result["pss_workers"]) == 2
+        assert result["pss_bytes"] == result["pss_parent"] + sum(result["pss_workers"]) > result["text_bytes"]
+
+
+@pytest.mark.slow
+def test_the_yfcc_benchmark_makes_the_lists_it_reports(tmp_path):
+    result = load_script("benchmarks/bench_yfcc.py").main(["--folder", str(tmp_path), "--gigabytes", "0.001"])
+    assert result["rows"] > 1000 and result["table_gb"] == pytest.approx(0.001, rel=0.01)
+    rows = sources.read_list(tmp_path / "yfcc15m.pkl")
+    assert 0.1 * result["rows"] < len(rows) < 0.2 * result["rows"]
+    assert rows[0][1:] == (
+        "Sunset over the bay, evening",
+        "We walked along the shore for two hours and saw nothing but \u00e9normous gulls. More at ",
+    )

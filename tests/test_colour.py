@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms as T
-from helpers import draws, grainy, image, least_p, planes
 from PIL import ImageFilter
+from view_helpers import draws, grainy, image, least_p, planes
 
 from inputs.colour import (
     Colour,

@@ -7,19 +7,8 @@ import sys
 import pytest
 import torch
 from distributed_helpers import free_port
-from helpers import (
-    ROOT,
-    assert_same_run,
-    batches,
-    command,
-    environment,
-    gradients,
-    split,
-    stop_after,
-    tiny_medslip,
-    tiny_model,
-    weights,
-)
+from helpers import ROOT, assert_same_run, command, environment, stop_after, weights
+from model_helpers import batches, gradients, split, tiny_medslip, tiny_model
 from roco_tree import make_roco
 
 import main

@@ -8,7 +8,7 @@ import cbis_tree
 import evaluation_helpers
 import numpy as np
 import pytest
-from helpers import write_checkpoint
+from model_helpers import write_checkpoint
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import GOLDENS, command, save_jpeg
+from helpers import GOLDENS, command
 from PIL import Image
 from roco_tree import make_roco
+from source_tree import save_jpeg
 
 import main
 import main_linear

@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import TINY, command, tiny_medslip
+from helpers import TINY, command
+from model_helpers import tiny_medslip
 from PIL import Image
 from roco_tree import make_roco
 

@@ -7,7 +7,8 @@ nothing stays on the CPU, and that the host never asks for a value, which on a G
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, tiny_medslip
+from helpers import TINY
+from model_helpers import tiny_medslip
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 

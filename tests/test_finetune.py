@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import GOLDENS, ROOT, environment, tiny_medslip, write_checkpoint
+from helpers import GOLDENS, ROOT, environment
+from model_helpers import tiny_medslip, write_checkpoint
 from PIL import Image
 from torch import nn
 

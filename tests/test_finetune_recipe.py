@@ -4,7 +4,8 @@ import json
 import sys
 
 import cbis_tree
-from helpers import ROOT, write_checkpoint
+from helpers import ROOT
+from model_helpers import write_checkpoint
 
 from inputs import cbis
 from preparation.cbis_tables import make_cbis

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import jpeg, make_redcaps, make_yfcc, save_jpeg
 from PIL import Image
+from source_tree import jpeg, make_redcaps, make_yfcc, save_jpeg
 
 import models
 from datasets import create_reader

@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, batches, command, tiny_medslip, tiny_model
+from helpers import TINY, command
+from model_helpers import batches, tiny_medslip, tiny_model
 from roco_tree import make_roco
 
 import distributed

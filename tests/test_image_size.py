@@ -9,11 +9,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import TINY, command, grainy, image, tiny_medslip
+from helpers import TINY, command
+from model_helpers import tiny_medslip
 from PIL import Image
 from roco_tree import make_roco
 from test_export import built
 from torchvision.transforms import v2
+from view_helpers import grainy, image
 
 import eval_zeroshot
 import export

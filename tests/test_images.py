@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from helpers import grainy, image, planes
 from PIL import Image
+from view_helpers import grainy, image, planes
 
 from inputs.images import UnreadableImage, decode_image, decode_pixels, read_image, to_rgb8, window_to_8bit
 

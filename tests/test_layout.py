@@ -1,4 +1,4 @@
-"""Where things live: who may import whom."""
+"""Where things live: who may import whom, and how large a file or a function may grow."""
 
 import ast
 from pathlib import Path
@@ -26,7 +26,7 @@ STARTS_OTHERS = ("make_tables", "demo", "run_with_submitit_linear", "run_with_su
 STEP = {part: step for step, parts in enumerate([*STEPS, COMMANDS]) for part in parts}
 FOLDERS = sorted(part for part in STEP if (ROOT / part).is_dir())
 FILES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))])
-MOST_AT_THE_ROOT = 20  # Python files, hubconf.py among them
+LONGEST_FILE, LONGEST_FUNCTION, MOST_AT_THE_ROOT = 700, 80, 20  # lines; lines; Python files, hubconf.py among them
 
 
 def name_of(path: Path) -> str:
@@ -95,3 +95,18 @@ def test_a_folder_says_what_it_is_for(folder, trees):
 
 def test_the_root_is_a_table_of_contents():
     assert len(list(ROOT.glob("*.py"))) <= MOST_AT_THE_ROOT
+
+
+def test_files_and_functions_fit_a_reader(trees):
+    everything = {**trees}
+    for path in [*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        everything[path] = ast.parse(path.read_text(encoding="utf8"))
+    too_long = []
+    for path, tree in everything.items():
+        if (lines := len(path.read_text(encoding="utf8").splitlines())) > LONGEST_FILE and path.name != "main.py":
+            too_long.append(f"{name_of(path)}: {lines} lines")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                if (lines := node.end_lineno - node.lineno + 1) > LONGEST_FUNCTION:
+                    too_long.append(f"{name_of(path)}, {node.name}: {lines} lines")
+    assert not too_long

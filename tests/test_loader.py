@@ -12,7 +12,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import DROPOUT, ROOT, assert_same_run, command, environment, write_checkpoint
+from helpers import DROPOUT, ROOT, assert_same_run, command, environment
+from model_helpers import write_checkpoint
 from PIL import Image
 from roco_tree import make_roco
 from torch.utils.data import Dataset

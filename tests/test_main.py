@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import DROPOUT, GOLDENS, ROOT, assert_same_run, command, environment, save_jpeg, stop_after, weights
+from helpers import DROPOUT, GOLDENS, ROOT, assert_same_run, command, environment, stop_after, weights
 from roco_tree import make_roco
+from source_tree import save_jpeg
 
 import losses
 import main

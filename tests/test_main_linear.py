@@ -21,7 +21,8 @@ import pytest
 import torch
 import torchvision.transforms as T
 from distributed_helpers import run_ranks
-from helpers import QUICK, image_side, write_checkpoint
+from helpers import QUICK
+from model_helpers import image_side, write_checkpoint
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_score, recall_score, roc_auc_score

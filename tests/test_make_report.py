@@ -14,7 +14,7 @@ import evaluation_helpers
 import numpy as np
 import pytest
 import torch
-from helpers import write_checkpoint
+from model_helpers import write_checkpoint
 from roco_tree import make_roco
 
 import main_linear

@@ -5,7 +5,8 @@ import shlex
 
 import numpy as np
 import pytest
-from helpers import TINY, write_checkpoint
+from helpers import TINY
+from model_helpers import write_checkpoint
 from sklearn.metrics import roc_auc_score
 
 import make_tables

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_medslip
+from model_helpers import tiny_medslip
 
 import losses
 import models

@@ -8,7 +8,8 @@ from pathlib import Path, PosixPath
 
 import pytest
 import torch
-from helpers import GOLDEN_MODELS, GOLDENS, tiny_model
+from helpers import GOLDENS
+from model_helpers import GOLDEN_MODELS, tiny_model
 
 import losses
 import models

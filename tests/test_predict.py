@@ -11,7 +11,8 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from helpers import ROOT, write_checkpoint
+from helpers import ROOT
+from model_helpers import write_checkpoint
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian

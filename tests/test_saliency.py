@@ -4,7 +4,7 @@ import cbis_tree
 import numpy as np
 import pytest
 import torch
-from helpers import write_checkpoint
+from model_helpers import write_checkpoint
 from PIL import Image
 from torch import nn
 

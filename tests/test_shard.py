@@ -3,7 +3,8 @@
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import batches, command, tiny_model, weights
+from helpers import command, weights
+from model_helpers import batches, tiny_model
 from roco_tree import make_roco
 
 import distributed

@@ -25,7 +25,8 @@ import helpers
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import DROPOUT, TINY, assert_same_run, weights, write_checkpoint
+from helpers import DROPOUT, TINY, assert_same_run, weights
+from model_helpers import write_checkpoint
 from roco_tree import make_roco
 from submitit.core.utils import UncompletedJobError
 

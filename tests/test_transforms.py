@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms as T
-from helpers import Script, SslView, TrainView, draws, grainy, image, least_p, planes, resized
 from PIL import Image, ImageFilter
+from view_helpers import Script, SslView, TrainView, draws, grainy, image, least_p, planes, resized
 
 from inputs.colour import Colour, apply_colour
 from inputs.images import pixels_of

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PREPROCESS, TINY, all_captions, grey_of, jpeg
+from helpers import TINY
 from roco_tree import make_roco
+from source_tree import PREPROCESS, all_captions, grey_of, jpeg
 from torch.utils.data import DataLoader
 
 import main

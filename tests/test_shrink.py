@@ -1,0 +1,120 @@
+"""make_dataset.py shrink: trees with smaller images, interrupted and by several processes."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from source_tree import FILES, image_bytes
+
+import make_dataset
+from datasets import create_reader
+from inputs.images import read_image
+from preparation import shards, shrink
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    root = tmp_path / "in"
+    for name, data in FILES.items():
+        path = root / "train" / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (root / "train" / "captions.txt").write_text("R_1\t text\n")
+    (root / "train" / "BIG.JPEG").write_bytes(image_bytes((200, 100), seed=9))
+    (root / "broken.png").write_bytes(FILES["alpha.png"][:200])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "linked.jpg").write_bytes(FILES["large.jpg"])
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "loop").symlink_to(root)
+    return root
+
+
+def tree_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_tree_is_copied_with_its_images_shrunk(tree, tmp_path, capsys):
+    output = tmp_path / "out"
+    make_dataset.main(["shrink", "--root", str(tree), "--output", str(output), "--short-side", "60", "-j", "1"])
+    copy = tree_bytes(output)
+    shrunk = {
+        "train/images/large.jpg",
+        "train/images/grey.jpg",
+        "train/images/alpha.png",
+        "train/images/deep.png",
+        "train/images/really_a_png.jpg",
+        "train/BIG.JPEG",
+        "linked/linked.jpg",
+    }
+    kept = {
+        "train/images/small.jpg",
+        "train/images/web.webp",
+        "train/images/scan.tif",
+        "train/captions.txt",
+        "broken.png",
+    }
+    assert set(copy) == shrunk | kept | {"shrink.json", "bad_samples.txt"}
+    for name in kept:
+        assert copy[name] == (tree / name).read_bytes()
+    for name in shrunk:
+        before, after = Image.open(tree / name), Image.open(io.BytesIO(copy[name]))
+        assert min(after.size) == 60 and after.format == before.format
+    deep = read_image(tree / "train/images/deep.png").resize((87, 60), Image.Resampling.LANCZOS)
+    assert np.array_equal(np.asarray(read_image(output / "train/images/deep.png")), np.asarray(deep))
+    assert str(tree / "broken.png") in copy["bad_samples.txt"].decode()
+    assert "7 shrunk, 4 copied, 1 unreadable" in capsys.readouterr().out
+
+
+def test_a_shrunk_tree_is_continued_and_the_same_with_many_processes(tree, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    shrink.shrink_tree(tree, many, 60, workers=3)
+    shrink.shrink_tree(tree, one, 60)
+    drop = {"shrink.json": b"", "bad_samples.txt": b""}
+    assert {**tree_bytes(one), **drop} == {**tree_bytes(many), **drop}
+    (one / "train" / "images" / "large.jpg").unlink()
+    (tree / "train" / "captions.txt").write_text("R_1\t other\n")
+    assert shrink.shrink_tree(tree, one, 60) == {"shrunk": 1, "copied": 1, "there already": 10}
+    assert (one / "train" / "captions.txt").read_text() == "R_1\t other\n"
+    large = "train/images/large.jpg"
+    assert (one / large).read_bytes() == (many / large).read_bytes()
+    assert shrink.shrink_tree(one, tmp_path / "again", 30)["copied"] >= 1  # a copy of a copy has notes of its own
+    assert json.loads((tmp_path / "again" / "shrink.json").read_text())["short_side"] == 30
+
+
+def test_a_shrunk_copy_lies_elsewhere_and_has_one_size(tree, tmp_path):
+    for output in (tree, tree / "small", tmp_path):
+        with pytest.raises(ValueError, match="lie in each other"):
+            shrink.shrink_tree(tree, output, 60)
+    shrink.shrink_tree(tree, tmp_path / "out", 60)
+    with pytest.raises(ValueError, match="begun with short_side 60, not 80"):
+        shrink.shrink_tree(tree, tmp_path / "out", 80)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        shrink.shrink_tree(tmp_path / "nowhere", tmp_path / "out2", 60)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").write_text("")
+    with pytest.raises(ValueError, match="not begun by this command"):
+        shrink.shrink_tree(tree, tmp_path / "used", 60)
+
+
+def test_shrinking_and_sharding_keep_the_contrast_of_twelve_bits(tmp_path):
+    """A radiograph of 12 bits in a 16-bit colour file: its copies look as the file itself does in training."""
+    pytest.importorskip("webdataset")
+    from test_images import png_of_16_bits
+
+    ramp = np.tile(np.linspace(0, 4095, 120).astype(np.uint16), (80, 1))[..., None].repeat(3, -1)
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "deep.png").write_bytes(png_of_16_bits(ramp))
+    (root / "train.csv").write_text("image,caption\ndeep.png,a ramp\n")
+    make_dataset.main(
+        ["shrink", "--root", str(root), "--output", str(tmp_path / "small"), "--short-side", "40", "-j", "1"]
+    )
+    reader = create_reader("csv", root)
+    assert shards.make_shards(reader, tmp_path / "shards", shard_size=3, short_side=40) == 0
+    expected = np.asarray(read_image(root / "deep.png").resize((60, 40), Image.Resampling.LANCZOS), dtype=int)
+    for copy in (create_reader("csv", tmp_path / "small"), create_reader("webdataset", tmp_path / "shards")):
+        got = np.asarray(copy.image(0), dtype=int)
+        assert got.shape == (40, 60, 3) and got.max() > 250 and abs(got - expected).max() <= 2

@@ -1,0 +1,348 @@
+"""Readers of image files in their publishers' layouts, on small trees in those layouts."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from source_tree import (
+    CAPTIONS,
+    LARGE,
+    all_captions,
+    grey_of,
+    make_coco,
+    make_redcaps,
+    make_yfcc,
+    roco_folder,
+    save_jpeg,
+)
+
+from datasets import READERS, create_reader
+from inputs import reader as inputs_reader
+
+
+@pytest.mark.parametrize("name, gap", [("captions.txt", "\t "), ("captions.txt", "\t   "), ("selected_pairs.txt", " ")])
+def test_roco_reads_both_files_of_captions(tmp_path, name, gap):
+    folder = roco_folder(tmp_path / "train" / "radiology", name=name, gap=gap)
+    reader = create_reader("roco", tmp_path)
+    assert all_captions(reader) == list(CAPTIONS.values())
+    assert [grey_of(reader.image(i)) for i in range(4)] == [50, 100, 150, 200]
+    assert reader.name(2) == str(folder / "images" / "ROCO_00003.jpg")
+    assert reader.dropped == 0
+    for i in (-1, 4):
+        with pytest.raises(IndexError):
+            reader.captions(i)
+
+
+@pytest.fixture
+def roco(tmp_path) -> Path:
+    for split in ("train", "validation", "test"):
+        for kind in ("radiology", "non-radiology"):
+            roco_folder(tmp_path / split / kind, {f"{split}-{kind}": f"{split} {kind}"})
+    return tmp_path
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("deeper", ["", "train", "train/radiology", "test/radiology", "validation/non-radiology"])
+def test_roco_finds_every_split_from_any_root(roco, split, deeper):
+    assert all_captions(create_reader("roco", roco / deeper, split=split)) == [f"{split} radiology"]
+
+
+def test_roco_understands_its_own_data_folder(tmp_path):
+    roco_folder(tmp_path / "data" / "test" / "radiology")
+    assert len(create_reader("roco", tmp_path, split="test")) == 4
+
+
+def test_roco_parts(roco):
+    assert all_captions(create_reader("roco_nonradiology", roco)) == ["train non-radiology"]
+    both = create_reader("roco_all", roco)
+    assert all_captions(both) == ["train radiology", "train non-radiology"]
+    assert both.image(1).size == (24, 20)
+
+
+def test_a_lone_folder_of_captions_is_the_training_split_only(tmp_path):
+    roco_folder(tmp_path / "pairs")
+    assert len(create_reader("roco", tmp_path / "pairs")) == 4
+    with pytest.raises(FileNotFoundError, match="'validation'.*validation/radiology/captions.txt"):
+        create_reader("roco", tmp_path / "pairs", split="validation")
+
+
+def test_a_folder_named_after_its_split_is_that_split(tmp_path):
+    roco_folder(tmp_path / "test")
+    assert len(create_reader("roco", tmp_path / "test", split="test")) == 4
+    with pytest.raises(FileNotFoundError):
+        create_reader("roco", tmp_path / "test", split="train")
+
+
+def test_metadata_names_another_file_of_captions(tmp_path):
+    folder = roco_folder(tmp_path / "train" / "radiology")
+    (folder / "selected_pairs.txt").write_text("ROCO_00004 only this\n")
+    assert len(create_reader("roco", tmp_path)) == 4
+    assert all_captions(create_reader("roco", tmp_path, "selected_pairs.txt")) == ["only this"]
+    with pytest.raises(FileNotFoundError, match="mine.txt"):
+        create_reader("roco", tmp_path, "mine.txt")
+    with pytest.raises(ValueError, match="name of a file beside images/, no path.*radiology/captions.txt"):
+        create_reader("roco", tmp_path, str(folder / "captions.txt"))  # it would serve for every split
+
+
+def test_absent_images_and_rows_without_caption_are_counted_and_named(tmp_path):
+    folder = roco_folder(tmp_path / "train" / "radiology")
+    with open(folder / "captions.txt", "a") as file:
+        file.write("ROCO_00005\t gone\n\nROCO_00001\t  \nROCO_00002\nROCO_00006\t gone too\n")
+    reader = create_reader("roco", tmp_path)
+    assert len(reader) == 4 and reader.dropped == 2
+    log = "\n".join(reader.log)
+    assert "4 pictures" in log
+    assert "2 rows dropped because their image is absent" in log and "ROCO_00005.jpg" in log
+    assert "2 rows dropped because they have no caption" in log and "captions.txt line 7" in log
+
+
+def test_a_folder_is_listed_once_and_no_image_is_asked_for(tmp_path, monkeypatch):
+    roco_folder(tmp_path / "train" / "radiology", {f"R_{i}": "text" for i in range(50)})
+    listed, asked = [], []
+    scandir, stat_of = os.scandir, os.stat
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
+    monkeypatch.setattr(os, "stat", lambda path, **more: asked.append(str(path)) or stat_of(path, **more))
+    assert len(create_reader("roco", tmp_path)) == 50
+    assert listed == [str(tmp_path / "train" / "radiology" / "images")]
+    assert not [path for path in asked if path.endswith(".jpg")]
+
+
+@pytest.mark.parametrize("name", ["../../../secret", "/etc/passwd", "a/../../b", "..", "a\\..\\b"])
+def test_a_row_that_leaves_the_root_is_refused_by_name(tmp_path, name):
+    folder = roco_folder(tmp_path / "train" / "radiology")
+    with open(folder / "captions.txt", "a") as file:
+        file.write(f"{name}\t text\n")
+    with pytest.raises(ValueError, match="captions.txt line 5.*may leave the data root"):
+        create_reader("roco", tmp_path)
+
+
+def test_clear_errors_for_roots_and_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        create_reader("roco", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no ROCO split 'train'.*train/radiology/captions.txt"):
+        create_reader("roco", tmp_path)
+    folder = roco_folder(tmp_path / "train" / "radiology")
+    with pytest.raises(ValueError, match="'val'.*train, validation, test"):
+        create_reader("roco", tmp_path, split="val")
+    with pytest.raises(ValueError, match="unknown dataset 'rocco'.*roco, .*csv"):
+        create_reader("rocco", tmp_path)
+    (folder / "captions.txt").write_bytes(b"ROCO_00001\t caf\xe9\n")
+    with pytest.raises(ValueError, match="captions.txt line 1 is not UTF-8"):
+        create_reader("roco", tmp_path)
+    (folder / "captions.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match="captions.txt: 0 pictures with captions"):
+        create_reader("roco", tmp_path)
+    (folder / "captions.txt").write_text("gone\t text\n")
+    with pytest.raises(FileNotFoundError, match="1 rows dropped because their image is absent.*gone.jpg"):
+        create_reader("roco", tmp_path)
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_id(tmp_path):
+    folder = roco_folder(tmp_path / "train" / "radiology")
+    path = folder / "captions.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(create_reader("roco", tmp_path)) == 4
+
+
+def test_the_caption_filter_chooses_rows_and_says_how_many(tmp_path):
+    roco_folder(tmp_path / "train" / "radiology")
+    reader = create_reader("roco", tmp_path, caption_filter="mammo-xray")
+    assert all_captions(reader) == list(CAPTIONS.values())[:2]
+    assert grey_of(reader.image(1)) == 100
+    assert "'mammo-xray' keeps 2 of 4 images" in reader.log[-1]
+    axial = create_reader("roco", tmp_path, caption_filter="^axial")
+    assert len(axial) == 2 and grey_of(axial.image(0)) == 150 and axial.name(1).endswith("ROCO_00004.jpg")
+    with pytest.raises(ValueError, match="'mamo' keeps 0 of 4.*mammo-xray, mammo"):
+        create_reader("roco", tmp_path, caption_filter="mamo")
+
+
+@pytest.mark.parametrize("layout", ["{0}_images/{0}", "{0}_images", "{0}"])
+@pytest.mark.parametrize("split, short", [("train", "train"), ("validation", "valid"), ("test", "test")])
+def test_rocov2_layouts(tmp_path, layout, split, short):
+    name = f"ROCOv2_2023_{short}_000001"
+    save_jpeg(tmp_path / layout.format(short) / f"{name}.jpg", 77)
+    (tmp_path / f"{short}_captions.csv").write_text(f'ID,Caption\n{name},"CT, ""axial"",\nsecond line"\ngone,text\n')
+    reader = create_reader("rocov2", tmp_path, split=split)
+    assert all_captions(reader) == ['CT, "axial",\nsecond line']
+    assert grey_of(reader.image(0)) == 77 and reader.dropped == 1
+
+
+def test_rocov2_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train_captions.csv"):
+        create_reader("rocov2", tmp_path)
+    (tmp_path / "train_captions.csv").write_text("ID,Caption\n")
+    with pytest.raises(FileNotFoundError, match="train_images/train"):
+        create_reader("rocov2", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "filepath\ttitle\na/1.jpg\tone, two\nb/2.jpg\tthree\n",
+        '\ufeffid,Image,CAPTION\r\n1,a/1.jpg,"one, two"\r\n2,b/2.jpg,three\r\n',
+        "caption;path\none, two;a/1.jpg\nthree; b/2.jpg\n",
+    ],
+)
+def test_csv_finds_delimiter_and_columns(tmp_path, text):
+    for i, name in enumerate(("a/1.jpg", "b/2.jpg"), 1):
+        save_jpeg(tmp_path / name, 60 * i)
+    (tmp_path / "pairs.txt").write_text(text, encoding="utf-8")
+    reader = create_reader("csv", tmp_path, "pairs.txt")
+    assert all_captions(reader) == ["one, two", "three"]
+    assert [grey_of(reader.image(i)) for i in range(2)] == [60, 120]
+
+
+def test_csv_splits_by_column_or_by_file(tmp_path):
+    for name in "abc":
+        save_jpeg(tmp_path / f"{name}.jpg")
+    (tmp_path / "all.csv").write_text("image,caption,split\na.jpg,a,train\nb.jpg,b,val\nc.jpg,c,TEST\n")
+    for split, captions in (("train", ["a"]), ("validation", ["b"]), ("test", ["c"])):
+        assert all_captions(create_reader("csv", tmp_path, str(tmp_path / "all.csv"), split)) == captions
+    (tmp_path / "validation.tsv").write_text("image\tcaption\nc.jpg\tc\n")
+    assert all_captions(create_reader("csv", tmp_path, split="validation")) == ["c"]
+    with pytest.raises(FileNotFoundError, match="'train'.*train.csv or .*train.tsv"):
+        create_reader("csv", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("image,words\na.jpg,x\n", "no column caption or title.*image, words"),
+        ("image_id,caption\na.jpg,x\n", "no column image or"),
+        ("image,caption\na.jpg,x\nb.jpg\n", "line 3 has 1 fields, the header 2"),
+        ("image,caption\na.jpg,x\n../b.jpg,y\n", r"line 3: the path '\.\./b\.jpg'"),
+        ("image,caption\n/etc/b.jpg,y\n", "line 2: the path '/etc/b.jpg'"),
+        ("image,caption\n", "no rows of the split"),
+        ("", "no column"),
+        ("image,caption\na.jpg,caf\xe9\n", "encoding UTF-8"),
+        ("image,caption\na.jpg,a comma, unquoted\n", "line 2 has 3 fields, the header 2"),
+        ('image,caption\na.jpg,"never closed\nb.jpg,y\n', "never closed"),
+    ],
+)
+def test_csv_errors_name_file_and_line(tmp_path, text, message):
+    save_jpeg(tmp_path / "a.jpg")
+    (tmp_path / "pairs.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"pairs.csv.*{message}"):
+        create_reader("csv", tmp_path, "pairs.csv")
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_sources_in_their_published_layout(tmp_path, name):
+    make, captions, greys, dropped = LARGE[name]
+    reader = create_reader(name, make(tmp_path))
+    assert [reader.captions(i) for i in range(len(reader))] == captions
+    assert [grey_of(reader.image(i)) for i in range(len(reader))] == pytest.approx(greys, abs=1)
+    assert reader.dropped == dropped
+    assert f"{dropped} rows dropped because their image is absent" in "\n".join(reader.log)
+    filtered = create_reader(name, tmp_path, caption_filter=captions[-1][-1])
+    assert filtered.captions(len(filtered) - 1) == captions[-1]
+    again = pickle.loads(pickle.dumps(reader))  # as a spawned worker gets it
+    assert again.captions(0) == captions[0] and grey_of(again.image(0)) == pytest.approx(greys[0], abs=1)
+
+
+def test_every_reader_is_tested_here():
+    assert set(READERS) == {*LARGE, "roco", "roco_nonradiology", "roco_all", "rocov2", "csv", "webdataset"}
+
+
+def test_yfcc_numbers_become_folder_archive_and_member(tmp_path):
+    reader = create_reader("yfcc15m", make_yfcc(tmp_path))
+    assert reader.name(0) == str(tmp_path / "images" / "12" / "345.zip" / "678.jpg")
+    assert reader.name(1) == str(tmp_path / "images" / "00" / "000.zip" / "005.jpg")
+    assert reader.images.tolist() == [12345678, 5]
+
+
+def test_coco_validation_lies_beside_the_training_file(tmp_path):
+    make_coco(tmp_path)
+    given = str(tmp_path / "annotations" / "captions_train2017.json")
+    assert create_reader("coco", tmp_path, given, "validation").captions(0) == ["7 0", "7 1", "x"]
+    with pytest.raises(ValueError, match="'test'.*train, validation"):
+        create_reader("coco", tmp_path, split="test")
+
+
+def test_redcaps_in_slips_layout(tmp_path):
+    assert grey_of(create_reader("redcaps", make_redcaps(tmp_path, "")).image(0)) == 90
+
+
+def test_redcaps_with_a_subreddit_in_each_layout(tmp_path):
+    make_redcaps(tmp_path, "images")
+    save_jpeg(tmp_path / "birding" / "b1.jpg", 60)
+    rows = [
+        {"image_id": image, "caption": image, "subreddit": subreddit}
+        for image, subreddit in (("abc1", "itap"), ("b1", "birding"))
+    ]
+    (tmp_path / "redcaps_v1.json").write_text(json.dumps(rows))
+    reader = create_reader("redcaps", tmp_path)
+    assert [grey_of(reader.image(i)) for i in range(len(reader))] == [90, 60] and reader.dropped == 0
+
+
+@pytest.mark.parametrize("name", ["yfcc15m", "cc3m", "cc12m", "redcaps"])
+def test_sources_without_validation_say_so(tmp_path, name):
+    LARGE[name][0](tmp_path)
+    with pytest.raises(ValueError, match="'validation'; choose from train"):
+        create_reader(name, tmp_path, split="validation")
+
+
+def test_every_source_checks_its_own_metadata(tmp_path):
+    bad = [
+        ("yfcc15m", "a.pkl", pickle.dumps([(1, "a", "b"), (2, "only one")]), "row 1 is not"),
+        ("yfcc15m", "b.pkl", pickle.dumps([(10**8, "a", "b")]), "row 0.*100000000"),
+        ("yfcc15m", "c.pkl", pickle.dumps({"a": 1}), "holds dict, not a list"),
+        (
+            "coco",
+            "d.json",
+            b'{"annotations": [{"image_id": "x", "caption": "c"}]}',
+            "annotation 0.*'image_id'",
+        ),
+        ("coco", "e.json", b'{"images": []}', "no list 'annotations'"),
+        (
+            "redcaps",
+            "f.json",
+            b'[{"image_id": "../../x", "subreddit": "a", "caption": "c"}]',
+            "annotation 0.*root",
+        ),
+        ("redcaps", "g.json", b'[{"image_id": "a", "caption": "c"}]', "annotation 0.*'subreddit'"),
+        ("cc3m", "h.pkl", pickle.dumps([{"image_id": "../x.jpg", "captions": ["a"]}]), "row 0.*root"),
+        ("cc3m", "i.pkl", pickle.dumps([{"image_id": "x.jpg", "captions": [3]}]), "row 0.*captions"),
+        ("cc12m", "j.pkl", pickle.dumps(["x.jpg"]), "row 0.*'image_name'"),
+    ]
+    for name, file, data, message in bad:
+        (tmp_path / file).write_bytes(data)
+        with pytest.raises(ValueError, match=f"{file}.*{message}"):
+            create_reader(name, tmp_path, file)
+        assert not list(tmp_path.glob("*.index")) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_split_names_of_all_publishers_are_known_and_others_named(tmp_path):
+    names = ["train", "restval", "Training", "val", "validate", "dev", "test", "holdout"]
+    for i in range(len(names)):
+        save_jpeg(tmp_path / f"{i}.jpg", i)
+    rows = "".join(f"{i}.jpg,text {i},{name}\n" for i, name in enumerate(names))
+    (tmp_path / "pairs.csv").write_text(f"image,caption,split\n{rows}")
+    readers = {split: create_reader("csv", tmp_path, "pairs.csv", split) for split in ("train", "validation", "test")}
+    assert [len(reader) for reader in readers.values()] == [3, 3, 1]
+    assert "1 rows of unknown splits left out: 'holdout' 1" in "".join(readers["train"].log)
+    (tmp_path / "only.csv").write_text("image,caption,split\n0.jpg,text,train\n")
+    with pytest.raises(inputs_reader.NoSplit, match="no rows of the split 'validation'"):
+        create_reader("csv", tmp_path, "only.csv", "validation")
+
+
+def test_a_table_for_each_split_and_whole_paths_below_the_root(tmp_path):
+    for i in range(3):
+        save_jpeg(tmp_path / f"{i}.jpg", i)
+    for split, part in (("train", (0, 1)), ("val", (2,))):
+        rows = "".join(f"{tmp_path}/{i}.jpg,text {i}\n" for i in part)
+        (tmp_path / f"pairs_{split}.csv").write_text(f"image,caption\n{rows}")
+    assert all_captions(create_reader("csv", tmp_path, "pairs_{split}.csv")) == ["text 0", "text 1"]
+    assert all_captions(create_reader("csv", tmp_path, "pairs_{split}.csv", "validation")) == ["text 2"]
+
+
+def test_rows_of_one_image_are_one_pair_in_every_table(tmp_path):
+    for i in range(2):
+        save_jpeg(tmp_path / f"{i}.jpg", i)
+    rows = "".join(f"{i}.jpg,image {i} wording {k}\n" for k in range(5) for i in range(2))
+    (tmp_path / "train.csv").write_text(f"image,caption\n{rows}")
+    reader = create_reader("csv", tmp_path)
+    assert len(reader) == 2 and reader.captions(1) == [f"image 1 wording {k}" for k in range(5)]
+    assert "10 rows share their image" in "".join(reader.log)
