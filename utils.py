@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -192,24 +193,26 @@ def set_random_state(state: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+@functools.cache
+def commit() -> str:
+    """The commit of this code, with -dirty after it where files were edited, or "unknown" outside of git.
+
+    Asked once, when a run begins (runtime.logs.start_logging): what is edited later is not what it runs.
+    """
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
 def versions() -> dict[str, str]:
-    """What a result depends on beside its settings."""
+    """What a result depends on beside its settings: the commit and the libraries."""
     import timm
     import torchvision
 
-    here = Path(__file__).parent
-    try:
-        sha = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        sha = "unknown"
     return {
-        "commit": sha,
+        "commit": commit(),
         "python": sys.version.split()[0],
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),

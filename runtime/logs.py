@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from utils import commit
+
 log = logging.getLogger("medslip")
 
 
@@ -46,6 +48,7 @@ def start_logging(output_dir: str | Path | None = None, is_main: bool = True) ->
     level, handlers = log.level, []
     log.setLevel(logging.INFO if is_main else logging.ERROR)
     if is_main:
+        commit()
         if not any(isinstance(handler, _Terminal) for handler in log.handlers):  # a script may call another's main
             handlers.append(_Terminal())
         if output_dir is not None:

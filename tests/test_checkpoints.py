@@ -1,0 +1,58 @@
+"""Checkpoints: torn ones are named, older and published ones read, wrappers taken off."""
+
+import numpy as np
+import pytest
+import torch
+
+from runtime import checkpoints
+
+
+def test_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
+    for step in (5, 10, 15):
+        checkpoints.save_training_checkpoint({"step": step}, tmp_path, step, is_best=step == 5, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint.pt",
+        "checkpoint_best.pt",
+        "checkpoint_step00000010.pt",
+        "checkpoint_step00000015.pt",
+    ]
+    assert checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 15
+    assert checkpoints.load_checkpoint(tmp_path / "checkpoint_best.pt")["step"] == 5
+    newest = tmp_path / "checkpoint_step00000015.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    said = []
+    assert checkpoints.find_training_checkpoint(tmp_path, said.append)["step"] == 10
+    assert "checkpoint_step00000015.pt" in said[0]
+    (tmp_path / "checkpoint_step00000010.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        checkpoints.find_training_checkpoint(tmp_path, said.append)
+    assert checkpoints.find_training_checkpoint(tmp_path / "new", said.append) is None
+
+
+def test_learning_rates_of_numpy_are_read_and_other_numbers_refused(tmp_path):
+    """SLIP's own training leaves them in its optimizer's state, under the module's old name or its new one."""
+    torch.save({"lr": np.float64(0.00075)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "a.pt").read_bytes()
+    names = (b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert any(name in data for name in names)
+    for name in names:
+        (tmp_path / "b.pt").write_bytes(data.replace(names[0], name).replace(names[1], name))
+        state = checkpoints.load_checkpoint(tmp_path / "b.pt")
+        assert state == {"lr": 0.00075} and type(state["lr"]) is float
+    for value in (np.float32(1), np.array([1.0])):
+        torch.save({"lr": value}, tmp_path / "c.pt")
+        with pytest.raises(ValueError, match="c.pt is not a readable checkpoint"):
+            checkpoints.load_checkpoint(tmp_path / "c.pt")
+
+
+def test_wrappers_are_taken_off_parameter_names_wherever_they_stand():
+    for name in (
+        "module.a.b",
+        "module.module.a.b",
+        "_orig_mod.a.b",
+        "module._orig_mod.a.b",
+        "a._orig_mod.b",
+        "model.a.b",
+    ):
+        assert list(checkpoints.strip_wrappers({name: torch.zeros(1)})) == ["a.b"]
+    assert list(checkpoints.strip_wrappers(dict.fromkeys(("model.a", "b"), torch.zeros(1)))) == ["model.a", "b"]
