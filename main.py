@@ -17,7 +17,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -50,6 +49,7 @@ from runtime.checkpoints import (
     load_checkpoint,
     save_checkpoint,
     save_training_checkpoint,
+    upgraded,
 )
 from runtime.command_line import (
     HelpFormatter,
@@ -61,6 +61,7 @@ from runtime.command_line import (
     run_script,
 )
 from runtime.logs import MetricWriter, format_seconds, start_logging
+from runtime.meeting import meet
 from tokenizer import Tokenizer, create_tokenizer
 from towers import pretrained as pretrained_towers
 
@@ -462,7 +463,12 @@ class Run(Step):
 
     @property
     def step(self) -> int:
+        """Updates done in all epochs."""
         return self.epoch * self.steps_per_epoch + self.step_in_epoch
+
+    def add(self, sums: Sequence[float]) -> None:
+        """To the epoch's sums: of the metrics and, last, of their number."""
+        self.epoch_sums = [total + value for total, value in zip(self.epoch_sums, sums, strict=True)]
 
 
 def prepare_step(args: argparse.Namespace, processes: Processes, model: Any) -> Step:
@@ -623,13 +629,10 @@ def resume(run: Run) -> None:
         raise ValueError(
             f"{source} was not written by this code and cannot be continued; --init starts a new run from its weights"
         )
-    theirs = {"mask_duplicates": False, "hold_batchnorm": False, **state["settings"]}
-    if (off := theirs.pop("disable_amp", None)) is not None:  # before there was --precision
-        theirs["precision"] = "fp32" if off else "auto"
+    theirs = upgraded(state["settings"])
     differ = differences(theirs, run.settings)
-    if (
-        state["preprocess"] != run.model.preprocess.to_dict()
-    ):  # that of --vision-weights, which a tower cannot say itself
+    # That of --vision-weights, which a tower cannot say itself.
+    if state["preprocess"] != run.model.preprocess.to_dict():
         differ.append(f"preprocess: {state['preprocess']} there, {run.model.preprocess.to_dict()} now")
     if differ:
         longer = ""
@@ -676,6 +679,10 @@ class Totals:
     @classmethod
     def zero(cls, k: int, device: torch.device) -> Totals:
         return cls(torch.zeros(k, device=device), torch.zeros((), device=device), torch.zeros((), device=device))
+
+    def flat(self) -> Tensor:
+        """(K + 2,): the metrics' sums and their count, as `Run.epoch_sums` has them, then the updates skipped."""
+        return torch.cat([self.metrics, self.count[None], self.skipped[None]])
 
 
 def accumulate_micro(
@@ -838,31 +845,30 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
             if run.step_in_epoch % args.print_freq and run.step_in_epoch < run.steps_per_epoch:
                 continue
 
-            # The one point of the interval at which ranks meet and the host waits for the device.
+            # The one point of the interval at which the host waits for the device.
             save_due = run.processes.is_main and time.monotonic() - run.last_save > 60 * args.save_every_minutes
-            flags = totals.metrics.new_tensor([bool(stop.name), save_due])
-            shared = torch.cat([totals.metrics, totals.count[None], totals.skipped[None], flags])
-            if run.processes.world_size > 1:
-                dist.all_reduce(shared)
-            *sums, count, skipped, stopping, save_due = shared.tolist()
+            meeting = meet(run.processes, totals.flat(), stop, save_due)
             totals = Totals.zero(len(keys), device)
-            for i, value in enumerate([*sums, count]):
-                run.epoch_sums[i] += value
-            metrics = {key: s / count if count else math.nan for key, s in zip(keys, sums, strict=True)}
-            interval.log(metrics, skipped / run.processes.world_size)
+            *sums, skipped = meeting.sums
+            run.add(sums)
+            interval.log(means(keys, sums), skipped / run.processes.world_size)
             interval = Interval(run)
-            if stopping:
+            if meeting.stopping:
                 save(run)
-                names = filter(None, distributed.gather_objects(run.processes, stop.name))
-                stop.name = next(names)  # the same on all ranks
                 log.info(
                     f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, step {run.step_in_epoch}; "
                     "the same command continues from it"
                 )
                 return False
-            if save_due and run.step_in_epoch < run.steps_per_epoch:
+            if meeting.save_due and run.step_in_epoch < run.steps_per_epoch:
                 save(run)
     return True
+
+
+def means(keys: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
+    """Each metric's mean from the metrics' sums and, last, how many were summed; NaN where none was."""
+    *totals, count = sums
+    return {key: total / count if count else math.nan for key, total in zip(keys, totals, strict=True)}
 
 
 def save_last_step(run: Run, totals: Totals) -> None:
@@ -873,8 +879,7 @@ def save_last_step(run: Run, totals: Totals) -> None:
     """
     if run.processes.world_size > 1 or not run.step_in_epoch:
         return
-    for i, value in enumerate([*totals.metrics.tolist(), totals.count.item()]):
-        run.epoch_sums[i] += value
+    run.add(totals.flat().tolist()[:-1])
     try:
         save(run)
     except Exception as error:  # the first one is what the user needs to see
@@ -975,9 +980,7 @@ def validate(
 def finish_epoch(run: Run, validation: Validation) -> dict:
     """Validate where it is due, checkpoint, and keep the best; returns the epoch's scores."""
     args, done = run.args, run.epoch + 1
-    *sums, count = run.epoch_sums
-    means = (s / count if count else math.nan for s in sums)
-    row = {"epoch": run.epoch, **dict(zip(run.model.objective.metrics, means, strict=True))}
+    row = {"epoch": run.epoch, **means(run.model.objective.metrics, run.epoch_sums)}
     score = None
     if done % args.eval_freq == 0 or done == args.epochs:
         save(run)  # validation does not answer signals; a kill in it must not cost the end of the epoch

@@ -61,6 +61,7 @@ from runtime.command_line import (
     run_script,
 )
 from runtime.logs import MetricWriter, start_logging
+from runtime.meeting import meet
 
 log = logging.getLogger("medslip")
 # What must not differ between a run and its continuation.
@@ -431,10 +432,10 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
         updates += 1
         if run.step_in_epoch % args.print_freq and run.step_in_epoch < run.steps_per_epoch:
             continue
-        # The one point at which ranks meet and the host waits for the device.
+        # The one point at which the host waits for the device.
         save_due = processes.is_main and time.monotonic() - run.last_save > 60 * args.save_every_minutes
-        told = distributed.gather_objects(processes, (float(loss_sum), stop.name, save_due))
-        mean = sum(loss for loss, _, _ in told) / len(told) / updates
+        meeting = meet(processes, loss_sum[None], stop, save_due)
+        mean = meeting.sums[0] / processes.world_size / updates
         if not math.isfinite(mean):  # the same on every rank
             raise FloatingPointError(
                 f"the loss is {mean} up to epoch {run.epoch}, update {run.step_in_epoch}: lower --lr {args.lr:g}; the "
@@ -449,15 +450,14 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
         )
         run.writer.row("train", run.step, {"loss": mean, "lr": rate, "images_per_second": speed})
         loss_sum, updates, since, images = torch.zeros_like(loss_sum), 0, time.monotonic(), 0
-        if names := [name for _, name, _ in told if name]:
-            stop.name = names[0]
+        if meeting.stopping:
             save(run)
             log.info(
                 f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, update {run.step_in_epoch}; the "
                 "same command continues from it"
             )
             return False
-        if told[0][2] and run.step_in_epoch < run.steps_per_epoch:
+        if meeting.save_due and run.step_in_epoch < run.steps_per_epoch:
             save(run)
     return True
 

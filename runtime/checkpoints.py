@@ -11,6 +11,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,21 +144,37 @@ def strip_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _numbered(output_dir: Path) -> list[Path]:
-    """Checkpoints of a run, newest first."""
-    found = output_dir.glob("checkpoint_step*.pt")
-    return sorted((p for p in found if re.fullmatch(r"checkpoint_step\d+\.pt", p.name)), reverse=True)
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run calls its checkpoints."""
+
+    numbered: str = "checkpoint_step"  # and the updates so far: of these the newest few are kept
+    newest: str = "checkpoint.pt"  # another name of the newest
+    best: str = "checkpoint_best.pt"
+
+    @property
+    def prefix(self) -> str:
+        """What all of them begin with, `checkpoint`."""
+        return os.path.commonprefix([self.numbered, self.newest, self.best])
+
+    def found(self, output_dir: Path) -> list[Path]:
+        """The numbered ones of a run, newest first."""
+        every = output_dir.glob(f"{self.numbered}*.pt")
+        pattern = re.compile(rf"{self.numbered}\d+\.pt")
+        return sorted((path for path in every if pattern.fullmatch(path.name)), reverse=True)
 
 
-def save_training_checkpoint(state: dict, output_dir: Path, step: int, is_best: bool, keep_last: int) -> None:
-    """Write the run's state after `step` updates and drop all but the newest `keep_last` such files.
+TRAINING = RunFiles()
 
-    `checkpoint.pt` is another name of the newest, `checkpoint_best.pt` of the best so far.
-    """
-    for torn in output_dir.glob(".checkpoint*.tmp"):  # left by a kill in the middle of a write
+
+def save_training_checkpoint(
+    state: dict, output_dir: Path, step: int, is_best: bool, keep_last: int, files: RunFiles = TRAINING
+) -> None:
+    """Write the run's state after `step` updates and drop all but the newest `keep_last` such files."""
+    for torn in output_dir.glob(f".{files.prefix}*.tmp"):  # left by a kill in the middle of a write
         torn.unlink()
     # The best first: a kill after it repeats the epoch, which makes the same one again.
-    names = ["checkpoint_best.pt"] * is_best + [f"checkpoint_step{step:08d}.pt", "checkpoint.pt"]
+    names = [files.best] * is_best + [f"{files.numbered}{step:08d}.pt", files.newest]
     path = output_dir / names[0]
     save_checkpoint(state, path)
     for name in names[1:]:
@@ -168,11 +185,13 @@ def save_training_checkpoint(state: dict, output_dir: Path, step: int, is_best: 
         except OSError:  # a file system without hard links
             shutil.copyfile(path, link)
         os.replace(link, output_dir / name)
-    for old in _numbered(output_dir)[keep_last:]:
+    for old in files.found(output_dir)[keep_last:]:
         old.unlink()
 
 
-def find_training_checkpoint(output_dir: Path, notify: Callable[[str], object] = log.info) -> dict | None:
+def find_training_checkpoint(
+    output_dir: Path, notify: Callable[[str], object] = log.info, files: RunFiles = TRAINING
+) -> dict | None:
     """The newest readable checkpoint of a run, or None where the run has none.
 
     A torn file is reported by name and the one before it used.
@@ -180,8 +199,9 @@ def find_training_checkpoint(output_dir: Path, notify: Callable[[str], object] =
     Raises:
         ValueError: there are checkpoints and none can be read: a fresh start would overwrite them.
     """
-    candidates = _numbered(output_dir)
-    for path in candidates or [p for p in [output_dir / "checkpoint.pt"] if p.exists()]:
+    newest = output_dir / files.newest
+    candidates = files.found(output_dir)
+    for path in candidates or [p for p in [newest] if p.exists()]:
         try:
             state = load_checkpoint(path)
         except ValueError as error:
@@ -189,7 +209,7 @@ def find_training_checkpoint(output_dir: Path, notify: Callable[[str], object] =
             continue
         notify(f"resuming from {path}")
         return state
-    if candidates or (output_dir / "checkpoint.pt").exists():
+    if candidates or newest.exists():
         raise ValueError(f"no checkpoint in {output_dir} can be read; move them away to start afresh")
     return None
 
@@ -198,3 +218,23 @@ def differences(theirs: dict, ours: dict) -> list[str]:
     """What the settings of two runs do not share. What a checkpoint does not record is taken to agree."""
     theirs = {**ours, **theirs}
     return [f"{k}: {theirs[k]!r} there, {ours.get(k)!r} now" for k in sorted(theirs) if theirs[k] != ours.get(k)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings of earlier versions
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Flags of a training that came later, and what a run did before there was one.
+ADDED_LATER = {"mask_duplicates": False, "hold_batchnorm": False}
+
+
+def upgraded(settings: dict[str, Any]) -> dict[str, Any]:
+    """A training's settings as this version would have recorded them."""
+    return _precision_for_disable_amp({**ADDED_LATER, **settings})
+
+
+def _precision_for_disable_amp(settings: dict[str, Any]) -> dict[str, Any]:
+    """Until --precision came, --disable-amp was the only choice."""
+    settings = dict(settings)
+    off = settings.pop("disable_amp", None)
+    return settings if off is None else {**settings, "precision": "fp32" if off else "auto"}
