@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ import distributed
 import models
 import utils
 from evaluation.catalog import CATALOG, cbis_root
-from evaluation.cbis_probe import PROTOCOLS, probe_cbis
-from evaluation.features import Backbone, load_backbone
-from evaluation.linear_sgd import learning_rate, train_sgd
+from evaluation.cbis_probe import LesionImages, probe_cbis
+from evaluation.features import Backbone, Loading, load_backbone
+from evaluation.heads import CLASS_WEIGHTS, MEDSLIP_SIZE, PROTOCOLS
+from evaluation.linear_sgd import Recipe, learning_rate, train_sgd
 from evaluation.predictions import check_baseline
-from evaluation.probes import CLASS_WEIGHTS, MEDSLIP_SIZE
+from evaluation.probe import Fitting, Fractions, Probe
+from evaluation.resamples import Bootstrap
 from evaluation.run_folder import set_aside_other_results
-from evaluation.set_probes import find_set, probe_features
+from evaluation.set_probes import find_set, probe_set
 from inputs.cbis import CBIS_IMAGES, CBIS_SETS, read_lesions
 from inputs.sizes import ImageSize
 from runtime.command_line import (
@@ -150,48 +153,68 @@ def add_sgd_arguments(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the evaluation that the flags ask for; returns what results.json holds."""
-    args = parse_with_config(get_args_parser(), argv)
-    args.seed = args.seed or 0
+    given = vars(parse_with_config(get_args_parser(), argv))
+    args = argparse.Namespace(**{**given, "seed": given["seed"] or 0})  # published without a number
     processes = distributed.init_distributed(args)
     with start_logging(is_main=processes.is_main), distributed.ending_together(processes):
         return evaluate(args, processes)
 
 
-def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict:
-    """The command once its processes have met."""
+def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict[str, Any]:
+    """The command once its processes have met: from flags to what each evaluation needs of them."""
     on_cbis = args.dataset in CBIS_SETS
     # What is missing ends the run before a model is loaded.
     if args.baseline and not on_cbis and not args.cache_features:
         raise UsageError("--baseline compares probes: on other sets than CBIS-DDSM add --cache-features")
-    if on_cbis:
-        root = Path(cbis_root(args.dataset, args.root, args.catalog))
-        rows = read_lesions(root / f"{CBIS_SETS[args.dataset]}.csv")
-        for baseline in args.baseline:  # an hour of features before the comparison
-            check_baseline(baseline, [row for row in rows if row["split"] == "test" and row[args.image_kind]])
-    else:
-        find_set(args)
-    medslip = on_cbis and args.protocol == "medslip"
-    features = args.features or ("projection" if medslip else "backbone")
-    backbone = load_backbone(
-        args.pretrained, model=args.model, arch=args.arch, untrained=args.untrained, seed=args.seed,
-        device=processes.device, features=features, size=args.image_size or (MEDSLIP_SIZE if medslip else None),
-    )  # fmt: skip
-    settings = settings_of(args, backbone)
-    settings["precision"] = processes.precision
+    fitting = Fitting(args.protocol, args.class_weights, args.folds, args.seed)
+    fractions = Fractions(args.fraction, args.fraction_seeds)
+    source = lesion_images(args) if on_cbis else find_set(args.dataset, args.root, args.catalog)
+    backbone = frozen_tower(args, processes)
+    settings = settings_of(args, backbone) | {"precision": processes.precision}
     if processes.is_main:
         set_aside_other_results(args.output_dir, settings, args.baseline)
-    record_settings(args, backbone, processes)
-    if on_cbis:
-        results = probe_cbis(args, backbone, processes, settings)
-    elif not on_features(args):
-        results = train_sgd(args, backbone, processes)
+        record_settings(args, backbone, processes)
+    probe = Probe(
+        args.dataset,
+        backbone,
+        Loading(args.batch_size, args.workers // distributed.processes_of_node(processes), args.skip_broken, processes),
+        Path(args.output_dir),
+        settings,
+        {"path": args.pretrained, "untrained": args.untrained or not args.pretrained, **backbone.training},
+        args.baseline,
+        Bootstrap(args.resamples, args.seed),
+    )
+    if isinstance(source, LesionImages):
+        results = probe_cbis(probe, source, fitting, fractions)
+    elif on_features(args):
+        results = probe_set(probe, source, fitting, fractions, logistic=args.cache_features, neighbours=args.knn)
     else:
-        results = probe_features(args, backbone, processes, settings)
+        recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
+        results = train_sgd(probe, source, recipe)
     if processes.is_main and "stopped_by" not in results:
         utils.write_json(Path(args.output_dir) / "results.json", results)
     return results
+
+
+def lesion_images(args: argparse.Namespace) -> LesionImages:
+    """The table of lesions, which must be there, and the baselines, which must be of its test lesions."""
+    root = Path(cbis_root(args.dataset, args.root, args.catalog))
+    rows = read_lesions(root / f"{CBIS_SETS[args.dataset]}.csv")
+    for baseline in args.baseline:  # an hour of features before the comparison
+        check_baseline(baseline, [row for row in rows if row["split"] == "test" and row[args.image_kind]])
+    return LesionImages(root, CBIS_SETS[args.dataset], args.image_kind, args.skip_broken)
+
+
+def frozen_tower(args: argparse.Namespace, processes: distributed.Processes) -> Backbone:
+    """The tower that the flags name; the first MedSLIP's protocol has a size and features of its own."""
+    medslip = args.dataset in CBIS_SETS and args.protocol == "medslip"
+    features = args.features or ("projection" if medslip else "backbone")
+    return load_backbone(
+        args.pretrained, model=args.model, arch=args.arch, untrained=args.untrained, seed=args.seed,
+        device=processes.device, features=features, size=args.image_size or (MEDSLIP_SIZE if medslip else None),
+    )  # fmt: skip
 
 
 def on_features(args: argparse.Namespace) -> bool:
@@ -216,8 +239,6 @@ def settings_of(args: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
 
 def record_settings(args: argparse.Namespace, backbone: Backbone, processes: distributed.Processes) -> None:
     """Everything that determines the run, written before its first step."""
-    if not processes.is_main:
-        return
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     derived = {
         "model": backbone.name,

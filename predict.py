@@ -35,7 +35,7 @@ import utils
 from evaluation import downstream, metrics, saliency
 from evaluation.catalog import read_prompts
 from evaluation.features import Backbone, Loading, extract, load_backbone
-from evaluation.probes import Linear, load_heads
+from evaluation.heads import Linear, load_heads
 from inputs.images import read_image
 from inputs.metadata import Table
 from inputs.transforms import eval_view, linear_eval_view

@@ -44,9 +44,10 @@ from beit_finetuning.sets import Sets, class_weights, open_sets
 from beit_finetuning.views import Augmentation, Criterion, EvalView, Mix, TrainView
 from datasets import GlobalBatchSampler
 from distributed import Processes
-from evaluation import downstream, metrics, predictions
+from evaluation import downstream, metrics, predictions, subgroups
 from evaluation.catalog import CATALOG
 from evaluation.features import Loading, each_once
+from evaluation.resamples import Bootstrap
 from evaluation.run_folder import count_reading
 from inputs import cbis, loader
 from inputs.sizes import ImageSize
@@ -603,7 +604,7 @@ def report_rows(run: Run, logits: np.ndarray, kept: np.ndarray) -> dict:
     if run.processes.is_main:
         found.write(Path(args.output_dir) / "predictions.csv")
     settings = {"dataset": args.data_set, "protocol": "fine-tuning", "seed": args.seed}
-    return predictions.report_rows(found, None, args.baseline, settings, args.resamples, args.seed)
+    return predictions.report_rows(found, None, args.baseline, settings, Bootstrap(args.resamples, args.seed))
 
 
 def lesion_settings(run: Run) -> dict[str, Any]:
@@ -638,12 +639,13 @@ def report_lesions(run: Run) -> dict:
         "lesions": {split: len(rows) for split, rows in run.sets.lesions.items()} | {"test": len(kept)},
         "lesions_skipped": {**run.sets.absent, "test": run.sets.absent["test"] + len(run.sets.test) - len(kept)},
     }
-    results |= predictions.report_lesions(found, held_out, args.baseline, settings, args.resamples, args.seed)
+    bootstrap = Bootstrap(args.resamples, args.seed)
+    results |= subgroups.report_lesions(found, held_out, args.baseline, settings, bootstrap)
     if run.ema is not None:
         run.ema.module.load_state_dict(best["state_dict_ema"])
         averaged, _ = logits_of(run, run.ema.module, run.sets.test, "test, averaged weights")
         average = predictions.Predictions(found.rows, probabilities(averaged))
-        results["ema"] = predictions.score_predictions(average, args.resamples, args.seed)
+        results["ema"] = predictions.score_predictions(average, average.resamples(bootstrap))
     if run.processes.is_main:
         found.write(Path(args.output_dir) / "predictions.csv")
         log.info(

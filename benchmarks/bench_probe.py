@@ -41,8 +41,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 import distributed
 import models
 import utils
-from evaluation import downstream, metrics, predictions, probes
+from evaluation import downstream, heads, predictions
 from evaluation.features import Backbone, Loading, extract_or_reuse, load_backbone
+from evaluation.resamples import Resamples
 from evaluation.set_probes import score_set
 from inputs.cbis import CBIS_CLASSES, CBIS_KINDS, CbisLesions
 from inputs.transforms import Preprocess, eval_view
@@ -88,7 +89,7 @@ class Splits:
 def open_set(name: str, root: Path | None, preprocess: Preprocess, seed: int) -> Splits:
     if name == "digits":
         whole: Any = downstream.create_downstream(name, True, None)
-        held_out = probes.stratified_part(whole.labels, 0.1, 1, np.random.default_rng(seed))
+        held_out = heads.stratified_part(whole.labels, 0.1, 1, np.random.default_rng(seed))
         fitted = np.setdiff1d(np.arange(len(whole)), held_out)
         view = partial(view_of, preprocess)
         parts: list[Any] = [
@@ -160,7 +161,7 @@ def first_two(samples: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def cached(
     backbone: Backbone, splits: Splits, args: argparse.Namespace, folder: Path
-) -> tuple[np.ndarray, dict[str, float], tuple[probes.Samples, probes.Samples, probes.Head]]:
+) -> tuple[np.ndarray, dict[str, float], tuple[heads.Samples, heads.Samples, heads.Head]]:
     """Test probabilities (n, k) as main_linear.py gets them, the seconds of its parts, and what was fitted on."""
     loading = Loading(args.batch_size, args.workers, processes=args.processes)
     start = time.perf_counter()
@@ -169,14 +170,14 @@ def cached(
         for name in ("train", "val", "test")
     }
     extracted = time.perf_counter()
-    train, val = (probes.Samples(features[name], splits.labels[name]) for name in ("train", "val"))
-    head = probes.fit_logistic(train, val, len(splits.classes), splits.score)
+    train, val = (heads.Samples(features[name], splits.labels[name]) for name in ("train", "val"))
+    head = heads.fit_logistic(train, val, len(splits.classes), splits.score)
     prob = head.probabilities(features["test"])
     end = time.perf_counter()
     return prob, {"features": extracted - start, "head": end - extracted, "all": end - start}, (train, val, head)
 
 
-def time_fits(train: probes.Samples, penalty: float, num_classes: int, fits: int) -> dict[str, float]:
+def time_fits(train: heads.Samples, penalty: float, num_classes: int, fits: int) -> dict[str, float]:
     """Median seconds of one fit, of the sweep over all penalties, and of scikit-learn's fit as it comes."""
 
     def scikit_learn() -> None:
@@ -184,8 +185,8 @@ def time_fits(train: probes.Samples, penalty: float, num_classes: int, fits: int
         LogisticRegression(C=1 / (penalty * len(x)), max_iter=5000).fit(x, train.labels)
 
     todo = {
-        "one_fit": lambda: probes.logistic_path(train, [penalty], num_classes),
-        "sweep": lambda: probes.logistic_path(train, probes.LAMBDAS, num_classes),
+        "one_fit": lambda: heads.logistic_path(train, [penalty], num_classes),
+        "sweep": lambda: heads.logistic_path(train, heads.LAMBDAS, num_classes),
         "one_fit_scikit_learn": scikit_learn,
     }
     seconds = {name: [] for name in todo}
@@ -219,13 +220,11 @@ def measure(name: str, backbone: Backbone, args: argparse.Namespace) -> dict:
     start, start_cpu = time.perf_counter(), cpu_seconds()
     theirs = published(backbone, splits, head.chosen["lambda"], args)
     seconds_published = {"all": time.perf_counter() - start, "cpu": cpu_seconds() - start_cpu}
-    last: dict[str, Any] = dict(malignant=splits.classes[-1], seed=args.seed)
-    of_test = splits.labels["test"]
-    both = {
-        method: metrics.patient_bootstrap(of_test, prob, splits.groups, splits.classes, **last)
-        for method, prob in (("published", theirs), ("cached", ours))
-    }
-    difference = metrics.paired_patient_bootstrap(of_test, ours, theirs, splits.groups, splits.classes, **last)
+    resamples = Resamples(
+        splits.labels["test"], splits.groups, splits.classes, positive=splits.classes[-1], seed=args.seed
+    )  # fmt: skip
+    both = {method: resamples.intervals(prob) for method, prob in (("published", theirs), ("cached", ours))}
+    difference = resamples.difference(ours, theirs)
     return {
         "set": name,
         "tower": backbone.name,
@@ -240,7 +239,7 @@ def measure(name: str, backbone: Backbone, args: argparse.Namespace) -> dict:
         "ratio_cpu": seconds_published["cpu"] / seconds["cpu"],
         "ratio_again": seconds_published["all"] / seconds_again["all"],
         "same_again": bool(np.array_equal(ours, again)),
-        "penalties": len(probes.LAMBDAS),
+        "penalties": len(heads.LAMBDAS),
         "penalty": head.chosen["lambda"],
         "seconds_fit": time_fits(train, head.chosen["lambda"], len(splits.classes), args.fits),
         "metrics": {method: {m: asdict(values[m]) for m in SHOWN} for method, values in both.items()},

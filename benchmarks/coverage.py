@@ -27,6 +27,7 @@ from scipy.special import softmax
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation import comparisons, metrics  # noqa: E402
+from evaluation.resamples import Resamples  # noqa: E402
 
 CLASSES = ("BENIGN", "BENIGN_WITHOUT_CALLBACK", "MALIGNANT")
 PRIOR = np.array([194, 37, 147]) / 378  # the official mass test table
@@ -87,15 +88,10 @@ def simulate(seeds: int, draws: int, resamples: int, noise: float, silent: bool,
         table = draw_table(rng, PATIENTS)
         while not 35 <= (table.labels == RAREST).sum() <= 39:
             table = draw_table(rng, PATIENTS)
-        rows = []
+        rows, drawn = [], Resamples(table.labels, table.patients.astype(str), CLASSES, number=resamples)
         for _ in range(2):
             trainings = [own] if conditional else [train(rng, noise) for _ in range(seeds)]
-            probs = [t.probabilities(table, rng) for t in trainings]
-            rows.append(
-                comparisons.draw_metrics(
-                    table.labels, probs, table.patients.astype(str).tolist(), CLASSES, resamples=resamples
-                )
-            )
+            rows.append(comparisons.draw_rows(drawn, [t.probabilities(table, rng) for t in trainings]))
         for name in metrics.METRICS:
             found = comparisons.interval(rows[0][name])
             covered[name] += found.low <= expected[name] <= found.high

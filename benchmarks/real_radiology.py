@@ -48,8 +48,9 @@ import utils
 from evaluation import comparisons
 from evaluation.downstream import create_downstream
 from evaluation.features import Loading, extract, load_backbone
+from evaluation.heads import Choice, Samples, fit_logistic
 from evaluation.predictions import CBIS, Predictions, Scheme, macro_auroc
-from evaluation.probes import Choice, Samples, fit_logistic
+from evaluation.resamples import Bootstrap
 from inputs.cbis import CbisLesions
 from inputs.metadata import read_table
 from inputs.transforms import eval_view
@@ -451,10 +452,8 @@ def tabulate(args: argparse.Namespace, rows: dict[str, Row]) -> dict:
         each = [predictions_of(args, name, seed) for seed in seeds]
         for dataset, first in each[0].items():
             probs = [run[dataset].in_order_of(first.rows, name).prob for run in each]
-            draws.setdefault(dataset, {})[name] = comparisons.draw_metrics(
-                first.labels, probs, first.patients, first.scheme.classes, malignant=first.scheme.positive,
-                trained=name != "ImageNet", resamples=args.resamples,
-            )  # fmt: skip
+            resamples = first.resamples(Bootstrap(args.resamples))
+            draws.setdefault(dataset, {})[name] = comparisons.draw_rows(resamples, probs, trained=name != "ImageNet")
     table: dict = {}
     for dataset, of_rows in draws.items():
         table[dataset] = {}

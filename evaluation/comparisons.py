@@ -19,8 +19,8 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-from evaluation import metrics
 from evaluation.metrics import Difference, Interval
+from evaluation.resamples import Drawn, Resamples, two_sided
 
 # Said beside every interval and p-value of a trained row with one seed.
 ONE_SEED = "one training seed: leaves out how another training would have gone"
@@ -49,31 +49,29 @@ class Draws:
         return self.trained and len(self.values) == 1
 
 
-def draw_metrics(
-    y_true: metrics.Labels,
-    probs: Sequence[np.ndarray],
-    patients: Sequence[str],
-    classes: Sequence[str],
-    *,
-    malignant: str | None = metrics.MALIGNANT,
-    trained: bool = True,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Draws]:
-    """The six columns of a row with S seeds, probs being their probabilities (n, k) for the same samples.
+def draw_rows(resamples: Resamples, probs: Sequence[np.ndarray], trained: bool = True) -> dict[str, Draws]:
+    """The columns of a row with S seeds, `probs` being their probabilities (n, k) for the same samples.
 
-    Rows drawn with the same labels, patients, `resamples` and `seed` see the same resamples, so that they can be
-    compared in pairs. Raises as metrics.patient_bootstrap does, and a ValueError where a class has a single patient:
-    what another one of them would do cannot be known.
+    Rows drawn from one Resamples, or from equal ones, can be compared in pairs.
+
+    Raises:
+        ValueError: as Resamples; a class has a single patient, so that what another one would do cannot be known.
     """
-    each = [metrics.resampled_metrics(y_true, p, patients, classes, malignant, resamples, seed) for p in probs]
-    names, labels = np.asarray(patients), np.asarray(y_true)
-    number = min(len(set(names[labels == c])) for c in range(len(classes)))
-    if number < 2:
+    if resamples.rarest < 2:
         raise ValueError("a class has a single patient, so that no interval over patients can be given")
+    return together([resamples.draw(prob) for prob in probs], resamples, trained)
+
+
+def together(seeds: Sequence[dict[str, Drawn]], resamples: Resamples, trained: bool = True) -> dict[str, Draws]:
+    """What was drawn of each seed, as the row of all of them."""
     return {
-        name: Draws(np.array([e[name][0] for e in each]), np.stack([e[name][1] for e in each]), number, trained)
-        for name in each[0]
+        name: Draws(
+            np.array([drawn[name].value for drawn in seeds]),
+            np.stack([drawn[name].draws for drawn in seeds]),
+            resamples.rarest,
+            trained,
+        )
+        for name in seeds[0]
     }
 
 
@@ -94,7 +92,7 @@ def difference(row: Draws, baseline: Draws, level: float = 0.95) -> Difference:
     value = row.mean - baseline.mean
     draws = row.resampled.mean(0) - baseline.resampled.mean(0)
     if len(row.values) == len(baseline.values) == 1:
-        z = stats.norm.isf(metrics.two_sided(draws) / 2)
+        z = stats.norm.isf(two_sided(draws) / 2)
         p = 2 * stats.t.sf(z / _widening(row.patients), row.patients - 1)
         return Difference(value, *_percentiles(draws, row.patients, level), p_value=float(p))
     parts = _parts(draws, [row, baseline])

@@ -7,6 +7,8 @@ publishers write: class folders, lists of files, tables, and a few sets with rea
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 import os
 from array import array
@@ -102,7 +104,19 @@ class Downstream(Dataset):
         return image if self.transform is None else self.transform(image), int(self.labels[i])
 
     def image(self, i: int) -> Image.Image:
+        """Sample i as RGB with 8 bits."""
         raise NotImplementedError
+
+    def contents(self) -> Iterator[Any]:
+        """Arrays that tell these images from others: their paths, or their pixels."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the classes, the labels and the images' paths or pixels, in their order."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for part in (self.labels, *self.contents()):
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()
 
 
 def with_transform(images: Downstream, transform: Transform) -> Downstream:
@@ -143,6 +157,9 @@ class ImageFiles(Downstream):
     def image(self, i: int) -> Image.Image:
         return read_image(self.root / self.paths[i])
 
+    def contents(self) -> Iterator[Any]:
+        yield from (self.paths.data, self.paths.offsets)
+
 
 class ImageArray(Downstream):
     """Samples that lie in one array of bytes, (N, H, W) or (N, H, W, 3); shown `upsample` times as large."""
@@ -157,6 +174,9 @@ class ImageArray(Downstream):
             return image
         width, height = image.size
         return image.resize((width * self.upsample, height * self.upsample), Image.Resampling.BILINEAR)
+
+    def contents(self) -> Iterator[Any]:
+        yield self.pixels
 
 
 def create_downstream(

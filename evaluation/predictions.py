@@ -11,16 +11,17 @@ import io
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import confusion_matrix
 
-from evaluation import comparisons, metrics
+from evaluation import metrics
 from evaluation.metrics import OperatingPoint
+from evaluation.resamples import BOOTSTRAP, Bootstrap, Resamples
 from evaluation.run_folder import settings_that_differ
 from inputs.cbis import CBIS_CLASSES
 from inputs.metadata import Table
@@ -66,6 +67,10 @@ class Predictions:
     @property
     def patients(self) -> list[str]:
         return [row[self.scheme.group] for row in self.rows]
+
+    def resamples(self, bootstrap: Bootstrap = BOOTSTRAP) -> Resamples:
+        """Draws of these samples' patients, from which all that is said of them comes."""
+        return bootstrap.of(self.labels, self.patients, self.scheme.classes, self.scheme.positive)
 
     def __getitem__(self, index: np.ndarray) -> Predictions:
         return Predictions([self.rows[i] for i in index], self.prob[index], self.scheme)
@@ -138,42 +143,32 @@ def macro_f1(labels: np.ndarray, prob: np.ndarray, scheme: Scheme = CBIS) -> flo
     return metrics.classification_metrics(labels, prob, scheme.classes, scheme.positive)["f1"]
 
 
-def intervals_of(predictions: Predictions, resamples: int, seed: int) -> dict[str, metrics.Interval]:
-    scheme = predictions.scheme
-    return metrics.patient_bootstrap(
-        predictions.labels, predictions.prob, predictions.patients, scheme.classes, malignant=scheme.positive,
-        resamples=resamples, seed=seed,
-    )  # fmt: skip
-
-
 def score_predictions(
-    predictions: Predictions, resamples: int = 2000, seed: int = 0, point: OperatingPoint | None = None
+    predictions: Predictions, resamples: Resamples | None = None, point: OperatingPoint | None = None
 ) -> dict:
     """What results.json says of a test table: every metric with its interval over patients, and the confusion.
 
-    With `point`, fixed on validation samples, also the positive class against the others (metrics.DETECTION).
+    Args:
+        resamples: of these samples; drawn here where they are of no further use.
+        point: fixed on validation samples, for the positive class against the others (metrics.DETECTION).
     """
     labels, prob, scheme = predictions.labels, predictions.prob, predictions.scheme
-    intervals = intervals_of(predictions, resamples, seed)
+    resamples = resamples or predictions.resamples()
     never = [name for c, name in enumerate(scheme.classes) if not (prob.argmax(1) == c).any()]
     results: dict[str, Any] = {
         "test_patients": len(set(predictions.patients)),
         "unit": "fraction",
-        "interval": {"level": 0.95, "resamples": resamples, "over": "patients"},
-        "metrics": {name: asdict(interval) for name, interval in intervals.items()},
+        "interval": {"level": 0.95, "resamples": resamples.number, "over": "patients"},
+        "metrics": {name: asdict(interval) for name, interval in resamples.intervals(prob).items()},
         "classes": list(scheme.classes),
         "confusion": confusion_matrix(labels, prob.argmax(1), labels=range(len(scheme.classes))).tolist(),
         "never_predicted": never,
     }
     if point is not None and scheme.positive is not None:
-        detection = metrics.detection_bootstrap(
-            labels, prob, predictions.patients, scheme.classes, point, malignant=scheme.positive, resamples=resamples,
-            seed=seed,
-        )  # fmt: skip
         results["operating_point"] = {
             **asdict(point), "specificity_on_validation": metrics.SPECIFICITY, "positive": scheme.positive,
         }  # fmt: skip
-        results["detection"] = {name: plain(interval) for name, interval in detection.items()}
+        results["detection"] = {name: plain(value) for name, value in resamples.detection(prob, point).items()}
     return results
 
 
@@ -182,151 +177,16 @@ def plain(interval: metrics.Interval) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in asdict(interval).items()}
 
 
-def score_difference(
-    predictions: Predictions, baseline: Predictions, name: str, resamples: int = 2000, seed: int = 0
-) -> dict:
-    """What results.json says of the paired difference to another run on the same lesions."""
-    scheme = predictions.scheme
+def score_difference(predictions: Predictions, baseline: Predictions, name: str, resamples: Resamples) -> dict:
+    """What results.json says of the paired difference to another run on the same samples."""
     theirs = baseline.in_order_of(predictions.rows, name).prob
-    differences = metrics.paired_patient_bootstrap(
-        predictions.labels, predictions.prob, theirs, predictions.patients, scheme.classes, malignant=scheme.positive,
-        resamples=resamples, seed=seed,
-    )  # fmt: skip
+    differences = resamples.difference(predictions.prob, theirs)
     return {"baseline": name, "difference": {key: asdict(value) for key, value in differences.items()}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same lesions otherwise: by breast and patient, and in parts
+# What results.json says
 # ---------------------------------------------------------------------------------------------------------------------
-
-UNITS = {"breast": ("patient", "side"), "patient": ("patient",)}
-# The label of a breast with several lesions is the first of these that one of them has.
-SEVERITY = ("MALIGNANT", "BENIGN", "BENIGN_WITHOUT_CALLBACK")
-SUBGROUPS = ("density", "subtlety", "view", "side", "assessment", "size")
-LEAST = 10  # lesions of a subgroup with figures
-
-
-def by_unit(predictions: Predictions, unit: str) -> Predictions:
-    """CBIS-DDSM's lesions and views of a breast or a patient as one: mean probabilities, the gravest pathology."""
-    members: dict[tuple[str, ...], list[int]] = {}
-    for i, row in enumerate(predictions.rows):
-        members.setdefault(tuple(row[name] for name in UNITS[unit]), []).append(i)
-    rows = []
-    for index in members.values():
-        gravest = min((predictions.rows[i]["pathology"] for i in index), key=SEVERITY.index)
-        rows.append({**predictions.rows[index[0]], "pathology": gravest})
-    return Predictions(rows, np.stack([predictions.prob[index].mean(0) for index in members.values()]))
-
-
-def score_units(predictions: Predictions, resamples: int = 2000, seed: int = 0) -> dict[str, dict]:
-    """The six columns by breast and by patient, with their intervals over patients."""
-    results = {}
-    for unit in UNITS:
-        merged = by_unit(predictions, unit)
-        found = _or_none(lambda merged=merged: intervals_of(merged, resamples, seed))
-        results[unit] = {
-            "number": len(merged.rows),
-            "metrics": found and {name: asdict(interval) for name, interval in found.items()},
-        }
-    return results
-
-
-def subgroup_of(row: dict[str, str], name: str, bounds: Sequence[float]) -> str:
-    """The subgroup's value for a lesion, "" where the table does not say it; `bounds` cut the crop's area in thirds."""
-    if name != "size":
-        return row.get(name, "")
-    area = crop_area(row)
-    return "" if area is None else ("small", "medium", "large")[int(np.searchsorted(bounds, area, side="right"))]
-
-
-def crop_area(row: dict[str, str]) -> float | None:
-    """Pixels of a lesion's crop; None where the table does not say."""
-    width, height = row.get("crop_width", ""), row.get("crop_height", "")
-    return float(width) * float(height) if width and height else None
-
-
-def score_subgroups(
-    predictions: Predictions, resamples: int = 2000, seed: int = 0, others: Sequence[Predictions] = ()
-) -> list[dict]:
-    """AUROC, macro and malignant against the rest, for each value of SUBGROUPS; null where it is not defined.
-
-    Sizes are thirds of the test table's crops by area, where these differ. What the table leaves empty is no subgroup.
-    With the predictions of `others`, the same lesions by other seeds, means over seeds and intervals that cover both.
-    """
-    areas = [area for row in predictions.rows if (area := crop_area(row)) is not None]
-    bounds = np.quantile(areas, (1 / 3, 2 / 3)).tolist() if areas else []
-    results = []
-    for name in SUBGROUPS:
-        if name == "size" and len(set(bounds)) < 2:
-            continue
-        values = [subgroup_of(row, name, bounds) for row in predictions.rows]
-        order = ("small", "medium", "large") if name == "size" else sorted(set(values))
-        for value in order:
-            index = np.flatnonzero(np.array(values) == value)
-            if not value or not len(index):
-                continue
-            part = predictions[index]
-            parts = [part, *(other[index] for other in others)]
-            counts = np.bincount(part.labels, minlength=len(CBIS_CLASSES)).tolist()
-            enough = len(index) >= LEAST
-            macro = _or_none(lambda parts=parts: _over_seeds(parts, resamples, seed)) if enough else None
-            malignant = _or_none(lambda parts=parts: _malignant(parts, resamples, seed)) if enough else None
-            results.append({
-                "by": name, "value": value, "lesions": len(index), "patients": len(set(part.patients)),
-                "pathologies": dict(zip(CBIS_CLASSES, counts, strict=True)),
-                "auroc": macro and asdict(macro), "auroc_malignant": malignant and asdict(malignant),
-            })  # fmt: skip
-    return results
-
-
-def _over_seeds(seeds: Sequence[Predictions], resamples: int, seed: int) -> metrics.Interval:
-    """Macro AUROC of the same lesions by one or several seeds."""
-    if len(seeds) == 1:
-        return intervals_of(seeds[0], resamples, seed)["auroc"]
-    first, classes = seeds[0], seeds[0].scheme.classes
-    found = comparisons.draw_metrics(
-        first.labels, [p.prob for p in seeds], first.patients, classes, malignant=first.scheme.positive,
-        resamples=resamples, seed=seed,
-    )  # fmt: skip
-    return comparisons.interval(found["auroc"])
-
-
-def _malignant(seeds: Sequence[Predictions], resamples: int, seed: int) -> metrics.Interval:
-    """AUROC of the malignant lesions against the others."""
-    target, label = CBIS_CLASSES.index(metrics.MALIGNANT), CBIS.label
-    rows = [{**row, label: "others" if row[label] != metrics.MALIGNANT else row[label]} for row in seeds[0].rows]
-    scheme = replace(CBIS, classes=("others", metrics.MALIGNANT))
-    two = [Predictions(rows, np.stack([1 - (p := found.prob[:, target]), p], 1).clip(0, 1), scheme) for found in seeds]
-    return _over_seeds(two, resamples, seed)
-
-
-def _or_none(score: Callable[[], Any]) -> Any:
-    """None where a class is missing or the patients are too few for a bootstrap."""
-    try:
-        return score()
-    except ValueError:
-        return None
-
-
-def report_lesions(
-    predictions: Predictions,
-    held_out: tuple[np.ndarray, np.ndarray],
-    baselines: Sequence[str],
-    settings: dict[str, Any],
-    resamples: int = 2000,
-    seed: int = 0,
-) -> dict:
-    """All that results.json says of CBIS-DDSM's test lesions, for a probe and for a fine-tuned model.
-
-    Args:
-        held_out: labels (n,) and probabilities (n, k) of the validation lesions, which fix threshold and temperature.
-        baselines: predictions.csv of other runs; the first one's difference stands by itself as well.
-        settings: of this run, to be compared with a baseline's.
-    """
-    results = report_rows(predictions, held_out, baselines, settings, resamples, seed)
-    results["units"] = score_units(predictions, resamples, seed)
-    results["subgroups"] = score_subgroups(predictions, resamples, seed)
-    return results
 
 
 def beside_percent(scores: dict[str, Any]) -> dict[str, Any]:
@@ -339,15 +199,21 @@ def report_rows(
     held_out: tuple[np.ndarray, np.ndarray] | None,
     baselines: Sequence[str],
     settings: dict[str, Any],
-    resamples: int = 2000,
-    seed: int = 0,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> dict:
-    """What `report_lesions` says of any labelled set whose rows are known: scores and differences."""
+    """All that results.json says of a labelled set whose rows are known: scores, and differences to baselines.
+
+    Args:
+        held_out: labels (n,) and probabilities (n, k) of the validation samples, which fix threshold and temperature.
+        baselines: predictions.csv of other runs; the first one's difference stands by itself as well.
+        settings: of this run, to be compared with a baseline's.
+    """
     scheme, point = predictions.scheme, None
     if scheme.positive is not None and held_out is not None:
         point = metrics.operating_point(*held_out, scheme.classes.index(scheme.positive))
+    resamples = predictions.resamples(bootstrap)
     try:
-        results = beside_percent(score_predictions(predictions, resamples, seed, point))
+        results = beside_percent(score_predictions(predictions, resamples, point))
     except ValueError as error:  # a class without samples, or too few groups
         if baselines:
             raise
@@ -356,7 +222,7 @@ def report_rows(
     differences = []
     for path in baselines:
         theirs = Predictions.read(path, scheme)
-        difference = score_difference(predictions, theirs, path, resamples, seed)
+        difference = score_difference(predictions, theirs, path, resamples)
         differences.append(difference | {"settings_differ": settings_that_differ(path, settings)})
     if differences:
         results |= {name: differences[0][name] for name in ("baseline", "difference")} | {"differences": differences}

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation.predictions import Predictions, crop_area, macro_auroc
-from evaluation.probes import Samples, fit_logistic
+from evaluation.heads import Samples, fit_logistic
+from evaluation.predictions import Predictions, macro_auroc
+from evaluation.subgroups import crop_area
 from inputs.cbis import CBIS_CLASSES, CBIS_DESCRIPTORS, CROP_SIZE
 
 GUESSES = 20  # rows of guesses, averaged as seeds are

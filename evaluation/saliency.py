@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import models
 from evaluation import metrics
 from evaluation.features import Backbone, load_backbone
-from evaluation.probes import Linear, load_heads
+from evaluation.heads import Linear, load_heads
 from inputs import cbis
 from inputs.images import UnreadableImage, read_image
 

@@ -215,6 +215,12 @@ def linear_eval_view(preprocess: Preprocess, img: Image.Image, rng: np.random.Ge
     return preprocess.tensor(centre_crop(preprocess.whole(img), preprocess.size, (round(h * 8 / 7), round(w * 8 / 7))))
 
 
+def linear_train_view(preprocess: Preprocess, img: Image.Image, rng: np.random.Generator) -> Tensor:
+    """SLIP's view for linear classification: a crop of 0.08 to 1 of the area, flipped half of the time."""
+    view = random_resized_crop(preprocess.pixels(img), preprocess.size, (0.08, 1.0), rng)
+    return preprocess.normalise(view.flip(-1) if rng.random() < 0.5 else view)
+
+
 def as_view(preprocess: Preprocess | View) -> View:
     """The evaluation view of a preparation; a view, another library's, stays what it is."""
     return eval_view(preprocess) if isinstance(preprocess, Preprocess) else preprocess

@@ -13,6 +13,7 @@ import numpy as np
 
 from evaluation import metrics
 from evaluation.predictions import Predictions
+from evaluation.resamples import Resamples
 from inputs import cbis
 from reporting import figures
 from reporting.plan import TABLES
@@ -96,7 +97,8 @@ def curve_figures(
         first = group[0]
         positive = first.labels == target
         scores = [p.in_order_of(first.rows, row.name).prob[:, target] for p in group]
-        weights = metrics.resample_weights(positive.astype(int), first.patients, 2, BANDS, 0)
+        resamples = Resamples(positive.astype(int), first.patients, ("others", metrics.MALIGNANT), number=BANDS)
+        weights = np.concatenate(list(resamples.weights()))  # (R, n)
         one = np.ones((1, len(positive)))
         for rows, on_grid in ((roc, figures.roc_on_grid), (precision, figures.precision_on_grid)):
             line = np.mean([on_grid(positive, s, one)[0] for s in scores], axis=0)

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 import utils
-from evaluation import comparisons, metrics, predictions, references
+from evaluation import comparisons, metrics, predictions, references, subgroups
 from evaluation.comparisons import Draws
 from evaluation.predictions import Predictions
+from evaluation.resamples import Bootstrap
 from inputs import cbis
 from reporting.plan import TABLES, Plan
 from reporting.steps import Step, folder_of, seeds_of
@@ -67,14 +68,12 @@ def measure(plan: Plan, args: argparse.Namespace, out: Path, kind: str) -> tuple
         else:
             absent[row.name] = "no seed has results"
     for item in measured:
-        item.draws = comparisons.draw_metrics(
-            item.found[0].labels, [p.prob for p in item.found], item.found[0].patients, cbis.CBIS_CLASSES,
-            trained=item.trained, resamples=args.resamples,
-        )  # fmt: skip
+        resamples = item.found[0].resamples(Bootstrap(args.resamples))
+        item.draws = comparisons.draw_rows(resamples, [p.prob for p in item.found], item.trained)
     return measured, absent, test
 
 
-def describe_row(item: Measured, test: list[dict[str, str]], resamples: int) -> dict[str, Any]:
+def describe_row(item: Measured, test: list[dict[str, str]], bootstrap: Bootstrap) -> dict[str, Any]:
     """What tables.json says of a row: the six columns, and for a model all else."""
     entry: dict[str, Any] = {
         "name": item.name,
@@ -91,22 +90,16 @@ def describe_row(item: Measured, test: list[dict[str, str]], resamples: int) -> 
         return entry
     # Rows of the table, which know density and the like, with the probabilities of each seed.
     whole = [Predictions(test, p.prob) for p in item.found]
-    points = [r["operating_point"] for r in item.results]
-    entry["detection"] = estimates([
-        metrics.resampled_detection(
-            p.labels, p.prob, p.patients, cbis.CBIS_CLASSES,
-            metrics.OperatingPoint(point["temperature"], point["threshold"]), resamples=resamples,
-        ) for p, point in zip(whole, points, strict=True)
-    ], item)  # fmt: skip
+    entry["detection"] = describe_detection(whole, item, bootstrap)
     entry["units"] = {}
-    for unit in predictions.UNITS:
-        merged = [predictions.by_unit(p, unit) for p in whole]
+    for unit in subgroups.UNITS:
+        merged = [subgroups.by_unit(p, unit) for p in whole]
         entry["units"][unit] = {
             "number": len(merged[0].rows),
-            "metrics": plain_draws(merged, item.trained, resamples),
+            "metrics": plain_draws(merged, item.trained, bootstrap),
         }
     entry["never_predicted"] = sorted({name for r in item.results for name in r.get("never_predicted", [])})
-    entry["subgroups"] = predictions.score_subgroups(whole[0], resamples, others=whole[1:])
+    entry["subgroups"] = subgroups.score_subgroups(whole[0], bootstrap, others=whole[1:])
     entry["two_class"] = [r["two_class"]["metrics"]["auroc"] for r in item.results if r.get("two_class")]
     entry["confusion"] = np.mean([r["confusion"] for r in item.results], axis=0).tolist()
     entry["weights"] = [r.get("weights", {}) for r in item.results]
@@ -114,29 +107,26 @@ def describe_row(item: Measured, test: list[dict[str, str]], resamples: int) -> 
     return entry
 
 
-def estimates(each: list[dict], item: Measured) -> dict[str, dict[str, float | None]]:
-    """Intervals over seeds and patients of draws that are not the six columns."""
-    patients = item.draws["auroc"].patients
+def describe_detection(
+    whole: list[Predictions], item: Measured, bootstrap: Bootstrap
+) -> dict[str, dict[str, float | None]]:
+    """Malignant against the rest at each seed's own operating point, with intervals over seeds and patients."""
+    resamples = whole[0].resamples(bootstrap)
+    drawn = []
+    for found, result in zip(whole, item.results, strict=True):
+        point = result["operating_point"]
+        point = metrics.OperatingPoint(point["temperature"], point["threshold"])
+        drawn.append(resamples.draw_detection(found.prob, point))
     return {
-        name: predictions.plain(
-            comparisons.interval(
-                Draws(
-                    np.array([e[name][0] for e in each]), np.stack([e[name][1] for e in each]), patients, item.trained
-                ),
-                bounded=not name.startswith("calibration"),
-            )
-        )
-        for name in each[0]
+        name: predictions.plain(comparisons.interval(row, bounded=not name.startswith("calibration")))
+        for name, row in comparisons.together(drawn, resamples, item.trained).items()
     }
 
 
-def plain_draws(found: list[Predictions], trained: bool, resamples: int) -> dict[str, Any] | None:
+def plain_draws(found: list[Predictions], trained: bool, bootstrap: Bootstrap) -> dict[str, Any] | None:
     """The six columns of other units than lesions; None where a class is missing or the patients are too few."""
     try:
-        draws = comparisons.draw_metrics(
-            found[0].labels, [p.prob for p in found], found[0].patients, cbis.CBIS_CLASSES, trained=trained,
-            resamples=resamples,
-        )  # fmt: skip
+        draws = comparisons.draw_rows(found[0].resamples(bootstrap), [p.prob for p in found], trained)
     except ValueError:
         return None
     return {name: asdict(comparisons.interval(d)) for name, d in draws.items()}
@@ -185,7 +175,7 @@ def collect(plan: Plan, args: argparse.Namespace, out: Path, primary: dict | Non
             "lesions": len(test),
             "patients": len({row["patient"] for row in test}),
             "published": plan.published.get(kind, {}),
-            "rows": [describe_row(item, test, args.resamples) for item in measured],
+            "rows": [describe_row(item, test, Bootstrap(args.resamples)) for item in measured],
             "comparisons": compare(plan, kind, measured),
             "absent": absent,
         }

@@ -7,8 +7,9 @@ import pytest
 from helpers import ROOT
 from scipy import stats
 
-from evaluation import comparisons, metrics
+from evaluation import comparisons
 from evaluation.comparisons import Draws
+from evaluation.resamples import Resamples
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import coverage  # noqa: E402
@@ -91,11 +92,9 @@ def test_the_patient_bootstrap_agrees_with_the_clustered_variance_of_obuchowski(
         positive = table.labels == 2
         area, variance = obuchowski(positive, prob[:, 2], table.patients)
         two = np.stack([1 - prob[:, 2], prob[:, 2]], axis=1)
-        value, drawn = metrics.resampled_metrics(
-            positive.astype(int), two, table.patients.astype(str), ("others", "MALIGNANT")
-        )["auroc"]
-        assert value == pytest.approx(area)
-        ratios.append(drawn.std(ddof=1) / np.sqrt(variance))
+        drawn = Resamples(positive.astype(int), table.patients.astype(str), ("others", "MALIGNANT")).draw(two)["auroc"]
+        assert drawn.value == pytest.approx(area)
+        ratios.append(drawn.draws.std(ddof=1) / np.sqrt(variance))
     assert np.mean(ratios) == pytest.approx(1, abs=0.03)
     assert max(abs(np.array(ratios) - 1)) < 0.1
 
@@ -126,6 +125,4 @@ def test_one_seed_alone_leaves_out_the_training():
 def test_a_class_of_one_patient_has_no_interval():
     labels, prob = np.array([0, 0, 1, 1]), np.array([[0.6, 0.4], [0.3, 0.7], [0.2, 0.8], [0.5, 0.5]])
     with pytest.raises(ValueError, match="single patient"):
-        comparisons.draw_metrics(
-            labels, [prob, prob], ["a", "b", "c", "c"], ("no", "yes"), malignant="yes", resamples=20
-        )
+        comparisons.draw_rows(Resamples(labels, ["a", "b", "c", "c"], ("no", "yes"), "yes", number=20), [prob, prob])

@@ -29,12 +29,12 @@ from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
 import main_linear
 import models
-from evaluation import cbis_probe, downstream, linear_sgd, probes
+from evaluation import cbis_probe, downstream, heads, linear_sgd
 from evaluation import features as passes
 from evaluation.downstream import create_downstream
 from evaluation.metrics import METRICS
 from inputs.cbis import CBIS_CLASSES, CbisLesions
-from inputs.transforms import Preprocess, eval_view, linear_eval_view
+from inputs.transforms import Preprocess, eval_view, linear_eval_view, linear_train_view
 from preparation.cbis_tables import make_cbis
 from runtime import checkpoints
 
@@ -192,8 +192,8 @@ def test_kept_features_are_used_only_for_the_same_weights_and_images(cbis, check
 
 
 def test_medslip_protocol(cbis, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(probes, "MEDSLIP_EPOCHS", 5)
-    monkeypatch.setattr(probes, "MEDSLIP_RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(heads, "MEDSLIP_EPOCHS", 5)
+    monkeypatch.setattr(heads, "MEDSLIP_RATES", (1e-3, 1e-2))
     monkeypatch.setattr(main_linear, "MEDSLIP_SIZE", 64)
     results = probe(cbis, tmp_path, "--pretrained", str(checkpoint), "--protocol", "medslip")
     assert (results["features"], results["feature_dim"]) == ("projection", 32)
@@ -394,7 +394,7 @@ def test_an_interrupted_run_continues_as_if_it_never_stopped(catalog, checkpoint
     for name, value in head_of(tmp_path / "whole").items():
         assert torch.equal(value, head_of(tmp_path / "parts")[name])
     assert whole == parts
-    with pytest.raises(ValueError, match="learning_rate .* there"):
+    with pytest.raises(ValueError, match="learning_rate: .* there"):
         classify(catalog, checkpoint, tmp_path / "parts", "--lr", "1")
     assert classify(catalog, checkpoint, tmp_path / "parts", "--lr", "1", "--evaluate")["score"] == whole["score"]
 
@@ -422,6 +422,44 @@ def test_a_signal_within_an_epoch_leaves_a_checkpoint_and_the_rest_is_the_unbrok
         assert torch.equal(value, head_of(tmp_path / "parts")[name])
 
 
+def test_the_test_split_goes_through_the_tower_once_for_all_results(catalog, checkpoint, tmp_path, monkeypatch):
+    extract, passes = linear_sgd.extract, []
+    monkeypatch.setattr(linear_sgd, "extract", lambda *args: passes.append(args[2]) or extract(*args))
+    results = classify(catalog, checkpoint, tmp_path, "--eval-freq", "2")
+    assert passes == ["pets test"] * 3  # epochs 2, 4 and 6; the scores, the rows and the file are the last one's
+    rows = read_csv(tmp_path / "predictions.csv")
+    found = [row["predicted"] == row["label"] for row in rows]
+    assert results["top1"] == pytest.approx(100 * np.mean(found))
+    passes.clear()
+    assert classify(catalog, checkpoint, tmp_path, "--eval-freq", "2") == results and len(passes) == 1
+
+
+def test_a_torn_checkpoint_of_the_layer_is_named_and_the_one_before_it_used(catalog, checkpoint, tmp_path, caplog):
+    whole = classify(catalog, checkpoint, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+    newest = tmp_path / "torn" / "linear_step00000018.pt"
+    newest.write_bytes(newest.read_bytes()[:500])
+    with caplog.at_level("INFO", logger="medslip"):
+        again = classify(catalog, checkpoint, tmp_path / "torn")
+    assert "linear_step00000018.pt is not a readable checkpoint" in caplog.text and again == whole
+    assert sorted(path.name for path in (tmp_path / "torn").glob("*.pt")) == [
+        "linear_best.pt", "linear_checkpoint.pt", "linear_step00000015.pt", "linear_step00000018.pt"
+    ]  # fmt: skip
+
+
+def test_a_layer_is_not_continued_on_other_images(catalog, checkpoint, tmp_path):
+    classify(catalog, checkpoint, tmp_path / "out")
+    entry = json.loads(catalog.read_text())["pets"]
+    folders = sorted((Path(entry["path"]) / "train").iterdir())
+    image = next(folders[0].iterdir())
+    moved = image.rename(image.with_name("another_name" + image.suffix))
+    try:
+        with pytest.raises(ValueError, match="images and labels: .* there"):
+            classify(catalog, checkpoint, tmp_path / "out")
+    finally:
+        moved.rename(image)
+
+
 def one_of_two_by_sgd(rank: int, world: int, catalog: Path, checkpoint: Path, output_dir: Path) -> None:
     classify(catalog, checkpoint, output_dir, "-b", "4")
 
@@ -447,13 +485,11 @@ def test_views_are_the_published_ones():
     assert torch.equal(linear_eval_view(medclip, img), eval_view(medclip)(img, None))
 
     two = downstream.ImageArray(np.stack([pixels, pixels]), [str(i) for i in range(8)], [7, 7], None)
-    views = downstream.Views(two, partial(linear_sgd.linear_train_view, preprocess), seed=0)
+    views = downstream.Views(two, partial(linear_train_view, preprocess), seed=0)
     assert views[0, 1][1] == 7 and torch.equal(views[3, 1][0], views[3, 1][0])
     assert not torch.equal(views[3, 1][0], views[4, 1][0]) and not torch.equal(views[3, 0][0], views[3, 1][0])
     ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))).convert("RGB")
-    slopes = [
-        linear_sgd.linear_train_view(preprocess, ramp, np.random.default_rng(i))[0, 0].diff().sum() for i in range(60)
-    ]
+    slopes = [linear_train_view(preprocess, ramp, np.random.default_rng(i))[0, 0].diff().sum() for i in range(60)]
     assert 15 < sum(float(slope) < 0 for slope in slopes) < 45  # half of the crops are flipped
     spans = sorted(abs(float(slope)) * 0.229 for slope in slopes)
     assert spans[0] < 0.45 and spans[-1] > 0.85  # from small parts to nearly all of the width
@@ -574,10 +610,10 @@ def test_two_classes_without_the_dismissed_lesions(run, cbis):
 
 @pytest.mark.parametrize("protocol", ["logistic", "medslip"])
 def test_the_kept_head_gives_the_runs_predictions(cbis, checkpoint, tmp_path, monkeypatch, protocol):
-    monkeypatch.setattr(probes, "MEDSLIP_EPOCHS", 2)
+    monkeypatch.setattr(heads, "MEDSLIP_EPOCHS", 2)
     monkeypatch.setattr(main_linear, "MEDSLIP_SIZE", 64)
     results = probe(cbis, tmp_path, "--pretrained", str(checkpoint), "--protocol", protocol)
-    (head,), about = probes.load_heads(tmp_path / "head.safetensors")
+    (head,), about = heads.load_heads(tmp_path / "head.safetensors")
     (file,) = (tmp_path / "features").glob("*_test_*.npz")
     prob = head(np.load(file)["features"])
     written = [[float(row[f"prob_{name}"]) for name in CBIS_CLASSES] for row in read_csv(tmp_path / "predictions.csv")]
@@ -585,7 +621,7 @@ def test_the_kept_head_gives_the_runs_predictions(cbis, checkpoint, tmp_path, mo
     assert about["weights_sha256"] == results["settings"]["weights_sha256"] and about["classes"] == list(CBIS_CLASSES)
     (tmp_path / "head.safetensors").write_bytes(b"no head")
     with pytest.raises(ValueError, match="no fitted head"):
-        probes.load_heads(tmp_path / "head.safetensors")
+        heads.load_heads(tmp_path / "head.safetensors")
 
 
 def test_digits_get_what_lesions_get_and_a_paired_baseline(tmp_path):

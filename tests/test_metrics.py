@@ -11,15 +11,10 @@ from sklearn import metrics as sk
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score, top_k_accuracy_score
 
 from evaluation.metrics import (
-    METRICS,
-    _weighted_metrics,
     binary_margins,
     classification_metrics,
     classification_scores,
-    paired_patient_bootstrap,
-    patient_bootstrap,
     percent,
-    resample_weights,
     retrieval_metrics,
     score_outputs,
     target_ranks,
@@ -76,113 +71,6 @@ def test_a_class_never_predicted_has_precision_zero_without_warning(recwarn):
 def test_undefined_input_is_refused(labels, prob, message):
     with pytest.raises(ValueError, match=message):
         classification_metrics(labels, prob, CLASSES)
-
-
-def test_every_resample_equals_scikit_learn_on_the_repeated_lesions():
-    labels, prob, patients = three_class_case()
-    weights = resample_weights(labels, patients, 3, resamples=25, seed=3)
-    fast = _weighted_metrics(labels, prob, weights, malignant=2)
-    for r in range(len(weights)):
-        rows = np.repeat(np.arange(len(labels)), weights[r])
-        slow = classification_metrics(labels[rows], prob[rows], CLASSES)
-        for name in METRICS:
-            assert fast[name][r] == pytest.approx(slow[name], abs=1e-12), (name, r)
-
-
-def test_whole_patients_are_drawn():
-    labels, _, patients = three_class_case()
-    weights = resample_weights(labels, patients, 3, resamples=200, seed=0)
-    for name in set(patients):
-        assert (np.ptp(weights[:, patients == name], axis=1) == 0).all()
-    first = [np.flatnonzero(patients == name)[0] for name in sorted(set(patients))]
-    assert (weights[:, first].sum(1) == len(first)).all()
-
-
-def test_recall_interval_is_the_binomial_one_for_one_lesion_a_patient():
-    n, p = 2000, 0.7
-    labels = np.r_[np.ones(n, int), np.zeros(n, int)]
-    called = np.r_[np.arange(n) < p * n, np.arange(n) < 0.1 * n].astype(float)
-    prob = np.stack([0.9 - 0.8 * called, 0.1 + 0.8 * called], axis=1)
-    got = patient_bootstrap(labels, prob, np.arange(2 * n), PAIR, resamples=4000)["recall_malignant"]
-    half = 1.96 * np.sqrt(p * (1 - p) / n)  # normal approximation, 0.0201
-    assert got.value == pytest.approx(p)
-    assert got.low == pytest.approx(p - half, abs=0.1 * half)
-    assert got.high == pytest.approx(p + half, abs=0.1 * half)
-
-
-def delong_std(pos: np.ndarray, neg: np.ndarray) -> float:
-    """Standard error of the AUROC (DeLong, DeLong & Clarke-Pearson 1988, equations 4 to 6)."""
-    wins = (pos[:, None] > neg) + 0.5 * (pos[:, None] == neg)
-    return np.sqrt(wins.mean(1).var(ddof=1) / len(pos) + wins.mean(0).var(ddof=1) / len(neg))
-
-
-def test_auroc_interval_agrees_with_delong():
-    rng = np.random.default_rng(1)
-    labels = np.repeat([0, 1], 400)
-    score = 1 / (1 + np.exp(-(rng.normal(size=800) + labels)))
-    got = patient_bootstrap(labels, np.stack([1 - score, score], 1), np.arange(800), PAIR)["auroc"]
-    std = delong_std(score[labels == 1], score[labels == 0])
-    assert (got.high - got.low) / (2 * 1.96) == pytest.approx(std, rel=0.1)
-
-
-def test_copies_of_a_lesion_within_the_patient_add_no_certainty():
-    labels, prob, _ = three_class_case(90)
-    once = patient_bootstrap(labels, prob, np.arange(90), CLASSES)
-    copies = np.repeat(labels, 4), np.repeat(prob, 4, axis=0)
-    copied = patient_bootstrap(*copies, np.repeat(np.arange(90), 4), CLASSES)
-    lesions = patient_bootstrap(*copies, np.arange(360), CLASSES)
-    for name in METRICS:
-        assert copied[name].low == pytest.approx(once[name].low)
-        assert copied[name].high == pytest.approx(once[name].high)
-        assert lesions[name].high - lesions[name].low < 0.7 * (once[name].high - once[name].low)
-
-
-def test_same_seed_same_interval():
-    case = three_class_case()
-    assert patient_bootstrap(*case, CLASSES, seed=5) == patient_bootstrap(*case, CLASSES, seed=5)
-    assert patient_bootstrap(*case, CLASSES, seed=5) != patient_bootstrap(*case, CLASSES, seed=6)
-
-
-def test_too_few_patients_for_a_bootstrap():
-    with pytest.raises(ValueError, match=r"3 patients are too few.*\[1, 1, 1\]"):
-        patient_bootstrap([0, 1, 2], np.eye(3), ["a", "b", "c"], CLASSES)
-
-
-def test_paired_difference_is_tighter_than_two_intervals():
-    labels, prob, patients = three_class_case(300, decimals=3)
-    noise = np.random.default_rng(9).normal(size=prob.shape)
-    worse = softmax(np.log(prob) + 0.6 * noise)
-    got = paired_patient_bootstrap(labels, prob, worse, patients, CLASSES)["auroc"]
-    apart = [patient_bootstrap(labels, p, patients, CLASSES)["auroc"] for p in (prob, worse)]
-    assert got.value == pytest.approx(apart[0].value - apart[1].value)
-    assert got.low > 0 and got.p_value < 0.05
-    spread = np.hypot(*[a.high - a.low for a in apart])  # width of the difference, were the two independent
-    assert got.high - got.low < 0.8 * spread
-
-
-def test_a_model_against_itself_differs_by_nothing():
-    labels, prob, patients = three_class_case()
-    for got in paired_patient_bootstrap(labels, prob, prob, patients, CLASSES).values():
-        assert (got.value, got.low, got.high, got.p_value) == (0, 0, 0, 1)
-
-
-def test_paired_p_value_under_no_difference_is_rarely_small():
-    """Two equally good models: about 5% of comparisons may fall below 0.05."""
-    small = 0
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        labels = np.repeat([0, 1], 60)
-        scores = [1 / (1 + np.exp(-(rng.normal(size=120) + labels))) for _ in range(2)]
-        a, b = (np.stack([1 - s, s], 1) for s in scores)
-        got = paired_patient_bootstrap(labels, a, b, np.arange(120), PAIR, resamples=400)["auroc"]
-        assert (got.p_value < 0.05) == (got.low > 0 or got.high < 0) or abs(got.p_value - 0.05) < 0.02
-        small += got.p_value < 0.05
-    assert small <= 9  # P(more than 9 of 60 at 5%) is below 0.1%
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Labelled sets
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_classes", [2, 7, 30])
@@ -257,11 +145,6 @@ def test_percent_changes_fractions_and_nothing_else():
     retrieval = percent(retrieval_metrics(torch.eye(4), torch.eye(4), list("abcd")))
     assert {v for k, v in retrieval.items() if k[4:] in ("r1", "r5", "r10")} == {100.0}
     assert (retrieval["i2t_median_rank"], retrieval["t2i_median_rank"], retrieval["candidates"]) == (1, 1, 4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Retrieval
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def brute_force(images, texts, captions):

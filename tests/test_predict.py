@@ -24,7 +24,7 @@ import predict
 from beit_finetuning import run_class_finetuning
 from beit_finetuning.modeling_finetune import create_beit
 from evaluation.features import Backbone
-from evaluation.probes import load_heads
+from evaluation.heads import load_heads
 from evaluation.saliency import Explainer, identity_head
 from inputs.cbis import CBIS_CLASSES
 from inputs.images import read_image

@@ -9,6 +9,8 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, lo
 
 from evaluation import metrics, predictions, references, run_folder
 from evaluation.predictions import Predictions
+from evaluation.resamples import Bootstrap
+from evaluation.weighted import weighted_detection
 from inputs import cbis
 
 CLASSES = cbis.CBIS_CLASSES
@@ -35,7 +37,7 @@ def table(n: int = 240, seed: int = 0, signal: float = 1.5) -> Predictions:
 def test_detection_equals_scikit_learns():
     val, test = table(seed=1), table()
     point = metrics.operating_point(val.labels, val.prob, 2)
-    found = metrics.detection_bootstrap(test.labels, test.prob, test.patients, CLASSES, point, resamples=200)
+    found = test.resamples(Bootstrap(200)).detection(test.prob, point)
     positive, score = test.labels == 2, test.prob[:, 2]
     value = {name: interval.value for name, interval in found.items()}
     assert value["auroc_malignant"] == pytest.approx(roc_auc_score(positive, score))
@@ -56,7 +58,7 @@ def test_detection_equals_scikit_learns():
 def test_the_intercept_makes_the_mean_probability_the_prevalence():
     test = table()
     point = metrics.OperatingPoint(1.0, 0.5)
-    found = metrics.detection_bootstrap(test.labels, test.prob, test.patients, CLASSES, point, resamples=50)
+    found = test.resamples(Bootstrap(50)).detection(test.prob, point)
     p = test.prob[:, 2].clip(1e-12, 1 - 1e-12)
     shifted = 1 / (1 + np.exp(-(np.log(p / (1 - p)) + found["calibration_intercept"].value)))
     assert shifted.mean() == pytest.approx((test.labels == 2).mean(), abs=1e-6)
@@ -86,8 +88,8 @@ def test_resampled_scores_are_those_of_the_resampled_lesions():
     test, point = table(60), metrics.OperatingPoint(1.3, 0.4)
     counts = np.random.default_rng(0).integers(0, 4, len(test.rows))
     again = test[np.repeat(np.arange(len(test.rows)), counts)]
-    one = metrics._weighted_detection(test.labels, test.prob, counts[None], 2, point)
-    other = metrics._weighted_detection(again.labels, again.prob, np.ones((1, len(again.rows))), 2, point)
+    one = weighted_detection(test.labels, test.prob, counts[None], 2, point)
+    other = weighted_detection(again.labels, again.prob, np.ones((1, len(again.rows))), 2, point)
     for name in metrics.DETECTION:
         assert one[name][0] == pytest.approx(other[name][0], abs=1e-9), name
 
@@ -96,7 +98,7 @@ def test_a_constant_score_has_no_slope():
     test = table(60)
     prob = np.tile([0.5, 0.2, 0.3], (60, 1))
     point = metrics.OperatingPoint(1.0, 0.5)
-    found = metrics.detection_bootstrap(test.labels, prob, test.patients, CLASSES, point, resamples=50)
+    found = test.resamples(Bootstrap(50)).detection(prob, point)
     assert predictions.plain(found["calibration_slope"])["value"] is None
     assert found["auroc_malignant"].value == 0.5
     assert predictions.describe_interval("calibration_slope", predictions.plain(found["calibration_slope"])) == (
@@ -104,59 +106,13 @@ def test_a_constant_score_has_no_slope():
     )
 
 
-def test_units_are_the_mean_over_their_lesions_with_the_gravest_pathology():
-    test = table(60)
-    for unit, key in (("patient", ("patient",)), ("breast", ("patient", "side"))):
-        merged = predictions.by_unit(test, unit)
-        keys = [tuple(row[name] for name in key) for row in test.rows]
-        assert len(merged.rows) == len(set(keys))
-        for row, prob in zip(merged.rows, merged.prob, strict=True):
-            own = [i for i, k in enumerate(keys) if k == tuple(row[name] for name in key)]
-            assert np.allclose(prob, test.prob[own].mean(0))
-            pathologies = {test.rows[i]["pathology"] for i in own}
-            gravest = next(name for name in ("MALIGNANT", "BENIGN", "BENIGN_WITHOUT_CALLBACK") if name in pathologies)
-            assert row["pathology"] == gravest
-
-
-def test_subgroups_are_complete_and_have_their_own_scores():
-    test = table()
-    found = predictions.score_subgroups(test, resamples=50)
-    by = {name: [part for part in found if part["by"] == name] for name in predictions.SUBGROUPS}
-    assert by["assessment"] == []  # the table does not say it
-    for name in ("density", "view", "side", "size", "subtlety"):
-        assert sum(part["lesions"] for part in by[name]) == 240, name
-    assert [part["value"] for part in by["size"]] == ["small", "medium", "large"]
-    assert [part["lesions"] for part in by["size"]] == [80, 80, 80]
-    part = next(part for part in by["density"] if part["value"] == "2")
-    index = [i for i, row in enumerate(test.rows) if row["density"] == "2"]
-    own = test[np.array(index)]
-    assert part["auroc"]["value"] == pytest.approx(roc_auc_score(own.labels, own.prob, multi_class="ovr"))
-    assert part["auroc_malignant"]["value"] == pytest.approx(roc_auc_score(own.labels == 2, own.prob[:, 2]))
-
-
-def test_subgroups_of_several_seeds_have_their_mean_and_a_wider_interval():
-    first = table()
-    rng = np.random.default_rng(5)
-    noisy = [first.prob * rng.uniform(0.2, 3, first.prob.shape) for _ in range(2)]
-    others = [predictions.Predictions(first.rows, p / p.sum(1, keepdims=True)) for p in noisy]
-    together = predictions.score_subgroups(first, resamples=200, others=others)
-    each = [predictions.score_subgroups(found, resamples=200) for found in (first, *others)]
-    assert [(part["by"], part["value"], part["lesions"]) for part in together] == [
-        (part["by"], part["value"], part["lesions"]) for part in each[0]
-    ]
-    for i, part in enumerate(together):
-        for name in ("auroc", "auroc_malignant"):
-            values = [found[i][name]["value"] for found in each]
-            assert part[name]["value"] == pytest.approx(np.mean(values))
-            least = part[name]["high"] - part[name]["low"]
-            assert part[name]["high"] == 1 or least > 2 * 1.96 * np.std(values, ddof=1) / np.sqrt(3)
-
-
 def test_a_class_that_is_never_predicted_is_named():
     test = table(60)
     test.prob[:, 1] = 0
     test.prob /= test.prob.sum(1, keepdims=True)
-    assert predictions.score_predictions(test, resamples=20)["never_predicted"] == ["BENIGN_WITHOUT_CALLBACK"]
+    assert predictions.score_predictions(test, test.resamples(Bootstrap(20)))["never_predicted"] == [
+        "BENIGN_WITHOUT_CALLBACK"
+    ]
 
 
 def test_a_baseline_is_checked_by_lesion_and_by_truth(tmp_path):

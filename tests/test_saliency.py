@@ -12,7 +12,7 @@ import main_linear
 import make_report
 from evaluation import saliency
 from evaluation.features import Backbone, load_backbone
-from evaluation.probes import Linear
+from evaluation.heads import Linear
 from inputs.transforms import Preprocess
 from preparation.cbis_tables import make_cbis
 from reporting import lesions

@@ -1,4 +1,4 @@
-"""Heads that are fitted on the features of a frozen tower (features.py).
+"""Heads that are fitted on the features of a frozen tower.
 
 A head is one linear layer on standardised features (logistic regression, or the first MedSLIP's AdamW), or no layer at
 all (k nearest neighbours).
@@ -386,6 +386,9 @@ def train_medslip(samples: Samples, num_classes: int, rate: float, seed: int, ba
     weight, bias = layer.weight.detach().numpy().T, layer.bias.detach().numpy()
     standard = np.asarray(scaler.mean_), np.asarray(scaler.scale_)
     return Linear(*(part.astype(np.float32) for part in (*standard, weight, bias)))
+
+
+PROTOCOLS = {"logistic": fit_logistic, "medslip": fit_medslip}
 
 
 @torch.inference_mode()
