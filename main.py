@@ -62,6 +62,7 @@ from runtime.command_line import (
 )
 from runtime.logs import MetricWriter, format_seconds, start_logging
 from runtime.meeting import meet
+from runtime.versions import versions
 from tokenizer import Tokenizer, create_tokenizer
 from towers import pretrained as pretrained_towers
 
@@ -537,10 +538,10 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
         "parameters": sum(p.numel() for p in run.model.parameters()),
     }
     if run.processes.is_main:
-        settings = {"args": vars(args), "derived": derived, "versions": utils.versions()}
+        settings = {"args": vars(args), "derived": derived, "versions": versions()}
         utils.write_json(Path(args.output_dir) / "settings.json", settings)
     log.info(json.dumps(vars(args), default=str))
-    log.info(", ".join(f"{k} {v}" for k, v in utils.versions().items()))
+    log.info(", ".join(f"{k} {v}" for k, v in versions().items()))
     log.info(f"weight decay: {utils.describe_groups(run.optimizer.param_groups)}")
     log.info(
         f"{n_pairs:,} pairs; {args.batch_size} x {args.update_freq} micro-batch(es) x {world} process(es) = effective "
@@ -592,7 +593,7 @@ def save(run: Run, is_best: bool = False) -> None:
         "model": {"name": run.model.name, "config": run.model.config},
         "preprocess": run.model.preprocess.to_dict(),
         "tokenizer": run.tokenizer.spec() if run.tokenizer else None,
-        "versions": utils.versions(),
+        "versions": versions(),
     }
     output_dir = Path(run.args.output_dir)
     save_training_checkpoint(state, output_dir, run.step, is_best, run.args.keep_last)

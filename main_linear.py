@@ -46,6 +46,7 @@ from runtime.command_line import (
     run_script,
 )
 from runtime.logs import start_logging
+from runtime.versions import versions
 
 log = logging.getLogger("medslip")
 
@@ -250,8 +251,9 @@ def record_settings(args: argparse.Namespace, backbone: Backbone, processes: dis
         "learning_rate": learning_rate(args, processes.world_size),
         "device": str(processes.device),
     }
-    versions = {**utils.versions(), "scikit-learn": sklearn.__version__}
-    settings = {"args": vars(args), "derived": derived, "versions": versions}
+    settings = {
+        "args": vars(args), "derived": derived, "versions": {**versions(), "scikit-learn": sklearn.__version__},
+    }  # fmt: skip
     utils.write_json(Path(args.output_dir) / "settings.json", settings)
     log.info(f"{args.dataset}: {backbone.name}, {backbone.features} features")
 

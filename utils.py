@@ -1,8 +1,7 @@
-"""What training shares: compilation, files written whole, the schedule, parameter groups, random states, versions."""
+"""What training shares: compilation, files written whole, the schedule, parameter groups, random states."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import json
@@ -11,8 +10,6 @@ import math
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,30 +188,3 @@ def set_random_state(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-@functools.cache
-def commit() -> str:
-    """The commit of this code, with -dirty after it where files were edited, or "unknown" outside of git.
-
-    Asked once, when a run begins (runtime.logs.start_logging): what is edited later is not what it runs.
-    """
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on beside its settings: the commit and the libraries."""
-    import timm
-    import torchvision
-
-    return {
-        "commit": commit(),
-        "python": sys.version.split()[0],
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "timm": str(timm.__version__),
-    }

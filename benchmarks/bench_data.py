@@ -34,11 +34,11 @@ from PIL import Image, ImageFilter
 from scipy.stats import ks_2samp
 from torch import Tensor
 
-import utils
 from inputs.colour import Colours, apply_colour, apply_colour_batch
 from inputs.images import decode_image, decode_pixels
 from inputs.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, ssl_pixels, train_pixels
 from preparation.shrink import encode, shrink
+from runtime.versions import versions
 
 PREPROCESS = Preprocess(224)
 KINDS = {  # width, height, colour or grey, short side of the shrunk copy
@@ -217,7 +217,7 @@ def measure(data: list[tuple[bytes, bytes]], samples: int, seed: int) -> dict[st
 def main(argv: list[str] | None = None) -> dict:
     args = get_args_parser().parse_args(argv)
     torch.set_num_threads(1)
-    print(f"{platform.machine()}, 1 thread; {utils.versions()}; Pillow {Image.__version__}")
+    print(f"{platform.machine()}, 1 thread; {versions()}; Pillow {Image.__version__}")
     out: dict = {"rows": {}, "p": {}}
     if args.draws:
         for title, grain in (("smooth", 0.0), ("grainy", 25.0)):

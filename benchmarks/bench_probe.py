@@ -47,6 +47,7 @@ from evaluation.resamples import Resamples
 from evaluation.set_probes import score_set
 from inputs.cbis import CBIS_CLASSES, CBIS_KINDS, CbisLesions
 from inputs.transforms import Preprocess, eval_view
+from runtime.versions import versions
 
 SETS = (*(f"cbis_{kind}" for kind in CBIS_KINDS), "digits")
 SHOWN = ("auroc", "f1", "recall")
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         model = model.eval().requires_grad_(False).to(args.device)
         backbone = Backbone(model.visual, model, model.preprocess, "backbone", f"{args.arch}, untrained")
     where = torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine()
-    print(f"{where}, {torch.get_num_threads()} threads, {args.workers} loader processes; {utils.versions()}")
+    print(f"{where}, {torch.get_num_threads()} threads, {args.workers} loader processes; {versions()}")
     rows = []
     for name in args.sets:
         row = measure(name, backbone, args)

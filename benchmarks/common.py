@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(1, str(ROOT))  # behind benchmarks/ itself
 
-import utils  # noqa: E402
+from runtime.versions import versions  # noqa: E402
 
 
 def choose_device(cpu: bool) -> torch.device:
@@ -29,7 +29,7 @@ def describe(device: torch.device, runs: int) -> str:
         if device.type == "cuda"
         else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
-    return f"{where}; " + ", ".join(f"{k} {v}" for k, v in utils.versions().items()) + f"; {runs} runs, median"
+    return f"{where}; " + ", ".join(f"{k} {v}" for k, v in versions().items()) + f"; {runs} runs, median"
 
 
 def median(values: list[float]) -> float:

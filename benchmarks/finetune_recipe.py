@@ -24,6 +24,7 @@ import utils
 from beit_finetuning import run_class_finetuning
 from inputs import cbis
 from preparation.cbis_tables import Lesion, split_off_validation, write_table
+from runtime.versions import versions
 
 START = {"lr": "1e-3", "layer_decay": "0.75", "epochs": "20", "views": "recipe", "class_weights": "none"}
 # Tried in this order, each beside what the search has kept so far.
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict:
     print("chosen:", shlex.join(["python", "beit_finetuning/run_class_finetuning.py", *final]), flush=True)
     results = run_class_finetuning.main([*final, "--output_dir", str(args.output_dir / "chosen")])
     report = {"tried": tried, "chosen": best, "metrics": results["metrics"], "difference": results.get("difference"),
-              "versions": utils.versions()}  # fmt: skip
+              "versions": versions()}  # fmt: skip
     utils.write_json(args.output_dir / "recipe.json", report)
     return report
 

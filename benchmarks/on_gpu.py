@@ -35,6 +35,7 @@ import utils
 from evaluation import features
 from inputs import colour
 from runtime.command_line import run_script
+from runtime.versions import versions
 
 STEPS = ("SLIP_VITB16", "MEDSLIP_VIT", "MEDSLIP_RESNET")
 TINY = {"--image-size": "32", "--override": "vision.patch_size=8 vision.depth=1 text_layers=1"}
@@ -293,7 +294,7 @@ def describe(name: str, row: dict) -> str:
 def machine(args: argparse.Namespace) -> dict:
     device = common.choose_device(args.cpu)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"device": where, "cores": str(distributed.cores()), **utils.versions()}
+    return {"device": where, "cores": str(distributed.cores()), **versions()}
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -21,6 +21,7 @@ from evaluation.resamples import Bootstrap
 from inputs import cbis
 from reporting.plan import TABLES, Plan
 from reporting.steps import Step, folder_of, seeds_of
+from runtime.versions import versions
 from synthetic.world import is_synthetic
 
 HOLM_METRIC = "auroc"  # the comparisons of a table are tested on this one
@@ -182,7 +183,7 @@ def collect(plan: Plan, args: argparse.Namespace, out: Path, primary: dict | Non
     return {
         "synthetic": is_synthetic(Path(args.cbis)),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": utils.versions(),
+        "versions": versions(),
         "cbis": str(args.cbis),
         "seeds": args.seeds,
         "resamples": args.resamples,

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from utils import commit
+from runtime.versions import commit
 
 log = logging.getLogger("medslip")
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import main
 import utils
-from runtime import checkpoints
+from runtime import checkpoints, versions
 
 
 @pytest.mark.parametrize("case", json.loads((GOLDENS / "cosine_scheduler.json").read_text()))
@@ -67,12 +67,12 @@ def test_the_commit_is_asked_once_and_is_that_of_the_start(tmp_path, monkeypatch
         asked.append(command[0])
         return SimpleNamespace(stdout=f"abc{'-dirty' * (len(asked) > 1)}\n")
 
-    monkeypatch.setattr(utils.subprocess, "run", git)
-    utils.commit.cache_clear()
+    monkeypatch.setattr(versions.subprocess, "run", git)
+    versions.commit.cache_clear()
     try:
         main.main(command(make_roco(tmp_path / "roco"), tmp_path / "run"))
         files = [*(tmp_path / "run").glob("checkpoint_step*.pt")]
         assert [checkpoints.load_checkpoint(file)["versions"]["commit"] for file in files] == ["abc", "abc"]
     finally:
-        utils.commit.cache_clear()
+        versions.commit.cache_clear()
     assert asked == ["git"]
