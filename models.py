@@ -3,8 +3,7 @@
     create_model("SLIP_VITB16")                                  one of MODELS
     create_model("SLIP_VITT16", image_size=64, text_layers=2)    with any field of ModelConfig overridden
 
-An image tower maps (B, 3, H, W) to features (B, d). A text tower is a small object that registers its parameters on
-the model itself, because the published SLIP checkpoints keep the text transformer at the top level.
+Towers come from towers/build.py, and losses from losses.py; what joins them to an objective is here.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import safetensors.torch
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -32,10 +30,10 @@ import losses
 import utils
 from inputs.images import read_image, to_8bit, to_rgb8
 from inputs.sizes import Size, as_size, size_text
-from inputs.transforms import IMAGENET_MEAN, IMAGENET_STD, MEDCLIP_MEAN, MEDCLIP_STD, Preprocess, eval_view
+from inputs.transforms import Preprocess, eval_view
 from runtime.checkpoints import load_checkpoint, strip_wrappers, training_progress, unfinished
 from tokenizer import Tokenizer, create_tokenizer
-from towers.clip_text import CLIPText
+from towers.build import build_image_tower, build_text_tower, is_medclip_tower, preprocess_of
 from towers.weights import load_weights, resize_position_embeddings
 
 log = logging.getLogger("medslip")
@@ -67,29 +65,31 @@ def build_ssl_head(feature_dim: int, mlp_dim: int, emb_dim: int) -> nn.Sequentia
 class ImageModel(nn.Module):
     """What the three models share: an image tower, and towers that can be held fixed.
 
-    `create_model` names what it has built: its settings as plain values, its objective, how its images are prepared.
+    Args:
+        name: of MODELS.
+        config: all that determines the parameters; it says more than one class needs.
+
+    Attributes:
+        config: the same as plain values, as checkpoints store it.
+        objective: what it is trained for, of OBJECTIVES.
+        preprocess: how its images are prepared; weights from elsewhere may bring a mean and deviation of their own.
+        visual: the image tower, (B, 3, H, W) to (B, feature_dim).
     """
 
-    name: str
-    config: dict[str, Any]
-    objective: Objective
-    preprocess: Preprocess
-    visual: Any
     text: Any
 
-    def __init__(self, visual: nn.Module, feature_dim: int):
+    def __init__(self, name: str, config: ModelConfig):
         super().__init__()
-        self.visual = visual
-        self.feature_dim = feature_dim
+        self.name, self.config, self.objective = name, asdict(config), objective_of(config)
+        self.preprocess = preprocess_of(config.vision_tower, config.image_size)
+        self.visual: Any
+        self.visual, self.feature_dim = build_image_tower(
+            config.vision_tower, config.vision_kwargs, config.image_size
+        )  # fmt: skip
         self.frozen: tuple[str, ...] = ()
         self.batchnorm_held = False
         # BatchNorm in a tower sees each view as a batch of its own; without it, one pass over all views is the same.
-        self.joint_views = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in visual.modules())
-
-    @classmethod
-    def from_config(cls, config: ModelConfig) -> Self:
-        """The model with fresh weights; `config` says more than one class needs."""
-        raise NotImplementedError
+        self.joint_views = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.visual.modules())
 
     def _views(self, *views: Tensor) -> tuple[Tensor, ...]:
         """Features (B, d) of several views (B, 3, H, W) that share the image tower."""
@@ -157,27 +157,18 @@ class ImageModel(nn.Module):
 
 
 class CLIP(ImageModel):
-    """Image-text contrast (Radford et al. 2021).
+    """Image-text contrast (Radford et al. 2021)."""
 
-    Args:
-        visual: image tower, (B, 3, H, W) to (B, feature_dim).
-        text: text tower with `attach(model, embed_dim)`, `encode(model, tokens)` and `modules`.
-        feature_dim: width of the image tower's features.
-        embed_dim: width of the space both sides are projected to.
-    """
-
-    def __init__(self, visual: nn.Module, text: CLIPText, feature_dim: int, embed_dim: int = 512):
-        super().__init__(visual, feature_dim)
-        self.text = text
-        self.image_projection = nn.Parameter(torch.empty(feature_dim, embed_dim))
-        nn.init.normal_(self.image_projection, std=feature_dim**-0.5)
-        text.attach(self, embed_dim)
+    def __init__(self, name: str, config: ModelConfig):
+        super().__init__(name, config)
+        self.text = build_text_tower(
+            config.text_tower, config.text_pooling, context_length=config.context_length, vocab_size=config.vocab_size,
+            width=config.text_width, heads=config.text_heads, layers=config.text_layers,
+        )  # fmt: skip
+        self.image_projection = nn.Parameter(torch.empty(self.feature_dim, config.embed_dim))
+        nn.init.normal_(self.image_projection, std=self.feature_dim**-0.5)
+        self.text.attach(self, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_START))
-
-    @classmethod
-    def from_config(cls, config: ModelConfig) -> Self:
-        visual, feature_dim = _image_tower(config)
-        return cls(visual, _text_tower(config), feature_dim, config.embed_dim)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Images (B, 3, H, W) to embeddings (B, embed_dim), not normalised."""
@@ -205,13 +196,9 @@ class CLIP(ImageModel):
 class SIMCLR(ImageModel):
     """Contrast between two augmented views of an image (Chen et al. 2020)."""
 
-    def __init__(self, visual: nn.Module, feature_dim: int, ssl_mlp_dim: int = 4096, ssl_emb_dim: int = 256):
-        super().__init__(visual, feature_dim)
-        self.image_mlp = build_ssl_head(feature_dim, ssl_mlp_dim, ssl_emb_dim)
-
-    @classmethod
-    def from_config(cls, config: ModelConfig) -> Self:
-        return cls(*_image_tower(config), config.ssl_mlp_dim, config.ssl_emb_dim)
+    def __init__(self, name: str, config: ModelConfig):
+        super().__init__(name, config)
+        self.image_mlp = build_ssl_head(self.feature_dim, config.ssl_mlp_dim, config.ssl_emb_dim)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Images (B, 3, H, W) to the tower's features (B, feature_dim)."""
@@ -228,22 +215,9 @@ class SIMCLR(ImageModel):
 class SLIP(CLIP):
     """CLIP and SimCLR with one image tower (Mu et al. 2021, algorithm 1): three views of an image and its caption."""
 
-    def __init__(
-        self,
-        visual: nn.Module,
-        text: CLIPText,
-        feature_dim: int,
-        embed_dim: int = 512,
-        ssl_mlp_dim: int = 4096,
-        ssl_emb_dim: int = 256,
-    ):
-        super().__init__(visual, text, feature_dim, embed_dim)
-        self.image_mlp = build_ssl_head(feature_dim, ssl_mlp_dim, ssl_emb_dim)
-
-    @classmethod
-    def from_config(cls, config: ModelConfig) -> Self:
-        visual, feature_dim = _image_tower(config)
-        return cls(visual, _text_tower(config), feature_dim, config.embed_dim, config.ssl_mlp_dim, config.ssl_emb_dim)
+    def __init__(self, name: str, config: ModelConfig):
+        super().__init__(name, config)
+        self.image_mlp = build_ssl_head(self.feature_dim, config.ssl_mlp_dim, config.ssl_emb_dim)
 
     def towers(self, image: Tensor, text: Tensor, aug1: Tensor, aug2: Tensor) -> tuple[Tensor, ...]:
         features, features1, features2 = self._views(image, aug1, aug2)
@@ -304,6 +278,13 @@ OBJECTIVES = {
 }
 
 
+def objective_of(config: ModelConfig) -> Objective:
+    """ValueError with the choices for an unknown one."""
+    if config.objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {config.objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[config.objective]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of variants
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,61 +337,9 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-def _timm_tower(config: ModelConfig) -> Any:
-    """Any timm image model without its classifier; a ViT's position embeddings follow the image size."""
-    name = config.vision_tower
-    if not timm.is_model(name):
-        near = timm.list_models(f"{name.split('_')[0]}*")[:20]
-        raise ValueError(f"unknown vision tower {name!r}: not a timm model (see timm.list_models()); near it: {near}")
-    fixed_size = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    size = dict(img_size=config.image_size) if fixed_size is not None and fixed_size.fixed_input_size else {}
-    try:
-        tower: Any = timm.create_model(name, num_classes=0, **size, **config.vision_kwargs)
-    except TypeError as error:
-        raise ValueError(f"vision tower {name!r} does not take the settings {config.vision_kwargs}: {error}") from error
-    if getattr(tower, "cls_token", None) is not None:
-        # timm 0.5, which the published models were trained with; later releases start the class token at 1e-6.
-        nn.init.trunc_normal_(tower.cls_token, std=0.02)
-    return tower
-
-
-def _image_tower(config: ModelConfig) -> tuple[nn.Module, int]:
-    """The image tower and the width of its features."""
-    if config.vision_tower.startswith("medclip-"):
-        from towers import medclip  # transformers takes seconds to import, and only these models need it
-
-        return medclip.build_image_tower(config.vision_tower, config.vision_kwargs, config.image_size)
-    tower = _timm_tower(config)
-    return tower, getattr(tower, "head_hidden_size", None) or tower.num_features
-
-
-def _text_tower(config: ModelConfig) -> Any:
-    sizes = dict(
-        context_length=config.context_length,
-        vocab_size=config.vocab_size,
-        width=config.text_width,
-        heads=config.text_heads,
-        layers=config.text_layers,
-    )
-    if config.text_tower == "clip":
-        return CLIPText(**sizes)
-    if config.text_tower == "bert":
-        from towers import medclip
-
-        return medclip.BertText(**sizes, pooling=config.text_pooling)
-    raise ValueError(f"unknown text tower {config.text_tower!r}: choose clip or bert")
-
-
 def is_medclip(config: dict) -> bool:
     """Whether both towers are MedCLIP's, so that its weights fit."""
-    return config["vision_tower"].startswith("medclip-") and config["text_tower"] == "bert"
-
-
-def preprocess_of(config: ModelConfig) -> Preprocess:
-    """How images are prepared for this model: each family brings its own normalisation."""
-    if config.vision_tower.startswith("medclip-"):
-        return Preprocess(size=config.image_size, mean=MEDCLIP_MEAN, std=MEDCLIP_STD, prepare="medclip")
-    return Preprocess(size=config.image_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, prepare="slip")
+    return is_medclip_tower(config["vision_tower"]) and config["text_tower"] == "bert"
 
 
 def resolve_config(name: str, **overrides) -> ModelConfig:
@@ -439,17 +368,11 @@ def create_model(name: str, **overrides) -> ImageModel:
         overrides: fields of ModelConfig. Those that the objective has no use for are accepted and change nothing, so
             that one call serves all three (SLIP's constructors did the same).
 
-    Returns:
-        the model, with `config` (plain values), `objective` and `preprocess` (inputs.transforms.Preprocess).
+    Raises:
+        ValueError: unknown name, field or tower; the message lists the valid ones.
     """
     config = resolve_config(name, **overrides)
-    if config.objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {config.objective!r}: choose one of {', '.join(OBJECTIVES)}")
-    objective = OBJECTIVES[config.objective]
-    model = objective.model.from_config(config)
-    model.name, model.config, model.objective = name, asdict(config), objective
-    model.preprocess = preprocess_of(config)
-    return model
+    return objective_of(config).model(name, config)
 
 
 # models.SLIP_VITB16(ssl_mlp_dim=..., ssl_emb_dim=...) and its sisters, as SLIP's users import them.

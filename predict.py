@@ -34,8 +34,9 @@ import models
 import utils
 from evaluation import downstream, metrics, saliency
 from evaluation.catalog import read_prompts
-from evaluation.features import Backbone, Loading, extract, load_backbone
-from evaluation.heads import Linear, load_heads
+from evaluation.features import Backbone, Loading, extract
+from evaluation.heads import Linear
+from evaluation.probe import fitted_probe
 from inputs.images import read_image
 from inputs.metadata import Table
 from inputs.transforms import eval_view, linear_eval_view
@@ -142,11 +143,10 @@ def find_images(given: Sequence[Path]) -> list[Path]:
 
 
 def passed(
-    backbone: Backbone, paths: Sequence[Path], args: argparse.Namespace, title: str, view: Any = None
+    backbone: Backbone, paths: Sequence[Path], loading: Loading, title: str, view: Any = None
 ) -> tuple[np.ndarray, list[Path]]:
     """Features (n, d) of the readable images and their paths; the others are named and counted."""
     dataset = ImageList(paths, view or eval_view(backbone.preprocess))
-    loading = Loading(args.batch_size, args.workers, skip_broken=True, processes=args.processes)
     features, kept = extract(backbone, dataset, title, loading)
     lost = sorted(set(range(len(paths))) - set(kept.tolist()))
     for i in lost:
@@ -167,19 +167,13 @@ def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise UsageError("--explain needs captum: pip install captum")
     if not (args.run / "head.safetensors").is_file() and (args.run / "checkpoint.pt").is_file():
         return classify_finetuned(args)
-    heads, about = load_heads(args.run / "head.safetensors")
-    args.processes = processes_of(args, about.get("precision", "fp32"))
-    settings = json.loads((args.run / "settings.json").read_text())["args"]
-    backbone = load_backbone(
-        args.weights or settings["pretrained"], model=settings["model"], arch=settings["arch"],
-        untrained=settings["untrained"], seed=settings["seed"], features=about["features"],
-        size=about["preprocess"]["size"], device=args.processes.device,
-    )  # fmt: skip
-    if backbone.fingerprint() != about["weights_sha256"]:
-        raise ValueError(f"{args.weights or settings['pretrained']} are not the weights that {args.run} was fitted on")
+    probe = fitted_probe(args.run, args.weights)
+    heads, about, backbone = probe.heads, probe.about, probe.backbone
+    loading = loading_of(args, about.get("precision", "fp32"))
+    backbone.model.to(loading.device)
     preprocess = backbone.preprocess
     view = partial(linear_eval_view, preprocess) if about.get("view") == "linear" else eval_view(preprocess)
-    features, paths = passed(backbone, find_images(args.images), args, "classify", view)
+    features, paths = passed(backbone, find_images(args.images), loading, "classify", view)
     distance = heads[0].distance(features)
     if names := about.get("findings"):  # of each image any number, each by a head of its own
         prob = np.stack([head(features)[:, 1] for head in heads], axis=1)
@@ -193,7 +187,7 @@ def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
         assert distance is not None
         row["unlike_training"] = int(distance[i] > 1)
     if args.explain:
-        draw_maps(args, backbone, heads, view, paths, explained, rows)
+        draw_maps(args.explain, backbone, heads, view, paths, explained, rows)
     if distance is not None and (far := int((distance > 1).sum())):
         log.warning(f"{far} of {len(rows)} images are farther from the training images than 99.9% of these are")
     return rows
@@ -201,8 +195,7 @@ def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def classify_finetuned(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The same by a run of run_class_finetuning.py: its best weights, where a validation split chose them."""
-    from beit_finetuning import run_class_finetuning
-    from beit_finetuning.modeling_finetune import BEIT_MODELS
+    from beit_finetuning import networks
     from beit_finetuning.views import EvalView
 
     best = args.run / "checkpoint_best.pt"
@@ -210,41 +203,41 @@ def classify_finetuned(args: argparse.Namespace) -> list[dict[str, Any]]:
     if "data_set" not in state.get("settings", {}):
         raise ValueError(f"{args.run} is neither a probe (no head.safetensors) nor a fine-tuned classifier")
     classes = state["settings"]["classes"]
-    given = argparse.Namespace(**state["args"])
-    if given.model in BEIT_MODELS:
-        given.finetune = ""  # every weight comes from the run
-    elif args.weights:
-        given.finetune = args.weights
-    model, preprocess, _ = run_class_finetuning.build_model(given, len(classes))
-    model.load_state_dict(state["state_dict"])
+    network = networks.rebuild(state, args.weights)
     file = args.run / "results.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
-    args.processes = processes_of(args, results.get("settings", {}).get("precision", "fp32"))
-    model.eval().to(args.processes.device)
-    backbone, view = Backbone(model, model, preprocess, "logits", "fine-tuned"), EvalView(preprocess, given.crop_pct)
-    logits, paths = passed(backbone, find_images(args.images), args, "classify", view)
+    loading = loading_of(args, results.get("settings", {}).get("precision", "fp32"))
+    model, preprocess = network.model.to(loading.device), network.preprocess
+    backbone = Backbone(model, model, preprocess, "logits", network.name)
+    view = EvalView(preprocess, network.config.crop_pct)
+    logits, paths = passed(backbone, find_images(args.images), loading, "classify", view)
     prob = torch.from_numpy(logits).double().softmax(-1).numpy()
     point = results.get("operating_point")
     rows = answers(paths, prob, classes, point)
     if args.explain:
         explained = [(0, target) for target in targets(prob, classes, point)]
-        draw_maps(args, backbone, [saliency.identity_head(len(classes))], view, paths, explained, rows)
+        draw_maps(args.explain, backbone, [saliency.identity_head(len(classes))], view, paths, explained, rows)
     return rows
 
 
-def processes_of(args: argparse.Namespace, own: str = "") -> distributed.Processes:
-    """This process on the GPU, or on the CPU where there is none; in `own`, a run's precision, where it can be had."""
+def loading_of(args: argparse.Namespace, own: str = "") -> Loading:
+    """How images reach the tower: on the GPU, or on the CPU where there is none.
+
+    Args:
+        own: a run's precision, which is taken where --precision does not say otherwise and this machine has it.
+    """
     alone = {"rank": 0, "world_size": 1, "local_rank": 0, "gpu": args.gpu}
+    wanted = own if own and args.precision == "auto" else args.precision
     try:
-        precision = own if own and args.precision == "auto" else args.precision
-        return distributed.init_distributed(argparse.Namespace(**alone, precision=precision))
+        processes = distributed.init_distributed(argparse.Namespace(**alone, precision=wanted))
     except ValueError as error:
         if not own or args.precision != "auto":
             raise
         log.warning(
             f"the run was computed in {own}, which this machine does not have ({error}): last digits may differ"
         )
-        return distributed.init_distributed(argparse.Namespace(**alone, precision="auto"))
+        processes = distributed.init_distributed(argparse.Namespace(**alone, precision="auto"))
+    return Loading(args.batch_size, args.workers, skip_broken=True, processes=processes)
 
 
 def positive_of(classes: Sequence[str], operating_point: dict | None) -> str | None:
@@ -260,23 +253,24 @@ def targets(prob: np.ndarray, classes: Sequence[str], operating_point: dict | No
 
 
 def draw_maps(
-    args: argparse.Namespace, backbone: Backbone, heads: Sequence[Linear], view: Any, paths: Sequence[Path],
+    folder: Path, backbone: Backbone, heads: Sequence[Linear], view: Any, paths: Sequence[Path],
     explained: Sequence[tuple[int, int]], rows: list[dict[str, Any]],
 ) -> None:  # fmt: skip
-    """An image with its map for each answer, in --explain; the answer's column `map` names it.
+    """An image with its map for each answer, in `folder`; the answer's column `map` names it.
 
     Args:
         explained: of each image the head's number and the class in it.
     """
-    args.explain.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = next(backbone.model.parameters()).device
     for number, target in sorted(set(explained)):
         explainer = saliency.Explainer(backbone, heads[number], target)
         own = [i for i, pair in enumerate(explained) if pair == (number, target)]
         for start in range(0, len(own), 8):
             part = own[start : start + 8]
             images = torch.stack([view(read_image(paths[i]), None) for i in part])
-            for i, image, heat in zip(part, images, explainer(images.to(args.processes.device)), strict=True):
-                file = args.explain / f"{i:05d}_{paths[i].stem}.png"
+            for i, image, heat in zip(part, images, explainer(images.to(device)), strict=True):
+                file = folder / f"{i:05d}_{paths[i].stem}.png"
                 saliency.overlay(saliency.grey_view(image), heat).save(file)
                 rows[i]["map"] = str(file)
 
@@ -323,7 +317,7 @@ def zero_shot(args: argparse.Namespace) -> list[dict[str, Any]]:
     if lacking := [template for template in templates if "{}" not in template]:
         raise UsageError(f"template {lacking[0]!r} has no {{}} for the label")
     loaded = models.load_pretrained(args.weights, bert_vocab=args.bert_vocab)
-    loaded.model.to(processes_of(args).device)
+    loaded.model.to(loading_of(args).device)
     paths = readable(find_images(args.images))
     prob = loaded.zero_shot([image for _, image in paths], labels, templates)
     names = [label if isinstance(label, str) else label[0] for label in labels]
@@ -356,8 +350,8 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
     if bool(args.images) == bool(args.captions):
         raise UsageError("embed takes images or --captions, one of the two")
     loaded = models.load_pretrained(args.weights, bert_vocab=args.bert_vocab)
-    args.processes = processes_of(args)
-    loaded.model.to(args.processes.device)
+    loading = loading_of(args)
+    loaded.model.to(loading.device)
     if args.captions:
         ids = [line.strip() for line in Path(args.captions).read_text("utf-8").splitlines() if line.strip()]
         vectors = loaded.embed_captions(ids)
@@ -365,7 +359,7 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
         features = "projection" if loaded.model.objective.text else "backbone"
         encode: Any = loaded.model.encode_image if features == "projection" else loaded.model.visual
         backbone = Backbone(encode, loaded.model, loaded.preprocess, features, loaded.source)
-        found, paths = passed(backbone, find_images(args.images), args, "embed")
+        found, paths = passed(backbone, find_images(args.images), loading, "embed")
         ids, vectors = [str(path) for path in paths], found / np.linalg.norm(found, axis=1, keepdims=True)
     bank = {
         "ids": np.array(ids, dtype=np.str_),
@@ -393,7 +387,7 @@ def search(args: argparse.Namespace) -> list[dict[str, Any]]:
     loaded = models.load_pretrained(weights, bert_vocab=args.bert_vocab)
     if utils.weights_sha256(loaded.model.state_dict()) != str(bank["weights_sha256"]):
         raise ValueError(f"{weights} are not the weights that {args.bank} was embedded with")
-    loaded.model.to(processes_of(args).device)
+    loaded.model.to(loading_of(args).device)
     queries, names = [], []
     if args.images:
         found = readable(find_images(args.images))

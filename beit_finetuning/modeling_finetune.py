@@ -251,6 +251,7 @@ class TowerClassifier(nn.Module):
     Args:
         visual: image tower, (B, 3, H, W) to (B, feature_dim).
         preprocess: how images are prepared for the tower; its normalisation stays the tower's own.
+        tower: what towers.build.build_image_tower made `visual` from: vision_tower, vision_kwargs and image_size.
         freeze_batchnorm: BatchNorm keeps the running statistics of pre-training and goes on learning its scale and
             shift. Fine-tuning's batches on one process are small and may be mixed (mixup, cutmix), so that statistics
             gathered from them would fit neither pre-training's images nor the clean ones of evaluation.
@@ -262,12 +263,13 @@ class TowerClassifier(nn.Module):
         feature_dim: int,
         num_classes: int,
         preprocess: Preprocess,
+        tower: dict[str, Any],
         init_scale: float = 0.001,
         freeze_batchnorm: bool = True,
     ):
         super().__init__()
         self.visual, self.preprocess, self.freeze_batchnorm = visual, preprocess, freeze_batchnorm
-        self.num_classes = num_classes
+        self.num_classes, self.tower = num_classes, tower
         self.head = nn.Linear(feature_dim, num_classes)
         trunc_normal_(self.head.weight, std=0.02 * init_scale)
         nn.init.zeros_(self.head.bias)
@@ -306,28 +308,33 @@ def tower_classifier(
     Raises:
         ValueError: the tower takes no such size or rate.
     """
+    tower = tower_settings(model, image_size, drop_path)
+    size = tower["image_size"]
+    # A SimCLR model around the tower, with the smallest of heads: no text tower is built for nothing.
+    rebuilt = models.create_model("SIMCLR_VITB16", **tower, ssl_mlp_dim=1, ssl_emb_dim=1)
+    weights = {k: v for k, v in model.state_dict().items() if k.startswith("visual.")}
+    weights = resize_position_embeddings(weights, rebuilt, model.config["image_size"])
+    load_weights(rebuilt, weights, f"{model.name} at {size_text(size)} pixels", other_head=True)
+    preprocess = replace(model.preprocess, size=size)
+    return TowerClassifier(
+        rebuilt.visual, rebuilt.feature_dim, num_classes, preprocess, tower, init_scale, freeze_batchnorm
+    )
+
+
+def tower_settings(model: models.ImageModel, image_size: Size | None, drop_path: float | None) -> dict[str, Any]:
+    """What a model's tower is built from at this size and depth: vision_tower, vision_kwargs and image_size.
+
+    Arguments and errors as those of `tower_classifier`.
+    """
     config = model.config
     settings: dict[str, Any] = dict(config["vision_kwargs"])
-    size = image_size or config["image_size"]
     if drop_path is not None and config["vision_tower"] == "medclip-resnet50":
         if drop_path > 0:
             raise ValueError(f"medclip-resnet50 has no stochastic depth: --drop_path 0, not {drop_path:g}")
     elif drop_path is not None:
         settings["drop_path_rate"] = drop_path
-    # A SimCLR model around the tower, with the smallest of heads: no text tower is built for nothing.
-    rebuilt = models.create_model(
-        "SIMCLR_VITB16",
-        vision_tower=config["vision_tower"],
-        vision_kwargs=settings,
-        image_size=size,
-        ssl_mlp_dim=1,
-        ssl_emb_dim=1,
-    )
-    weights = {k: v for k, v in model.state_dict().items() if k.startswith("visual.")}
-    weights = resize_position_embeddings(weights, rebuilt, config["image_size"])
-    load_weights(rebuilt, weights, f"{model.name} at {size_text(size)} pixels", other_head=True)
-    preprocess = replace(model.preprocess, size=size)
-    return TowerClassifier(rebuilt.visual, rebuilt.feature_dim, num_classes, preprocess, init_scale, freeze_batchnorm)
+    size = image_size or config["image_size"]
+    return {"vision_tower": config["vision_tower"], "vision_kwargs": settings, "image_size": size}
 
 
 def create_tower(name: str, num_classes: int, image_size: Size = 224, **options) -> TowerClassifier:

@@ -1,38 +1,63 @@
-"""The network that is fine-tuned, with the weights it starts from."""
+"""The network that is fine-tuned: with the weights it starts from, or rebuilt from a run's checkpoint alone."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import models
-from beit_finetuning.modeling_finetune import BEIT_MODELS, create_beit, create_tower, tower_classifier
+from beit_finetuning.modeling_finetune import (
+    BEIT_MODELS,
+    TowerClassifier,
+    create_beit,
+    create_tower,
+    tower_classifier,
+    tower_settings,
+)
 from beit_finetuning.views import beit_preprocess
 from beit_finetuning.weights import load_weights
+from inputs.transforms import Preprocess
 from runtime.command_line import UsageError
+from towers.build import build_image_tower
 
 
-def build_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, Any, str]:
-    """The network with the weights it starts from, its preprocessing, and what it is, for people."""
+@dataclass(frozen=True)
+class NetworkConfig:
+    """All that determines a network's parameters and its images, as plain values: a checkpoint stores it."""
+
+    num_classes: int
+    preprocess: dict[str, Any]  # inputs.transforms.Preprocess.to_dict
+    crop_pct: float | None = None  # of evaluation's views
+    beit: dict[str, Any] | None = None  # arguments of create_beit, where it is BEiT's architecture
+    tower: dict[str, Any] | None = None  # vision_tower, vision_kwargs and image_size, where it is any other
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, what it is for people, and what it is rebuilt from."""
+
+    model: Any
+    name: str
+    config: NetworkConfig
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How its images are prepared."""
+        return Preprocess.from_dict(self.config.preprocess)
+
+
+def build_network(args: argparse.Namespace, num_classes: int) -> Network:
+    """The network that the flags of run_class_finetuning.py describe, with the weights it starts from."""
     if args.model in BEIT_MODELS:
-        size = args.input_size or 224
-        model = create_beit(
-            args.model,
-            img_size=size,
-            num_classes=num_classes,
-            use_abs_pos_emb=args.abs_pos_emb,
-            use_rel_pos_bias=args.rel_pos_bias,
-            use_mean_pooling=args.use_mean_pooling,
-            init_values=args.layer_scale_init_value,
-            init_scale=args.init_scale,
-            drop=args.drop,
-            attn_drop=args.attn_drop_rate,
-            drop_path=args.drop_path,
-        )
+        settings = beit_settings(args)
+        model = create_beit(**settings, num_classes=num_classes, init_scale=args.init_scale)
         if args.finetune:
             load_weights(model, args.finetune, args.model_key, args.model_prefix)
         source = f" from {args.finetune}" if args.finetune else ", fresh weights"
-        return model, beit_preprocess(size, args.imagenet_default_mean_and_std), f"{args.model}{source}, fine-tuned"
+        preprocess = beit_preprocess(settings["img_size"], args.imagenet_default_mean_and_std)
+        config = NetworkConfig(num_classes, preprocess.to_dict(), args.crop_pct, beit=settings)
+        return Network(model, f"{args.model}{source}, fine-tuned", config)
     options = dict(init_scale=args.init_scale, freeze_batchnorm=not args.train_batchnorm, drop_path=args.drop_path)
     if args.model != "tower":
         tower = create_tower(args.model, num_classes, args.input_size or 224, **options)
@@ -43,4 +68,67 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, Any, s
         loaded = models.load_pretrained(args.finetune)
         tower = tower_classifier(loaded.model, num_classes, image_size=args.input_size, **options)
         name = loaded.source
-    return tower, tower.preprocess, f"{name}, fine-tuned"
+    config = NetworkConfig(num_classes, tower.preprocess.to_dict(), args.crop_pct, tower=tower.tower)
+    return Network(tower, f"{name}, fine-tuned", config)
+
+
+def beit_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of BEiT's architecture, as create_beit takes it."""
+    return dict(
+        name=args.model,
+        img_size=args.input_size or 224,
+        use_abs_pos_emb=args.abs_pos_emb,
+        use_rel_pos_bias=args.rel_pos_bias,
+        use_mean_pooling=args.use_mean_pooling,
+        init_values=args.layer_scale_init_value,
+        drop=args.drop,
+        attn_drop=args.attn_drop_rate,
+        drop_path=args.drop_path,
+    )
+
+
+def rebuild(state: dict[str, Any], weights: str = "") -> Network:
+    """The trained network of a run's checkpoint, in eval mode.
+
+    Args:
+        weights: where the weights that the run started from are now. Only earlier checkpoints, which hold flags and no
+            description of their network, ask for them, and only for a tower's architecture.
+
+    Raises:
+        FileNotFoundError, ValueError: weights that are asked for and not there; tensors that do not fit.
+    """
+    if "network" in state:
+        config = NetworkConfig(**state["network"])
+    else:
+        config = config_of_flags(argparse.Namespace(**state["args"]), len(state["settings"]["classes"]), weights)
+    if config.beit is not None:
+        model: Any = create_beit(**config.beit, num_classes=config.num_classes)
+    elif config.tower is not None:
+        tower = config.tower
+        visual, width = build_image_tower(tower["vision_tower"], tower["vision_kwargs"], tower["image_size"])
+        preprocess = Preprocess.from_dict(config.preprocess)
+        model = TowerClassifier(visual, width, config.num_classes, preprocess, tower)
+    else:
+        raise ValueError("the checkpoint describes no network")
+    model.load_state_dict(state["state_dict"])
+    return Network(model.eval(), "fine-tuned", config)
+
+
+def config_of_flags(args: argparse.Namespace, num_classes: int, weights: str = "") -> NetworkConfig:
+    """Of a run whose checkpoint holds its flags and no description of its network."""
+    if args.model in BEIT_MODELS:
+        settings = beit_settings(args)
+        preprocess = beit_preprocess(settings["img_size"], args.imagenet_default_mean_and_std)
+        return NetworkConfig(num_classes, preprocess.to_dict(), args.crop_pct, beit=settings)
+    if args.model != "tower":
+        start = create_tower(args.model, num_classes, args.input_size or 224, drop_path=args.drop_path)
+        return NetworkConfig(num_classes, start.preprocess.to_dict(), args.crop_pct, tower=start.tower)
+    model = models.load_pretrained(weights or args.finetune).model
+    tower = tower_settings(model, args.input_size, args.drop_path)
+    preprocess = {**model.preprocess.to_dict(), "size": tower["image_size"]}
+    return NetworkConfig(num_classes, preprocess, args.crop_pct, tower=tower)
+
+
+def described(network: Network) -> dict[str, Any]:
+    """What a checkpoint stores of a network beside its weights."""
+    return asdict(network.config)

@@ -39,7 +39,7 @@ import distributed
 import utils
 from beit_finetuning import optim
 from beit_finetuning.modeling_finetune import BEIT_MODELS
-from beit_finetuning.networks import build_model
+from beit_finetuning.networks import Network, build_network, described
 from beit_finetuning.sets import Sets, class_weights, open_sets
 from beit_finetuning.views import Augmentation, Criterion, EvalView, Mix, TrainView
 from datasets import GlobalBatchSampler
@@ -63,6 +63,7 @@ from runtime.command_line import (
 )
 from runtime.logs import MetricWriter, start_logging
 from runtime.meeting import meet
+from runtime.versions import versions
 
 log = logging.getLogger("medslip")
 # What must not differ between a run and its continuation.
@@ -240,7 +241,7 @@ class Run:
     model: Any  # the bare network
     called: nn.Module  # what averages its gradients over the processes
     ema: Any  # timm's moving average, or None
-    name: str
+    network: Network  # of `model`: what it is for people, and what it is rebuilt from
     view: EvalView
     sets: Sets
     criterion: Criterion
@@ -278,8 +279,9 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: MetricWrit
     if args.nb_classes not in (0, num_classes):
         raise ValueError(f"--nb_classes {args.nb_classes}: {args.data_set} has {num_classes} classes")
     utils.seed_everything(args.seed)  # all ranks start from the same head
-    model, preprocess, name = build_model(args, num_classes)
-    model = distributed.synchronise_batchnorm(model, processes).to(processes.device)
+    network = build_network(args, num_classes)
+    preprocess = network.preprocess
+    model = distributed.synchronise_batchnorm(network.model, processes).to(processes.device)
     groups = optim.parameter_groups(
         model,
         args.weight_decay,
@@ -311,7 +313,7 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: MetricWrit
         model=model,
         called=distributed.replicate(model, processes),
         ema=moving_average(model, args),
-        name=name,
+        network=network,
         view=EvalView(preprocess, args.crop_pct),
         sets=sets,
         criterion=criterion,
@@ -359,7 +361,7 @@ def record_settings(run: Run) -> None:
     args, world = run.args, run.processes.world_size
     effective = run.sampler.global_batch * args.update_freq
     derived = {
-        "model": run.name,
+        "model": run.network.name,
         "preprocess": run.settings["preprocess"],
         "training_images": len(run.sets.train),
         "classes": len(run.sets.classes),
@@ -371,11 +373,12 @@ def record_settings(run: Run) -> None:
         "parameters": sum(p.numel() for p in run.model.parameters()),
     }
     if run.processes.is_main:
-        settings = {"args": vars(args), "derived": derived, "versions": utils.versions()}
+        settings = {"args": vars(args), "derived": derived, "versions": versions()}
         utils.write_json(Path(args.output_dir) / "settings.json", settings)
     log.info(json.dumps(vars(args), default=str))
     scales = sorted({group["lr_scale"] for group in run.optimizer.param_groups})
-    log.info(f"{run.name}: {derived['parameters']:,} parameters; factors on the rate {scales[0]:.3g} to {scales[-1]:g}")
+    log.info(f"{run.network.name}: {derived['parameters']:,} parameters")
+    log.info(f"factors on the rate {scales[0]:.3g} to {scales[-1]:g}, from the stem to the head")
     log.info(
         f"{args.data_set}: {len(run.sets.train):,} training images, {len(run.sets.classes)} classes; {args.batch_size} "
         f"x {args.update_freq} x {world} process(es) = batch {effective}; {run.steps_per_epoch} updates an epoch; "
@@ -499,6 +502,7 @@ def save(run: Run, is_best: bool = False) -> None:
         "step_in_epoch": run.step_in_epoch,
         "step": run.step,
         "steps_per_epoch": run.steps_per_epoch,
+        "network": described(run.network),
         "state_dict": run.model.state_dict(),
         "state_dict_ema": run.ema.module.state_dict() if run.ema is not None else None,
         "optimizer": run.optimizer.state_dict(),
@@ -508,7 +512,7 @@ def save(run: Run, is_best: bool = False) -> None:
         "random": states,
         "settings": run.settings,
         "args": json.loads(json.dumps(vars(run.args), default=str)),
-        "versions": utils.versions(),
+        "versions": versions(),
     }
     save_training_checkpoint(state, Path(run.args.output_dir), run.step, is_best, keep_last=2)
 
@@ -580,7 +584,7 @@ def scores_of(run: Run, logits: np.ndarray, kept: np.ndarray) -> metrics.Scores:
 
 def report(run: Run) -> dict:
     """The finished run's results: of the last epoch, or of the best on the validation split where there is one."""
-    results: dict[str, Any] = {"model": run.name, "dataset": run.args.data_set, "protocol": "fine-tuning"}
+    results: dict[str, Any] = {"model": run.network.name, "dataset": run.args.data_set, "protocol": "fine-tuning"}
     results["settings"] = run.settings
     if run.sets.val is None:
         logits, kept = logits_of(run, run.model, run.sets.test, "test")
@@ -627,7 +631,7 @@ def report_lesions(run: Run) -> dict:
     logits, kept = logits_of(run, run.model, run.sets.test, "test")
     found = predictions.Predictions([run.sets.lesions["test"][i] for i in kept], probabilities(logits))
     results: dict[str, Any] = {
-        "model": run.name,
+        "model": run.network.name,
         "dataset": args.data_set,
         "image_kind": args.image_kind,
         "chosen": {"epoch": best["epoch"], "epochs": args.epochs, "class_weights": args.class_weights},

@@ -50,6 +50,7 @@ class Backbone:
     features: str  # backbone or projection
     name: str  # for people
     training: dict[str, Any] = field(default_factory=dict)  # how far the weights were trained, where the file says it
+    source: dict[str, Any] = field(default_factory=dict)  # where `load_backbone` had it from, by its arguments' names
 
     def fingerprint(self) -> str:
         """SHA-256 over the names and bytes of all weights and buffers on the image side."""
@@ -90,6 +91,7 @@ def load_backbone(
         FileNotFoundError, ValueError: as models.load_pretrained and create_model; a model without the projection.
     """
     fresh = f"untrained (seed {seed})"
+    source = dict(pretrained=str(pretrained), model=model, arch=arch, untrained=untrained, seed=seed)
     tower: Any
     training: dict[str, Any] = {}
     if pretrained:
@@ -109,7 +111,7 @@ def load_backbone(
         tower = models.at_size(tower, as_size(size))
     tower = tower.eval().requires_grad_(False).to(device)
     encode = tower.encode_image if features == "projection" else tower.visual
-    return Backbone(encode, tower, tower.preprocess, features, name, training)
+    return Backbone(encode, tower, tower.preprocess, features, name, training, source)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

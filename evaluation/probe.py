@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
-from evaluation.features import Backbone, Loading, extract_or_reuse
-from evaluation.heads import Linear, save_heads
+from evaluation.features import Backbone, Loading, extract_or_reuse, load_backbone
+from evaluation.heads import Linear, load_heads, save_heads
 from evaluation.resamples import BOOTSTRAP, Bootstrap
 
 
@@ -65,11 +67,46 @@ class Probe:
             "features": self.backbone.features,
             "preprocess": self.backbone.preprocess.to_dict(),
             "weights_sha256": self.settings["weights_sha256"],
+            "tower": self.backbone.source,
             "operating_point": None,
             "precision": self.loading.processes.precision,
             **about,
         }
         save_heads(self.output_dir / "head.safetensors", [first, *heads[1:]], described)
+
+
+@dataclass(frozen=True)
+class FittedProbe:
+    """A probe as a run left it."""
+
+    heads: list[Linear]
+    about: dict[str, Any]  # what `Probe.keep_heads` wrote of it
+    backbone: Backbone
+
+
+def fitted_probe(folder: Path, weights: str = "", device: torch.device | str = "cpu") -> FittedProbe:
+    """The head of a run of main_linear.py and the tower that it was fitted on, from their files alone.
+
+    Args:
+        weights: where the tower's weights are now, if they were moved.
+
+    Raises:
+        FileNotFoundError, ValueError: no head or weights there; other weights than the head was fitted on.
+    """
+    heads, about = load_heads(folder / "head.safetensors")
+    source = {**(about.get("tower") or _tower_of_flags(folder))}
+    source["pretrained"] = weights or source["pretrained"]
+    size = about["preprocess"]["size"]
+    backbone = load_backbone(**source, features=about["features"], size=size, device=device)
+    if backbone.fingerprint() != about["weights_sha256"]:
+        raise ValueError(f"{source['pretrained']} are not the weights that {folder} was fitted on")
+    return FittedProbe(heads, about, backbone)
+
+
+def _tower_of_flags(folder: Path) -> dict[str, Any]:
+    """Where the tower of an earlier run came from, whose head does not say it: from the run's flags."""
+    args = json.loads((folder / "settings.json").read_text())["args"]
+    return {name: args[name] for name in ("pretrained", "model", "arch", "untrained", "seed")}
 
 
 @dataclass(frozen=True)

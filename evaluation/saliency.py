@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 import models
 from evaluation import metrics
-from evaluation.features import Backbone, load_backbone
-from evaluation.heads import Linear, load_heads
+from evaluation.features import Backbone
+from evaluation.heads import Linear
+from evaluation.probe import fitted_probe
 from inputs import cbis
 from inputs.images import UnreadableImage, read_image
 
@@ -278,25 +279,17 @@ def plate(explained: Explained, side: int = 220) -> str:
 
 
 def explain_run(
-    folder: Path, settings: dict[str, Any], rows: Sequence[dict[str, str]], root: Path, most: int,
-    named: Sequence[str] = (),
-) -> tuple[list[Explained], list[Explained]]:  # fmt: skip
+    folder: Path, rows: Sequence[dict[str, str]], root: Path, most: int, named: Sequence[str] = ()
+) -> tuple[list[Explained], list[Explained]]:
     """Maps by the probe in `folder`; ValueError where it kept no head.
 
     Returns:
         up to `most` cancers of the test table, drawn by lot; and the lesions in `named`, in their order.
     """
-    path = folder / "head.safetensors"
-    if not path.is_file():
+    if not (folder / "head.safetensors").is_file():
         raise ValueError(f"{folder} has no head.safetensors: probe again")
-    (head, *_), about = load_heads(path)
-    args = settings["args"]
-    backbone = load_backbone(
-        args["pretrained"], model=args["model"], arch=args["arch"], untrained=args["untrained"], seed=args["seed"],
-        features=about["features"], size=about["preprocess"]["size"],
-    )  # fmt: skip
-    if backbone.fingerprint() != about["weights_sha256"]:
-        raise ValueError(f"{args['pretrained']} does not hold the weights that {folder} was fitted on")
+    probe = fitted_probe(folder)
+    head, backbone = probe.heads[0], probe.backbone
     cancers = [row for row in rows if row["split"] == "test" and row["pathology"] == metrics.MALIGNANT]
     order = np.random.default_rng(0).permutation(len(cancers))[:most]
     drawn = [cancers[i] for i in sorted(order)]

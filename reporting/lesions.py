@@ -107,7 +107,7 @@ def explained(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, mo
         own = Predictions.read(folder / "predictions.csv")
         missed = [own.rows[i]["lesion"] for i in missed_cancers(own)]
         settings = read_json(folder / "settings.json", runs)
-        found, named = saliency.explain_run(folder, settings, rows, runs.cbis, most, missed)
+        found, named = saliency.explain_run(folder, rows, runs.cbis, most, missed)
         scores = saliency.score_maps(found)
     except (ImportError, ValueError, FileNotFoundError) as error:
         return {"why": str(error)}

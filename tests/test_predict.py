@@ -3,7 +3,9 @@
 import csv
 import importlib.util
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import cbis_tree
 import evaluation_helpers
@@ -68,6 +70,14 @@ def test_classify_gives_the_runs_own_predictions(probed, tmp_path):
         assert row["predicted"] == own["predicted"] and row["called_malignant"] in (0, 1)
         assert 0 <= row["calibrated_malignant"] <= 1
     assert [row["image"] for row in read_rows(tmp_path / "answers.csv")] == [row["image"] for row in found]
+
+
+def test_a_probe_is_its_head_and_its_weights(probed, tmp_path):
+    """No flag of the run that made it is asked for: the next flag breaks no earlier run."""
+    shutil.copy(probed / "run" / "head.safetensors", tmp_path)
+    images = [str(next((probed / "cbis").rglob("*.jpg")))]
+    alone = predict.main(["classify", str(tmp_path), *images])
+    assert alone == predict.main(["classify", str(probed / "run"), *images])
 
 
 def write_dicom(path, grey):
@@ -272,12 +282,14 @@ def test_the_readmes_lines_of_python_run_as_they_stand(clip, tmp_path, monkeypat
 
 
 def test_a_fine_tuned_run_gives_its_own_predictions(probed, tmp_path):
-    run = tmp_path / "tuned"
+    """From its checkpoint alone: the weights that it started from are gone."""
+    run, start = tmp_path / "tuned", Path(shutil.copy(probed / "checkpoint.pt", tmp_path / "start.pt"))
     run_class_finetuning.main([
-        "--data_set", "cbis_mass", "--data_path", str(probed / "cbis"), "--finetune", str(probed / "checkpoint.pt"),
+        "--data_set", "cbis_mass", "--data_path", str(probed / "cbis"), "--finetune", str(start),
         "--batch_size", "16", "--epochs", "1", "--warmup_epochs", "0", "--drop_path", "0", "-j", "0", "--gpu", "-1",
         "--resamples", "20", "--output_dir", str(run),
     ])  # fmt: skip
+    start.unlink()
     rows = [row for row in read_rows(probed / "cbis" / "mass.csv") if row["split"] == "test"]
     (probed / "cbis" / "list.csv").write_text("image\n" + "".join(f"{row['crop']}\n" for row in rows))
     maps = ["--explain", str(tmp_path / "maps")] if importlib.util.find_spec("captum") else []

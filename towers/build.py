@@ -1,0 +1,81 @@
+"""Towers by name, with fresh weights: image towers of timm and MedCLIP, text towers of CLIP and BERT.
+
+An image tower maps (B, 3, H, W) to features (B, d). A text tower is a small object that registers its parameters on the
+model itself, because the published SLIP checkpoints keep the text transformer at the top level.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from torch import nn
+
+from inputs.sizes import Size
+from inputs.transforms import IMAGENET_MEAN, IMAGENET_STD, MEDCLIP_MEAN, MEDCLIP_STD, Preprocess
+from towers.clip_text import CLIPText
+
+
+def is_medclip_tower(name: str) -> bool:
+    """Whether an image tower is one of MedCLIP's two, and no model of timm."""
+    return name.startswith("medclip-")
+
+
+def build_image_tower(name: str, settings: dict[str, Any], size: Size) -> tuple[nn.Module, int]:
+    """The image tower and the width of its features.
+
+    Args:
+        name: timm's, or medclip-swin, medclip-resnet50.
+        settings: of the tower's constructor.
+        size: of the images in pixels; a ViT's position embeddings follow.
+
+    Raises:
+        ValueError: unknown name, with those near it; settings or a size that the tower does not take.
+    """
+    if is_medclip_tower(name):
+        from towers import medclip  # transformers takes seconds to import, and only these models need it
+
+        return medclip.build_image_tower(name, settings, size)
+    tower = build_timm_tower(name, settings, size)
+    return tower, getattr(tower, "head_hidden_size", None) or tower.num_features
+
+
+def build_timm_tower(name: str, settings: dict[str, Any], size: Size) -> Any:
+    """Any timm image model without its classifier."""
+    if not timm.is_model(name):
+        near = timm.list_models(f"{name.split('_')[0]}*")[:20]
+        raise ValueError(f"unknown vision tower {name!r}: not a timm model (see timm.list_models()); near it: {near}")
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    given = dict(img_size=size) if known is not None and known.fixed_input_size else {}
+    try:
+        tower: Any = timm.create_model(name, num_classes=0, **given, **settings)
+    except TypeError as error:
+        raise ValueError(f"vision tower {name!r} does not take the settings {settings}: {error}") from error
+    if getattr(tower, "cls_token", None) is not None:
+        # timm 0.5, which the published models were trained with; later releases start the class token at 1e-6.
+        nn.init.trunc_normal_(tower.cls_token, std=0.02)
+    return tower
+
+
+def build_text_tower(kind: str, pooling: str, **sizes: int) -> Any:
+    """CLIP's or BERT's text tower, whose `attach` registers its parameters on a model.
+
+    Args:
+        kind: clip or bert.
+        pooling: of bert.
+        sizes: context_length, vocab_size, width, heads and layers.
+    """
+    if kind == "clip":
+        return CLIPText(**sizes)
+    if kind == "bert":
+        from towers import medclip
+
+        return medclip.BertText(**sizes, pooling=pooling)
+    raise ValueError(f"unknown text tower {kind!r}: choose clip or bert")
+
+
+def preprocess_of(tower: str, size: Size) -> Preprocess:
+    """How images are prepared for an image tower: each family brings its own normalisation."""
+    if is_medclip_tower(tower):
+        return Preprocess(size=size, mean=MEDCLIP_MEAN, std=MEDCLIP_STD, prepare="medclip")
+    return Preprocess(size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, prepare="slip")
