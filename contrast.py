@@ -43,7 +43,7 @@ def contrast_pairs(
     *,
     within: bool = False,
     largest_logit: float = torch.inf,
-    groups: Tensor | None = None,
+    identities: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both sides of one process's batch against each other.
 
@@ -54,16 +54,16 @@ def contrast_pairs(
             alone (CLIP).
         largest_logit: the largest possible |logit| where it is known beforehand: small ones need one exponential a
             logit instead of two.
-        groups: (B, G) whole numbers; two pairs that share one of them, in the same place, are not each other's
+        identities: (B, G) whole numbers; two pairs that share one of them, in the same place, are not each other's
             negatives. Not together with `within`.
 
     Returns:
         the mean cross entropy over the 2*B rows (), and for each row of a the index of its best match in b (B,); with
         `within` an index of B or more says that the best match is row (index - B) of a.
     """
-    if within and groups is not None:
-        raise ValueError("groups belong to contrast between the sides alone")
-    loss, match = _PairContrast.apply(a, b, scale, within, largest_logit, groups)  # type: ignore[misc]
+    if within and identities is not None:
+        raise ValueError("identities belong to contrast between the sides alone")
+    loss, match = _PairContrast.apply(a, b, scale, within, largest_logit, identities)  # type: ignore[misc]
     return loss, match
 
 
@@ -74,8 +74,8 @@ def contrast_rows(
     *,
     first_own: int,
     first_excluded: int | None = None,
-    row_groups: Tensor | None = None,
-    column_groups: Tensor | None = None,
+    row_identities: Tensor | None = None,
+    column_identities: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """This rank's rows against the columns of all ranks.
 
@@ -84,13 +84,13 @@ def contrast_rows(
         scale: inverse temperature, a tensor ().
         first_own: row i belongs to column first_own + i.
         first_excluded: column first_excluded + i is row i itself and takes no part; None where there is none.
-        row_groups (B, G), column_groups (M, G): as `groups` of `contrast_pairs`.
+        row_identities (B, G), column_identities (M, G): as `identities` of `contrast_pairs`.
 
     Returns:
         the mean cross entropy over the rows (), and the index of each row's best match (B,).
     """
     loss, match = _RowContrast.apply(  # type: ignore[misc]
-        rows, columns, scale, first_own, first_excluded, row_groups, column_groups
+        rows, columns, scale, first_own, first_excluded, row_identities, column_identities
     )
     return loss, match
 
@@ -99,9 +99,9 @@ def _slices(start: int, stop: int) -> list[slice]:
     return [slice(i, min(i + TILE, stop)) for i in range(start, stop, TILE)]
 
 
-def _exclude_duplicates(tile: Tensor, row_groups: Tensor, column_groups: Tensor, own: int) -> None:
+def _exclude_duplicates(tile: Tensor, row_identities: Tensor, column_identities: Tensor, own: int) -> None:
     """Minus infinity where a row (r, G) and a column (c, G) share a group, but for the diagonal `own` of the pairs."""
-    shared = (row_groups[:, None] == column_groups).any(-1)  # (r, c)
+    shared = (row_identities[:, None] == column_identities).any(-1)  # (r, c)
     shared.diagonal(own).fill_(False)  # empty where the diagonal passes the tile by
     tile.masked_fill_(shared, -torch.inf)
 
@@ -136,14 +136,14 @@ class _PairContrast(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, within: bool, largest_logit: float, groups: Tensor | None
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, within: bool, largest_logit: float, identities: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         z, _ = _PairContrast._stack(a, b)
         half = len(a)
         lse = z.new_full((len(z),), -torch.inf)
         best = _Best(half, z)
         for rows, columns in _PairContrast._tiles(half, within):
-            tile = _PairContrast._logits(z, scale, rows, columns, groups)  # (r, c)
+            tile = _PairContrast._logits(z, scale, rows, columns, identities)  # (r, c)
             if rows.start < half:
                 best.update(rows, tile, columns.start)
             if columns.stop <= half and rows != columns:  # inside the first half a tile's columns are rows of it too
@@ -159,7 +159,7 @@ class _PairContrast(torch.autograd.Function):
                 if rows != columns:
                     lse[columns] = torch.logaddexp(lse[columns], tile.logsumexp(0))
         positive = scale * (z[:half] * z[half:]).sum(1)  # (B,), of both rows of a pair
-        ctx.save_for_backward(a, b, scale, lse, *([] if groups is None else [groups]))
+        ctx.save_for_backward(a, b, scale, lse, *([] if identities is None else [identities]))
         ctx.within, ctx.largest_logit = within, largest_logit
         match = (best.index - half) % len(z)  # rows of b from 0 on, then those of a
         ctx.mark_non_differentiable(match)
@@ -169,13 +169,13 @@ class _PairContrast(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
         a, b, scale, lse, *rest = ctx.saved_tensors
-        groups = rest[0] if rest else None
+        identities = rest[0] if rest else None
         z, norm = _PairContrast._stack(a, b)
         half = len(a)
         dz = torch.zeros_like(z)  # in units of scale * grad / (2*B)
         factor = torch.exp(ctx.largest_logit - lse) if ctx.largest_logit < SAFE_EXPONENT else None
         for rows, columns in _PairContrast._tiles(half, ctx.within):
-            tile = _PairContrast._logits(z, scale, rows, columns, groups)
+            tile = _PairContrast._logits(z, scale, rows, columns, identities)
             # p_ij of the tile's rows and, off the diagonal, that of its columns, added: z_i takes both as the sum over
             # its own row, and as a column of the other rows.
             if factor is not None:
@@ -185,8 +185,8 @@ class _PairContrast(torch.autograd.Function):
                 weights = tile.sub_(lse[rows, None]).exp_()
             else:
                 weights = torch.exp(tile - lse[rows, None]).add_(tile.sub_(lse[columns]).exp_())
-            dz[rows] += weights @ z[columns]
-            dz[columns] += weights.T @ z[rows]
+            dz[rows] += weights @ z[columns]  # (r, D)
+            dz[columns] += weights.T @ z[rows]  # (c, D)
         # The pair's own logit stands in row i and, mirrored, in row i + B: each loses it twice.
         dz[:half] -= 2 * z[half:]
         dz[half:] -= 2 * z[:half]
@@ -199,19 +199,19 @@ class _PairContrast(torch.autograd.Function):
     @staticmethod
     def _stack(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Unit rows (2*B, D) in at least float32, and their lengths before (2*B, 1)."""
-        z = torch.cat([x if x.dtype == torch.float64 else x.float() for x in (a, b)])
+        z = torch.cat([x if x.dtype == torch.float64 else x.float() for x in (a, b)])  # (2*B, D)
         norm = torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_(min=1e-12)
         return z.div_(norm), norm
 
     @staticmethod
-    def _logits(z: Tensor, scale: Tensor, rows: slice, columns: slice, groups: Tensor | None) -> Tensor:
+    def _logits(z: Tensor, scale: Tensor, rows: slice, columns: slice, identities: Tensor | None) -> Tensor:
         tile = scale * (z[rows] @ z[columns].T)  # (r, c)
         if rows == columns:
             tile.fill_diagonal_(-torch.inf)
-        if groups is not None:  # rows are of the first half, columns of the second
+        if identities is not None:  # rows are of the first half, columns of the second
             half = len(z) // 2
-            others = groups[columns.start - half : columns.stop - half]
-            _exclude_duplicates(tile, groups[rows], others, own=rows.start + half - columns.start)
+            others = identities[columns.start - half : columns.stop - half]
+            _exclude_duplicates(tile, identities[rows], others, own=rows.start + half - columns.start)
         return tile
 
     @staticmethod
@@ -240,11 +240,11 @@ class _RowContrast(torch.autograd.Function):
         scale: Tensor,
         first_own: int,
         first_excluded: int | None,
-        row_groups: Tensor | None,
-        column_groups: Tensor | None,
+        row_identities: Tensor | None,
+        column_identities: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.first_own, ctx.first_excluded = first_own, first_excluded
-        ctx.groups = None if row_groups is None else (row_groups, column_groups)
+        ctx.identities = None if row_identities is None else (row_identities, column_identities)
         lse, best = rows.new_full((len(rows),), -torch.inf), _Best(len(rows), rows)
         # One pass over the tiles keeps a running logarithm of the sum of exponentials of each row.
         for r, c, tile in _RowContrast._tiles(ctx, rows, columns, scale):
@@ -264,9 +264,9 @@ class _RowContrast(torch.autograd.Function):
         dcolumns = torch.zeros_like(columns) if ctx.needs_input_grad[1] else None
         for r, c, tile in _RowContrast._tiles(ctx, rows, columns, scale):
             weights = tile.sub_(lse[r, None]).exp_()  # p_ij
-            drows[r] += weights @ columns[c]
+            drows[r] += weights @ columns[c]  # (r, D)
             if dcolumns is not None:
-                dcolumns[c] += weights.T @ rows[r]
+                dcolumns[c] += weights.T @ rows[r]  # (c, D)
         # d loss / d logit_ij = (p_ij - [j is i's own]) / B: the second part, taken off once instead of in every tile.
         drows -= columns[own]
         drows *= grad / len(rows)
@@ -284,7 +284,7 @@ class _RowContrast(torch.autograd.Function):
                 shift = r.start - c.start  # row i of the tile stands in row r.start + i, column j in c.start + j
                 if ctx.first_excluded is not None:
                     tile.diagonal(ctx.first_excluded + shift).fill_(-torch.inf)
-                if ctx.groups is not None:
-                    row_groups, column_groups = ctx.groups
-                    _exclude_duplicates(tile, row_groups[r], column_groups[c], own=ctx.first_own + shift)
+                if ctx.identities is not None:
+                    row_identities, column_identities = ctx.identities
+                    _exclude_duplicates(tile, row_identities[r], column_identities[c], own=ctx.first_own + shift)
                 yield r, c, tile

@@ -72,6 +72,7 @@ class UnreadableImages:
         self.position = 0  # how far the file was read
 
     def add(self, name: str, reason: str) -> None:
+        """Note an image once, whichever process comes first; raises as the class says."""
         name = name.replace("\n", " ").replace("\t", " ")
         if name in self.names:
             return
@@ -107,7 +108,7 @@ class ContrastiveDataset(Dataset):
     With `colour_later` the SSL views are crops as they are, and "view1_colour", "view2_colour" say with what
     `colour.apply_colour_batch` finishes them on the accelerator.
 
-    With `groups` a sample also has "groups", two whole numbers that are the same for the same file of an image
+    With `identities` a sample also has "identities", two whole numbers that are the same for the same file of an image
     and for the same caption.
 
     An unreadable image is an error. With `bad_samples`, a file, it is named there and another image, chosen
@@ -126,13 +127,13 @@ class ContrastiveDataset(Dataset):
         bad_samples: Path | None = None,
         max_bad_fraction: float = 0.01,
         colour_later: bool = False,
-        groups: bool = False,
+        identities: bool = False,
     ):
         unknown = sorted(set(inputs) - set(self.INPUTS))
         if unknown:
             raise ValueError(f"unknown inputs {', '.join(unknown)}; choose from {', '.join(self.INPUTS)}")
         self.reader, self.inputs, self.preprocess, self.seed = reader, inputs, preprocess, seed
-        self.colour_later, self.groups = colour_later, groups
+        self.colour_later, self.identities = colour_later, identities
         self.unreadable = UnreadableImages(bad_samples, max_bad_fraction * len(reader)) if bad_samples else None
 
     def __len__(self) -> int:
@@ -148,8 +149,8 @@ class ContrastiveDataset(Dataset):
         if "text" in self.inputs:
             captions = self.reader.captions(index)
             sample["text"] = captions[rng.integers(len(captions))]
-            if self.groups:
-                sample["groups"] = [number_of(data), number_of(sample["text"].encode())]
+            if self.identities:
+                sample["identities"] = [number_of(data), number_of(sample["text"].encode())]
         if "image" in self.inputs:
             sample["image"] = train_pixels(self.preprocess, pixels, rng)
         for name in ("view1", "view2"):
@@ -212,7 +213,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class Collate:
-    """Samples to a batch: views stacked to uint8 (B, 3, S, S), "text" tokenised to (B, L), "index" (B,), "groups"
+    """Samples to a batch: views stacked to uint8 (B, 3, S, S), "text" tokenised to (B, L), "index" (B,), "identities"
     (B, 2).
 
     What happens to the views' colours becomes `colour.Colours`.
@@ -226,6 +227,7 @@ class Collate:
         self.trim = trim
 
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
+        """Samples of ContrastiveDataset to the batch that the class describes."""
         batch: dict[str, Any] = {}
         for name in samples[0]:
             values = [sample[name] for sample in samples]
@@ -235,7 +237,7 @@ class Collate:
                     longest = int(tokens.any(0).nonzero().max()) + 1  # every caption has its start and end token
                     tokens = tokens[:, : longest + -longest % 8].contiguous()
                 batch[name] = tokens
-            elif name in ("index", "groups"):
+            elif name in ("index", "identities"):
                 batch[name] = torch.tensor(values)
             elif name.endswith("_colour"):
                 batch[name] = Colours.of(values)

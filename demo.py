@@ -48,6 +48,7 @@ RECIPE = ("--caption-filter", "mammo", "--batch-size", "64", "--lr", "2e-3", "--
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """The demo's flags; each has a default that takes minutes on two cores."""
     parser = argparse.ArgumentParser(
         "demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,6 +83,7 @@ class Steps:
         self.total, self.done, self.start = total, 0, time.monotonic()
 
     def __call__(self, what: str) -> None:
+        """Print the next step's heading."""
         self.done += 1
         minutes, seconds = divmod(round(time.monotonic() - self.start), 60)
         log.info(f"\n=== {self.done}/{self.total}  {what}  [{minutes}:{seconds:02d}] ===")
@@ -154,7 +156,7 @@ def summary(args: argparse.Namespace, results: dict[str, dict[str, dict]]) -> st
         title = {"calc": "Calcification", "mass": "Mass"}[kind]
         lines += ["", f"| {title} | {' | '.join(METRICS.values())} |", "| --- |" + " --- |" * len(METRICS)]
         for name in ("untrained", "trained"):
-            cells = (Interval(**pair[name]["metrics"][metric]).percent() for metric in METRICS)
+            cells = (Interval.of(pair[name]["metrics"][metric]).percent() for metric in METRICS)
             label = "untrained" if name == "untrained" else f"trained ({args.objective.upper()})"
             lines.append(f"| {label} | {' | '.join(cells)} |")
         gain = Difference(**pair["trained"]["difference"]["auroc"])
@@ -171,6 +173,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, dict]]:
 
 
 def run_demo(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
+    """The five steps; returns what `main` does."""
     import make_dataset
     import make_report
     import utils

@@ -55,6 +55,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager:
@@ -126,6 +127,7 @@ def processes_of_node(processes: Processes) -> int:
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of processes, device and precision, the same for all scripts."""
     group = parser.add_argument_group("processes and device")
     group.add_argument(
         "--world-size", default=1, type=int, help="number of processes; torchrun and submitit set it, so leave it alone"
@@ -199,6 +201,7 @@ def init_distributed(args: argparse.Namespace) -> Processes:
 
 
 def leave_distributed(processes: Processes) -> None:
+    """Leave the process group, where there is one."""
     if processes.world_size > 1 and dist.is_initialized():
         _release_group()
 
@@ -365,6 +368,7 @@ class CollectiveBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"expected (B, C, ...), got {x.dim()} dimensions")
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) of this process, normalised by the mean and variance over all processes."""
         self._check_input_dim(x)
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
@@ -481,6 +485,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has split the model over the processes."""
     return isinstance(model, FSDPModule)
 
 

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
-
 import distributed
 import models
 import utils
@@ -30,22 +28,13 @@ from evaluation.predictions import Predictions, score_predictions
 from evaluation.run_folder import count_reading
 from inputs.reader import Reader
 from inputs.sizes import ImageSize
-from inputs.transforms import Preprocess, View, as_view
+from inputs.transforms import Preprocess, View
 from runtime.command_line import UsageError, positive_int, run_script
 from runtime.logs import start_logging
 from tokenizer import Tokenizer
 from towers.prompts import TextCache
 
-__all__ = ["as_view", "embed_pairs", "evaluate", "main", "retrieval_metrics"]
-
 log = logging.getLogger("medslip")
-
-
-def retrieval_metrics(
-    image_features: Tensor, text_features: Tensor, captions: Sequence[str], chunk: int = 1024
-) -> metrics.Scores:
-    """metrics.retrieval_metrics in percent, as this script reports it and others import it from here."""
-    return metrics.percent(metrics.retrieval_metrics(image_features, text_features, captions, chunk))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,6 +43,7 @@ def retrieval_metrics(
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """All flags, in titled groups."""
     parser = argparse.ArgumentParser(description="Zero-shot classification and image-text retrieval")
     add_model_arguments(parser)
     add_data_arguments(parser)
@@ -71,6 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model is evaluated."""
     model = parser.add_argument_group("model")
     # fmt: off
     model.add_argument("--resume", default="", type=str, metavar="CKPT",
@@ -93,6 +84,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which sets, and which pairs for retrieval."""
     data = parser.add_argument_group("data")
     # fmt: off
     data.add_argument("--datasets", default=[], nargs="+", type=str, metavar="NAME",
@@ -268,15 +260,14 @@ def score_labelled(
 
 def score_pairs(loaded: models.Pretrained, reader: Reader, loading: Loading) -> metrics.Scores:
     """Retrieval over one reader, in percent, with its split and the number of images skipped."""
-    images, texts, captions = embed_pairs(
-        loaded.model, reader, loaded.preprocess, cast(Tokenizer, loaded.tokenizer), loading.device,
-        batch_size=loading.batch_size, workers=loading.workers, processes=loading.processes,
-        skip_broken=loading.skip_broken,
-    )  # fmt: skip
-    return retrieval_metrics(images, texts, captions) | {"split": reader.split, "broken": len(reader) - len(captions)}
+    tokenizer = cast(Tokenizer, loaded.tokenizer)
+    images, texts, captions = embed_pairs(loaded.model, reader, loaded.preprocess, tokenizer, loading)
+    scores = metrics.percent(metrics.retrieval_metrics(images, texts, captions))
+    return scores | {"split": reader.split, "broken": len(reader) - len(captions)}
 
 
 def zeroshot_line(name: str, scores: dict) -> str:
+    """A set's scores, in percent, as one line."""
     top5 = f"  top-5 {scores['top5']:6.2f}" if "top5" in scores else " " * 14
     return (
         f"{name:<18}  {scores['metric']:<14} {scores['score']:6.2f}  |  "
@@ -286,6 +277,7 @@ def zeroshot_line(name: str, scores: dict) -> str:
 
 
 def retrieval_line(name: str, scores: dict) -> str:
+    """A split's recalls, in percent, as one line."""
     ways = [
         f"{words} R@1 {scores[way + '_r1']:6.2f}  R@5 {scores[way + '_r5']:6.2f}  "
         f"R@10 {scores[way + '_r10']:6.2f}  median rank {scores[way + '_median_rank']:g}"

@@ -43,6 +43,7 @@ log = logging.getLogger("medslip")
 
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser("export.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("checkpoint", help="any weights that this project reads")
     parser.add_argument("--to", required=True, choices=list(FORMATS),
@@ -189,6 +190,7 @@ def to_safetensors(loaded: models.Pretrained, folder: Path) -> None:
 
 
 def to_medclip(loaded: models.Pretrained, folder: Path) -> None:
+    """MedCLIP's own pytorch_model.bin; ValueError for what its code cannot hold."""
     model: Any = loaded.model
     if not models.is_medclip(model.config):
         raise ValueError(f"MedCLIP's code holds its own two towers alone, not {model.config['vision_tower']}")
@@ -394,6 +396,7 @@ def export(
 
 
 def main(argv: list[str] | None = None) -> Path:
+    """Export as the command line says; returns the new folder."""
     args = get_args_parser().parse_args(argv)
     with start_logging():
         folder = export(Path(args.checkpoint), args.to, args.output, args.bert_vocab, args.results)

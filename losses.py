@@ -35,7 +35,7 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float, duplicates: Te
     if duplicates is not None:
         others = ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(duplicates & others, -torch.inf)
-    labels = torch.arange(len(logits), device=logits.device)
+    labels = torch.arange(len(logits), device=logits.device)  # (B,): the diagonal
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
@@ -46,7 +46,7 @@ def simclr_loss(aug1: Tensor, aug2: Tensor, temperature: float = 0.1) -> Tensor:
         aug1, aug2: embeddings (B, D) of two views of each image.
     """
     z = F.normalize(torch.cat([aug1, aug2]), dim=-1)  # (2*B, D)
-    logits = z @ z.T / temperature
+    logits = z @ z.T / temperature  # (2*B, 2*B)
     logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(aug1)))
 
@@ -91,7 +91,7 @@ class CLIPLoss(nn.Module):
         gather_with_grad: False reproduces the published multi-GPU runs of SLIP, where the other side of each comparison
             was a constant on more than one process: about half of the gradient is missing there.
         mask_duplicates: pairs that share an image or a caption are not each other's negatives. They are told by
-            `groups` (B, 2), whole numbers that stand for the image and for the caption.
+            `identities` (B, 2), whole numbers that stand for the image and for the caption.
     """
 
     def __init__(self, gather_with_grad: bool = True, mask_duplicates: bool = False):
@@ -100,22 +100,26 @@ class CLIPLoss(nn.Module):
         self.mask_duplicates = mask_duplicates
 
     def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Embeddings (B, D) of both sides to the metrics that the class names."""
         with torch.autocast(outputs["image_embed"].device.type, enabled=False):
             image, text = outputs["image_embed"], outputs["text_embed"]  # (B, D) each
             scale = outputs["logit_scale"]
-            groups = outputs["groups"] if self.mask_duplicates else None
+            identities = outputs["identities"] if self.mask_duplicates else None
             first = 0
             if distributed.world_size() == 1:
-                loss, match = contrast_pairs(image, text, scale, groups=groups)
+                loss, match = contrast_pairs(image, text, scale, identities=identities)
             else:
                 image, text, first = _unit(image), _unit(text), len(image) * distributed.rank()
                 all_image, all_text = (  # (N*B, D) each
                     distributed.gather_batch(x, self.gather_with_grad) for x in (image, text)
                 )
                 masks: dict[str, Any] = {}
-                if groups is not None:
-                    masks = {"row_groups": groups, "column_groups": distributed.gather_batch(groups, with_grad=False)}
-                image_loss, match = contrast_rows(image, all_text, scale, first_own=first, **masks)
+                if identities is not None:
+                    masks = {
+                        "row_identities": identities,
+                        "column_identities": distributed.gather_batch(identities, with_grad=False),
+                    }
+                image_loss, match = contrast_rows(image, all_text, scale, first_own=first, **masks)  # (), (B,)
                 text_loss, _ = contrast_rows(text, all_image, scale, first_own=first, **masks)
                 loss = (image_loss + text_loss) / 2
             return {"loss": loss, "clip_loss": loss, "clip_acc": _percent_found(match, first)}
@@ -136,6 +140,7 @@ class SIMCLRLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Embeddings (B, D) of both views to the metrics that the class names."""
         with torch.autocast(outputs["aug1_embed"].device.type, enabled=False):
             a, b = outputs["aug1_embed"], outputs["aug2_embed"]  # (B, D) each
             # Filled on the device: a copy of a number from the host would wait for it.
@@ -170,6 +175,7 @@ class SLIPLoss(nn.Module):
         self.ssl_scale = ssl_scale
 
     def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What both losses read to the metrics of both, and `loss`, their weighted sum."""
         clip, ssl = self.clip_loss(outputs), self.ssl_loss(outputs)
         return {**clip, **ssl, "loss": clip["loss"] + self.ssl_scale * ssl["loss"]}
 

@@ -77,6 +77,7 @@ RESUME_SETTINGS = (
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """All flags, in titled groups; SLIP's names and defaults stay valid."""
     parser = argparse.ArgumentParser("main.py", description=__doc__, formatter_class=HelpFormatter)
     add_data_arguments(parser)
     add_model_arguments(parser)
@@ -89,6 +90,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 # fmt: off
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which pairs, and where outputs go."""
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", default="yfcc15m", choices=list(datasets.READERS),
                       help="which reader; the README shows the layout each expects")
@@ -116,6 +118,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and the weights it starts from."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="SLIP_VITB16", choices=list(models.MODELS), metavar="NAME",
                        help="one of " + ", ".join(models.MODELS))
@@ -161,6 +164,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Batch, rates, losses and memory."""
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", default=25, type=positive_int, help="passes over the training pairs")
     train.add_argument("--warmup-epochs", default=1, type=int, help="epochs of linear warm-up from --lr-start")
@@ -204,6 +208,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Validation, checkpoints and logging."""
     run = parser.add_argument_group("validation, checkpoints, logging")
     run.add_argument("--eval-freq", default=1, type=positive_int,
                      help="validate every so many epochs, and after the last")
@@ -337,6 +342,7 @@ def pretrained_model(args: argparse.Namespace) -> tuple[models.ImageModel, Token
 
 
 def build_reader(args: argparse.Namespace, split: str, caption_filter: str, quiet: bool = False) -> Reader:
+    """The pairs of a split as the flags name them; what the reader found is logged unless `quiet`."""
     if not args.root:
         raise ValueError(f"--root is missing: the folder of the {args.dataset} dataset")
     # The published default belongs to yfcc15m alone.
@@ -405,6 +411,7 @@ def build_loader(
     tokenizer: Tokenizer | None,
     processes: Processes,
 ) -> DataLoader:
+    """Batches of this rank, the same ones whatever the number of workers and ranks."""
     dataset = datasets.ContrastiveDataset(
         reader,
         model.objective.inputs,
@@ -413,7 +420,7 @@ def build_loader(
         bad_samples=Path(args.output_dir) / "bad_samples.txt",
         max_bad_fraction=args.max_bad_fraction,
         colour_later=processes.device.type == "cuda",
-        groups=args.mask_duplicates,
+        identities=args.mask_duplicates,
     )
     return loader.make_loader(
         dataset,
@@ -429,17 +436,18 @@ def build_loader(
 
 
 def compiles(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether the towers are compiled: as the flag says, else where it pays."""
     return not args.shard and utils.compilation_pays(device) if args.compile is None else args.compile
 
 
 @dataclass
-class Step:
+class Learner:
     """What one optimizer step takes beside its data."""
 
     args: argparse.Namespace
     processes: Processes
     model: Any  # the bare models.ImageModel
-    called: nn.Module  # what a training step calls: the model, or what averages its gradients over the processes
+    wrapped: nn.Module  # what a training step calls: the model, or what averages its gradients over the processes
     loss: nn.Module
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager]
@@ -447,7 +455,7 @@ class Step:
 
 
 @dataclass
-class Run(Step):
+class Run(Learner):
     """The parts of a run that the epoch loop, validation and checkpoints share."""
 
     tokenizer: Tokenizer | None
@@ -472,7 +480,7 @@ class Run(Step):
         self.epoch_sums = [total + value for total, value in zip(self.epoch_sums, sums, strict=True)]
 
 
-def prepare_step(args: argparse.Namespace, processes: Processes, model: Any) -> Step:
+def prepare_learner(args: argparse.Namespace, processes: Processes, model: Any) -> Learner:
     """Model on its device and over the processes, compiled where that pays, with loss, optimizer and precision."""
     model = distributed.synchronise_batchnorm(model, processes).to(processes.device)
     if not args.shard:  # FSDP2 takes contiguous parameters only
@@ -480,17 +488,17 @@ def prepare_step(args: argparse.Namespace, processes: Processes, model: Any) -> 
     if compiles(args, processes.device):
         # With --accum-negatives full the second pass must draw the first one's dropout, which only eager numbers do.
         utils.compile_towers(model, options={"fallback_random": args.accum_negatives == "full"})
-    called = model
+    wrapped = model
     if args.shard:
         distributed.shard(model, processes)
     elif args.accum_negatives == "micro":  # `full` calls towers and heads by themselves
-        called = distributed.replicate(model, processes)
+        wrapped = distributed.replicate(model, processes)
     optimizer = torch.optim.AdamW(
         utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas), eps=args.eps, fused=True
     )
     settings = losses.LossSettings(args.ssl_scale, args.ssl_temp, args.gather_with_grad, args.mask_duplicates)
     loss = model.objective.loss(settings)
-    return Step(args, processes, model, called, loss, optimizer, processes.autocast, processes.scaler())
+    return Learner(args, processes, model, wrapped, loss, optimizer, processes.autocast, processes.scaler())
 
 
 def build_run(
@@ -502,18 +510,18 @@ def build_run(
     reader: Reader,
 ) -> Run:
     """A run at its first step."""
-    step = prepare_step(args, processes, model)
+    learner = prepare_learner(args, processes, model)
     utils.seed_everything(args.seed + processes.rank)  # dropout differs between ranks
-    batches = build_loader(args, reader, step.model, tokenizer, processes)
+    batches = build_loader(args, reader, learner.model, tokenizer, processes)
     sampler: Any = batches.batch_sampler
     return Run(
-        **vars(step),
+        **vars(learner),
         tokenizer=tokenizer,
         loader=batches,
         sampler=sampler,
         steps_per_epoch=math.ceil(len(sampler) / args.update_freq),
         writer=writer,
-        settings=resume_settings(args, step.model, tokenizer, processes, reader),
+        settings=resume_settings(args, learner.model, tokenizer, processes, reader),
         epoch=args.start_epoch,
     )
 
@@ -557,6 +565,7 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
 def resume_settings(
     args: argparse.Namespace, model: Any, tokenizer: Tokenizer | None, processes: Processes, reader: Reader
 ) -> dict:
+    """What is compared when the run is continued, as JSON would hold it."""
     settings = {key: getattr(args, key) for key in RESUME_SETTINGS}
     settings |= {
         "precision": distributed.wanted_precision(args),
@@ -679,6 +688,7 @@ class Totals:
 
     @classmethod
     def zero(cls, k: int, device: torch.device) -> Totals:
+        """For `k` metrics, before the first step."""
         return cls(torch.zeros(k, device=device), torch.zeros((), device=device), torch.zeros((), device=device))
 
     def flat(self) -> Tensor:
@@ -687,7 +697,7 @@ class Totals:
 
 
 def accumulate_micro(
-    run: Run, micro_batches: list[list[Tensor]], groups: list[Tensor] | None = None
+    run: Run, micro_batches: list[list[Tensor]], identities: list[Tensor] | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Gradients of the mean loss of the micro-batches, each contrasted within itself; yields each one's metrics.
 
@@ -695,14 +705,14 @@ def accumulate_micro(
 
     Args:
         micro_batches: of each the objective's inputs, (B, ...).
-        groups: of each what tells duplicates, (B, 2), where the loss asks for it.
+        identities: of each what tells duplicates, (B, 2), where the loss asks for it.
     """
     for i, inputs in enumerate(micro_batches):
-        with distributed.gradient_exchange(run.called, last=i == len(micro_batches) - 1):
+        with distributed.gradient_exchange(run.wrapped, last=i == len(micro_batches) - 1):
             with run.autocast():
-                outputs = run.called(*inputs)
-            if groups is not None:
-                outputs["groups"] = groups[i]
+                outputs = run.wrapped(*inputs)
+            if identities is not None:
+                outputs["identities"] = identities[i]
             metrics = run.loss(outputs)
             run.scaler.scale(metrics["loss"] / len(micro_batches)).backward()
         yield metrics
@@ -710,7 +720,7 @@ def accumulate_micro(
 
 
 def accumulate_full(
-    run: Run, micro_batches: list[list[Tensor]], groups: list[Tensor] | None = None
+    run: Run, micro_batches: list[list[Tensor]], identities: list[Tensor] | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Gradients of the loss over all micro-batches as one batch, in the memory of one; yields the step's metrics.
 
@@ -728,8 +738,8 @@ def accumulate_full(
     leaves = [torch.cat(parts).requires_grad_() for parts in zip(*features, strict=True)]  # (k*B, ...) each
     with run.autocast():
         outputs = run.model.heads(*leaves)
-    if groups is not None:
-        outputs["groups"] = torch.cat(groups)
+    if identities is not None:
+        outputs["identities"] = torch.cat(identities)
     metrics = run.loss(outputs)
     run.scaler.scale(metrics["loss"]).backward()  # the heads' gradients, and those of the features
     # Second pass: the same features with a graph, through which each micro-batch's part of the gradient flows on.
@@ -780,14 +790,16 @@ def update(run: Run, batches: list[dict[str, Any]], totals: Totals) -> None:
 
     # Data to the device, and what forward passes change set aside: BatchNorm's running statistics.
     micro_batches = [[to_device(b, key, model.preprocess, device) for key in model.objective.inputs] for b in batches]
-    groups = [b["groups"].to(device, non_blocking=True) for b in batches] if "groups" in batches[0] else None
+    identities = None
+    if "identities" in batches[0]:
+        identities = [b["identities"].to(device, non_blocking=True) for b in batches]
     buffers = [b for b in model.buffers() if b.is_floating_point()]
     before = [b.clone() for b in buffers]
 
     # Gradients.
     accumulate = accumulate_full if args.accum_negatives == "full" else accumulate_micro
     try:
-        found = list(accumulate(run, micro_batches, groups))
+        found = list(accumulate(run, micro_batches, identities))
         finite = distributed.gradients_finite(model)
     except Exception:
         for buffer, old in zip(buffers, before, strict=True):
@@ -820,7 +832,7 @@ def update(run: Run, batches: list[dict[str, Any]], totals: Totals) -> None:
 def train_one_epoch(run: Run, stop: StopRequest) -> bool:
     """The rest of the epoch that `run` stands in; False when a signal ended it early, after a checkpoint."""
     args, keys, device = run.args, run.model.objective.metrics, run.processes.device
-    run.called.train()
+    run.wrapped.train()
     run.sampler.set_epoch(run.epoch, start_step=run.step_in_epoch * args.update_freq)
     batches = loader.batches(run.loader)
     totals = Totals.zero(len(keys), device)
@@ -835,9 +847,9 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
             random_numbers = utils.random_state(device)  # of the last whole step
             try:
                 with interval.waiting():
-                    group = list(islice(batches, args.update_freq))
-                interval.images += sum(len(batch["index"]) for batch in group) * run.processes.world_size
-                update(run, group, totals)
+                    micro_batches = list(islice(batches, args.update_freq))
+                interval.images += sum(len(batch["index"]) for batch in micro_batches) * run.processes.world_size
+                update(run, micro_batches, totals)
             except Exception:
                 utils.set_random_state(random_numbers, device)
                 save_last_step(run, totals)
@@ -958,11 +970,7 @@ def validate(
     loading = Loading(args.batch_size, min(args.workers, 4), args.skip_broken, processes)
     for name, reader in validation.readers.items():
         with distributed.unsharded(model):
-            images, texts, captions = embed_pairs(
-                model, reader, model.preprocess, tokenizer, processes.device,
-                batch_size=loading.batch_size, workers=loading.workers, processes=processes,
-                skip_broken=loading.skip_broken,
-            )  # fmt: skip
+            images, texts, captions = embed_pairs(model, reader, model.preprocess, tokenizer, loading)
         scores = percent(retrieval_metrics(images, texts, captions))
         row |= {f"{name}_{k}": v for k, v in scores.items()}
         recalls = [v for k, v in scores.items() if k[:5] in ("i2t_r", "t2i_r")]

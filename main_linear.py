@@ -52,6 +52,7 @@ log = logging.getLogger("medslip")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """All flags, in titled groups; SLIP's names and defaults stay valid."""
     parser = argparse.ArgumentParser("main_linear.py", description=__doc__, formatter_class=HelpFormatter)
     add_data_arguments(parser)
     add_model_arguments(parser)
@@ -64,6 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 # fmt: off
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which labelled set, and where results go."""
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", default="imagenet", type=str, metavar="NAME",
                       help=f"{', '.join(CBIS_SETS)}, or any other set of the catalog")
@@ -81,6 +83,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which tower, and which of its features."""
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained", default="", type=str, metavar="PATH",
                        help="a checkpoint of ours, a published SLIP file, or MedCLIP's folder, zip or "
@@ -101,6 +104,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
+    """Probes on features that are extracted once."""
     cbis = parser.add_argument_group("probes of CBIS-DDSM and, with --cache-features, of other sets")
     cbis.add_argument("--protocol", default="logistic", choices=list(PROTOCOLS),
                       help="logistic: L2-regularised logistic regression on standardised features. medslip: the first "
@@ -130,6 +134,7 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sgd_arguments(parser: argparse.ArgumentParser) -> None:
+    """SGD over random crops."""
     recipe = parser.add_argument_group("other sets, by SGD")
     recipe.add_argument("--epochs", default=90, type=int, help="passes over the training set")
     recipe.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch of a new run")

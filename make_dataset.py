@@ -26,6 +26,7 @@ log = logging.getLogger("medslip")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """The subcommands; each of preparation/ adds its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(title="datasets", dest="command", required=True)
     for subcommand in (yfcc, cbis_tables, shards, shrink, unpack, check, audit):
@@ -35,6 +36,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run a subcommand; without one, YFCC15M's, as published."""
     argv = sys.argv[1:] if argv is None else argv
     args = get_args_parser().parse_args(argv or ["yfcc15m"])
     with start_logging():
@@ -42,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def add_demo_parser(commands) -> None:
+    """The flags of `demo`."""
     parser = commands.add_parser(
         "demo",
         help="draw a small SYNTHETIC radiology world",
@@ -61,6 +64,7 @@ def add_demo_parser(commands) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> None:
+    """Draw the world and make its lesion tables."""
     from synthetic.world import make_demo  # whose drawing processes import no torch
 
     make_demo(args.root, args.seed, args.pairs, size=args.size, workers=args.workers)

@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser("make_report.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
                         help="folders with tables.json, results.json, zeroshot.json or log.jsonl, or above such")

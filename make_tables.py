@@ -25,7 +25,7 @@ import utils
 from beit_finetuning import run_class_finetuning
 from inputs import cbis
 from preparation.cbis_tables import index_series, read_case_tables
-from reporting.plan import INPUTS, TABLES, Plan, Row, read_plan
+from reporting.plan import INPUTS, TABLES, Plan, PlannedRow, read_plan
 from reporting.steps import folder_of, plan_steps, run_steps
 from reporting.tables import collect, describe, name_primary
 from runtime.command_line import HelpFormatter, UsageError, positive_int, run_script
@@ -37,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser("make_tables.py", description=__doc__, formatter_class=HelpFormatter)
     data = parser.add_argument_group("what the rows are made from")
     data.add_argument("--roco", default="", type=str, help="folder of ROCO")
@@ -109,10 +110,11 @@ def check(plan: Plan, args: argparse.Namespace, out: Path) -> list[str]:
 
 
 def plan_flags(plan: Plan) -> str:
+    """All flags of the evaluations, in one text."""
     return " ".join(row.probe + (row.finetune or "") for row in plan.rows)
 
 
-def parse_flags(row: Row, script: str, parser: argparse.ArgumentParser, flags: str) -> argparse.Namespace:
+def parse_flags(row: PlannedRow, script: str, parser: argparse.ArgumentParser, flags: str) -> argparse.Namespace:
     """A row's flags as their script reads them; ValueError for those that it does not take."""
     parser.exit_on_error = False
     try:
@@ -124,7 +126,7 @@ def parse_flags(row: Row, script: str, parser: argparse.ArgumentParser, flags: s
     return args
 
 
-def check_training(row: Row) -> tuple[int, int]:
+def check_training(row: PlannedRow) -> tuple[int, int]:
     """(training pairs, bytes of its checkpoints) of a row; ValueError where the flags, files or pairs do not do."""
     args = parse_flags(row, "main.py", training.get_args_parser(), row.train or "")
     training.check_arguments(args)
@@ -148,6 +150,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def make_tables(args: argparse.Namespace) -> dict[str, Any]:
+    """The command once logging has started; returns what `main` does."""
     places = {name: getattr(args, name) for name in INPUTS}
     if not args.cbis:
         raise UsageError("--cbis is missing: the folder of CBIS-DDSM")

@@ -94,8 +94,8 @@ class ImageModel(nn.Module):
     def _views(self, *views: Tensor) -> tuple[Tensor, ...]:
         """Features (B, d) of several views (B, 3, H, W) that share the image tower."""
         if self.joint_views:
-            return self.visual(torch.cat(views)).chunk(len(views))
-        return tuple(self.visual(view) for view in views)
+            return self.visual(torch.cat(views)).chunk(len(views))  # (V*B, d) in one pass, then (B, d) each
+        return tuple(self.visual(view) for view in views)  # (B, d) each
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
         """The objective's inputs, in its order, to the dictionary of embeddings that its loss reads."""
@@ -147,6 +147,7 @@ class ImageModel(nn.Module):
             self.text.checkpoint_gradients(self)
 
     def train(self, mode: bool = True) -> nn.Module:
+        """The mode of all but what is held: frozen towers and BatchNorm stay in eval mode."""
         super().train(mode)
         for name in self.frozen:
             if isinstance(getattr(self, name), nn.Module):
@@ -172,7 +173,7 @@ class CLIP(ImageModel):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Images (B, 3, H, W) to embeddings (B, embed_dim), not normalised."""
-        return self.visual(image) @ self.image_projection
+        return self.visual(image) @ self.image_projection  # (B, d) to (B, embed_dim)
 
     def encode_text(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids (B, L), zeros after the last one, to embeddings (B, embed_dim), not normalised.
@@ -183,13 +184,15 @@ class CLIP(ImageModel):
         return self.text.encode(self, tokens, attention_mask)
 
     def towers(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        return self.visual(image), self.encode_text(text)
+        """Images (B, 3, H, W) and tokens (B, L) to features (B, d) and text embeddings (B, embed_dim)."""
+        return self.visual(image), self.encode_text(text)  # (B, d), (B, embed_dim)
 
     def heads(self, features: Tensor, text_embed: Tensor) -> dict[str, Tensor]:
+        """The same to embeddings of both sides (B, embed_dim) and the inverse temperature ()."""
         return {
-            "image_embed": features @ self.image_projection,
-            "text_embed": text_embed,
-            "logit_scale": self.logit_scale.exp(),
+            "image_embed": features @ self.image_projection,  # (B, embed_dim)
+            "text_embed": text_embed,  # (B, embed_dim)
+            "logit_scale": self.logit_scale.exp(),  # ()
         }
 
 
@@ -205,10 +208,12 @@ class SIMCLR(ImageModel):
         return self.visual(image)
 
     def towers(self, aug1: Tensor, aug2: Tensor) -> tuple[Tensor, ...]:
+        """Two views (B, 3, H, W) to their features (B, d)."""
         return self._views(aug1, aug2)
 
     def heads(self, features1: Tensor, features2: Tensor) -> dict[str, Tensor]:
         # the head's BatchNorm sees each view as a batch of its own
+        """The same through the projection head: (B, ssl_emb_dim) each."""
         return {"aug1_embed": self.image_mlp(features1), "aug2_embed": self.image_mlp(features2)}
 
 
@@ -220,14 +225,16 @@ class SLIP(CLIP):
         self.image_mlp = build_ssl_head(self.feature_dim, config.ssl_mlp_dim, config.ssl_emb_dim)
 
     def towers(self, image: Tensor, text: Tensor, aug1: Tensor, aug2: Tensor) -> tuple[Tensor, ...]:
-        features, features1, features2 = self._views(image, aug1, aug2)
+        """An image, its tokens and two views to features (B, d), text embeddings (B, embed_dim), features twice."""
+        features, features1, features2 = self._views(image, aug1, aug2)  # (B, d) each
         return features, self.encode_text(text), features1, features2
 
     def heads(self, features: Tensor, text_embed: Tensor, features1: Tensor, features2: Tensor) -> dict[str, Tensor]:
         # the SSL head's BatchNorm sees each view as a batch of its own
+        """What CLIP returns, and the two views through the projection head (B, ssl_emb_dim)."""
         return super().heads(features, text_embed) | {
-            "aug1_embed": self.image_mlp(features1),
-            "aug2_embed": self.image_mlp(features2),
+            "aug1_embed": self.image_mlp(features1),  # (B, ssl_emb_dim)
+            "aug2_embed": self.image_mlp(features2),  # (B, ssl_emb_dim)
         }
 
 
@@ -396,7 +403,7 @@ def rebuilt(model: Any, seed: int, **changes) -> Any:
 def at_size(model: Any, size: Size) -> Any:
     """The same weights for images of another size (`resize_position_embeddings`), in the same mode."""
     resized = rebuilt(model, seed=0, image_size=size)
-    weights = resize_position_embeddings(model.state_dict(), resized, model.config["image_size"])
+    weights = resize_position_embeddings(model.state_dict(), resized.visual, model.config["image_size"])
     load_weights(resized, weights, f"{model.name} at {size_text(size)} pixels")
     resized.preprocess = replace(model.preprocess, size=size)
     return resized.train(model.training)
@@ -422,7 +429,8 @@ class Pretrained:
         device = next(self.model.parameters()).device
         with torch.inference_mode():
             for start in range(0, len(images), batch_size):
-                batch = torch.stack([view(as_image(image), None) for image in images[start : start + batch_size]])
+                part = images[start : start + batch_size]
+                batch = torch.stack([view(as_image(image), None) for image in part])  # (B, 3, H, W)
                 parts.append(F.normalize(encode(batch.to(device)).float(), dim=-1).cpu().numpy())
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
@@ -432,8 +440,8 @@ class Pretrained:
         tokens = tokenizer(list(captions))  # (n, L)
         device = next(self.model.parameters()).device
         with torch.inference_mode():
-            parts = [model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)]
-        return F.normalize(torch.cat(parts), dim=-1).cpu().numpy()
+            parts = [model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)]  # (B, d) each
+        return F.normalize(torch.cat(parts), dim=-1).cpu().numpy()  # (n, d)
 
     def zero_shot(
         self, images: Sequence[Any], labels: Sequence[str | Sequence[str]], templates: Sequence[str] = ("{}.",)
@@ -444,7 +452,7 @@ class Pretrained:
         model, tokenizer = self._reader()
         device = next(self.model.parameters()).device
         classifier = zeroshot_classifier(model, tokenizer, labels, templates, device).cpu().numpy()  # (d, k)
-        logits = float(model.logit_scale.detach().exp()) * (self.embed_images(images) @ classifier)
+        logits = float(model.logit_scale.detach().exp()) * (self.embed_images(images) @ classifier)  # (n, k)
         return softmax(logits.astype(np.float64), axis=1)
 
     def _reader(self) -> tuple[Any, Tokenizer]:
@@ -603,7 +611,7 @@ def initialise(model: ImageModel, path: str | Path, tokenizer: Tokenizer | None 
         raise ValueError(f"{path} holds no state_dict; its keys begin {list(state)[:5]}")
     theirs = Preprocess.from_dict(state["preprocess"]) if "preprocess" in state else None
     weights = strip_wrappers(state["state_dict"])
-    weights = resize_position_embeddings(weights, model, theirs and theirs.size)
+    weights = resize_position_embeddings(weights, model.visual, theirs and theirs.size)
     load_weights(model, weights, str(path), other_head=True)
     if theirs is not None:  # the tower goes on with the normalisation that it knows
         model.preprocess = replace(model.preprocess, mean=theirs.mean, std=theirs.std)

@@ -49,6 +49,7 @@ log = logging.getLogger("medslip")
 
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
+    """The subcommands and their flags."""
     parser = argparse.ArgumentParser("predict.py", description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -88,12 +89,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Which model."""
     parser.add_argument("weights", type=str, help="a checkpoint, a published SLIP file or MedCLIP's weights")
     parser.add_argument("--bert-vocab", default=None, type=str, metavar="VOCAB.TXT",
                         help="Bio_ClinicalBERT's vocabulary; only MedCLIP's own weights need it")
 
 
 def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
+    """Which images, where answers go, and how the images are loaded."""
     parser.add_argument("images", nargs=nargs, type=Path, help="image files, folders, or CSVs with a column image")
     parser.add_argument("--output", default="", type=str, help="CSV, or .npz of embed (embed needs one)")
     parser.add_argument("--batch-size", default=64, type=positive_int, help="memory and speed only")
@@ -406,6 +409,7 @@ def search(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def write_rows(rows: list[dict[str, Any]], output: str) -> None:
+    """Answers as CSV, whole or not at all."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -35,6 +35,7 @@ MAX_TIMEOUTS = 30  # times that a job may reach its time limit before it stays o
 
 
 def add_job_arguments(parser: argparse.ArgumentParser, timeout: int, nodes: int) -> None:
+    """Flags of the job; `timeout` (minutes) and `nodes` are their defaults."""
     job = parser.add_argument_group("job")
     job.add_argument("--ngpus", default=8, type=int, help="tasks on each node, one for each GPU")
     job.add_argument("--nodes", default=nodes, type=int, help="nodes; with --local always one")
@@ -108,6 +109,7 @@ class ScriptJob:
     output_dir: str  # %j stands for the job id
 
     def __call__(self) -> dict | None:
+        """What a task of the job does: learn who it is, then run the script."""
         env = submitit.JobEnvironment()
         forget_earlier_start(env)
         requeue = guard_requeue(env)
@@ -118,6 +120,7 @@ class ScriptJob:
             return self.run(env, output_dir, requeue)
 
     def run(self, env: submitit.JobEnvironment, output_dir: Path, requeue: Callable[[], None]) -> dict | None:
+        """The script's main, and after a signal what decides whether the job goes on."""
         start = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
         where = f"{env.num_tasks} task(s) on {', '.join(env.hostnames)}"
         log.info(f"{env.cluster} job {env.job_id}, start {start}: {where}")
@@ -215,9 +218,11 @@ class Sbatch(submitit.SlurmExecutor):
 
     @classmethod
     def affinity(cls) -> int:
+        """That of a machine with Slurm."""
         return 2
 
     def text(self, n_jobs: int) -> str:
+        """The sbatch file for this many jobs."""
         if n_jobs > 1:
             self.parameters["map_count"] = n_jobs
         return self._make_submission_file_text(self._submitit_command_str, "dry-run")
@@ -266,6 +271,7 @@ def sbatch_settings(args: argparse.Namespace, name: str) -> dict:
 
 
 def local_settings(args: argparse.Namespace) -> dict:
+    """Keyword arguments of submitit's LocalExecutor."""
     return {
         "timeout_min": args.timeout,
         "tasks_per_node": args.ngpus,
@@ -285,6 +291,7 @@ def submit(script: str, argv: list[str] | None = None, timeout: int = 2800, node
 
 
 def submit_script(script: str, args: argparse.Namespace, script_argv: list[str]) -> list[submitit.Job]:
+    """Submit, run here or only show what the flags describe; returns the jobs."""
     folder = Path(args.job_dir or "jobs/%j").absolute()
     output_dir = str(Path(args.output_dir).absolute() if args.output_dir else folder)
     jobs = [ScriptJob(script, script_argv, output_dir)]
@@ -310,6 +317,7 @@ def submit_script(script: str, args: argparse.Namespace, script_argv: list[str])
 
 
 def cluster_executor(args: argparse.Namespace, folder: Path, script: str, kind: type) -> Any:
+    """submitit's executor of this kind with the job's settings."""
     executor = kind(folder, max_num_timeout=MAX_TIMEOUTS)
     executor.update_parameters(**sbatch_settings(args, f"medslip-{script}"))
     return executor
@@ -329,10 +337,12 @@ def run_here(args: argparse.Namespace, folder: Path, jobs: list[ScriptJob]) -> l
 
 
 def announce(job: submitit.Job, what: ScriptJob) -> None:
+    """Say where a job's files and its run lie."""
     log.info(f"job {job.job_id}: files in {job.paths.folder}, run in {what.output_dir.replace('%j', job.job_id)}")
 
 
 def main(argv: list[str] | None = None) -> list[submitit.Job]:
+    """Submit main.py as the command line says; returns the jobs."""
     return submit("main", argv)
 
 

@@ -14,6 +14,7 @@ from runtime.command_line import run_script
 
 
 def main(argv: list[str] | None = None) -> list[submitit.Job]:
+    """Submit as the command line says; returns the jobs."""
     return run_with_submitit.submit("beit_finetuning.run_class_finetuning", argv, timeout=2800, nodes=1)
 
 

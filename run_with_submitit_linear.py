@@ -14,6 +14,7 @@ from runtime.command_line import run_script
 
 
 def main(argv: list[str] | None = None) -> list[submitit.Job]:
+    """Submit as the command line says; returns the jobs."""
     return run_with_submitit.submit("main_linear", argv, timeout=1800, nodes=1)
 
 

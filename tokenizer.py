@@ -29,7 +29,9 @@ class Tokenizer(Protocol):
     kind: str  # key of TOKENIZERS
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """How many ids there are."""
+        ...
 
     def spec(self) -> dict[str, Any]:
         """Plain values from which `create_tokenizer` makes it again."""
@@ -103,9 +105,11 @@ class SimpleTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """How many ids there are."""
         return len(self.tokens)
 
     def spec(self) -> dict:
+        """Plain values from which `create_tokenizer` makes it again."""
         return {"kind": self.kind, "context_length": self.context_length}
 
     def _word_ids(self, word: str) -> list[int]:
@@ -140,6 +144,7 @@ class SimpleTokenizer:
         return raw.decode("utf-8", errors="replace").replace("</w>", " ")
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
+        """n texts to ids (n, context_length): start, the text, end, zeros."""
         length = self.context_length if context_length is None else context_length
         _check_length(length)
         texts = [texts] if isinstance(texts, str) else texts
@@ -196,9 +201,11 @@ class WordPieceTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """How many ids there are."""
         return len(self.vocab)
 
     def spec(self) -> dict:
+        """Plain values, the vocabulary among them, from which `create_tokenizer` makes it again."""
         case = {} if self.lowercase else {"lowercase": False}
         return {"kind": self.kind, "context_length": self.context_length, "vocab": self.vocab, **case}
 
@@ -208,6 +215,7 @@ class WordPieceTokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
+        """n texts to ids (n, L), L the longest row: [CLS], the pieces, [SEP], zeros."""
         length = self.context_length if context_length is None else context_length
         _check_length(length, self.longest)
         texts = [texts] if isinstance(texts, str) else texts

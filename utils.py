@@ -86,6 +86,7 @@ def atomic_write(path: str | Path, write: Callable) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
+    """Write a value as indented JSON, whole or not at all; what JSON cannot hold becomes text."""
     text = json.dumps(value, indent=2, default=str) + "\n"
     atomic_write(path, lambda file: file.write(text.encode()))
 
@@ -155,6 +156,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def describe_groups(groups: list[dict]) -> str:
+    """The groups of `parameter_groups`, with their numbers of tensors and parameters, for people."""
     return "; ".join(
         f"{g['name']} {g['weight_decay']:g}: {len(g['params'])} tensors, "
         f"{sum(p.numel() for p in g['params']):,} parameters"
@@ -168,6 +170,7 @@ def describe_groups(groups: list[dict]) -> str:
 
 
 def seed_everything(seed: int) -> None:
+    """Seed every generator of this process: Python's, NumPy's and PyTorch's on all devices."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -183,6 +186,7 @@ def random_state(device: torch.device) -> dict:
 
 
 def set_random_state(state: dict, device: torch.device) -> None:
+    """The reverse of `random_state`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     torch.set_rng_state(state["torch"])

@@ -80,6 +80,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
+        """Tokens (B, N, D) to the same shape; `shared_bias` (heads, N, N) is added to the scores."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
         bias = shared_bias
@@ -124,6 +125,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
 
     def forward(self, x: Tensor, shared_bias: Tensor | None = None) -> Tensor:  # (B, N, D)
+        """Tokens (B, N, D) to the same shape; `shared_bias` as for the attention."""
         y = self.attn(self.norm1(x), shared_bias)
         x = x + self.drop_path(y if self.gamma_1 is None else self.gamma_1 * y)
         y = self.mlp(self.norm2(x))
@@ -275,6 +277,7 @@ class TowerClassifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def train(self, mode: bool = True) -> TowerClassifier:
+        """The mode of all but a BatchNorm whose statistics are held."""
         super().train(mode)
         if self.freeze_batchnorm:
             for module in self.visual.modules():
@@ -313,7 +316,7 @@ def tower_classifier(
     # A SimCLR model around the tower, with the smallest of heads: no text tower is built for nothing.
     rebuilt = models.create_model("SIMCLR_VITB16", **tower, ssl_mlp_dim=1, ssl_emb_dim=1)
     weights = {k: v for k, v in model.state_dict().items() if k.startswith("visual.")}
-    weights = resize_position_embeddings(weights, rebuilt, model.config["image_size"])
+    weights = resize_position_embeddings(weights, rebuilt.visual, model.config["image_size"])
     load_weights(rebuilt, weights, f"{model.name} at {size_text(size)} pixels", other_head=True)
     preprocess = replace(model.preprocess, size=size)
     return TowerClassifier(

@@ -78,6 +78,7 @@ RESUME_SETTINGS = (
 
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
+    """All flags, in titled groups; BEiT's underscores, and dashes where this project's scripts have them."""
     parser = argparse.ArgumentParser(
         "run_class_finetuning.py", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     )
@@ -92,6 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The network, and the weights it starts from."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="tower", type=str, metavar="NAME",
                        help=f"{', '.join(BEIT_MODELS)}: BEiT's architecture as the published commands name it. tower: "
@@ -130,6 +132,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The labelled set."""
     data = parser.add_argument_group("data")
     data.add_argument("--data_set", default="IMNET", type=str, metavar="NAME",
                       help="IMNET (the catalog's imagenet), CIFAR (its cifar100), image_folder (--data_path and "
@@ -151,6 +154,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Batch, rates and schedule."""
     train = parser.add_argument_group("optimisation")
     train.add_argument("--batch_size", default=64, type=positive_int, help="images for each process")
     train.add_argument("--epochs", default=30, type=positive_int, help="passes over the training images")
@@ -187,6 +191,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
+    """The training views and what happens to labels."""
     views = parser.add_argument_group("training views")
     a = Augmentation()
     views.add_argument("--aa", default=a.auto_augment, type=str, help="timm's policy; \"\" for none")
@@ -210,6 +215,7 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Evaluation, checkpoints and logging."""
     run = parser.add_argument_group("evaluation, checkpoints, logging")
     run.add_argument("--output_dir", "--output-dir", default="./", type=str,
                      help="checkpoints, logs and results go here; a run found here is continued")
@@ -239,7 +245,7 @@ class Run:
     args: argparse.Namespace
     processes: Processes
     model: Any  # the bare network
-    called: nn.Module  # what averages its gradients over the processes
+    wrapped: nn.Module  # what averages its gradients over the processes
     ema: Any  # timm's moving average, or None
     network: Network  # of `model`: what it is for people, and what it is rebuilt from
     view: EvalView
@@ -262,18 +268,22 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Updates in an epoch; the last may have fewer micro-batches."""
         return math.ceil(len(self.sampler) / self.args.update_freq)
 
     @property
     def step(self) -> int:
+        """Updates done in all epochs."""
         return self.epoch * self.steps_per_epoch + self.step_in_epoch
 
     @property
     def warmup(self) -> int:
+        """Updates of warm-up."""
         return self.args.warmup_steps if self.args.warmup_steps >= 0 else self.args.warmup_epochs * self.steps_per_epoch
 
 
 def build_run(args: argparse.Namespace, processes: Processes, writer: MetricWriter) -> Run:
+    """A run at its first update; ValueError where sets, classes and flags do not go together."""
     sets = open_sets(args)
     num_classes = len(sets.classes)
     if args.nb_classes not in (0, num_classes):
@@ -311,7 +321,7 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: MetricWrit
         args=args,
         processes=processes,
         model=model,
-        called=distributed.replicate(model, processes),
+        wrapped=distributed.replicate(model, processes),
         ema=moving_average(model, args),
         network=network,
         view=EvalView(preprocess, args.crop_pct),
@@ -337,6 +347,7 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: MetricWrit
 
 
 def moving_average(model: nn.Module, args: argparse.Namespace) -> Any:
+    """timm's average of the weights where the flags ask for one, else None."""
     if not args.model_ema:
         return None
     from timm.utils import ModelEmaV2
@@ -345,6 +356,7 @@ def moving_average(model: nn.Module, args: argparse.Namespace) -> Any:
 
 
 def resume_settings(args: argparse.Namespace, sets: Sets, preprocess: Any, global_batch: int) -> dict:
+    """What is compared when the run is continued, as JSON would hold it."""
     settings = {key: getattr(args, key) for key in RESUME_SETTINGS}
     settings["precision"] = distributed.wanted_precision(args)
     settings |= {
@@ -404,9 +416,9 @@ def update(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
         if run.mix is not None:
             rng = np.random.default_rng((args.seed, run.processes.rank, run.step, i))
             images, target = run.mix(images, target, rng)
-        with distributed.gradient_exchange(run.called, last=i == len(batches) - 1):
+        with distributed.gradient_exchange(run.wrapped, last=i == len(batches) - 1):
             with run.autocast():
-                logits = run.called(images)
+                logits = run.wrapped(images)
             loss = run.criterion(logits, target) / len(batches)
             run.scaler.scale(loss).backward()
         losses.append(loss.detach())
@@ -425,7 +437,7 @@ def update(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
 def train_one_epoch(run: Run, stop: StopRequest) -> bool:
     """The rest of the epoch that `run` stands in; False when a signal ended it early, after a checkpoint."""
     args, processes = run.args, run.processes
-    run.called.train()
+    run.wrapped.train()
     run.sampler.set_epoch(run.epoch, start_step=run.step_in_epoch * args.update_freq)
     batches = loader.batches(run.source)
     loss_sum, updates, since, images = torch.zeros((), device=processes.device), 0, time.monotonic(), 0
@@ -563,10 +575,12 @@ def logits_of(run: Run, model: nn.Module, images: downstream.Downstream, title: 
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax of logits (n, k), in float64."""
     return torch.from_numpy(logits).double().softmax(-1).numpy()
 
 
 def validation_score(run: Run, model: nn.Module) -> float:
+    """Macro AUROC on the validation split, which chooses the epoch."""
     assert run.sets.val is not None
     logits, kept = logits_of(run, model, run.sets.val, "validation")
     return predictions.macro_auroc(run.sets.val.labels[kept], probabilities(logits))
@@ -578,6 +592,7 @@ def test_scores(run: Run, model: nn.Module) -> metrics.Scores:
 
 
 def scores_of(run: Run, logits: np.ndarray, kept: np.ndarray) -> metrics.Scores:
+    """All metrics of the set in percent, from logits (n, k) of the test images `kept` (n,)."""
     skipped = {"samples_skipped": len(run.sets.test) - len(kept)} if len(kept) < len(run.sets.test) else {}
     return {**metrics.percent(metrics.score_outputs(run.sets.test.labels[kept], logits, run.sets.metric)), **skipped}
 

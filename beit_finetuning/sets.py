@@ -29,6 +29,7 @@ class Sets:
 
     @property
     def classes(self) -> list[str]:
+        """Names in the order of the labels' numbers."""
         return self.train.classes
 
 

@@ -92,6 +92,7 @@ class TrainView:
             self.transform.transforms[0] = transforms.RandomCrop(preprocess.shape, padding=4)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        """An RGB image to a normalised tensor (3, H, W); every random number comes from `rng`."""
         image = self.preprocess.whole(image).convert("RGB")
         with drawn_from(rng):
             return self.transform(image)
@@ -128,6 +129,7 @@ class EvalView:
             self.cover = int(shape[0] / crop_pct), int(shape[1] / crop_pct)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
+        """An RGB image to (3, H, W); the generator is not used."""
         if self.cover is None:
             return eval_view(self.preprocess)(image, rng)
         whole = self.preprocess.whole(image)
@@ -185,6 +187,7 @@ class Criterion(nn.Module):
         self.register_buffer("class_weights", class_weights)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Logits (B, classes) and labels (B,) or soft targets (B, classes) to the mean loss ()."""
         soft = target.is_floating_point()
         return nn.functional.cross_entropy(
             logits.float(),

@@ -24,6 +24,7 @@ from torch import Tensor
 from beit_finetuning.modeling_finetune import Beit
 from inputs.transforms import Preprocess
 from runtime.checkpoints import load_checkpoint, strip_wrappers
+from towers.weights import Mismatch
 
 log = logging.getLogger("medslip")
 
@@ -263,15 +264,13 @@ def _check_heads(model: Beit, path: str | Path) -> None:
 
 
 def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], report: Loaded, path: str | Path) -> None:
-    missing = [n for n in own if n not in weights and n not in report.fresh and not n.endswith(_INDEX)]
-    unexpected = [n for n in weights if n not in own]
-    shapes = [
-        f"{n} {tuple(weights[n].shape)} instead of {tuple(own[n].shape)}"
-        for n in report.loaded
-        if weights[n].shape != own[n].shape
-    ]
-    if not (missing or unexpected or shapes):
+    wanted = {
+        n: value for n, value in own.items() if n in weights or (n not in report.fresh and not n.endswith(_INDEX))
+    }
+    differ = Mismatch.between(wanted, weights)
+    if not differ:
         return
+    missing, unexpected = differ.missing, differ.unexpected
     advice = [
         text
         for sign, text in {
@@ -288,11 +287,4 @@ def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], report: Loade
         advice.append("the file has relative positions: leave --disable_rel_pos_bias out")
     if any(name.startswith("visual.") for name in unexpected):
         advice.append("the tower's names begin with visual.: --model_prefix module.visual.")
-    raise ValueError(
-        f"{path} does not fit the model: missing {_few(missing)}; unexpected {_few(unexpected)}; other shape "
-        f"{_few(shapes)}" + "".join(f"\n  {text}" for text in advice)
-    )
-
-
-def _few(names: list[str], most: int = 8) -> str:
-    return f"{', '.join(names[:most]) or 'none'} ({len(names)})"
+    raise ValueError(f"{path} does not fit the model: {differ}" + "".join(f"\n  {text}" for text in advice))

@@ -115,7 +115,7 @@ class Ours:
         processes = distributed.Processes(device=device, precision=precision)
         utils.seed_everything(args.seed)
         model, self.tokenizer = training.build_model(args)
-        step = training.prepare_step(args, processes, model)
+        step = training.prepare_learner(args, processes, model)
         nothing: Any = None
         self.run = training.Run(
             **vars(step),
@@ -126,7 +126,7 @@ class Ours:
             writer=nothing,
             settings={},
         )
-        self.run.called.train()
+        self.run.wrapped.train()
         self.model: Any = step.model
         self.trim = not self.model.text.reads_padding
         self.totals = training.Totals.zero(len(self.model.objective.metrics), device)

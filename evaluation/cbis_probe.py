@@ -156,6 +156,6 @@ def describe_lesion_fractions(results: dict[str, Any]) -> list[str]:
     """A line for each fraction, for people."""
     return [
         f"{part['fraction']:.2%} of the training patients ({part['patients'][0]}, {part['lesions'][0]} lesions): AUROC "
-        f"{metrics.Interval(**part['metrics']['auroc']).percent()} over {len(part['lesions'])} draws and the patients"
+        f"{metrics.Interval.of(part['metrics']['auroc']).percent()} over {len(part['lesions'])} draws and the patients"
         for part in results.get("fractions", ())
     ]

@@ -37,6 +37,7 @@ class Draws:
 
     @property
     def mean(self) -> float:
+        """Over the seeds."""
         return float(self.values.mean())
 
     @property
@@ -46,6 +47,7 @@ class Draws:
 
     @property
     def lacks_seeds(self) -> bool:
+        """Whether a single training stands for all that could have been."""
         return self.trained and len(self.values) == 1
 
 

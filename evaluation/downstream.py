@@ -155,9 +155,11 @@ class ImageFiles(Downstream):
         self.root, self.paths = root, paths
 
     def image(self, i: int) -> Image.Image:
+        """Sample i, read from its file."""
         return read_image(self.root / self.paths[i])
 
     def contents(self) -> Iterator[Any]:
+        """The paths."""
         yield from (self.paths.data, self.paths.offsets)
 
 
@@ -169,6 +171,7 @@ class ImageArray(Downstream):
         self.pixels, self.upsample = pixels, upsample
 
     def image(self, i: int) -> Image.Image:
+        """Sample i, enlarged."""
         image = Image.fromarray(self.pixels[i]).convert("RGB")
         if self.upsample == 1:
             return image
@@ -176,6 +179,7 @@ class ImageArray(Downstream):
         return image.resize((width * self.upsample, height * self.upsample), Image.Resampling.BILINEAR)
 
     def contents(self) -> Iterator[Any]:
+        """The pixels."""
         yield self.pixels
 
 

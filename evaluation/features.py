@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,7 @@ class Loading:
 
     @property
     def device(self) -> torch.device:
+        """Where the tower computes."""
         return self.processes.device
 
     def encode(self, tower: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -140,6 +141,9 @@ class Loading:
     def loader_processes(self) -> int:
         """Of this process."""
         return loader.loader_processes(self.workers, self.processes)
+
+
+LOADING = Loading()  # in this process, on the CPU
 
 
 class _Numbered(Dataset):
@@ -167,7 +171,8 @@ def _collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Exception | 
     if not kept:
         return torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0, dtype=torch.long), errors[0]
     numbers, images, targets = zip(*kept, strict=True)
-    return torch.tensor(numbers), torch.stack(images), torch.tensor(targets), errors[0] if errors else None
+    batch = torch.stack(images)  # (B, 3, H, W)
+    return torch.tensor(numbers), batch, torch.tensor(targets), errors[0] if errors else None
 
 
 def each_once(
@@ -215,14 +220,14 @@ def each_once(
             if len(numbers):
                 columns = compute(numbers, images.to(loading.device, non_blocking=True), targets)
                 rows.append([numbers, *(column.cpu() for column in columns)])
-    own = [torch.cat(column) for column in zip(*rows, strict=True)]  # empty where this rank has no samples
+    own = [torch.cat(column) for column in zip(*rows, strict=True)]  # (n_r, ...); empty where this rank has no samples
     parts = [part for part in distributed.gather_objects(processes, own) if part]
     if not parts:
         why = f": all {len(dataset)} are missing or corrupt" if len(dataset) else ""
         raise ValueError(f"{title + ': ' if title else ''}there is no image to evaluate{why}")
     # Ranks interleave their samples, and some may have skipped some; sorting by number restores the dataset's order.
-    order = torch.cat([part[0] for part in parts]).argsort()
-    return [torch.cat(column)[order] for column in zip(*parts, strict=True)]
+    order = torch.cat([part[0] for part in parts]).argsort()  # (n,)
+    return [torch.cat(column)[order] for column in zip(*parts, strict=True)]  # (n, ...) each
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,11 +301,7 @@ def embed_pairs(
     reader: Reader,
     preprocess: Preprocess | View,
     tokenizer: Tokenizer,
-    device: torch.device | str,
-    batch_size: int = 256,
-    workers: int = 0,
-    processes: distributed.Processes | None = None,
-    skip_broken: bool = False,
+    loading: Loading = LOADING,
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Embed every pair of a reader once; of an image with several captions the first is taken.
 
@@ -316,11 +317,9 @@ def embed_pairs(
         raise ValueError("there are no candidates for retrieval: the reader is empty")
     # (N, L), all at once: a text tower that averages over padding then sees the same padding in every batch
     tokens = tokenizer(captions)
-    device = torch.device(device)
-    loading = Loading(batch_size, workers, skip_broken, replace(processes or distributed.Processes(), device=device))
 
     def compute(numbers: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
-        texts = tokens[numbers].to(device, non_blocking=True)
+        texts = tokens[numbers].to(loading.device, non_blocking=True)  # (B, L)
         return [loading.encode(model.encode_image, images), loading.encode(model.encode_text, texts)]
 
     numbers, images, texts = each_once(model, EvalPairs(reader, preprocess), compute, loading, "retrieval")

@@ -90,6 +90,7 @@ class Linear:
     limit: np.ndarray | None = None
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Features (n, d) to probabilities (n, k)."""
         standard = (features.astype(self.mean.dtype) - self.mean) / self.scale
         return softmax(standard @ self.weight + self.bias, axis=1)
 
@@ -164,6 +165,7 @@ class Choice:
 
 
 def score_setting(labels: np.ndarray, prob: np.ndarray, score: Score) -> dict[str, float]:
+    """`score` and cross-entropy of probabilities (n, k) for labels (n,)."""
     own = prob[np.arange(len(labels)), labels]
     return {"score": score(labels, prob), "loss": float(-np.log(own.clip(min=1e-12)).mean())}
 

@@ -10,8 +10,8 @@ are written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -61,7 +61,13 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, value: dict[str, Any]) -> Self:
+        """From what a results file holds of it, which may say more beside the value and its bounds."""
+        return cls(**{field.name: value[field.name] for field in fields(cls)})
+
     def percent(self) -> str:
+        """The value in percent with its bounds, for people."""
         return f"{100 * self.value:.2f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
@@ -110,6 +116,7 @@ def _class_index(name: str | None, classes: Sequence[str]) -> int | None:
 
 
 def checked(y_true: Labels, prob: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) and probabilities (n, k) as arrays; raises as `classification_metrics` does."""
     labels, prob = np.asarray(y_true), np.asarray(prob, dtype=np.float64)
     if prob.shape != (len(labels), len(classes)):
         raise ValueError(

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import models
-from evaluation.features import embed_pairs
+from evaluation.features import Loading, embed_pairs
 from inputs.reader import Reader
 from inputs.transforms import eval_view
 from towers.prompts import evaluating
@@ -28,7 +28,7 @@ class Neighbours:
             raise ValueError(f"{loaded.source} reads no captions, so none is near")
         self.reader, self.view = reader, eval_view(loaded.preprocess)
         images, texts, self.captions = embed_pairs(
-            self.model, reader, loaded.preprocess, loaded.tokenizer, "cpu", workers=workers
+            self.model, reader, loaded.preprocess, loaded.tokenizer, Loading(workers=workers)
         )
         self.images, self.texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)  # (N, d)
 

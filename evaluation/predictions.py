@@ -62,10 +62,12 @@ class Predictions:
 
     @property
     def labels(self) -> np.ndarray:
+        """(n,) indices into the scheme's classes."""
         return np.array([self.scheme.classes.index(row[self.scheme.label]) for row in self.rows])
 
     @property
     def patients(self) -> list[str]:
+        """(n,) who each sample belongs to: the scheme's group."""
         return [row[self.scheme.group] for row in self.rows]
 
     def resamples(self, bootstrap: Bootstrap = BOOTSTRAP) -> Resamples:
@@ -136,10 +138,12 @@ def check_baseline(path: str | Path, rows: Sequence[dict[str, str]], scheme: Sch
 
 
 def macro_auroc(labels: np.ndarray, prob: np.ndarray, scheme: Scheme = CBIS) -> float:
+    """One-vs-rest AUROC, the mean over classes: labels (n,), probabilities (n, k)."""
     return metrics.classification_metrics(labels, prob, scheme.classes, scheme.positive)["auroc"]
 
 
 def macro_f1(labels: np.ndarray, prob: np.ndarray, scheme: Scheme = CBIS) -> float:
+    """F1 of the most probable class, the mean over classes: labels (n,), probabilities (n, k)."""
     return metrics.classification_metrics(labels, prob, scheme.classes, scheme.positive)["f1"]
 
 
@@ -241,7 +245,7 @@ def describe_results(results: dict, how: str) -> str:
         how: what was done with the lesions, in words.
     """
     skipped = results["lesions_skipped"]["test"]
-    intervals = {name: metrics.Interval(**value) for name, value in results["metrics"].items()}
+    intervals = {name: metrics.Interval.of(value) for name, value in results["metrics"].items()}
     lines = [
         f"{results['dataset']}: {results['lesions']['test']} test lesions of {results['test_patients']} "
         + ("patients" if not skipped else f"patients ({skipped} MORE SKIPPED, image missing or corrupt)")
@@ -271,7 +275,7 @@ def describe_results(results: dict, how: str) -> str:
         for name, there_and_here in comparison.get("settings_differ", {}).items():
             lines.append(f"  NOT THE WEIGHTS ALONE: {name} is {there_and_here[0]} there and {there_and_here[1]} here")
         for name, value in comparison["difference"].items():
-            difference = metrics.Difference(**value)
+            difference = metrics.Difference.of(value)
             lines.append(f"  {metrics.METRICS[name]:<22} {difference.percent()}, p = {difference.p_value:.4f}")
     return "\n".join(lines)
 
@@ -283,4 +287,4 @@ def describe_interval(name: str, value: dict[str, float | None]) -> str:
         return "not defined"
     if name in ("brier", "calibration_slope", "calibration_intercept"):
         return "{:.3f} ({:.3f} to {:.3f})".format(*numbers)
-    return metrics.Interval(**value).percent()  # type: ignore[arg-type]
+    return metrics.Interval.of(value).percent()  # type: ignore[arg-type]

@@ -73,6 +73,7 @@ class Descriptors:
         ]
 
     def __call__(self, rows: Sequence[dict[str, str]]) -> np.ndarray:
+        """Rows (n) of a table to features (n, d)."""
         return np.array(
             [[word in row[column].split("-") for column, word in self.words] for row in rows], dtype=np.float64
         ).reshape(len(rows), len(self.words))

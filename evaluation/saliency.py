@@ -74,6 +74,7 @@ class Explainer:
         return logits[:, self.target] + self.head["bias"][self.target]
 
     def __call__(self, images: Tensor) -> np.ndarray:
+        """Images (B, 3, H, W) to maps (B, H, W); ImportError without captum."""
         try:
             from captum.attr import LayerGradCam, LayerGradientXActivation
         except ImportError as error:

@@ -296,7 +296,7 @@ def describe_probes(results: dict[str, Any]) -> str:
     if "metrics" in results:
         lines.append(f"{results['dataset']}, logistic: percent, with 95% intervals over groups")
         lines += [
-            f"  {metrics.METRICS[name]:<22} {metrics.Interval(**value).percent()}"
+            f"  {metrics.METRICS[name]:<22} {metrics.Interval.of(value).percent()}"
             for name, value in results["metrics"].items()
         ]
     for name in ("logistic", "knn"):

@@ -37,6 +37,7 @@ class ArchivePool:
         return {"size": self.size, "process": -1, "by_name": {}, "archives": OrderedDict()}
 
     def archive(self, path: Path) -> Any:
+        """The open archive at `path`, opened where this process has not yet."""
         if self.process != os.getpid():  # a forked handle shares its position in the file with its parent
             self.archives, self.process = OrderedDict(), os.getpid()
         if path not in self.archives:
@@ -108,10 +109,12 @@ class Yfcc15m(Reader):
     indexed = numbered = True
 
     def locate(self, metadata: str) -> None:
+        """The pickle, and no archive opened yet."""
         self.find(metadata, "yfcc15m.pkl")
         self.archives = ZipPool()
 
     def rows(self) -> Iterator[Row]:
+        """A row for each entry of the list; ValueError names one that is no (number, title, description)."""
         for number, row in enumerate(self._list()):
             where = f"{self.files[0]} row {number}"
             if not (isinstance(row, tuple | list) and list(map(type, row)) == [int, str, str]):
@@ -131,6 +134,7 @@ class Yfcc15m(Reader):
         return ((number, texts[2 * i], texts[2 * i + 1]) for i, number in enumerate(numbers))
 
     def finder(self) -> Callable[[Row], bool]:
+        """Whether the archive that a row's number names is there and holds the image; each is opened once."""
         present, listed = np.zeros(10**8, dtype=bool), np.zeros(10**5, dtype=bool)  # by image, by archive
 
         def exists(row: Row) -> bool:
@@ -156,6 +160,7 @@ class Yfcc15m(Reader):
         return exists
 
     def wanted(self, row: Row) -> str:
+        """Archive and member of a row, for messages."""
         archive, member = divmod(int(row.image), 1000)
         return f"{self._archive(archive)}/{member:03d}.jpg"
 
@@ -167,9 +172,11 @@ class Yfcc15m(Reader):
         return self._archive(archive), f"{member:03d}.jpg"
 
     def name(self, i: int) -> str:
+        """Archive and member of image i."""
         return "/".join(map(str, self._place(i)))
 
     def data(self, i: int) -> bytes:
+        """The member's bytes; raises as `ZipPool.read`."""
         return self.archives.read(*self._place(i))
 
 
@@ -198,6 +205,7 @@ class WebDataset(Reader):
         super().__init__(root, metadata, *arguments, **keywords)
 
     def locate(self, metadata: str) -> None:
+        """The shards, which must all be there."""
         self.archives = TarPool()
         if not metadata:
             folders = [self.root / self.split] + [self.root] * (self.split == "train")
@@ -219,6 +227,7 @@ class WebDataset(Reader):
         self.root = Path(os.path.commonpath([path.parent for path in self.files]))
 
     def rows(self) -> Iterator[Row]:
+        """A row for each sample, whose image is its place: shard, offset, size and name."""
         for number, path in enumerate(self.files):
             with open(path, "rb") as file:
                 for key, members in shard_samples(path, file).items():
@@ -228,6 +237,7 @@ class WebDataset(Reader):
                     yield Row(where, place, shard_captions(file, members, where))
 
     def finder(self) -> Callable[[Row], bool]:
+        """A sample without an image has an empty place."""
         return lambda row: bool(row.image)
 
     def _place(self, i: int) -> tuple[Path, int, int, str]:
@@ -235,10 +245,12 @@ class WebDataset(Reader):
         return self.files[int(shard)], int(offset), int(size), member
 
     def name(self, i: int) -> str:
+        """Shard and member of image i."""
         path, _offset, _size, member = self._place(i)
         return f"{path}/{member}"
 
     def data(self, i: int) -> bytes:
+        """The member's bytes, read at its place; raises as `TarPool.read`."""
         return self.archives.read(*self._place(i)[:3])
 
 

@@ -52,6 +52,7 @@ class Colours(NamedTuple):
 
     @classmethod
     def of(cls, colours: Sequence[Colour]) -> Colours:
+        """What `draw_colour` drew for each of B views, side by side."""
         boxes = [_box_weights(colour.sigma) if colour.sigma else (-1, 0, 0) for colour in colours]
         return cls(
             jitter=torch.tensor([colour.jitter for colour in colours]),
@@ -115,6 +116,7 @@ def _blend(start: Any, end: np.ndarray, factor: float) -> np.ndarray:
 
 
 def adjust_brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
+    """(C, H, W) uint8 times `factor`, as torchvision does it on Pillow images."""
     return _blend(np.float32(0), pixels, factor)
 
 
@@ -124,6 +126,7 @@ def adjust_contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def adjust_saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
+    """(3, H, W) away from its own grey, or towards it."""
     return _blend(luma(pixels).astype(np.float32), pixels, factor)
 
 

@@ -22,6 +22,7 @@ class TextColumn:
 
     @classmethod
     def from_strings(cls, texts: Iterable[str], paths: bool = False) -> TextColumn:
+        """The texts in their order; `paths` as for TextBuilder."""
         builder = TextBuilder(paths)
         for text in texts:
             builder.append(text)
@@ -49,10 +50,12 @@ class TextBuilder:
         self.errors = "surrogateescape" if paths else "replace"
 
     def append(self, text: str) -> None:
+        """One text more."""
         self.data += text.encode("utf-8", self.errors)
         self.offsets.append(len(self.data))
 
     def column(self) -> TextColumn:
+        """All of them so far."""
         data, offsets = np.frombuffer(self.data, dtype=np.uint8), np.frombuffer(self.offsets, dtype=np.int64)
         return TextColumn(data, offsets.astype(np.uint32) if len(data) < 2**32 else offsets)
 

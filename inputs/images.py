@@ -162,9 +162,6 @@ def read_image(path: str | Path) -> Image.Image:
     return decode_image(read_bytes(path), str(path))
 
 
-read_picture = read_image  # the name that scripts of others know it by
-
-
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The image in `data` (DICOM, by content or name, or anything that Pillow reads) as RGB with 8 bits.
 

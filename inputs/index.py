@@ -40,8 +40,13 @@ class Indexed(Protocol):
     split: str
     files: list[Path]
 
-    def columns(self) -> Columns: ...
-    def finder(self) -> Callable[[Row], bool]: ...
+    def columns(self) -> Columns:
+        """The rows, read from the metadata."""
+        ...
+
+    def finder(self) -> Callable[[Row], bool]:
+        """Whether a row's image is there."""
+        ...
 
 
 def rows_index(metadata: Path) -> tuple[Path, list]:
@@ -111,6 +116,7 @@ def one_process(lock: Path) -> Iterator[None]:
 
 
 def save_index(path: Path, key: list, columns: Columns) -> None:
+    """Write the columns under `key`, which `load_index` compares."""
     arrays: dict[str, np.ndarray | RawFile] = {
         "texts": columns.texts.data,
         "text_offsets": columns.texts.offsets,

@@ -224,6 +224,7 @@ class Reader:
         return [text for j in range(start, stop) if (text := self.texts[j])]
 
     def name(self, i: int) -> str:
+        """Where image i lies, for messages."""
         return str(self.root / self.images[self._row(i)])
 
     def data(self, i: int) -> bytes:

@@ -24,6 +24,7 @@ def as_size(value: int | Sequence[int]) -> Size:
 
 
 def height_width(size: Size) -> tuple[int, int]:
+    """Both sides in pixels."""
     return (size, size) if isinstance(size, int) else size
 
 
@@ -39,6 +40,7 @@ class ImageSize(argparse.Action):
         super().__init__(option_strings, dest, nargs="+", type=positive_int, metavar=("H", "W"), **kwargs)
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Set the flag's value; one or two numbers, else a usage error."""
         try:
             setattr(namespace, self.dest, as_size(values))
         except ValueError as error:

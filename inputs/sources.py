@@ -23,6 +23,7 @@ class Roco(Reader):
     kinds: tuple[str, ...] = ("radiology",)
 
     def locate(self, metadata: str) -> None:
+        """The captions of the split, from any of the roots that the class names."""
         if Path(metadata).name != metadata:
             raise ValueError(f"ROCO's metadata is the name of a file beside images/, no path: {metadata!r}")
         names = (metadata,) if metadata else ("captions.txt", "selected_pairs.txt")
@@ -48,6 +49,7 @@ class Roco(Reader):
         self.files = [alone]
 
     def rows(self) -> Iterator[Row]:
+        """A row for each line: the id, white space, the caption."""
         for path in self.files:
             images = (path.parent.relative_to(self.root) / "images").as_posix()
             with open(path, "rb") as lines:  # text mode would split a caption at a carriage return inside
@@ -78,6 +80,7 @@ class RocoV2(Reader):
     `<split>_images/<split>/`, `<split>_images/` or `<split>/`; validation is called `valid`."""
 
     def locate(self, metadata: str) -> None:
+        """The split's table and its folder of images."""
         short = "valid" if self.split == "validation" else self.split
         self.find(metadata, f"{short}_captions.csv")
         folders = (f"{short}_images/{short}", f"{short}_images", short)
@@ -86,6 +89,7 @@ class RocoV2(Reader):
             raise FileNotFoundError(f"no images at {self.root}/{{{','.join(folders)}}}")
 
     def rows(self) -> Iterator[Row]:
+        """A row for each line of the table."""
         table = Table(self.files[0])
         image, caption = table.column("id"), table.column("caption")
         for where, fields in table:
@@ -112,6 +116,7 @@ class Csv(Reader):
     CAPTION = ("caption", "title", "text", "report", "description", "sentence")
 
     def locate(self, metadata: str) -> None:
+        """The table of the split, or the one for all splits."""
         names = SPLIT_NAMES[self.split]
         self.for_all_splits = bool(metadata) and "{split}" not in metadata
         if self.for_all_splits:
@@ -123,6 +128,7 @@ class Csv(Reader):
             self.find("", *(f"{name}.{kind}" for name in names for kind in ("csv", "tsv")))
 
     def rows(self) -> Iterator[Row]:
+        """The rows of the split; NoSplit where the table has none."""
         table = Table(self.files[0])
         image, caption = table.column(*self.IMAGE), table.column(*self.CAPTION)
         split = table.column("split") if "split" in table.header else None
@@ -170,6 +176,7 @@ class Coco(Reader):
     indexed = True
 
     def locate(self, metadata: str) -> None:
+        """The split's annotations."""
         self.folder = "train2017" if self.split == "train" else "val2017"
         name = f"captions_{self.folder}.json"
         if metadata and self.split == "validation":  # the training file is given, the other lies beside it
@@ -177,6 +184,7 @@ class Coco(Reader):
         self.find(metadata, f"annotations/{name}")
 
     def rows(self) -> Iterator[Row]:
+        """A row for each image with all its captions."""
         captions: dict[int, list[str]] = {}
         for number, item in enumerate(iter_json(self.files[0], "annotations")):
             where = f"{self.files[0]} annotation {number}"
@@ -194,9 +202,11 @@ class Cc3m(Reader):
     key = "image_id"
 
     def locate(self, metadata: str) -> None:
+        """The list."""
         self.find(metadata, f"{type(self).__name__.lower()}.npy")
 
     def rows(self) -> Iterator[Row]:
+        """A row for each entry."""
         for number, item in enumerate(read_list(self.files[0])):
             where = f"{self.files[0]} row {number}"
             path, texts = fields_of(item, where, **{self.key: (str, int), "captions": list})
@@ -219,9 +229,11 @@ class RedCaps(Reader):
     indexed = True
 
     def locate(self, metadata: str) -> None:
+        """The merged list."""
         self.find(metadata, "redcaps_v1.json")
 
     def rows(self) -> Iterator[Row]:
+        """A row for each annotation."""
         images = self.root / "images"
         downloaded = {folder.name for folder in images.iterdir()} if images.is_dir() else set()
         for number, item in enumerate(iter_json(self.files[0], "annotations")):

@@ -71,6 +71,7 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: dict) -> Preprocess:
+        """The reverse of `to_dict`; ValueError names settings that are not known."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown preprocessing settings: {', '.join(sorted(unknown))}")

@@ -55,6 +55,7 @@ WORTH_A_CLOSE_LOOK = 0.85  # and after that the fine one; pairs below are never 
 
 
 def add_parser(commands: Any) -> None:
+    """The flags of `audit`."""
     parser = commands.add_parser(
         "audit",
         help="near duplicates within a set of images, or between two",
@@ -79,6 +80,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """List the images of each set, compare them, write the pairs."""
     sets = {}
     for text in args.sets:
         name, equals, path = text.partition("=")
@@ -207,6 +209,7 @@ def candidates(a: Tensor, b: Tensor, same: bool, block: int = 1024) -> Tensor:
 
 
 def unique(pairs: Tensor, same: bool) -> Tensor:
+    """Each pair once, in order; within one set a pair has no direction."""
     if same:  # mirroring b onto a is mirroring a onto b
         low, high = pairs[:, :2].amin(1), pairs[:, :2].amax(1)
         pairs = torch.stack([low, high, pairs[:, 2]], 1)
@@ -348,6 +351,8 @@ def correlations(a: Tensor, b: Tensor, pairs: Tensor, batch: int = 256) -> Tenso
 
 @dataclass(frozen=True)
 class Pair:
+    """Two images that are copies of one another."""
+
     sets: tuple[str, str]
     first: Path
     second: Path
@@ -409,6 +414,7 @@ def embed(kept: dict[str, list[Path]], pretrained: str, workers: int) -> dict[st
 
 
 def nearest_by_model(a: Tensor, b: Tensor, same: bool, block: int = 4096) -> Tensor:
+    """(K, 3) as `candidates` has them: each of a's nearest in b by unit vectors (n, d), mirrored and not."""
     found = []
     for start in range(0, len(a), block):
         cosine = a[start : start + block] @ b.T
@@ -423,6 +429,7 @@ def nearest_by_model(a: Tensor, b: Tensor, same: bool, block: int = 4096) -> Ten
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+    """A line for each pair, most alike first."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["set", "image", "other_set", "other_image", "correlation", "mirrored", "cosine"])

@@ -171,6 +171,7 @@ def index_series(root: Path) -> dict[str, list[SeriesImage]]:
 
 
 def index_jpeg(root: Path) -> dict[str, list[SeriesImage]]:
+    """Series to their images, of the JPEG edition's dicom_info.csv; ValueError names a path outside the root."""
     described, info = {}, root / "csv" / "dicom_info.csv"
     if info.is_file():
         for row in read_table(info, required=("image_path", "seriesdescription")):
@@ -213,6 +214,7 @@ def read_case_tables(root: Path, kind: str) -> list[Lesion]:
 
 
 def read_lesion(row: dict[str, str], where: str, kind: str, split: str) -> Lesion:
+    """A row of a case table as a lesion, whose images are still to be found; ValueError names row and value."""
     cells = dict.fromkeys(CBIS_COLUMNS, "") | {name: row[column] for name, column in CASE_COLUMNS.items()}
     if cells["pathology"] not in CBIS_CLASSES:
         raise ValueError(f"{where}: pathology {cells['pathology']!r} is not one of {', '.join(CBIS_CLASSES)}")
@@ -238,6 +240,7 @@ def shared_patients(lesions: Iterable[Lesion]) -> list[str]:
 
 
 def refuse_shared_patients(lesions: list[Lesion], table: str) -> None:
+    """ValueError where a patient is in training and test of one table."""
     if shared := shared_patients(lesions):
         raise ValueError(
             f"{table} would have {len(shared)} patients in both training and test, which makes test metrics "
@@ -270,6 +273,7 @@ def split_off_validation(lesions: list[Lesion], folds: int, seed: int) -> None:
 
 
 def write_table(path: Path, rows: list[dict[str, str]]) -> None:
+    """The lesions' rows as CSV, in the columns that the reader wants."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [*CBIS_COLUMNS, *CBIS_READING, *CROP_SIZE], lineterminator="\n")
     writer.writeheader()
@@ -290,6 +294,7 @@ def count_table(rows: list[dict[str, str]]) -> str:
 
 
 def add_parser(commands) -> None:
+    """The flags of `cbis`."""
     parser = commands.add_parser(
         "cbis",
         help="join CBIS-DDSM's case tables with its images",
@@ -328,4 +333,5 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Make the tables of a root."""
     make_cbis(args.root, args.val_folds, args.seed, args.merge_types)

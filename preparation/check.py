@@ -26,6 +26,7 @@ log = logging.getLogger("medslip")
 
 
 def add_parser(commands: Any) -> None:
+    """The flags of `check`."""
     parser = commands.add_parser(
         "check",
         help="count a finished download, and name the images that cannot be decoded",
@@ -44,6 +45,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Count and decode every split; ValueError, after the last one, where images cannot be decoded."""
     if bool(args.dataset) == bool(args.set):
         raise UsageError("check takes --dataset with --root, or --set, one of the two")
     bad: list[str] = []
@@ -73,11 +75,13 @@ def open_pairs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_set(args: argparse.Namespace) -> dict[str, Any]:
+    """Both splits of a labelled set."""
     catalog = read_catalog(args.catalog)
     return {part: downstream.create_downstream(args.set, part == "train", None, catalog) for part in ("train", "test")}
 
 
 def describe(source: Any) -> str:
+    """How many images a split has, and of a labelled set their classes and groups."""
     if isinstance(source, Reader):
         return f"{len(source):,} images with captions"
     of_class = Counter(source.labels.tolist())

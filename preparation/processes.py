@@ -46,6 +46,7 @@ def _call(function: Callable, item: object) -> Any:
 
 
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:
+    """`-j`, how many processes."""
     parser.add_argument(
         "-j",
         "--workers",

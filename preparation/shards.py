@@ -26,6 +26,7 @@ EXTENSIONS = {  # Pillow's name of a format that --dataset webdataset reads -> t
 
 
 def add_parser(commands) -> None:
+    """The flags of `shards`."""
     parser = commands.add_parser(
         "shards",
         help="write any dataset of main.py as tar shards",
@@ -55,6 +56,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Open the source and write its shards."""
     reader = create_reader(args.dataset, args.root, args.metadata, args.split)
     log.info("\n".join(reader.log))
     make_shards(reader, args.output, args.shard_size, args.short_side, args.workers)
@@ -71,9 +73,11 @@ class Shards:
     unreadable: UnreadableImages
 
     def path(self, number: int) -> Path:
+        """Of shard `number`."""
         return self.output / f"{number:05d}.tar"
 
     def rows(self, number: int) -> range:
+        """The reader's images that shard `number` covers."""
         return range(number * self.size, min((number + 1) * self.size, len(self.reader)))
 
 
@@ -142,6 +146,7 @@ def pack(reader: Reader, i: int, short_side: int | None) -> tuple[bytes, str]:
 
 
 def tar_writer() -> type:
+    """webdataset's writer of tar archives; ImportError says what to install."""
     try:
         from webdataset.writer import TarWriter
     except ImportError as error:

@@ -52,11 +52,13 @@ def format_of(data: bytes) -> str:
 
 
 def check_short_side(short_side: int | None) -> None:
+    """ValueError for a short side below a pixel."""
     if short_side is not None and short_side < 1:
         raise ValueError(f"--short-side {short_side}: give at least 1 pixel")
 
 
 def add_parser(commands) -> None:
+    """The flags of `shrink`."""
     parser = commands.add_parser(
         "shrink",
         help="copy a folder with its images shrunk",
@@ -80,6 +82,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Shrink the tree that the flags name."""
     shrink_tree(args.root, args.output, args.short_side, args.workers)
 
 

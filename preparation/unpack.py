@@ -27,6 +27,7 @@ from typing import Any
 
 from inputs.images import UnreadableImage, decode_image
 from inputs.metadata import Table, inside
+from inputs.sources import SPLIT_OF
 from preparation.processes import add_workers_argument, keep_settings
 from preparation.shrink import check_short_side, encode, format_of, shrink
 from runtime.command_line import HelpFormatter
@@ -35,10 +36,6 @@ from utils import atomic_write, write_json
 
 log = logging.getLogger("medslip")
 
-SPLIT_NAMES = {
-    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation", "test": "test",
-}  # fmt: skip
 COLUMNS = {  # names by which each column is found, the first that is there
     "image": ("image", "img", "jpg"),
     "caption": ("caption", "text", "captions"),
@@ -47,6 +44,7 @@ COLUMNS = {  # names by which each column is found, the first that is there
 
 
 def add_parser(commands: Any) -> None:
+    """The flags of `unpack`."""
     parser = commands.add_parser(
         "unpack",
         help="ROCO's parquet folders (Hugging Face) or ROCO v2's zips (Zenodo) to ROCO's layout",
@@ -75,6 +73,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Unpack the download that the flags name."""
     columns = {role: name for role in COLUMNS if (name := getattr(args, f"{role}_column"))}
     unpack(args.source, args.output, args.short_side, columns, args.workers)
 
@@ -86,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Sample:
+    """A row of a download, whose image is read when it is asked for."""
+
     where: str  # for messages
     id: str
     caption: str
@@ -113,10 +114,10 @@ def find_sources(folder: Path, columns: dict[str, str]) -> list[Source]:
     for path in sorted(folder.rglob("*.parquet")):
         split = split_of(path.relative_to(folder))
         if split is None:
-            raise ValueError(f"{path}: no split in its name or folder; they begin with {', '.join(SPLIT_NAMES)}")
+            raise ValueError(f"{path}: no split in its name or folder; they begin with {', '.join(SPLIT_OF)}")
         found.append(Source(split, path, partial(parquet_samples, path, columns)))
     for path in sorted(folder.glob("*_captions.csv")):
-        split = SPLIT_NAMES.get(path.name.removesuffix("_captions.csv"))
+        split = SPLIT_OF.get(path.name.removesuffix("_captions.csv"))
         if split is not None:
             found.append(Source(split, path, partial(zenodo_samples, path)))
     if not found:
@@ -125,14 +126,16 @@ def find_sources(folder: Path, columns: dict[str, str]) -> list[Source]:
 
 
 def split_of(path: Path) -> str | None:
+    """The split that a file's name or a folder's begins with, the nearest first; None where none does."""
     for part in reversed(path.parts):
         match = re.match(r"([a-z]+)(?:[-_.]|$)", part.lower())
-        if match and match[1] in SPLIT_NAMES:
-            return SPLIT_NAMES[match[1]]
+        if match and match[1] in SPLIT_OF:
+            return SPLIT_OF[match[1]]
     return None
 
 
 def parquet_samples(path: Path, given: dict[str, str]) -> Iterator[Sample]:
+    """The rows of a parquet file, a row group in memory at a time; ImportError, ValueError as `find_sources`."""
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -312,7 +315,7 @@ def write_batch(
 
 
 def write_image(folder: Path, short_side: int | None, sample: Sample) -> str:
-
+    """Write a sample's image under its id; returns written, there already, or unreadable and why."""
     target = folder / f"{sample.id}.jpg"
     if target.is_file():  # whole, since it was written atomically
         return "there already"

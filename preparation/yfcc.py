@@ -34,6 +34,7 @@ YFCC_SOURCES = {
 
 
 def add_parser(commands) -> None:
+    """The flags of `yfcc15m`."""
     parser = commands.add_parser(
         "yfcc15m",
         help="collect the captions of YFCC15M",
@@ -68,6 +69,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Make both lists from the three sources."""
     captioned, listed = make_yfcc(args.ids, args.subset, args.dataset, args.output_dir)
     log.info(f"{captioned:,} captioned images in {args.output_dir / 'yfcc15m.pkl'}")
     log.info(f"{listed:,} images in {args.output_dir / 'yfcc100m.pkl'}")
@@ -131,6 +133,7 @@ def read_ids(path: Path) -> np.ndarray:
 
 
 def read_subset(path: Path) -> np.ndarray:
+    """(YFCC_ROWS,) bool: which numbers the subset's table has a row for."""
     wanted = np.zeros(YFCC_ROWS, dtype=bool)
     with open(path, "rb") as file:
         for line_number, line in enumerate(file, 1):
@@ -139,6 +142,7 @@ def read_subset(path: Path) -> np.ndarray:
 
 
 def row_number(line: bytes, path: Path, line_number: int) -> int:
+    """The image number that a line of a table begins with; ValueError names file and line."""
     text = line.partition(b"\t")[0].strip()
     if not text.isdigit() or len(text) > 8:
         raise ValueError(f"{path}, line {line_number}: {text[:40]!r} is not an image number of at most 8 digits")
@@ -180,6 +184,7 @@ class PickledList:
         return self
 
     def append(self, item: bytes) -> None:
+        """One item, as its opcodes."""
         if self.count % self.BATCH == 0:
             self.file.write((pickle.APPENDS if self.count else b"") + pickle.MARK)
         self.file.write(item)
@@ -204,6 +209,7 @@ class RowFiles:
         return self
 
     def append(self, number: int, texts: list[str]) -> None:
+        """One row: the image's number and its two texts."""
         self.images.write(struct.pack("<i", number))
         for text in texts:
             self.length += self.texts.write(text.encode("utf-8"))
@@ -221,9 +227,11 @@ class RowFiles:
 
 
 def pickled_int(value: int) -> bytes:
+    """Opcodes of a whole number of 32 bits."""
     return pickle.BININT + struct.pack("<i", value)
 
 
 def pickled_str(text: str) -> bytes:
+    """Opcodes of a text; half a surrogate pair is kept."""
     data = text.encode("utf-8", errors="surrogatepass")
     return pickle.BINUNICODE + struct.pack("<I", len(data)) + data

@@ -29,6 +29,7 @@ log = logging.getLogger("medslip")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="folder of the downloaded annotation files")
     parser.add_argument("--output", type=Path, required=True, help="file to write, e.g. redcaps_v1.json")
@@ -89,6 +90,7 @@ def combine(files: list[Path], output: Path, subreddits: list[str]) -> tuple[Cou
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Merge as the command line says, and count what was merged."""
     args = get_args_parser().parse_args(argv)
     with start_logging():
         files = annotation_files(args.input, args.output)

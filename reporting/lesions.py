@@ -17,7 +17,7 @@ from evaluation import metrics, neighbours, saliency
 from evaluation.predictions import Predictions
 from inputs import cbis
 from inputs.images import UnreadableImage, read_image
-from reporting.runs import MISSING, ResultTable, Runs, interval, read_json
+from reporting.runs import MISSING, ResultTable, Runs, read_json
 
 SHOWN = 6  # images of each kind of error
 
@@ -53,6 +53,7 @@ def splits_table(rows: Sequence[dict[str, str]]) -> list[list[str]]:
 
 
 def median_crop(part: Sequence[dict[str, str]]) -> str:
+    """Of a split's crops, width and height in pixels, for people."""
     sizes = np.array([[float(row[name]) for name in cbis.CROP_SIZE] for row in part if row.get("crop_width")])
     return "{:.0f} × {:.0f}".format(*np.median(sizes, axis=0)) if len(sizes) else MISSING
 
@@ -177,6 +178,7 @@ def thumbnail(path: Path, side: int = 160) -> str | None:
 
 
 def small(img: Image.Image, side: int) -> str:
+    """The image at most `side` pixels large, as a data URI."""
     img = img.copy()
     img.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = io.BytesIO()
@@ -190,4 +192,4 @@ def percent_cell(value: dict[str, float] | None) -> str:
         return "–"
     if "low" not in value:
         return f"{100 * value['value']:.2f}"
-    return interval(value).percent()
+    return metrics.Interval.of(value).percent()

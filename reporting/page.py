@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 
 def table_rows(table: ResultTable) -> list[dict[str, Any]]:
+    """A results table's rows as the page shows them, a cell for each metric."""
     return [
         {"name": row.name, "kind": row.kind, "source": row.source, "leaves_out": row.leaves_out,
          "never": row.never_predicted, "cells": [percent_cell(row.metrics.get(key)) for key in metrics.METRICS]}
@@ -33,6 +34,7 @@ def table_rows(table: ResultTable) -> list[dict[str, Any]]:
 
 
 def comparison_rows(table: ResultTable, runs: Runs) -> list[dict[str, str]]:
+    """The differences of AUROC to a baseline, with how each p-value is to be read."""
     found = []
     for entry in table.comparisons:
         value = entry["difference"]["auroc"]
@@ -49,6 +51,7 @@ def comparison_rows(table: ResultTable, runs: Runs) -> list[dict[str, str]]:
 
 
 def detection_rows(table: ResultTable) -> list[dict[str, Any]]:
+    """Malignant against the rest, of each model."""
     return [
         {"name": row.name, "cells": [
             describe_interval(key, row.detection[key]) if key in row.detection else MISSING for key in metrics.DETECTION
@@ -57,6 +60,7 @@ def detection_rows(table: ResultTable) -> list[dict[str, Any]]:
 
 
 def unit_rows(table: ResultTable) -> list[dict[str, Any]]:
+    """The same metrics by breast and by patient."""
     found = []
     for row in table.rows:
         for unit, entry in row.units.items():
@@ -82,6 +86,7 @@ def subgroup_rows(table: ResultTable) -> list[dict[str, Any]]:
 
 
 def two_class_rows(table: ResultTable) -> list[tuple[str, str]]:
+    """AUROC without the dismissed lesions, a value for each seed."""
     return [(row.name, "; ".join(map(percent_cell, row.two_class))) for row in table.rows if row.two_class]
 
 
@@ -128,6 +133,7 @@ def build_page(
 
 
 def describe_other(path: str, result: dict) -> dict[str, str]:
+    """A result on a set that has no table, as one line."""
     scores = result.get("logistic") or result.get("knn") or result
     if "score" not in scores:
         return {"dataset": str(result.get("dataset")), "metric": MISSING, "score": MISSING, "source": path}
@@ -135,6 +141,7 @@ def describe_other(path: str, result: dict) -> dict[str, str]:
 
 
 def describe_zeroshot(name: str, result: dict) -> dict[str, Any]:
+    """A file of eval_zeroshot.py: metric and score of each set."""
     sets = {**result.get("zero_shot", {}), **result.get("retrieval", {})}
     rows = [
         (key, value["metric"], f"{value['score']:.2f}") if "score" in value else
@@ -197,6 +204,7 @@ def facts_of(runs: Runs, sections: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_csv(page: dict[str, Any]) -> str:
+    """All results tables as one CSV, cells as the page has them."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["table", "row", "kind", *page["columns"], "leaves out", "source"])
@@ -208,6 +216,7 @@ def write_csv(page: dict[str, Any]) -> str:
 
 
 def tex(text: str) -> str:
+    """A text in which TeX's signs stand for themselves."""
     for plain, escaped in (("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"),
                            ("–", "--"), ("−", "$-$"), ("×", r"$\times$")):  # fmt: skip
         text = text.replace(plain, escaped)

@@ -18,7 +18,7 @@ INPUTS = {"roco": "--roco", "cbis": "--cbis", "medclip_vit": "--medclip-vit", "m
 
 
 @dataclass(frozen=True)
-class Row:
+class PlannedRow:
     """A row of the rows file. Flags are those of main.py, main_linear.py and run_class_finetuning.py."""
 
     name: str
@@ -35,6 +35,7 @@ class Row:
 
     @property
     def slug(self) -> str:
+        """The name as part of a path."""
         return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
 
 
@@ -42,7 +43,7 @@ class Row:
 class Plan:
     """The rows file, its places filled in."""
 
-    rows: list[Row]
+    rows: list[PlannedRow]
     primary: tuple[str, str] | None
     published: dict[str, dict[str, dict[str, float]]]  # table -> name -> metric -> percent
 
@@ -56,7 +57,7 @@ def read_plan(path: str | Path, places: dict[str, str], primary: Sequence[str] |
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no rows file (JSON with a list `rows`): {error!r}") from error
-    known = [name for name in Row.__dataclass_fields__]
+    known = [name for name in PlannedRow.__dataclass_fields__]
     found, lacking = [], set()
 
     def filled(text: str) -> str:
@@ -78,7 +79,7 @@ def read_plan(path: str | Path, places: dict[str, str], primary: Sequence[str] |
                 entry[step] = f"{filled(content.get(step, ''))} {entry[step]}".strip()
         entry.setdefault("probe", filled(content.get("probe", "")))
         entry["weights"] = " ".join(shlex.split(entry.get("weights", "")))
-        found.append(Row(**entry))
+        found.append(PlannedRow(**entry))
     if lacking:
         raise UsageError(f"the rows of {path} need {', '.join(INPUTS[name] for name in sorted(lacking))}")
     names = [row.name for row in found]

@@ -17,7 +17,7 @@ from evaluation.resamples import Resamples
 from inputs import cbis
 from reporting import figures
 from reporting.plan import TABLES
-from reporting.runs import MISSING, ResultTable, Row, Runs, interval, read_predictions, row_name
+from reporting.runs import MISSING, ResultRow, ResultTable, Runs, read_predictions, row_name
 
 log = logging.getLogger("medslip")
 BANDS = 200  # resamples of the patients behind a curve's band
@@ -25,6 +25,8 @@ BANDS = 200  # resamples of the patients behind a curve's band
 
 @dataclass(frozen=True)
 class Figure:
+    """A figure, and the file that its numbers come from."""
+
     name: str  # file name
     title: str
     svg: str
@@ -38,6 +40,7 @@ class Gallery:
         self.found: dict[str, Figure] = {}
 
     def add(self, name: str, title: str, svg: str, source: str) -> str:
+        """Keep a figure under its name, which is returned."""
         self.found[name] = Figure(name, title, svg, source)
         return name
 
@@ -50,13 +53,15 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
     with_interval = [row for row in table.rows if "low" in row.metrics.get("auroc", {})]
     if with_interval:
         name = f"{title}: AUROC of each row"
-        svg = figures.forest([(r.name, interval(r.metrics["auroc"])) for r in with_interval], name,
+        svg = figures.forest([(r.name, metrics.Interval.of(r.metrics["auroc"])) for r in with_interval], name,
                              "macro AUROC, percent, 95% interval", synthetic)  # fmt: skip
         found["overview"].append(gallery.add(f"{table.kind}_auroc", name, svg, sources(with_interval)))
     if table.comparisons:
         name = f"{title}: AUROC, differences"
-        pairs = [(f"{short(c['row'])} − {short(c['baseline'], table.kind)}", interval(c["difference"]["auroc"]))
-                 for c in table.comparisons]  # fmt: skip
+        pairs = []
+        for found_difference in table.comparisons:
+            pair = f"{short(found_difference['row'])} − {short(found_difference['baseline'], table.kind)}"
+            pairs.append((pair, metrics.Interval.of(found_difference["difference"]["auroc"])))
         svg = figures.forest(pairs, name, "percentage points, paired over patients, 95% interval", synthetic, zero=0.0)
         compared = [row for row in models if row.name in {c["row"] for c in table.comparisons}]
         found["overview"].append(gallery.add(f"{table.kind}_differences", name, svg, sources(compared)))
@@ -73,7 +78,7 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
     return found
 
 
-def sources(rows: Sequence[Row]) -> str:
+def sources(rows: Sequence[ResultRow]) -> str:
     """The file of all rows, or that each has its own."""
     files = {row.source for row in rows}
     return files.pop() if len(files) == 1 else "each row's own file"
@@ -88,7 +93,7 @@ def short(name: str, kind: str = "") -> str:
 
 
 def curve_figures(
-    kind: str, title: str, each: list[tuple[Row, list[Predictions]]], runs: Runs, gallery: Gallery
+    kind: str, title: str, each: list[tuple[ResultRow, list[Predictions]]], runs: Runs, gallery: Gallery
 ) -> Iterator[str]:
     """ROC, precision-recall and calibration of malignant against the rest; bands over patients (and seeds' mean)."""
     roc, precision, calibration = [], [], []
@@ -148,16 +153,19 @@ def training_figures(runs: Runs, gallery: Gallery) -> list[str]:
 
 
 def epoch_loss(row: dict) -> float:
+    """The training loss of an epoch's row; NaN where there is none."""
     value = row.get("loss")
     return np.nan if value is None else float(value)
 
 
 def epoch_recall(row: dict) -> float:
+    """The mean of an epoch's six recalls in percent; NaN where nothing was validated."""
     values = [value for key, value in row.items() if key.startswith(("val_i2t_r", "val_t2i_r"))]
     return float(np.mean(values)) if values else np.nan
 
 
 def fraction_figures(runs: Runs, gallery: Gallery) -> list[str]:
+    """Score by fraction of the labels, a figure for each set; returns their names."""
     by_set: dict[str, list] = {}
     for row, dataset, parts in runs.fractions:
         x = np.array([part["fraction"] for part in parts])

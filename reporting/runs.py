@@ -22,7 +22,7 @@ MISSING = "missing"
 
 
 @dataclass
-class Row:
+class ResultRow:
     """A row of a results table and the runs behind it."""
 
     name: str
@@ -46,7 +46,7 @@ class ResultTable:
 
     kind: str  # calc, mass or both; or another set's name
     classes: tuple[str, ...] = cbis.CBIS_CLASSES
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ResultRow] = field(default_factory=list)
     comparisons: list[dict] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     lesions: int | None = None
@@ -72,6 +72,7 @@ class Runs:
 
 
 def read_json(path: Path, runs: Runs) -> dict:
+    """A run's JSON file, noted as read; ValueError names one that is none."""
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
@@ -138,12 +139,12 @@ def add_tables(folder: Path, runs: Runs) -> None:
         mine.absent |= table["absent"]
         for name, values in table["published"].items():
             percent = {key: {"value": value / 100} for key, value in values.items()}
-            mine.rows.append(Row(f"{name} (as published)", "published", percent, str(path)))
+            mine.rows.append(ResultRow(f"{name} (as published)", "published", percent, str(path)))
         for row in table["rows"]:
             places = [folder / name for name in row["files"]]
             results = [read_json(place / "results.json", runs) for place in places]
             mine.rows.append(
-                Row(
+                ResultRow(
                     row["name"], row["kind"], row["metrics"], str(path), places, row.get("detection", {}),
                     row.get("units", {}), row.get("subgroups", []), row.get("confusion"), row.get("two_class", []),
                     row.get("never_predicted", []), row["leaves_out"], point_of(results[0]) if results else None,
@@ -156,10 +157,12 @@ def add_tables(folder: Path, runs: Runs) -> None:
 
 
 def two_class_of(result: dict) -> list[dict]:
+    """The AUROC without the dismissed lesions, in a list; empty where a run has none."""
     return [result["two_class"]["metrics"]["auroc"]] if result.get("two_class") else []
 
 
 def point_of(result: dict) -> metrics.OperatingPoint | None:
+    """The operating point that validation fixed; None where there is none."""
     point = result.get("operating_point")
     return point and metrics.OperatingPoint(point["temperature"], point["threshold"])
 
@@ -181,7 +184,7 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
     runs.skipped.setdefault(kind, result.get("lesions_skipped", {}))
     untrained = result.get("weights", {}).get("untrained")
     table.rows.append(
-        Row(
+        ResultRow(
             name, "measured", result["metrics"], str(path), [path.parent], result.get("detection", {}),
             result.get("units", {}), result.get("subgroups", []), result["confusion"], two_class_of(result),
             result.get("never_predicted", []), "" if untrained else "one run: leaves out the training's chance",
@@ -206,7 +209,7 @@ def add_zeroshot(path: Path, folder: Path, runs: Runs) -> None:
         if table.lesions is None:
             table.lesions, table.patients = int(np.sum(found["confusion"])), found["test_patients"]
         name = f"zero-shot, {named(path.parent, folder)}"
-        row = Row(name, "measured", found["metrics"], str(path), confusion=found["confusion"])
+        row = ResultRow(name, "measured", found["metrics"], str(path), confusion=found["confusion"])
         row.never_predicted = found["never_predicted"]
         table.rows.append(row)
 
@@ -219,11 +222,8 @@ def add_training(path: Path, folder: Path, runs: Runs) -> None:
     runs.trainings.setdefault(row, []).append(path.parent)
 
 
-def interval(value: dict[str, float]) -> metrics.Interval:
-    return metrics.Interval(value["value"], value["low"], value["high"])
-
-
-def read_predictions(row: Row, runs: Runs) -> list[Predictions]:
+def read_predictions(row: ResultRow, runs: Runs) -> list[Predictions]:
+    """Of each seed of a row, where its predictions.csv is there."""
     found = []
     for folder in row.folders:
         path = folder / "predictions.csv"

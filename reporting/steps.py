@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from reporting.plan import TABLES, Plan, Row
+from reporting.plan import TABLES, Plan, PlannedRow
 from runtime.checkpoints import load_checkpoint, training_progress
 from runtime.logs import format_seconds
 
@@ -45,6 +45,7 @@ class Step:
 
     @property
     def done(self) -> bool:
+        """Whether its result is there, made by this very command."""
         return self.result.is_file() and self.recorded == json.loads(json.dumps(self.record()))
 
     @property
@@ -54,11 +55,13 @@ class Step:
         return json.loads(path.read_text()) if path.is_file() else None
 
 
-def seeds_of(row: Row, seeds: Sequence[int]) -> list[int]:
+def seeds_of(row: PlannedRow, seeds: Sequence[int]) -> list[int]:
+    """The seeds that have a part in a row; a model as it is has one."""
     return list(seeds) if row.seeded else [seeds[0]]
 
 
-def folder_of(out: Path, row: Row, seed: int) -> Path:
+def folder_of(out: Path, row: PlannedRow, seed: int) -> Path:
+    """Where the runs of a row and seed lie."""
     return out / "runs" / row.slug / (f"seed{seed}" if row.seeded else "as_is")
 
 
@@ -89,7 +92,7 @@ def plan_steps(plan: Plan, args: argparse.Namespace, out: Path) -> list[Step]:
 
 
 def evaluation(
-    row: Row, kind: str, folder: Path, weights: Path | None, seed: int, args: argparse.Namespace, root: Path
+    row: PlannedRow, kind: str, folder: Path, weights: Path | None, seed: int, args: argparse.Namespace, root: Path
 ) -> Step:
     """The step that ends in a row's predictions for one table: a probe, or fine-tuning end to end."""
     needs = [root / f"{kind}.csv", *([weights] if weights else [])]

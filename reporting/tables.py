@@ -218,7 +218,7 @@ def describe(result: dict[str, Any]) -> str:
             cells = (f"{values[key]:g}" if values.get(key) is not None else "–" for key in metrics.METRICS)
             lines.append(f"| {name} (as published) | {' | '.join(cells)} |")
         for row in table["rows"]:
-            cells = (interval_of(row["metrics"][key]).percent() for key in metrics.METRICS)
+            cells = (metrics.Interval.of(row["metrics"][key]).percent() for key in metrics.METRICS)
             name = f"*{row['name']}*" if row["kind"] == "reference" else row["name"]
             remark = " †" if row["leaves_out"] else ""
             lines.append(f"| {name}{remark} | {' | '.join(cells)} |")
@@ -239,11 +239,8 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def interval_of(value: dict[str, Any]) -> metrics.Interval:
-    return metrics.Interval(value["value"], value["low"], value["high"])
-
-
 def describe_comparisons(found: list[dict[str, Any]], primary: dict | None) -> Iterable[str]:
+    """The differences of a table as lines of Markdown."""
     if not found:
         return
     yield ""
@@ -251,7 +248,7 @@ def describe_comparisons(found: list[dict[str, Any]], primary: dict | None) -> I
     yield ""
     for entry in found:
         value = entry["difference"][HOLM_METRIC]
-        difference = metrics.Difference(**value)
+        difference = metrics.Difference.of(value)
         if entry["primary"] and primary:
             late = ", AFTER results were there" if primary["after_results"] else ", before any result"
             p = f"p = {difference.p_value:.4f} (primary, named {primary['named']}{late})"

@@ -36,6 +36,7 @@ _NOT_REPLAYED = {
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """`--config`, which `parse_with_config` reads."""
     parser.add_argument(
         "--config",
         default="",

@@ -123,6 +123,7 @@ class MetricWriter:
         return self._rows
 
     def close(self) -> None:
+        """Close what was opened; later rows are dropped."""
         for file in (self._board, self._rows):
             if file is not None:
                 file.close()
@@ -141,6 +142,7 @@ class Progress(tqdm):
         super().__init__(*args, **{**options, **quiet})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Draw the bar or, where there is no terminal, log a line."""
         if not self.as_lines:
             super().display(msg, pos)
         elif self.n and time.time() - self.start_t >= QUIET_SECONDS:
@@ -149,6 +151,7 @@ class Progress(tqdm):
 
 
 def format_seconds(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds, for people."""
     minutes, seconds = divmod(int(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

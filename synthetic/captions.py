@@ -84,6 +84,7 @@ FULL_OPENINGS = (
 
 
 def article(phrase: str) -> str:
+    """The phrase with its indefinite article."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 

@@ -27,10 +27,12 @@ class Canvas:
         self.paint(logistic((1.0 - np.hypot(v / b, u / a)) * 2.0 / soft), value)
 
     def paint(self, cover: np.ndarray, value: float) -> None:
+        """Blend `value` in by `cover` (H, W), 0 to 1."""
         self.image = self.image + cover * (value - self.image)
 
 
 def chest_xray(rng: np.random.Generator, canvas: Canvas) -> str:
+    """Draw a chest radiograph; returns its finding in words."""
     finding = rng.choice(("clear", "nodule", "effusion", "consolidation", "cardiomegaly"))
     side = int(rng.choice((-1, 1)))  # -1: left of the image, the patient's right
     canvas.ellipse(0.5, 0.0, 1.5, 0.95, 0.55, soft=0.1)
@@ -58,6 +60,7 @@ def chest_xray(rng: np.random.Generator, canvas: Canvas) -> str:
 
 
 def bone_xray(rng: np.random.Generator, canvas: Canvas) -> str:
+    """Draw a radiograph of a long bone; returns its finding in words."""
     bones = (("radius", "ulna"), ("tibia", "fibula"))[rng.integers(2)]
     canvas.paint(logistic(25 * (0.62 - np.abs(canvas.x) + 0.05 * np.sin(2 * canvas.y))), 0.32)
     lean, broken = rng.uniform(-0.08, 0.08), int(rng.integers(-1, 2))  # -1: none is broken
@@ -77,6 +80,7 @@ def bone_xray(rng: np.random.Generator, canvas: Canvas) -> str:
 
 
 def abdomen_ct(rng: np.random.Generator, canvas: Canvas) -> str:
+    """Draw a slice of the abdomen; returns its finding in words."""
     finding = rng.choice(("normal", "liver", "cyst", "ascites"))
     canvas.ellipse(0.0, 0.0, 0.72, 0.93, 0.28)
     canvas.ellipse(0.0, 0.0, 0.64, 0.85, 0.22 if finding != "ascites" else 0.4)
@@ -100,6 +104,7 @@ def abdomen_ct(rng: np.random.Generator, canvas: Canvas) -> str:
 
 
 def head_ct(rng: np.random.Generator, canvas: Canvas) -> str:
+    """Draw a slice of the head; returns its finding in words."""
     finding = rng.choice(("normal", "haematoma", "infarct", "ventricles"))
     canvas.ellipse(0.0, 0.0, 0.92, 0.76, 0.3)
     canvas.ellipse(0.0, 0.0, 0.87, 0.71, 0.97)
@@ -120,6 +125,7 @@ def head_ct(rng: np.random.Generator, canvas: Canvas) -> str:
 
 
 def brain_mr(rng: np.random.Generator, canvas: Canvas) -> str:
+    """Draw a slice of the brain; returns its finding in words."""
     weighting = rng.choice(("T1", "T2", "FLAIR"))
     signal = {"T1": (0.12, 0.38, 0.52), "T2": (0.95, 0.55, 0.4), "FLAIR": (0.1, 0.5, 0.42)}
     fluid, grey, white = signal[str(weighting)]
@@ -140,6 +146,7 @@ def brain_mr(rng: np.random.Generator, canvas: Canvas) -> str:
 
 
 def spine_mr(rng: np.random.Generator, canvas: Canvas) -> str:
+    """Draw a slice of the spine; returns its finding in words."""
     weighting = rng.choice(("T1", "T2"))
     bone, disc_value, fluid = (0.6, 0.35, 0.15) if weighting == "T1" else (0.45, 0.7, 0.95)
     canvas.paint(logistic(12 * (0.85 - np.abs(canvas.x))), 0.28)

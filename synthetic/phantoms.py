@@ -23,6 +23,7 @@ def stream(seed: int, purpose: int, *path: int) -> np.random.Generator:
 
 
 def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    """One of the options, each as likely."""
     return options[rng.integers(len(options))]
 
 
@@ -120,6 +121,7 @@ class Patient:
     pectoral: tuple[float, float]  # width at the top edge, length along the chest wall (MLO)
 
     def stream(self, purpose: int, *path: int) -> np.random.Generator:
+        """The patient's random numbers of one purpose."""
         return stream(self.seed, purpose, self.number, *path)
 
 
@@ -155,6 +157,7 @@ EXTENTS = {
 
 
 def make_patient(seed: int, number: int) -> Patient:
+    """The phantom patient of this number: the same for the same seed, whoever else there is."""
     rng = stream(seed, ANATOMY, number)
     return Patient(
         seed,
@@ -167,6 +170,7 @@ def make_patient(seed: int, number: int) -> Patient:
 
 
 def make_finding(patient: Patient, index: int, kind: str) -> Finding:
+    """The patient's finding of this index, calc or mass, drawn by the rates of its descriptors."""
     rng = patient.stream(FINDING, index)
     table = APPEARANCES[kind]
     weights = np.array([a.weight for a in table], dtype=np.float64)

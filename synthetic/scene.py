@@ -20,14 +20,17 @@ class Frame:
 
     @cached_property
     def y(self) -> np.ndarray:  # (H, 1) pixel centres, mm
+        """(H, 1) pixel centres in mm."""
         return (self.top + self.mm * (np.arange(self.shape[0]) + 0.5))[:, None]
 
     @cached_property
     def x(self) -> np.ndarray:  # (1, W)
+        """(1, W) pixel centres in mm."""
         return (self.left + self.mm * (np.arange(self.shape[1]) + 0.5))[None, :]
 
 
 def logistic(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), without overflow."""
     return 0.5 * (1.0 + np.tanh(0.5 * x))
 
 
@@ -72,6 +75,7 @@ def gaussian_response(shape: tuple[int, int], sigma: float) -> np.ndarray:
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """(H, W) convolved with a Gaussian of deviation `sigma` pixels, periodic at the edges."""
     return np.fft.irfft2(np.fft.rfft2(image) * gaussian_response(image.shape, sigma), s=image.shape)
 
 
@@ -99,4 +103,5 @@ def turn(points: np.ndarray, angle: np.ndarray | float) -> np.ndarray:
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
+    """0 to 1 as 0 to 255, rounded; what lies outside is cut."""
     return np.clip(np.rint(255.0 * image), 0, 255).astype(np.uint8)

@@ -79,18 +79,22 @@ CASE_COLUMNS = {  # the published headers; only calc writes `breast density` wit
 
 # Odd numbers are patients of the ROCO part, even ones of the CBIS part: no phantom is in both.
 def roco_number(split: str, index: int) -> int:
+    """The patient's number of a pair of the ROCO part."""
     return 2 * (len(ROCO_SPLITS) * index + list(ROCO_SPLITS).index(split)) + 1
 
 
 def cbis_number(kind: str, split: str, index: int) -> int:
+    """The patient's number of a case of the CBIS part."""
     return 2 * (len(TABLES) * index + TABLES.index((kind, split)) + 1)
 
 
 def save(image: np.ndarray, path: Path) -> None:
+    """Write (H, W) uint8 as a JPEG."""
     Image.fromarray(image).save(path, quality=95)
 
 
 def roco_id(split: str, index: int) -> str:
+    """The image's name, in ROCO's form."""
     return f"ROCO_{(roco_number(split, index) + 1) // 2:05d}"
 
 
@@ -127,6 +131,7 @@ class Case:
 
 
 def make_case(seed: int, kind: str, split: str, index: int) -> Case:
+    """The patient of this index in a table and split, with views and findings."""
     patient = make_patient(seed, cbis_number(kind, split, index))
     rng = patient.stream(TABLE)
     views = VIEWS if rng.random() < SECOND_VIEW else (pick(rng, VIEWS),)
@@ -153,6 +158,7 @@ class CaseWriter:
         return f"2.25.{int.from_bytes(self.rng.bytes(15), 'big') + 10**35}"
 
     def add(self, image: np.ndarray, series: str, title: str, description: str, number: int) -> None:
+        """Write one image of a series and note what dicom_info.csv says of it."""
         path = f"jpeg/{series}/{self.rng.integers(1, 3)}-{number:03d}.jpg"
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
         save(image, self.root / path)
@@ -235,6 +241,7 @@ def plan_cases(seed: int, kind: str, split: str, lesions: int) -> list[tuple[str
 
 
 def write_table(path: Path, columns: tuple[str, ...], rows: Iterable[dict], line_end: str = "\n") -> None:
+    """Rows as CSV, as the publishers write it."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator=line_end)
         writer.writeheader()

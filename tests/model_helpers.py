@@ -93,7 +93,7 @@ def batches(model, n, seed=0, size=32):
 def gradients(model, micro_batches, accumulate, processes=distributed.Processes()):  # noqa: B008
     run = SimpleNamespace(
         model=model,
-        called=model,
+        wrapped=model,
         processes=processes,
         autocast=nullcontext,
         scaler=torch.amp.GradScaler("cpu", enabled=False),

@@ -67,22 +67,22 @@ def test_float32_tiles_at_the_largest_scale_and_a_large_batch():
         assert ((x[key].grad - grad).norm() / grad.norm()).item() < 1e-4, key
 
 
-def groups_and_duplicates(batch, seed=3):
+def identities_and_duplicates(batch, seed=3):
     """Few images and captions, so that many pairs share one; and which do."""
-    groups = torch.randint(0, 5, (batch, 2), generator=torch.Generator().manual_seed(seed))
-    duplicates = (groups[:, None, 0] == groups[None, :, 0]) | (groups[:, None, 1] == groups[None, :, 1])
+    identities = torch.randint(0, 5, (batch, 2), generator=torch.Generator().manual_seed(seed))
+    duplicates = (identities[:, None, 0] == identities[None, :, 0]) | (identities[:, None, 1] == identities[None, :, 1])
     assert 0.2 < duplicates.float().mean() < 0.6
-    return groups, duplicates
+    return identities, duplicates
 
 
 @pytest.mark.parametrize("tile", [3, 5, 100])
 def test_masked_duplicates_equal_the_formula(tile, monkeypatch):
     monkeypatch.setattr(contrast, "TILE", tile)
     inputs = random_inputs(11, 6, seed=tile)
-    groups, duplicates = groups_and_duplicates(11)
+    identities, duplicates = identities_and_duplicates(11)
     values, grads = formulas(inputs, duplicates=duplicates)
     x = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-    result = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 0.7, mask_duplicates=True)({**x, "groups": groups})
+    result = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 0.7, mask_duplicates=True)({**x, "identities": identities})
     result["loss"].backward()
     for key, value in values.items():
         torch.testing.assert_close(result[key].detach(), value, rtol=1e-12, atol=1e-12)
@@ -92,10 +92,12 @@ def test_masked_duplicates_equal_the_formula(tile, monkeypatch):
     assert unmasked > result["clip_loss"]  # each log-sum-exp has fewer terms
 
 
-def test_groups_are_refused_where_they_have_no_meaning():
+def test_identities_are_refused_where_they_have_no_meaning():
     x = random_inputs(4, 3)
     with pytest.raises(ValueError, match="between the sides alone"):
-        contrast.contrast_pairs(x["aug1_embed"], x["aug2_embed"], torch.tensor(1.0), within=True, groups=torch.ones(4))
+        contrast.contrast_pairs(
+            x["aug1_embed"], x["aug2_embed"], torch.tensor(1.0), within=True, identities=torch.ones(4)
+        )
 
 
 def _rank_equals_single(rank, world, mask):
@@ -103,11 +105,13 @@ def _rank_equals_single(rank, world, mask):
     contrast.TILE = 3  # several tiles, whose edges are not those of the ranks
     batch = 4
     inputs = random_inputs(batch * world, 6)
-    groups, duplicates = groups_and_duplicates(batch * world)
+    identities, duplicates = identities_and_duplicates(batch * world)
     values, grads = formulas(inputs, ssl_scale=0.8, duplicates=duplicates if mask else None)
     part = slice(rank * batch, (rank + 1) * batch)
     mine = {k: (v[part] if k in EMBEDDINGS else v).clone().requires_grad_() for k, v in inputs.items()}
-    result = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 0.8, mask_duplicates=mask)({**mine, "groups": groups[part]})
+    result = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 0.8, mask_duplicates=mask)(
+        {**mine, "identities": identities[part]}
+    )
     result["loss"].backward()
     for key, value in values.items():
         total = result[key].detach().double()

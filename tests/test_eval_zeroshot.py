@@ -190,15 +190,6 @@ def test_an_open_clip_model_from_a_file(tmp_path):
     assert report["zero_shot"]["digits"]["top1"] == 100 * expected["top1"]
 
 
-def test_the_names_that_other_scripts_import_stay():
-    """eval_zeroshot.embed_pairs, as_view and retrieval_metrics, the last in percent."""
-    assert ez.embed_pairs is features.embed_pairs
-    image = Image.new("RGB", (40, 30))
-    assert torch.equal(ez.as_view(Preprocess(size=8))(image, None), ez.as_view(Preprocess(size=8))(image))
-    scores = ez.retrieval_metrics(torch.eye(3), torch.eye(3), ["a", "b", "c"])
-    assert scores["i2t_r1"] == scores["t2i_r10"] == 100 and scores["i2t_median_rank"] == 1
-
-
 def test_a_set_of_ones_own_is_an_entry_of_a_catalog(tmp_path):
     """No code: folders of images and one JSON entry, evaluated zero-shot with the entry's names, prompts and metric."""
     write_folders(tmp_path / "scans" / "test", ["benign", "malignant"])

@@ -31,7 +31,7 @@ def classify(model, dataset, loading=None, metric="top1", names=NAMES):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_embed_pairs_does_not_depend_on_batches_or_workers(batch_size, workers):
     model, reader, preprocess = Tower(), Pairs(11), Preprocess(size=4)
-    images, texts, captions = features.embed_pairs(model, reader, preprocess, tokenizer, CPU, batch_size, workers)
+    images, texts, captions = features.embed_pairs(model, reader, preprocess, tokenizer, Loading(batch_size, workers))
     assert captions == [reader.captions(i)[0] for i in range(11)]
     model.eval()
     view = as_view(preprocess)
@@ -44,13 +44,10 @@ def passes(loading: Loading) -> dict:
     """The three passes over nine samples, of which two are corrupt and one is missing, by what they return."""
     bad = dict(broken=[0, 4], missing=[5])
     backbone = features.Backbone(Tower().eval().encode_image, Tower(), Preprocess(size=4), "backbone", "tower")
-    rest = (loading.batch_size, loading.workers, loading.processes, loading.skip_broken)
     return {
         "probe": lambda: features.extract(backbone, Labelled(9, 7, **bad), "", loading)[1].tolist(),
         "zero-shot": lambda: classify(Tower(), Labelled(9, 7, **bad), loading)["samples"],
-        "retrieval": lambda: features.embed_pairs(Tower(), Pairs(9, **bad), Preprocess(size=4), tokenizer, CPU, *rest)[
-            2
-        ],
+        "retrieval": lambda: features.embed_pairs(Tower(), Pairs(9, **bad), Preprocess(size=4), tokenizer, loading)[2],
     }
 
 
@@ -72,14 +69,14 @@ def test_missing_and_corrupt_images_are_the_same_error_everywhere(workers):
     with pytest.raises(ValueError, match="no image to evaluate$"):
         classify(Tower(), Labelled(0, 7))
     with pytest.raises(ValueError, match="reader is empty"):
-        features.embed_pairs(Tower(), Pairs(0), Preprocess(size=4), tokenizer, CPU)
+        features.embed_pairs(Tower(), Pairs(0), Preprocess(size=4), tokenizer)
 
 
 def test_what_is_skipped_does_not_change_the_rest():
     skipped = features.embed_pairs(
-        Tower(), Pairs(7, broken=[4], missing=[5]), Preprocess(size=4), tokenizer, CPU, 2, skip_broken=True
+        Tower(), Pairs(7, broken=[4], missing=[5]), Preprocess(size=4), tokenizer, Loading(2, skip_broken=True)
     )
-    whole = features.embed_pairs(Tower(), Pairs(7), Preprocess(size=4), tokenizer, CPU)
+    whole = features.embed_pairs(Tower(), Pairs(7), Preprocess(size=4), tokenizer)
     kept = [0, 1, 2, 3, 6]
     for some, every in zip(skipped[:2], whole[:2], strict=True):
         torch.testing.assert_close(some, every[kept])
@@ -87,11 +84,11 @@ def test_what_is_skipped_does_not_change_the_rest():
 
 def test_the_models_mode_and_gradients_are_left_as_they_were():
     model = Tower().train()
-    features.embed_pairs(model, Pairs(3), Preprocess(size=4), tokenizer, CPU)
+    features.embed_pairs(model, Pairs(3), Preprocess(size=4), tokenizer)
     classify(model, Labelled(5, 7))
     assert model.training and model.dropout.training and torch.is_grad_enabled()
     with pytest.raises(UnreadableImage):
-        features.embed_pairs(model, Pairs(3, broken=[1]), Preprocess(size=4), tokenizer, CPU)
+        features.embed_pairs(model, Pairs(3, broken=[1]), Preprocess(size=4), tokenizer)
     assert model.training
     classify(model.eval(), Labelled(5, 7))
     assert not model.training
@@ -105,10 +102,7 @@ def _compare_ranks(rank, world, n, expected):
 
 def whole_results(n, loading):
     """Pairs, zero-shot scores and features of n samples, all as tensors."""
-    processes = loading.processes
-    *pairs, captions = features.embed_pairs(
-        Tower(), Pairs(n), Preprocess(size=4), tokenizer, CPU, loading.batch_size, processes=processes
-    )
+    *pairs, captions = features.embed_pairs(Tower(), Pairs(n), Preprocess(size=4), tokenizer, loading)
     assert captions == [Pairs(n).captions(i)[0] for i in range(n)]
     scores = classify(Tower(), Labelled(n, 7), loading, "mean_per_class")
     assert scores.pop("metric") == "mean_per_class" and scores["samples"] == n

@@ -64,11 +64,11 @@ def test_a_step_does_not_wait_for_the_device(name, accumulation):
     args = main.get_args_parser().parse_args([*small, "--no-compile", "--accum-negatives", accumulation])
     processes = distributed.Processes(device=CUDA, precision="bf16")
     model, tokenizer = (tiny_medslip(), None) if name == "MEDSLIP_VIT" else main.build_model(args)
-    step = main.prepare_step(args, processes, model)
+    step = main.prepare_learner(args, processes, model)
     run = main.Run(
         **vars(step), tokenizer=tokenizer, loader=None, sampler=None, steps_per_epoch=9, writer=None, settings={}
     )
-    run.called.train()
+    run.wrapped.train()
     rng, side = np.random.default_rng(0), model.preprocess.size
     totals = main.Totals.zero(len(model.objective.metrics), CUDA)
     micro = []

@@ -114,9 +114,9 @@ def test_the_text_tower_is_given_what_it_reads(roco, tmp_path, monkeypatch, mode
     """Captions of 9 to 12 tokens in a context of 24; MedCLIP's own pooling reads the padding too."""
     seen, original = set(), main.accumulate_micro
 
-    def watched(run, micro_batches, groups):
+    def watched(run, micro_batches, identities):
         seen.update(inputs[1].shape[1] for inputs in micro_batches)
-        yield from original(run, micro_batches, groups)
+        yield from original(run, micro_batches, identities)
 
     monkeypatch.setattr(main, "accumulate_micro", watched)
     argv = command(roco, tmp_path, "--epochs", "1", "--eval-freq", "9", *extra, model=model)
@@ -396,11 +396,11 @@ def test_resume_names_where_to_start_and_a_further_run_goes_on(roco, tmp_path):
 def test_one_bad_step_spoils_neither_weights_nor_statistics_nor_meters(roco, tmp_path, monkeypatch):
     original, steps = main.accumulate_micro, []
 
-    def poisoned(run, micro_batches, groups):
+    def poisoned(run, micro_batches, identities):
         steps.append(1)
         if len(steps) == 2:
             micro_batches[0][0][:] = torch.nan
-        yield from original(run, micro_batches, groups)
+        yield from original(run, micro_batches, identities)
 
     monkeypatch.setattr(main, "accumulate_micro", poisoned)
     argv = command(roco, tmp_path, "--epochs", "1", "--print-freq", "3")
@@ -533,17 +533,17 @@ def test_duplicates_are_no_negatives_in_training(table, accumulation, monkeypatc
     edited(table, lambda i: "the same words" if i in (4, 9) else f"finding {i}")
     seen, full = [], main.accumulate_full if accumulation == "full" else main.accumulate_micro
 
-    def watched(run, micro_batches, groups):
-        found = list(full(run, micro_batches, groups))
+    def watched(run, micro_batches, identities):
+        found = list(full(run, micro_batches, identities))
         if not seen:
             with torch.no_grad():
                 if accumulation == "full":
                     inputs = [torch.cat(parts) for parts in zip(*micro_batches, strict=True)]
-                    found_groups = torch.cat(groups)
+                    found_identities = torch.cat(identities)
                 else:
-                    inputs, found_groups = micro_batches[0], groups[0]
+                    inputs, found_identities = micro_batches[0], identities[0]
                 outputs = run.model(*inputs)
-            duplicates = (found_groups[:, None] == found_groups[None]).any(-1)
+            duplicates = (found_identities[:, None] == found_identities[None]).any(-1)
             off = ~torch.eye(len(duplicates), dtype=torch.bool)
             expected = [
                 losses.clip_loss(outputs["image_embed"], outputs["text_embed"], outputs["logit_scale"], mask)

@@ -27,18 +27,20 @@ class CausalSelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, L, D) to the same shape."""
         B, L, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3*D)
         q, k, v = qkv.view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads) each
         # Scores (B, heads, L, L) are never written out where the device has a fused kernel.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, D/heads)
-        return self.out_proj(x.transpose(1, 2).reshape(B, L, D))
+        return self.out_proj(x.transpose(1, 2).reshape(B, L, D))  # heads side by side again
 
 
 class QuickGELU(nn.Module):
     """The sigmoid approximation of GELU (Hendrycks and Gimpel 2016, section 2) that CLIP was trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -55,11 +57,14 @@ class TextBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
+        """Tokens (B, L, D) to the same shape."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
 class TextTransformer(nn.Module):
+    """Blocks one after the other; with `checkpointed` only their inputs are kept for the backward pass."""
+
     def __init__(self, width: int, heads: int, layers: int):
         super().__init__()
         self.resblocks = nn.Sequential(*(TextBlock(width, heads) for _ in range(layers)))
@@ -67,6 +72,7 @@ class TextTransformer(nn.Module):
         self.checkpointed = False
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
+        """Tokens (B, L, D) to the same shape."""
         for block in self.resblocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointed and self.training else block(x)
         return x
@@ -102,6 +108,7 @@ class CLIPText:
             nn.init.normal_(block.mlp.c_proj.weight, std=self.width**-0.5 * (2 * self.layers) ** -0.5)
 
     def checkpoint_gradients(self, model: Any) -> None:
+        """Keep only the blocks' inputs for the backward pass."""
         model.transformer.checkpointed = True
 
     def encode(self, model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -109,7 +116,7 @@ class CLIPText:
         if tokens.shape[1] > self.context_length:
             raise ValueError(f"captions of {tokens.shape[1]} tokens do not fit a context of {self.context_length}")
         x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]  # (B, L, D)
-        x = model.ln_final(model.transformer(x))
+        x = model.ln_final(model.transformer(x))  # (B, L, D)
         # End-of-text has the highest id, and argmax returns its first place.
         x = x[torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]  # (B, D)
-        return x @ model.text_projection
+        return x @ model.text_projection  # (B, embed_dim)

@@ -20,6 +20,7 @@ from torchvision.models import resnet50
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
 from inputs.sizes import Size, height_width, size_text
+from towers.weights import Mismatch
 
 POOLINGS = ("masked", "medclip")
 WEIGHTS_NAME = "pytorch_model.bin"
@@ -29,6 +30,7 @@ class SwinTower(SwinModel):
     """Hugging Face's Swin; (B, 3, H, W) to the mean of the last stage's normalised tokens (B, 768)."""
 
     def forward(self, pixel_values: Tensor) -> Any:  # a Tensor: the mean pooling is always there
+        """Images (B, 3, H, W) to features (B, 768)."""
         return super().forward(pixel_values, interpolate_pos_encoding=True).pooler_output
 
 
@@ -104,13 +106,14 @@ class BertText:
         nn.init.normal_(model.text_projection, std=self.width**-0.5)
 
     def checkpoint_gradients(self, model: Any) -> None:
+        """Keep only the layers' inputs for the backward pass."""
         model.bert.gradient_checkpointing_enable()
 
     def encode(self, model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids (B, L) to embeddings (B, embed_dim); real tokens are those up to the last id that is not 0."""
         if attention_mask is None:
             attention_mask = (tokens != 0).flip(1).cumsum(1).flip(1) > 0  # (B, L)
-        mask = self._whole_mask(attention_mask > 0, model.bert)
+        mask = self._whole_mask(attention_mask > 0, model.bert)  # (B, 1, L, L)
         hidden = model.bert(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
         x = (hidden[1] + hidden[2] + hidden[-1]) / 3  # (B, L, D)
         if self.pooling == "medclip":
@@ -118,7 +121,7 @@ class BertText:
         else:
             mask = attention_mask.to(x.dtype).unsqueeze(-1)  # (B, L, 1)
             x = (x * mask).sum(1) / mask.sum(1).clamp(min=1)  # (B, D)
-        return x @ model.text_projection
+        return x @ model.text_projection  # (B, embed_dim)
 
     @staticmethod
     def _whole_mask(real: Tensor, bert: Any) -> Tensor:
@@ -127,7 +130,7 @@ class BertText:
         From (B, L) transformers makes it itself, but first asks whether all are real, which waits for the device.
         """
         B, L = real.shape
-        mask = real[:, None, None, :].expand(B, 1, L, L)
+        mask = real[:, None, None, :].expand(B, 1, L, L)  # the same for every query
         if bert.config._attn_implementation != "eager":
             return mask
         return torch.zeros((), dtype=bert.dtype, device=real.device).masked_fill(
@@ -221,28 +224,18 @@ def load_medclip(model: Any, state: dict[str, Tensor], source: str = "the file")
     """
     names = _name_map(model)
     state = {key: value for key, value in state.items() if not _UNUSED.search(key)}
-    missing = sorted(set(names.values()) - set(state))
-    unexpected = sorted(set(state) - set(names.values()))
-    own = model.state_dict()
-    wrong = []
-    for ours, theirs in names.items():
-        shape = own[ours].T.shape if ours.endswith("_projection") else own[ours].shape
-        if theirs in state and state[theirs].shape != shape:
-            wrong.append(f"{theirs} {tuple(state[theirs].shape)} instead of {tuple(shape)}")
-    if missing or unexpected or wrong:
-        raise ValueError(
-            f"{source} does not fit {model.name} ({model.config['vision_tower']}).\n"
-            f"  missing ({len(missing)}): {_shorten(missing)}\n  unexpected ({len(unexpected)}): "
-            f"{_shorten(unexpected)}\n  other shape ({len(wrong)}): {_shorten(wrong)}"
-        )
+    # As MedCLIP holds them: its projections are the transposes of ours, views into the same memory.
+    own = {theirs: _as_theirs(ours, model.state_dict()[ours]) for ours, theirs in names.items()}
+    if differ := Mismatch.between(own, state):
+        raise ValueError(f"{source} does not fit {model.name} ({model.config['vision_tower']}): {differ}")
     with torch.no_grad():
-        for ours, theirs in names.items():
-            value = state[theirs].T if ours.endswith("_projection") else state[theirs]
-            own[ours].copy_(value)
+        for theirs, value in own.items():
+            value.copy_(state[theirs])
 
 
-def _shorten(names: list[str], most: int = 40) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "") or "none"
+def _as_theirs(ours: str, value: Tensor) -> Tensor:
+    """A tensor of ours as MedCLIP's layers hold it, or the reverse."""
+    return value.T if ours.endswith("_projection") else value
 
 
 def export_medclip(model: Any, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -254,8 +247,7 @@ def export_medclip(model: Any, weights: dict[str, Tensor] | None = None) -> dict
     own = model.state_dict() if weights is None else weights
     out = {}
     for ours, theirs in _name_map(model).items():
-        value = own[ours].T if ours.endswith("_projection") else own[ours]
-        out[theirs] = value.detach().cpu().contiguous().clone()
+        out[theirs] = _as_theirs(ours, own[ours]).detach().cpu().contiguous().clone()
     width = model.text.width
     out["text_model.model.embeddings.position_ids"] = torch.arange(model.bert.config.max_position_embeddings).unsqueeze(
         0

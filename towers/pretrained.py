@@ -23,7 +23,7 @@ from torch import Tensor
 from inputs.sizes import as_size
 from runtime.checkpoints import load_checkpoint, strip_wrappers
 from tokenizer import read_vocab
-from towers.weights import resize_position_embeddings
+from towers.weights import Mismatch, resize_position_embeddings
 
 log = logging.getLogger("medslip")
 
@@ -89,11 +89,8 @@ def load_vision(model: Any, source: str | Path) -> None:
         # timm renames what older releases and other publishers wrote, family by family.
         rename = getattr(sys.modules[type(tower).__module__], "checkpoint_filter_fn", None)
         weights = rename(weights, tower) if rename else weights
-    own = tower.state_dict()
-    named = {f"visual.{key}": value for key, value in weights.items()}
-    named = resize_position_embeddings(named, model, vision_data(name, source)["size"])
-    weights = {key.removeprefix("visual."): value for key, value in named.items()}
-    heads = _classifiers(name)
+    weights = resize_position_embeddings(weights, tower, vision_data(name, source)["size"], prefix="")
+    own, heads = tower.state_dict(), _classifiers(name)
     spare = sorted(key for key in weights if key not in own and key.startswith(heads))
     _copy(tower, {k: v for k, v in weights.items() if k not in spare}, f"{source} as {name}")
     if spare:
@@ -221,17 +218,6 @@ def _read_json(path: Path) -> dict:
 
 
 def _copy(module: Any, weights: dict[str, Tensor], source: str) -> None:
-    own = module.state_dict()
-    missing = sorted(set(own) - set(weights))
-    unexpected = sorted(set(weights) - set(own))
-    shapes = [
-        f"{k} {tuple(weights[k].shape)} instead of {tuple(v.shape)}"
-        for k, v in own.items()
-        if k in weights and weights[k].shape != v.shape
-    ]
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"{source} does not fit: missing {missing[:8] or 'none'} ({len(missing)}), unexpected "
-            f"{unexpected[:8] or 'none'} ({len(unexpected)}), other shape {shapes[:8] or 'none'} ({len(shapes)})"
-        )
+    if differ := Mismatch.between(module.state_dict(), weights):
+        raise ValueError(f"{source} does not fit: {differ}")
     module.load_state_dict(weights)

@@ -57,7 +57,8 @@ def zeroshot_classifier(
     if cache and (kept := cache.read(tokens, rows)) is not None:
         return kept.to(device)
     with evaluating(model):
-        features = torch.cat([model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)])
+        parts = [model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)]
+        features = torch.cat(parts)  # (P, d)
     features = F.normalize(features, dim=-1)  # (P, d)
     means = [features[of_class].mean(dim=0) for of_class in rows]
     classifier = F.normalize(torch.stack(means), dim=-1).T  # (d, C)
@@ -90,15 +91,18 @@ class TextCache:
         return cls(folder, key, writes)
 
     def file(self, tokens: Tensor, rows: list[list[int]]) -> Path:
+        """Where the classifier of these prompts is or would be kept."""
         key = hashlib.sha256(f"{self.model} {tuple(tokens.shape)} {rows}".encode())
         key.update(tokens.contiguous().numpy().tobytes())
         return self.folder / f"text_{key.hexdigest()[:32]}.npy"
 
     def read(self, tokens: Tensor, rows: list[list[int]]) -> Tensor | None:
+        """The classifier (d, C) of an earlier run; None where there is none."""
         file = self.file(tokens, rows)
         return torch.from_numpy(np.load(file, allow_pickle=False)) if file.is_file() else None
 
     def write(self, tokens: Tensor, rows: list[list[int]], classifier: Tensor) -> None:
+        """Keep a classifier (d, C), where this process is the one that writes."""
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             utils.atomic_write(self.file(tokens, rows), lambda out: np.save(out, classifier.cpu().numpy()))

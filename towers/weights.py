@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
@@ -12,31 +13,60 @@ from inputs.sizes import Size, height_width
 
 
 def resize_position_embeddings(
-    state_dict: dict[str, Tensor], model: Any, size: Size | None = None
+    state_dict: dict[str, Tensor], tower: Any, size: Size | None = None, prefix: str = "visual."
 ) -> dict[str, Tensor]:
-    """`state_dict` with a ViT's position embeddings (1, p + h*w, d), and timm's Swin's tables, fit to `model`.
+    """`state_dict` with a ViT's position embeddings (1, p + h*w, d), and timm's Swin's tables, fit to `tower`.
 
     Args:
         size: of the images that the weights were trained with; None for a square.
+        prefix: of the tower's names in `state_dict`.
     """
-    own, changed = dict(model.named_parameters()), {}
-    key = "visual.pos_embed"
-    if key in own and key in state_dict and own[key].ndim == 3:
-        h, w = model.visual.patch_embed.grid_size
-        prefix = own[key].shape[1] - h * w  # 0 where class and register tokens have no position
-        places = state_dict[key].shape[1] - prefix
-        patch = model.visual.patch_embed.patch_size
+    own, changed = dict(tower.named_parameters()), {}
+    key = f"{prefix}pos_embed"
+    if "pos_embed" in own and key in state_dict and own["pos_embed"].ndim == 3:
+        h, w = tower.patch_embed.grid_size
+        special = own["pos_embed"].shape[1] - h * w  # 0 where class and register tokens have no position
+        places = state_dict[key].shape[1] - special
+        patch = tower.patch_embed.patch_size
         old = tuple(side // p for side, p in zip(height_width(size), patch, strict=True)) if size is not None else None
         if old is None or old[0] * old[1] != places:  # a square grid, or load_weights says that the shape is another
             old = (math.isqrt(places),) * 2
         if old != (h, w) and old[0] * old[1] == places:
-            changed[key] = resample_abs_pos_embed(state_dict[key], [h, w], list(old), num_prefix_tokens=prefix)
+            changed[key] = resample_abs_pos_embed(state_dict[key], [h, w], list(old), num_prefix_tokens=special)
     for key, table in state_dict.items():  # of windows, which timm makes smaller where a stage has less room
-        if key.endswith("relative_position_bias_table") and key in own and own[key].shape != table.shape:
-            window = getattr(model.get_submodule(key.rpartition(".")[0]), "window_size", None)
+        name = key.removeprefix(prefix)
+        if name.endswith("relative_position_bias_table") and name in own and own[name].shape != table.shape:
+            window = getattr(tower.get_submodule(name.rpartition(".")[0]), "window_size", None)
             if window is not None and math.isqrt(len(table)) ** 2 == len(table):  # of a square window
-                changed[key] = resize_rel_pos_bias_table(table, window, own[key].shape)
+                changed[key] = resize_rel_pos_bias_table(table, window, own[name].shape)
     return {**state_dict, **changed}
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """What keeps tensors from going onto a network name by name; false where nothing does."""
+
+    missing: list[str]
+    unexpected: list[str]
+    shapes: list[str]  # with both shapes
+
+    @classmethod
+    def between(cls, own: dict[str, Tensor], given: dict[str, Tensor]) -> Mismatch:
+        """Of what a network has and what is to go onto it."""
+        shapes = [
+            f"{name} {tuple(given[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in given and given[name].shape != value.shape
+        ]
+        return cls([name for name in own if name not in given], [name for name in given if name not in own], shapes)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+    def __str__(self) -> str:
+        """Every kind with its number and its first names."""
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "other shape": self.shapes}
+        return "; ".join(f"{kind} ({len(names)}): {', '.join(names[:8]) or 'none'}" for kind, names in kinds.items())
 
 
 def load_weights(model: Any, state_dict: dict[str, Tensor], source: str, other_head: bool = False) -> None:
@@ -55,17 +85,6 @@ def load_weights(model: Any, state_dict: dict[str, Tensor], source: str, other_h
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith("image_mlp.")} | (
             {k: state_dict[k] for k in head} if same else head
         )
-    missing = [k for k in own if k not in state_dict]
-    unexpected = [k for k in state_dict if k not in own]
-    shapes = [
-        f"{k} {tuple(state_dict[k].shape)} instead of {tuple(v.shape)}"
-        for k, v in own.items()
-        if k in state_dict and state_dict[k].shape != v.shape
-    ]
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"{source} does not fit {model.name}: missing {missing[:8] or 'none'} ({len(missing)}), "
-            f"unexpected {unexpected[:8] or 'none'} ({len(unexpected)}), "
-            f"other shape {shapes[:8] or 'none'} ({len(shapes)})"
-        )
+    if differ := Mismatch.between(own, state_dict):
+        raise ValueError(f"{source} does not fit {model.name}: {differ}")
     model.load_state_dict(state_dict)
