@@ -40,18 +40,18 @@ import utils
 from beit_finetuning import optim
 from beit_finetuning.modeling_finetune import BEIT_MODELS
 from beit_finetuning.networks import Network, build_network, described
+from beit_finetuning.results import Evaluation, Finished, report
 from beit_finetuning.sets import Sets, class_weights, open_sets
 from beit_finetuning.views import Augmentation, Criterion, EvalView, Mix, TrainView
 from datasets import GlobalBatchSampler
 from distributed import Processes
-from evaluation import downstream, metrics, predictions, subgroups
+from evaluation import downstream
 from evaluation.catalog import CATALOG
-from evaluation.features import Loading, each_once
+from evaluation.features import Loading
 from evaluation.resamples import Bootstrap
-from evaluation.run_folder import count_reading
 from inputs import cbis, loader
 from inputs.sizes import ImageSize
-from runtime.checkpoints import differences, find_training_checkpoint, load_checkpoint, save_training_checkpoint
+from runtime.checkpoints import differences, find_training_checkpoint, save_training_checkpoint
 from runtime.command_line import (
     HelpFormatter,
     StopRequest,
@@ -248,8 +248,7 @@ class Run:
     wrapped: nn.Module  # what averages its gradients over the processes
     ema: Any  # timm's moving average, or None
     network: Network  # of `model`: what it is for people, and what it is rebuilt from
-    view: EvalView
-    sets: Sets
+    evaluation: Evaluation
     criterion: Criterion
     mix: Mix | None
     optimizer: torch.optim.Optimizer
@@ -324,8 +323,11 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: MetricWrit
         wrapped=distributed.replicate(model, processes),
         ema=moving_average(model, args),
         network=network,
-        view=EvalView(preprocess, args.crop_pct),
-        sets=sets,
+        evaluation=Evaluation(
+            sets,
+            EvalView(preprocess, args.crop_pct),
+            Loading(args.batch_size, args.num_workers, args.skip_broken, processes),
+        ),
         criterion=criterion,
         mix=mix,
         optimizer=optimizer,
@@ -370,13 +372,13 @@ def resume_settings(args: argparse.Namespace, sets: Sets, preprocess: Any, globa
 
 def record_settings(run: Run) -> None:
     """Everything that determines this run, and the lines a person wants to see."""
-    args, world = run.args, run.processes.world_size
+    args, world, sets = run.args, run.processes.world_size, run.evaluation.sets
     effective = run.sampler.global_batch * args.update_freq
     derived = {
         "model": run.network.name,
         "preprocess": run.settings["preprocess"],
-        "training_images": len(run.sets.train),
-        "classes": len(run.sets.classes),
+        "training_images": len(sets.train),
+        "classes": len(sets.classes),
         "world_size": world,
         "device": str(run.processes.device),
         "effective_batch": effective,
@@ -392,7 +394,7 @@ def record_settings(run: Run) -> None:
     log.info(f"{run.network.name}: {derived['parameters']:,} parameters")
     log.info(f"factors on the rate {scales[0]:.3g} to {scales[-1]:g}, from the stem to the head")
     log.info(
-        f"{args.data_set}: {len(run.sets.train):,} training images, {len(run.sets.classes)} classes; {args.batch_size} "
+        f"{args.data_set}: {len(sets.train):,} training images, {len(sets.classes)} classes; {args.batch_size} "
         f"x {args.update_freq} x {world} process(es) = batch {effective}; {run.steps_per_epoch} updates an epoch; "
         f"learning rate {run.lr:g}" + ("" if args.lr_for_batch else " (not scaled)")
     )
@@ -483,12 +485,12 @@ def finish_epoch(run: Run) -> None:
     args, done = run.args, run.epoch + 1
     row = {"epoch": run.epoch, "loss": run.epoch_sums[0] / max(run.epoch_sums[1], 1)}
     score = None
-    if run.sets.val is not None:
-        score = validation_score(run, run.model)
+    if run.evaluation.sets.val is not None:
+        score = run.evaluation.validation_score(run.model)
         row["validation"] = score
         log.info(f"epoch {run.epoch}: validation macro AUROC {score:.4f}")
     elif not args.disable_eval_during_finetuning and done < args.epochs:
-        scores = test_scores(run, run.model)
+        scores = run.evaluation.test_scores(run.model)
         row |= {f"test_{k}": v for k, v in scores.items() if k != "metric"}
         log.info(f"epoch {run.epoch}: test {scores['metric']} {scores['score']:.2f}")
     is_best = score > run.best if score is not None else True
@@ -559,118 +561,22 @@ def resume(run: Run) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# The command
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def logits_of(run: Run, model: nn.Module, images: downstream.Downstream, title: str) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (n, classes) in float32 and the numbers (n,) of their images, each once on any number of processes."""
-    loading = Loading(run.args.batch_size, run.args.num_workers, run.args.skip_broken, run.processes)
-
-    def compute(numbers: Tensor, batch: Tensor, targets: Tensor) -> list[Tensor]:
-        return [loading.encode(model, batch)]
-
-    numbers, logits = each_once(model, downstream.with_transform(images, run.view), compute, loading, title)
-    return logits.numpy(), numbers.numpy()
-
-
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax of logits (n, k), in float64."""
-    return torch.from_numpy(logits).double().softmax(-1).numpy()
-
-
-def validation_score(run: Run, model: nn.Module) -> float:
-    """Macro AUROC on the validation split, which chooses the epoch."""
-    assert run.sets.val is not None
-    logits, kept = logits_of(run, model, run.sets.val, "validation")
-    return predictions.macro_auroc(run.sets.val.labels[kept], probabilities(logits))
-
-
-def test_scores(run: Run, model: nn.Module) -> metrics.Scores:
-    """All metrics of the set in percent."""
-    return scores_of(run, *logits_of(run, model, run.sets.test, "test"))
-
-
-def scores_of(run: Run, logits: np.ndarray, kept: np.ndarray) -> metrics.Scores:
-    """All metrics of the set in percent, from logits (n, k) of the test images `kept` (n,)."""
-    skipped = {"samples_skipped": len(run.sets.test) - len(kept)} if len(kept) < len(run.sets.test) else {}
-    return {**metrics.percent(metrics.score_outputs(run.sets.test.labels[kept], logits, run.sets.metric)), **skipped}
-
-
-def report(run: Run) -> dict:
-    """The finished run's results: of the last epoch, or of the best on the validation split where there is one."""
-    results: dict[str, Any] = {"model": run.network.name, "dataset": run.args.data_set, "protocol": "fine-tuning"}
-    results["settings"] = run.settings
-    if run.sets.val is None:
-        logits, kept = logits_of(run, run.model, run.sets.test, "test")
-        scores = scores_of(run, logits, kept)
-        results |= {"unit": "percent", **scores}
-        if run.sets.test.scheme is not None:
-            results |= report_rows(run, logits, kept)
-        log.info(f"{run.args.data_set}: {scores['metric']} {scores['score']:.2f} after {run.epoch} epochs")
-        if run.ema is not None:
-            results["ema"] = average = test_scores(run, run.ema.module)
-            log.info(f"{run.args.data_set}, averaged weights: {average['metric']} {average['score']:.2f}")
-        return results
-    return results | report_lesions(run)
-
-
-def report_rows(run: Run, logits: np.ndarray, kept: np.ndarray) -> dict:
-    """What a csv set's known rows allow: predictions.csv, intervals over its groups, and paired differences."""
-    args, test = run.args, run.sets.test
-    assert test.scheme is not None
-    found = predictions.Predictions([test.rows[i] for i in kept], probabilities(logits), test.scheme)
-    if run.processes.is_main:
-        found.write(Path(args.output_dir) / "predictions.csv")
-    settings = {"dataset": args.data_set, "protocol": "fine-tuning", "seed": args.seed}
-    return predictions.report_rows(found, None, args.baseline, settings, Bootstrap(args.resamples, args.seed))
-
-
-def lesion_settings(run: Run) -> dict[str, Any]:
-    """What a comparison with another run's predictions should find the same, or name."""
+def finished(run: Run) -> Finished:
+    """The run as its results are made from it."""
     args = run.args
-    return {"dataset": args.data_set, "image_kind": args.image_kind, "protocol": "fine-tuning", "seed": args.seed}
-
-
-def report_lesions(run: Run) -> dict:
-    """CBIS-DDSM's test table, read once, with the weights that the validation split chose."""
-    args = run.args
-    settings = lesion_settings(run)
-    best = load_checkpoint(Path(args.output_dir) / "checkpoint_best.pt")
-    run.model.load_state_dict(best["state_dict"])
-    assert run.sets.val is not None
-    logits, kept = logits_of(run, run.model, run.sets.val, "validation")
-    held_out = run.sets.val.labels[kept], probabilities(logits)
-    # The test table is read here for the first time.
-    readings = count_reading(args.output_dir, settings) if run.processes.is_main else 0
-    logits, kept = logits_of(run, run.model, run.sets.test, "test")
-    found = predictions.Predictions([run.sets.lesions["test"][i] for i in kept], probabilities(logits))
-    results: dict[str, Any] = {
-        "model": run.network.name,
-        "dataset": args.data_set,
-        "image_kind": args.image_kind,
-        "chosen": {"epoch": best["epoch"], "epochs": args.epochs, "class_weights": args.class_weights},
-        "validation": best["best"],
-        "validation_score": "auroc",
-        "settings": {**run.settings, **settings},
-        "weights": {"path": args.finetune},
-        "test_readings": readings,
-        "lesions": {split: len(rows) for split, rows in run.sets.lesions.items()} | {"test": len(kept)},
-        "lesions_skipped": {**run.sets.absent, "test": run.sets.absent["test"] + len(run.sets.test) - len(kept)},
-    }
+    compared = {"dataset": args.data_set, "protocol": "fine-tuning", "seed": args.seed}
+    if args.data_set in cbis.CBIS_SETS:
+        compared["image_kind"] = args.image_kind
+    average = None if run.ema is None else run.ema.module
     bootstrap = Bootstrap(args.resamples, args.seed)
-    results |= subgroups.report_lesions(found, held_out, args.baseline, settings, bootstrap)
-    if run.ema is not None:
-        run.ema.module.load_state_dict(best["state_dict_ema"])
-        averaged, _ = logits_of(run, run.ema.module, run.sets.test, "test, averaged weights")
-        average = predictions.Predictions(found.rows, probabilities(averaged))
-        results["ema"] = predictions.score_predictions(average, average.resamples(bootstrap))
-    if run.processes.is_main:
-        found.write(Path(args.output_dir) / "predictions.csv")
-        log.info(
-            predictions.describe_results(results, f"fine-tuned end to end, epoch {best['epoch']} of {args.epochs}")
-        )
-    return results
+    return Finished(
+        run.model, average, run.network.name, args.data_set, Path(args.output_dir), run.settings, compared,
+        args.finetune, args.baseline, bootstrap,
+    )  # fmt: skip
 
 
 def fine_tune(args: argparse.Namespace, processes: Processes, writer: MetricWriter) -> dict:
@@ -687,7 +593,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, writer: MetricWrit
                 if not train_one_epoch(run, stop):
                     return {"stopped_by": stop.name}
                 finish_epoch(run)
-    results = report(run)
+    results = report(finished(run), run.evaluation)
     if processes.is_main:
         utils.write_json(Path(args.output_dir) / "results.json", results)
     return results

@@ -362,51 +362,75 @@ def csv_set(
             splits, or one image twice; the message names file and row.
     """
     table, given = _existing(name, path / entry.get("table", "table.csv")), entry.get("columns", {})
-    labels = given.get("label", "label")
-    names = {role: _column(given.get(role, role)) for role in ("image", "split", "group")}
-    several = isinstance(labels, list)
-    label_columns = [_column(column) for column in (labels if several else [labels])]
-    rows = metadata.read_table(table, [names["image"], names["split"], *label_columns])
-    if "group" in given and rows and names["group"] not in rows[0]:
-        raise ValueError(f"{table}: no column {names['group']}")
-    kept: list[dict[str, str]] = []
-    splits_of: dict[str, set[str]] = {}
-    for number, row in enumerate(rows, 1):
-        where = f"{table}, row {number}"
-        if row[names["split"]] not in (split, others):
-            continue
-        image = metadata.inside(row[names["image"]], where)
-        label = "" if several else row[label_columns[0]]
-        if not label and not several:
-            raise ValueError(f"{where} has no {label_columns[0]}")
-        group = row.get(names["group"], "") or image
-        splits_of.setdefault(group, set()).add(row[names["split"]])
-        cells = {column: row[column] for column in label_columns} if several else {}
-        kept.append({"image": image, "label": label, "group": group, "split": row[names["split"]], **cells})
-    if shared := sorted(group for group, splits in splits_of.items() if len(splits) > 1):
-        raise ValueError(f"{table}: {len(shared)} groups are in both {split} and {others}, first {shared[0]!r}")
-    classes = [str(column) for column in labels] if several else in_order({row["label"] for row in kept})
+    columns = _Columns.of(given)
+    rows = metadata.read_table(table, [columns.image, columns.split, *columns.labels])
+    if "group" in given and rows and columns.group not in rows[0]:
+        raise ValueError(f"{table}: no column {columns.group}")
+    numbered = [(number, row) for number, row in enumerate(rows, 1) if row[columns.split] in (split, others)]
+    kept = [columns.sample(row, f"{table}, row {number}") for number, row in numbered]
+    _refuse_shared_groups(kept, table, split, others)
     own = [row for row in kept if row["split"] == split]
     if not own:
-        found = ", ".join(sorted({row[names["split"]] for row in rows}))
+        found = ", ".join(sorted({row[columns.split] for row in rows}))
         raise ValueError(f"{table}: no row of the split {split!r}; its splits: {found}")
     if twice := [image for image, n in Counter(row["image"] for row in own).items() if n > 1]:
         raise ValueError(f"{table}: the image {twice[0]} is there twice")
+    # Over both splits: a class that one of them lacks must not shift the others.
+    classes = (
+        [str(column) for column in given["label"]] if columns.several else in_order({row["label"] for row in kept})
+    )
     positive = entry.get("positive")
     if positive is not None and positive not in classes:
         raise ValueError(f"{name}: positive {positive!r} is no class; choose from {', '.join(classes)}")
-    root = Path(entry.get("images", path))
-    column = TextColumn.from_strings((row["image"] for row in own), paths=True)
     number_of = {label: number for number, label in enumerate(classes)}
-    numbers = np.array([0 if several else number_of[row["label"]] for row in own])
-    found = ImageFiles(root, column, classes, numbers, transform)
+    labels = np.array([0 if columns.several else number_of[row["label"]] for row in own])
+    paths = TextColumn.from_strings((row["image"] for row in own), paths=True)
+    found = ImageFiles(Path(entry.get("images", path)), paths, classes, labels, transform)
     found.rows = own
     found.scheme = Scheme(tuple(classes), "image", "label", "group", ("image", "group", "label"), positive)
-    if several:
+    if columns.several:
         found.findings = np.array(
-            [[_finding(row[c], entry, f"{table}, {row['image']}, {c}") for c in label_columns] for row in own]
+            [[_finding(row[c], entry, f"{table}, {row['image']}, {c}") for c in columns.labels] for row in own]
         )
     return found
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Names in a csv set's table, as metadata.read_table spells them."""
+
+    image: str
+    split: str
+    group: str
+    labels: tuple[str, ...]  # one with class names, or one for each of several findings
+    several: bool
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> _Columns:
+        """From the catalog entry's "columns"."""
+        labels = given.get("label", "label")
+        image, sets, group = (_column(given.get(role, role)) for role in ("image", "split", "group"))
+        several = isinstance(labels, list)
+        return cls(image, sets, group, tuple(map(_column, labels if several else [labels])), several)
+
+    def sample(self, row: dict[str, str], where: str) -> dict[str, str]:
+        """Image, label, group and split of a row, and its findings; an image without group is one by itself."""
+        image = metadata.inside(row[self.image], where)
+        label = "" if self.several else row[self.labels[0]]
+        if not label and not self.several:
+            raise ValueError(f"{where} has no {self.labels[0]}")
+        findings = {column: row[column] for column in self.labels} if self.several else {}
+        group = row.get(self.group, "") or image
+        return {"image": image, "label": label, "group": group, "split": row[self.split], **findings}
+
+
+def _refuse_shared_groups(rows: Sequence[dict[str, str]], table: Path, split: str, others: str) -> None:
+    """A patient in both splits would be tested on what was trained."""
+    splits_of: dict[str, set[str]] = {}
+    for row in rows:
+        splits_of.setdefault(row["group"], set()).add(row["split"])
+    if shared := sorted(group for group, splits in splits_of.items() if len(splits) > 1):
+        raise ValueError(f"{table}: {len(shared)} groups are in both {split} and {others}, first {shared[0]!r}")
 
 
 def _column(name: str) -> str:

@@ -58,15 +58,15 @@ def median_crop(part: Sequence[dict[str, str]]) -> str:
     return "{:.0f} × {:.0f}".format(*np.median(sizes, axis=0)) if len(sizes) else MISSING
 
 
+PROBE_FILES = ("predictions.csv", "settings.json", "head.safetensors")
+
+
 def misread(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs) -> list[dict[str, Any]]:
     """Of the table's last model: cancers with the lowest malignant probability, and the most confident errors."""
-    models = [row for row in table.rows if row.kind == "measured" and row.folders]
-    if not models or runs.cbis is None:
+    model = table.last("predictions.csv")
+    if model is None or runs.cbis is None:
         return []
-    model = models[-1]
     path = model.folders[0] / "predictions.csv"
-    if not path.is_file():
-        return []
     found, crops = Predictions.read(path), {row["lesion"]: row["crop"] for row in rows}
     target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
     missed = missed_cancers(found)
@@ -99,11 +99,9 @@ def explained(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, mo
     """Saliency of the table's last probe; what prevents it is told."""
     if not most or runs.cbis is None:
         return None
-    models = [row for row in table.rows if row.folders and (row.folders[0] / "settings.json").is_file()]
-    models = [row for row in models if (row.folders[0] / "head.safetensors").is_file()]
-    if not models:
+    if (model := table.last(*PROBE_FILES)) is None:
         return {"why": "no probe kept its head (head.safetensors)"}
-    model, folder = models[-1], models[-1].folders[0]
+    folder = model.folders[0]
     try:
         own = Predictions.read(folder / "predictions.csv")
         missed = [own.rows[i]["lesion"] for i in missed_cancers(own)]
@@ -145,17 +143,17 @@ SALIENCY = {
 
 
 def nearest(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, roco: Path | None) -> dict | None:
-    """The nearest captions and images of ROCO's validation split for the missed cancers; what prevents it is told."""
+    """The nearest captions and images of ROCO's validation split for the cancers that the last probe missed."""
     if roco is None or runs.cbis is None:
         return None
-    missed = misread(table, rows, runs)[:1]
-    models = [row for row in table.rows if row.folders and (row.folders[0] / "settings.json").is_file()]
-    if not missed or not models:
+    if (model := table.last(*PROBE_FILES)) is None:
         return None
+    own = Predictions.read(model.folders[0] / "predictions.csv")
     crops = {row["lesion"]: runs.cbis / row["crop"] for row in rows if row["crop"]}
-    weights = read_json(models[-1].folders[0] / "settings.json", runs)["args"]["pretrained"]
+    names = [own.rows[i]["lesion"] for i in missed_cancers(own)]
+    names = [name for name in names if name in crops and thumbnail(crops[name])]
+    weights = read_json(model.folders[0] / "settings.json", runs)["args"]["pretrained"]
     try:
-        names = [image["lesion"] for image in missed[0]["images"] if image["data"]]
         bank = neighbours.Neighbours(weights, create_reader("roco", str(roco), "", "validation", "all"))
         found = bank.of([read_image(crops[name]) for name in names])
     except (ValueError, FileNotFoundError) as error:

@@ -52,6 +52,12 @@ class ResultTable:
     lesions: int | None = None
     patients: int | None = None
 
+    def last(self, *files: str) -> ResultRow | None:
+        """The last model whose first run wrote all of `files`: what the page shows of one model is this one's."""
+        models = [row for row in self.rows if row.kind == "measured" and row.folders]
+        models = [row for row in models if all((row.folders[0] / file).is_file() for file in files)]
+        return models[-1] if models else None
+
 
 @dataclass
 class Runs:

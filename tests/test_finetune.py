@@ -26,7 +26,7 @@ from torch import nn
 import main_linear
 import models
 import utils
-from beit_finetuning import optim, run_class_finetuning
+from beit_finetuning import optim, results, run_class_finetuning
 from beit_finetuning.modeling_finetune import Beit, create_beit
 from beit_finetuning.views import Augmentation, Criterion, TrainView, beit_preprocess, operations
 from beit_finetuning.weights import load_weights, resize_positions
@@ -429,14 +429,14 @@ def test_digits_are_read_better_by_a_fine_tuned_tower_than_by_a_probe_of_it(tmp_
         "0",
     ]
     argv += ["-j", "0", "--gpu", "-1"]
-    logits, original = [], run_class_finetuning.logits_of
+    logits, original = [], results.Evaluation.logits
 
     def watched(*args):
         logits.append(original(*args)[0])
         return original(*args)
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(run_class_finetuning, "logits_of", watched)
+        m.setattr(results.Evaluation, "logits", watched)
         run_class_finetuning.main([*argv, "--disable_eval_during_finetuning", "--output_dir", str(tmp_path / "out")])
     tuned = logits[-1].argmax(1) == test.labels
     rng = np.random.default_rng(0)

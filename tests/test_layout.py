@@ -20,7 +20,7 @@ STEPS = (
 )
 COMMANDS = (
     "main", "main_linear", "eval_zeroshot", "predict", "export", "make_dataset", "make_report", "run_with_submitit",
-    "run_with_submitit_linear", "run_with_submitit_finetune", "make_tables", "demo",
+    "run_with_submitit_linear", "run_with_submitit_finetune", "make_tables", "demo", "hubconf",
 )  # fmt: skip
 STARTS_OTHERS = ("make_tables", "demo", "run_with_submitit_linear", "run_with_submitit_finetune")
 STEP = {part: step for step, parts in enumerate([*STEPS, COMMANDS]) for part in parts}
