@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from runtime.command_line import run_script
-from runtime.logs import start_logging
+from runtime.logs import progress, start_logging
 
 log = logging.getLogger("medslip")
 
@@ -184,7 +184,7 @@ def run_demo(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
     step = Steps(5)
     log.info(NOTICE)
     step(f"drawing SYNTHETIC phantoms into {world}")
-    make_demo(world, seed=args.seed, pairs=args.pairs)
+    make_demo(world, seed=args.seed, pairs=args.pairs, progress=progress)
     make_dataset.main(["cbis", "--root", str(world / "cbis")])
     step(f"fine-tuning with the {args.objective.upper()} objective on the ROCO part, {args.epochs} epochs")
     checkpoint = fine_tune(args, world, run / "training")

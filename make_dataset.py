@@ -20,7 +20,7 @@ from pathlib import Path
 
 from preparation import audit, cbis_tables, check, shards, shrink, unpack, yfcc
 from runtime.command_line import HelpFormatter, run_script
-from runtime.logs import start_logging
+from runtime.logs import progress, start_logging
 
 log = logging.getLogger("medslip")
 
@@ -67,7 +67,7 @@ def run_demo(args: argparse.Namespace) -> None:
     """Draw the world and make its lesion tables."""
     from synthetic.world import make_demo  # whose drawing processes import no torch
 
-    make_demo(args.root, args.seed, args.pairs, size=args.size, workers=args.workers)
+    make_demo(args.root, args.seed, args.pairs, size=args.size, workers=args.workers, progress=progress)
     cbis_tables.make_cbis(args.root / "cbis")
 
 

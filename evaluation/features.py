@@ -31,7 +31,7 @@ from inputs.images import UnreadableImage
 from inputs.reader import Reader
 from inputs.sizes import Size, as_size
 from inputs.transforms import Preprocess, View
-from runtime.logs import Progress
+from runtime.logs import progress
 from tokenizer import Tokenizer
 from towers.prompts import TextCache, evaluating, zeroshot_classifier
 
@@ -212,7 +212,7 @@ def each_once(
     rows: list[list[Tensor]] = []
     steps = loader.batches(source)
     if title and processes.is_main:
-        steps = Progress(steps, title, total=len(source), leave=False, unit=" batches")
+        steps = progress(steps, title, total=len(source), unit=" batches")
     with evaluating(model):
         for numbers, images, targets, error in steps:
             if error is not None and not loading.skip_broken:

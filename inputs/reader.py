@@ -27,7 +27,7 @@ from inputs.columns import ABSENT_SAMPLE, Columns, Row, TextBuilder, TextColumn
 from inputs.images import decode_image, decode_pixels, read_bytes
 from inputs.index import indexed_columns
 from inputs.metadata import inside
-from runtime.logs import Progress
+from runtime.logs import progress
 
 log = logging.getLogger("medslip")
 SPLITS = ("train", "validation", "test")
@@ -161,7 +161,7 @@ class Reader:
         several = 0  # rows of images that have others
         absent_images: list = []  # some of them, to be looked for when an index is read again
         rng = random.Random(0)
-        rows = Progress(self.rows(), "indexing", unit=" rows") if self.indexed else grouped(self.rows())
+        rows = progress(self.rows(), "indexing", unit=" rows") if self.indexed else grouped(self.rows())
         for row in rows:
             several += row.rows * (row.rows > 1)
             captions = [text.strip() for text in row.captions]

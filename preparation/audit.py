@@ -34,7 +34,7 @@ from inputs import metadata
 from inputs.images import UnreadableImage, decode_image, read_bytes
 from preparation.processes import add_workers_argument, over_processes
 from runtime.command_line import HelpFormatter, UsageError
-from runtime.logs import Progress
+from runtime.logs import progress
 from utils import atomic_write
 
 log = logging.getLogger("medslip")
@@ -394,7 +394,7 @@ def audit(
 def read_small(paths: Sequence[Path], name: str, workers: int) -> tuple[Tensor, list[Path], list[str]]:
     """Small images (n, SIDE, SIDE) of those that can be read, their paths, and why others cannot."""
     rows, kept, errors = [], [], []
-    with over_processes(workers, SIDE, chunk=32) as each, Progress(desc=name, total=len(paths), unit=" images") as bar:
+    with over_processes(workers, SIDE, chunk=32) as each, progress(desc=name, total=len(paths), unit=" images") as bar:
         for path, found in zip(paths, each(small_image, paths), strict=True):
             if isinstance(found, str):
                 errors.append(found)

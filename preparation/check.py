@@ -19,7 +19,7 @@ from inputs.images import UnreadableImage
 from inputs.reader import NoSplit, Reader
 from preparation.processes import add_workers_argument, over_processes
 from runtime.command_line import HelpFormatter, UsageError
-from runtime.logs import Progress
+from runtime.logs import progress
 from utils import atomic_write
 
 log = logging.getLogger("medslip")
@@ -96,7 +96,7 @@ def unreadable(source: Any, workers: int, title: str) -> list[str]:
     """A line for each image that cannot be decoded: its name, a tab, and why."""
     with (
         over_processes(workers, source, chunk=32) as each,
-        Progress(desc=title, total=len(source), unit=" images") as bar,
+        progress(desc=title, total=len(source), unit=" images") as bar,
     ):
         found = []
         for line in each(why_unreadable, range(len(source))):

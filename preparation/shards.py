@@ -16,7 +16,7 @@ from inputs.reader import Reader
 from preparation.processes import add_workers_argument, keep_settings, over_processes
 from preparation.shrink import check_short_side, encode, format_of, shrink
 from runtime.command_line import HelpFormatter
-from runtime.logs import Progress
+from runtime.logs import progress
 from utils import atomic_write
 
 log = logging.getLogger("medslip")
@@ -101,8 +101,11 @@ def make_shards(
     shards = Shards(reader, output, shard_size, short_side, unreadable)
     numbers = range(math.ceil(len(reader) / shard_size))
     missing = [number for number in numbers if not shards.path(number).is_file()]
-    with over_processes(workers, shards) as each, Progress(desc="writing", total=len(reader), unit=" images") as bar:
-        bar.update(len(reader) - sum(len(shards.rows(number)) for number in missing))
+    there = len(reader) - sum(len(shards.rows(number)) for number in missing)
+    with (
+        over_processes(workers, shards) as each,
+        progress(desc="writing", total=len(reader), initial=there, unit=" images") as bar,
+    ):
         for count in each(write_shard, missing):
             bar.update(count)
     skipped = len(unreadable.path.read_bytes().splitlines()) if unreadable.path.is_file() else 0

@@ -20,7 +20,7 @@ from datasets import UnreadableImages
 from inputs.images import UnreadableImage, decode_image
 from preparation.processes import add_workers_argument, keep_settings, over_processes
 from runtime.command_line import HelpFormatter
-from runtime.logs import Progress
+from runtime.logs import progress
 from utils import atomic_write
 
 log = logging.getLogger("medslip")
@@ -105,7 +105,7 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
     paths = (path for path in walk_files(root) if path not in ("shrink.json", "bad_samples.txt"))  # of an earlier copy
     with (
         over_processes(workers, Shrinking(root, output, short_side, unreadable), chunk=16) as each,
-        Progress(desc="shrinking", unit=" files") as bar,
+        progress(desc="shrinking", unit=" files") as bar,
     ):
         while batch := list(islice(paths, 4096)):  # a pool's map takes in all that it is given
             for outcome in each(shrink_file, batch):

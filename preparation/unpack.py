@@ -31,7 +31,7 @@ from inputs.sources import SPLIT_OF
 from preparation.processes import add_workers_argument, keep_settings
 from preparation.shrink import check_short_side, encode, format_of, shrink
 from runtime.command_line import HelpFormatter
-from runtime.logs import Progress
+from runtime.logs import progress
 from utils import atomic_write, write_json
 
 log = logging.getLogger("medslip")
@@ -242,7 +242,7 @@ def unpack(
     counts: dict[str, Counter] = {}
     unreadable: dict[str, list[str]] = {}
     lines: dict[str, list[str]] = {}
-    with Progress(desc="unpacking", unit=" images") as bar:
+    with progress(desc="unpacking", unit=" images") as bar:
         for part in sources:
             done = unpack_part(part, source, output, short_side, workers, bar)
             counts.setdefault(part.split, Counter()).update(done["counts"])

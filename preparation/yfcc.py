@@ -18,7 +18,7 @@ import numpy as np
 from datasets import create_reader
 from inputs.index import RawFile, rows_index, write_index
 from runtime.command_line import HelpFormatter
-from runtime.logs import Progress
+from runtime.logs import progress
 from utils import atomic_write
 
 log = logging.getLogger("medslip")
@@ -153,7 +153,7 @@ def wanted_rows(path: Path, wanted: np.ndarray) -> Iterator[tuple[int, list[byte
     """(number, [title, description]) of the table's wanted rows, with a progress bar over its bytes."""
     with (
         open(path, "rb") as file,
-        Progress(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as bar,
+        progress(total=path.stat().st_size, desc=path.name, unit="B") as bar,
     ):
         for line_number, line in enumerate(file, 1):
             bar.update(len(line))

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from inputs.metadata import fields_of, iter_json  # noqa: E402
 from runtime.command_line import run_script  # noqa: E402
-from runtime.logs import Progress, start_logging  # noqa: E402
+from runtime.logs import progress, start_logging  # noqa: E402
 from utils import atomic_write  # noqa: E402
 
 log = logging.getLogger("medslip")
@@ -57,7 +57,7 @@ def annotation_files(folder: Path, output: Path) -> list[Path]:
 def read_annotations(files: list[Path], counts: Counter) -> Iterator[dict]:
     """All annotations, counted by subreddit; ValueError names file and annotation where a field is absent."""
     item: Any
-    for path in Progress(files, "combining", unit=" files"):
+    for path in progress(files, "combining", unit=" files"):
         for number, item in enumerate(iter_json(path, "annotations")):
             fields = fields_of(item, f"{path} annotation {number}", image_id=str, subreddit=str, caption=str)
             counts[fields[1].lower()] += 1

@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -133,21 +133,56 @@ class MetricWriter:
 QUIET_SECONDS = 10  # without a line, at most, where there is no terminal
 
 
-class Progress(tqdm):
-    """tqdm's bar on a terminal; elsewhere a log line every ten seconds."""
+def progress(
+    steps: Iterable[Any] | None = None, desc: str = "", total: int | None = None, initial: int = 0, unit: str = ""
+) -> tqdm | ProgressLines:
+    """tqdm's bar on a terminal; elsewhere a log line every ten seconds, with the time left where `total` is known.
 
-    def __init__(self, *args: Any, **options: Any):
-        self.as_lines = not sys.stderr.isatty()
-        quiet = {"mininterval": QUIET_SECONDS, "leave": False} if self.as_lines else {}
-        super().__init__(*args, **{**options, **quiet})
+    Both iterate over `steps`, or count by `update`, as context managers.
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Draw the bar or, where there is no terminal, log a line."""
-        if not self.as_lines:
-            super().display(msg, pos)
-        elif self.n and time.time() - self.start_t >= QUIET_SECONDS:
-            of = f" of {self.total:,}" if self.total else ""
-            log.info(f"{self.desc.removesuffix(': ')}: {self.n:,}{of}{self.unit if self.unit.strip() != 'it' else ''}")
+    Args:
+        unit: what is counted, with the space before it: " images"; "B" for bytes.
+    """
+    if not sys.stderr.isatty():
+        return ProgressLines(steps, desc, total, initial, unit)
+    return tqdm(steps, desc, total, initial=initial, unit=unit, unit_scale=unit == "B", leave=False)
+
+
+class ProgressLines:
+    """What a bar says where there is no terminal. No tqdm: its bars are redrawn by each line that is logged."""
+
+    def __init__(self, steps: Iterable[Any] | None, desc: str, total: int | None, initial: int, unit: str):
+        self.steps, self.desc, self.total, self.n, self.initial, self.unit = steps, desc, total, initial, initial, unit
+        self.began = self.said = time.monotonic()
+
+    def __iter__(self) -> Iterator[Any]:
+        for step in self.steps or ():
+            yield step
+            self.update()
+
+    def update(self, n: int = 1) -> None:
+        """Count `n` more."""
+        self.n += n
+        now = time.monotonic()
+        if now - self.said < QUIET_SECONDS:
+            return
+        self.said = now
+        of = left = ""
+        if self.total:
+            of = f" of {self.count(self.total)}"
+            seconds = (now - self.began) * (self.total - self.n) / max(self.n - self.initial, 1)
+            left = f", {format_seconds(seconds)} left"
+        log.info(f"{self.desc}: {self.count(self.n)}{of}{self.unit if self.unit != 'B' else ''}{left}")
+
+    def count(self, n: int) -> str:
+        """Bytes with their prefix, as the bar has them, or the number itself."""
+        return tqdm.format_sizeof(n, "B", 1000) if self.unit == "B" else f"{n:,}"
+
+    def __enter__(self) -> ProgressLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def format_seconds(seconds: float) -> str:

@@ -15,11 +15,12 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -43,6 +44,8 @@ from synthetic.phantoms import (
 )
 
 log = logging.getLogger("medslip")
+Progress = Callable[..., Any]
+SILENT: Progress = partial(tqdm, disable=True)
 VERSION = 1  # raise when the same seed gives other images or captions
 ROCO_SPLITS = {"train": 1.0, "validation": 0.1, "test": 0.1}  # fraction of `pairs`; ROCO v1 itself is 8 : 1 : 1
 # Row counts of the published case tables.
@@ -249,10 +252,10 @@ def write_table(path: Path, columns: tuple[str, ...], rows: Iterable[dict], line
 
 
 def draw_all(
-    root: Path, seed: int, size: int, pairs: list, cases: list, workers: int, progress: bool
+    root: Path, seed: int, size: int, pairs: list, cases: list, workers: int, progress: Progress
 ) -> tuple[list[str], list[tuple[list[dict], list[dict]]]]:
     """Run the jobs of both parts; returns what write_roco_pair and write_case return, in the jobs' order."""
-    bar = tqdm(total=len(pairs) + len(cases), desc="drawing SYNTHETIC phantoms", unit="patient", disable=not progress)
+    bar = progress(total=len(pairs) + len(cases), desc="drawing SYNTHETIC phantoms", unit=" patients")
     pair, case = (
         partial(write, root / part, seed, size) for write, part in ((write_roco_pair, "roco"), (write_case, "cbis"))
     )
@@ -272,7 +275,7 @@ def draw_all(
             return collect(pool.map(pair, pairs, chunksize=64)), collect(pool.map(case, cases, chunksize=16))
 
 
-def draw_world(root: Path, settings: dict, workers: int, progress: bool) -> dict[str, int]:
+def draw_world(root: Path, settings: dict, workers: int, progress: Progress) -> dict[str, int]:
     """Draw both parts under an empty `root`; returns counts."""
     seed = settings["seed"]
     splits = {split: max(1, round(fraction * settings["pairs"])) for split, fraction in ROCO_SPLITS.items()}
@@ -310,7 +313,7 @@ def make_demo(
     lesions: dict[str, dict[str, int]] = LESIONS,
     size: int = 64,
     workers: int = 2,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> dict[str, int]:
     """Draw the SYNTHETIC world into `root`, or keep what an earlier call with the same settings drew there.
 
@@ -322,6 +325,7 @@ def make_demo(
         lesions: kind -> split -> rows of that case table, or a few more: a patient's rows stay together.
         size: pixels along the short side of every image; crops are square, full views 5/4 as high.
         workers: processes that draw.
+        progress: makes the bar, as runtime.logs.progress does; none by default.
 
     Returns:
         What was counted, for example {"ROCO train pairs": 6000, ..., "CBIS calc train lesions": 1546, ...}.

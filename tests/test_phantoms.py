@@ -41,7 +41,7 @@ TABLES = [(kind, split) for kind in LESIONS for split in ("train", "test")]
 
 
 def draw(root: Path, **changes) -> dict[str, int]:
-    settings = {"seed": 3, "pairs": 60, "lesions": LESIONS, "size": 32, "workers": 1, "progress": False}
+    settings = {"seed": 3, "pairs": 60, "lesions": LESIONS, "size": 32, "workers": 1}
     return layouts.make_demo(root, **{**settings, **changes})
 
 

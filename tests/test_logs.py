@@ -1,0 +1,85 @@
+"""Lines of a run whose streams are files, as nohup, Slurm and a redirection leave them."""
+
+import io
+import re
+import subprocess
+import sys
+
+import torch
+from distributed_helpers import run_ranks
+from helpers import ROOT, environment
+
+import distributed
+from evaluation.features import Loading, each_once
+from runtime import logs
+
+# Each step takes a second.
+LONG = """
+import time
+seconds = [0.0]
+time.monotonic = time.time = lambda: seconds[0]
+import logging, sys
+from runtime.logs import progress, start_logging
+
+with start_logging(sys.argv[1]):
+    for step in progress(range(100), "encoding", total=100, unit=" batches"):
+        seconds[0] += 1
+        if step == 50:
+            logging.getLogger("medslip").info("half of it")
+    with progress(desc="reading", unit="B", total=2_000_000) as bar:
+        for _ in range(12):
+            seconds[0] += 1
+            bar.update(100_000)
+"""
+
+
+def test_a_long_bar_is_a_line_each_ten_seconds(tmp_path):
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
+        command = [sys.executable, "-c", LONG, str(tmp_path)]
+        subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=err, check=True)
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert (tmp_path / "err").read_text() == "" and (tmp_path / "log.txt").read_text().splitlines() == lines
+    assert lines.pop(5) == "half of it"
+    expected = [f"encoding: {n} of 100 batches, {logs.format_seconds(100 - n)} left" for n in range(10, 101, 10)]
+    assert lines == [*expected, "reading: 1.00MB of 2.00MB, 0m10s left"]
+
+
+def test_without_a_total_and_where_a_part_was_there(monkeypatch, caplog):
+    now = iter(range(0, 1000, 5))
+    monkeypatch.setattr(logs.time, "monotonic", lambda: next(now))
+    caplog.set_level("INFO", "medslip")
+    bar = logs.ProgressLines(None, "shrinking", None, 0, " files")
+    for _ in range(2):
+        bar.update(600)
+    bar = logs.ProgressLines(None, "writing", 1000, 400, " images")
+    for _ in range(2):
+        bar.update(100)
+    # 200 of the 1,000 in 10 s: the 400 that were there took no time.
+    assert caplog.messages == ["shrinking: 1,200 files", "writing: 600 of 1,000 images, 0m20s left"]
+
+
+def bar_of_a_rank(rank, world, folder):
+    """A pass over 30 samples that are each 20 s apart, as of a probe."""
+    clock = iter(range(0, 10**6, 20))
+    logs.time.monotonic = lambda: next(clock)
+    sys.stdout = sys.stderr = open(folder / f"stream{rank}", "w")
+    samples = [(torch.zeros(1), 0)] * 30
+    loading = Loading(batch_size=1, processes=distributed.Processes(rank, world))
+    with logs.start_logging(folder if rank == 0 else None, rank == 0):
+        each_once(torch.nn.Identity(), samples, lambda numbers, *_: [numbers], loading, "encoding")
+    sys.stdout.flush()
+
+
+def test_only_the_main_rank_says_how_far_it_is(tmp_path):
+    run_ranks(bar_of_a_rank, 2, tmp_path)
+    lines = (tmp_path / "stream0").read_text().splitlines()
+    assert len(lines) == 15 and all(re.fullmatch(r"encoding: \d+ of 15 batches, \S+ left", line) for line in lines)
+    assert (tmp_path / "stream1").read_text() == ""
+
+
+def test_a_terminal_gets_tqdms_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert list(logs.progress(range(3), "encoding", total=3)) == [0, 1, 2]
+    assert "encoding" in terminal.getvalue() and "\r" in terminal.getvalue()
