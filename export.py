@@ -33,6 +33,7 @@ from evaluation.metrics import METRICS
 from inputs.sizes import as_size, size_text
 from runtime.checkpoints import save_checkpoint
 from runtime.command_line import HelpFormatter, run_script
+from runtime.integrity import write_sums
 from runtime.logs import start_logging
 from synthetic.world import is_synthetic
 from tokenizer import BPE_PATH, SimpleTokenizer
@@ -388,6 +389,7 @@ def export(
     try:
         FORMATS[form](loaded, temporary)
         (temporary / "README.md").write_text(card(loaded, checkpoint, form, output, results or []), encoding="utf8")
+        write_sums(temporary)
         os.rename(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -31,10 +31,11 @@ import utils
 from inputs.images import read_image, to_8bit, to_rgb8
 from inputs.sizes import Size, as_size, size_text
 from inputs.transforms import Preprocess, eval_view
-from runtime.checkpoints import load_checkpoint, strip_wrappers, training_progress, unfinished
+from runtime.checkpoints import load_checkpoint, refuse_not_finite, strip_wrappers, training_progress, unfinished
+from runtime.integrity import check_sums
 from tokenizer import Tokenizer, create_tokenizer
 from towers.build import build_image_tower, build_text_tower, is_medclip_tower, preprocess_of
-from towers.weights import load_weights, resize_position_embeddings
+from towers.weights import load_weights, require_finite, resize_position_embeddings
 
 log = logging.getLogger("medslip")
 
@@ -431,7 +432,8 @@ class Pretrained:
             for start in range(0, len(images), batch_size):
                 part = images[start : start + batch_size]
                 batch = torch.stack([view(as_image(image), None) for image in part])  # (B, 3, H, W)
-                parts.append(F.normalize(encode(batch.to(device)).float(), dim=-1).cpu().numpy())
+                features = require_finite(encode(batch.to(device)).float())  # (B, d)
+                parts.append(F.normalize(features, dim=-1).cpu().numpy())
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
     def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> np.ndarray:
@@ -441,7 +443,7 @@ class Pretrained:
         device = next(self.model.parameters()).device
         with torch.inference_mode():
             parts = [model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)]  # (B, d) each
-        return F.normalize(torch.cat(parts), dim=-1).cpu().numpy()  # (n, d)
+        return F.normalize(require_finite(torch.cat(parts), "a caption"), dim=-1).cpu().numpy()  # (n, d)
 
     def zero_shot(
         self, images: Sequence[Any], labels: Sequence[str | Sequence[str]], templates: Sequence[str] = ("{}.",)
@@ -494,12 +496,15 @@ SAFETENSORS_FORMAT = "medslip 1"  # of config.json beside model.safetensors, whi
 def _read_exported(folder: Path) -> dict:
     """A folder that export.py wrote, as the checkpoint it came from."""
     try:
+        for name in ("config.json", "model.safetensors"):
+            check_sums(folder / name)
         about = json.loads((folder / "config.json").read_text(encoding="utf8"))
         weights = safetensors.torch.load_file(folder / "model.safetensors")
     except Exception as error:  # SafetensorError has no public base
         raise ValueError(f"{folder} is not a readable export: {error}") from error
     if not isinstance(about, dict) or about.get("format") != SAFETENSORS_FORMAT:
         raise ValueError(f"{folder} is no folder of export.py --to safetensors: config.json does not say its format")
+    refuse_not_finite(weights, folder)
     return {**about, "state_dict": weights}
 
 

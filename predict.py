@@ -42,6 +42,7 @@ from inputs.metadata import Table
 from inputs.transforms import eval_view, linear_eval_view
 from runtime.checkpoints import load_checkpoint
 from runtime.command_line import HelpFormatter, UsageError, positive_int, run_script
+from runtime.integrity import read_arrays
 from runtime.logs import start_logging
 
 log = logging.getLogger("medslip")
@@ -380,12 +381,9 @@ def search(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The nearest of an embedded set for each image or caption, best first."""
     if not args.images and not args.text:
         raise UsageError("search needs images or --text to look for")
-    with np.load(args.bank, allow_pickle=False) as stored:
-        if lacking := {"ids", "vectors", "weights", "weights_sha256"} - set(stored.files):
-            raise ValueError(
-                f"{args.bank} is not what `predict.py embed` writes: it lacks {', '.join(sorted(lacking))}"
-            )
-        bank = {name: stored[name] for name in stored.files}
+    bank = read_arrays(args.bank)
+    if lacking := {"ids", "vectors", "weights", "weights_sha256"} - set(bank):
+        raise ValueError(f"{args.bank} is not what `predict.py embed` writes: it lacks {', '.join(sorted(lacking))}")
     weights = args.weights or str(bank["weights"])
     loaded = models.load_pretrained(weights, bert_vocab=args.bert_vocab)
     if utils.weights_sha256(loaded.model.state_dict()) != str(bank["weights_sha256"]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +32,13 @@ from inputs.images import UnreadableImage
 from inputs.reader import Reader
 from inputs.sizes import Size, as_size
 from inputs.transforms import Preprocess, View
+from runtime.integrity import read_arrays
 from runtime.logs import progress
 from tokenizer import Tokenizer
 from towers.prompts import TextCache, evaluating, zeroshot_classifier
+from towers.weights import require_finite
+
+log = logging.getLogger("medslip")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tower
@@ -136,7 +141,7 @@ class Loading:
     def encode(self, tower: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """Features (B, d) in float32 of images on the device, computed in the precision of the processes."""
         with self.processes.autocast():
-            return tower(images).float()
+            return require_finite(tower(images).float())
 
     def loader_processes(self) -> int:
         """Of this process."""
@@ -254,9 +259,14 @@ def extract_or_reuse(
     time of each, or the bytes of those in memory): another run's features are never taken.
     """
     file = folder / f"{title}_{features_key(backbone, dataset, loading)}.npz"
-    if all(distributed.gather_objects(loading.processes, file.is_file())):
-        with np.load(file, allow_pickle=False) as stored:
-            return stored["features"], stored["numbers"]
+    kept: dict[str, np.ndarray] = {}
+    if file.is_file():
+        try:
+            kept = read_arrays(file)
+        except ValueError as error:
+            log.warning(f"{error}; {title}: extracted again")
+    if all(distributed.gather_objects(loading.processes, {"features", "numbers"} <= set(kept))):
+        return kept["features"], kept["numbers"]
     features, numbers = extract(backbone, dataset, title, loading)
     if loading.processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)

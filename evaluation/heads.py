@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 import utils
+from runtime.integrity import SEAL, UNSEALED, check_seal, seal
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples
@@ -128,16 +129,21 @@ def save_heads(path: Path, heads: Sequence[Linear], about: dict[str, Any]) -> No
         for name, value in vars(head).items()
         if value is not None
     }
-    data = safetensors.numpy.save(tensors, {"about": json.dumps({**about, "heads": len(heads)})})
+    described = {"about": json.dumps({**about, "heads": len(heads)}), SEAL: UNSEALED}
+    data = bytearray(safetensors.numpy.save(tensors, described))
+    seal(data)
     utils.atomic_write(path, lambda file: file.write(data))
 
 
 def load_heads(path: Path) -> tuple[list[Linear], dict[str, Any]]:
-    """(heads, about) of a file that `save_heads` wrote; another one is a ValueError that names it."""
+    """(heads, about) of a file that `save_heads` wrote; ValueError for another or a damaged one."""
+    check_seal(path)
     try:
         with safetensors.safe_open(path, "np") as file:
             about = json.loads((file.metadata() or {})["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if spoilt := [name for name, value in tensors.items() if np.isnan(value).any()]:
+            raise ValueError(f"{spoilt[0]} holds NaN")
         if about.get("heads", 1) == 1:
             return [Linear(**tensors)], about
         parts: list[dict[str, np.ndarray]] = [{} for _ in range(about["heads"])]

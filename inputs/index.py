@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from inputs.columns import Columns, Row, TextColumn
+from runtime.integrity import SEAL, UNSEALED, check_seal, seal_file
 
 log = logging.getLogger("medslip")
 # One file of .npy arrays, mapped into memory, after a first one that holds JSON. It stays valid as long as
@@ -131,7 +132,7 @@ def save_index(path: Path, key: list, columns: Columns) -> None:
 
 def write_index(path: Path, head: dict, arrays: dict[str, np.ndarray | RawFile]) -> None:
     """The file that `load_index` maps: all of it or, where that fails, none."""
-    described = np.frombuffer(json.dumps({**head, "arrays": list(arrays)}).encode(), dtype=np.uint8)
+    described = np.frombuffer(json.dumps({SEAL: UNSEALED, **head, "arrays": list(arrays)}).encode(), dtype=np.uint8)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -145,14 +146,20 @@ def write_index(path: Path, head: dict, arrays: dict[str, np.ndarray | RawFile])
                 else:
                     np.save(file, values, allow_pickle=False)
                 file.write(b"\0" * (-file.tell() % 64))  # the next array starts aligned
+        seal_file(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_index(path: Path, key: list) -> Columns | None:
-    """The columns, mapped into memory; None where no index belongs to this state of the metadata."""
+    """The columns, mapped into memory; None where no index belongs to this state of the metadata, or a damaged one."""
     if not path.is_file():
+        return None
+    try:
+        check_seal(path)
+    except ValueError as error:
+        log.warning(f"{error}; the metadata is read again")
         return None
     with open(path, "rb") as file:
         try:

@@ -100,7 +100,7 @@ def explained(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, mo
     if not most or runs.cbis is None:
         return None
     if (model := table.last(*PROBE_FILES)) is None:
-        return {"why": "no probe kept its head (head.safetensors)"}
+        return {"why": f"no probe has all of {', '.join(PROBE_FILES)}"}
     folder = model.folders[0]
     try:
         own = Predictions.read(folder / "predictions.csv")

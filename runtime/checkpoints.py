@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import pathlib
 import re
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.integrity import check_archive
 from utils import atomic_write
 
 log = logging.getLogger("medslip")
@@ -65,11 +67,14 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        ValueError: torn, foreign, or holding types other than tensors and plain values (named in the message).
+        ValueError: torn, damaged, foreign, or holding types other than tensors and plain values (named in the
+            message), or NaN.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    # Of a mapped file no more than the plain values is read here, and no more is looked at.
+    check_archive(path, (lambda name: "/data/" not in name) if mmap else (lambda name: True))
     try:
         with torch.serialization.safe_globals(_PUBLISHED_TYPES):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -78,7 +83,24 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
         raise ValueError(f"{path} is not a readable checkpoint: {why}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
+    if not mmap:
+        refuse_not_finite({key: value for key, value in state.items() if key != "optimizer"}, path)
     return state
+
+
+def refuse_not_finite(weights: Mapping[Any, Any], source: str | Path) -> None:
+    """ValueError naming a tensor, also in dictionaries within, that holds NaN or infinity.
+
+    With one NaN a network answers the same of every image. A mask, of attention, may hold minus infinity.
+    """
+    for name, value in weights.items():
+        if isinstance(value, dict):
+            refuse_not_finite(value, source)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+            continue
+        low, high = (value if value.element_size() > 1 else value.float()).aminmax()  # keeps NaN; one pass, no copy
+        if math.isnan(low) or (math.inf in (high, -low) and not str(name).endswith("mask")):
+            raise ValueError(f"{source} is of no use: {name} holds {'NaN' if math.isnan(low) else 'infinity'}")
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:

@@ -38,7 +38,7 @@ def write_roco(root, n=6):
 
 
 def text_files(folder):
-    return sorted((folder / "features").glob("text_*.npy"))
+    return sorted((folder / "features").glob("text_*.npz"))
 
 
 def test_text_features_are_encoded_once_for_a_model_and_its_prompts(tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 """export.py against the libraries that load what it writes: open_clip, timm, onnxruntime and MedCLIP's loader."""
 
 import json
+import os
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -80,7 +83,7 @@ def test_open_clip_gives_the_same_embeddings_of_images_and_captions(flags, tmp_p
         assert F.cosine_similarity(found, torch.from_numpy(expected)).min() > 0.99999
     assert theirs.logit_scale.item() == pytest.approx(ours.model.logit_scale.item())
     assert {file.name for file in folder.iterdir()} == {
-        "README.md", "open_clip_config.json", "open_clip_model.safetensors"
+        "README.md", "SHA256SUMS", "open_clip_config.json", "open_clip_model.safetensors"
     }  # fmt: skip
 
 
@@ -108,6 +111,19 @@ def test_timm_gives_the_towers_features(flags, tmp_path):
     torch.testing.assert_close(view(Image.open(path)), expected, atol=0.02, rtol=0)
 
 
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs coreutils")
+def test_sha256sum_finds_the_file_that_was_changed(tmp_path):
+    checkpoint = built(tmp_path / "c.pt", "--model", "SLIP_VITT16", *TINY)
+    folder = export.main([str(checkpoint), "--to", "timm", "--output", str(tmp_path / "out")])
+    check = ["sha256sum", "--strict", "-c", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=folder, capture_output=True).returncode == 0
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"!")
+    done = subprocess.run(check, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 1 and "model.safetensors: FAILED" in done.stdout
+
+
 def test_safetensors_come_back_as_the_checkpoint(tmp_path):
     checkpoint = built(tmp_path / "c.pt", "--model", "SLIP_VITT16", *TINY)
     folder = export.main([str(checkpoint), "--to", "safetensors", "--output", str(tmp_path / "out")])
@@ -118,6 +134,9 @@ def test_safetensors_come_back_as_the_checkpoint(tmp_path):
     np.testing.assert_array_equal(theirs.embed_captions(["a ct"]), ours.embed_captions(["a ct"]))
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(about | {"format": "another"}))
+    with pytest.raises(ValueError, match=r"config.json is not the file of which .*SHA256SUMS speaks"):
+        models.load_pretrained(folder)
+    (folder / "SHA256SUMS").unlink()  # of an earlier version
     with pytest.raises(ValueError, match="no folder of export.py"):
         models.load_pretrained(folder)
 

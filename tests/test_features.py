@@ -234,7 +234,7 @@ def test_each_distinct_prompt_is_encoded_once():
 
 
 def text_files(folder):
-    return sorted((folder / "features").glob("text_*.npy"))
+    return sorted((folder / "features").glob("text_*.npz"))
 
 
 def test_a_kept_classifier_is_the_encoded_one(tmp_path):

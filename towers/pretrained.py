@@ -21,7 +21,8 @@ import timm
 from torch import Tensor
 
 from inputs.sizes import as_size
-from runtime.checkpoints import load_checkpoint, strip_wrappers
+from runtime.checkpoints import load_checkpoint, refuse_not_finite, strip_wrappers
+from runtime.integrity import check_sums
 from tokenizer import read_vocab
 from towers.weights import Mismatch, resize_position_embeddings
 
@@ -192,10 +193,13 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"weights {path} do not exist")
     if path.suffix == ".safetensors":
+        check_sums(path)
         try:
-            return safetensors.torch.load_file(path)
+            weights = safetensors.torch.load_file(path)
         except Exception as error:  # SafetensorError has no public base
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        refuse_not_finite(weights, path)
+        return weights
     state: Any = load_checkpoint(path)
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), dict):

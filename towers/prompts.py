@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
+from runtime.integrity import read_arrays
 from tokenizer import Tokenizer
+from towers.weights import require_finite
+
+log = logging.getLogger("medslip")
 
 
 @contextlib.contextmanager
@@ -58,7 +63,7 @@ def zeroshot_classifier(
         return kept.to(device)
     with evaluating(model):
         parts = [model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)]
-        features = torch.cat(parts)  # (P, d)
+        features = require_finite(torch.cat(parts), "a prompt")  # (P, d)
     features = F.normalize(features, dim=-1)  # (P, d)
     means = [features[of_class].mean(dim=0) for of_class in rows]
     classifier = F.normalize(torch.stack(means), dim=-1).T  # (d, C)
@@ -94,15 +99,22 @@ class TextCache:
         """Where the classifier of these prompts is or would be kept."""
         key = hashlib.sha256(f"{self.model} {tuple(tokens.shape)} {rows}".encode())
         key.update(tokens.contiguous().numpy().tobytes())
-        return self.folder / f"text_{key.hexdigest()[:32]}.npy"
+        return self.folder / f"text_{key.hexdigest()[:32]}.npz"
 
     def read(self, tokens: Tensor, rows: list[list[int]]) -> Tensor | None:
-        """The classifier (d, C) of an earlier run; None where there is none."""
+        """The classifier (d, C) of an earlier run; None where there is none, or one that is damaged."""
         file = self.file(tokens, rows)
-        return torch.from_numpy(np.load(file, allow_pickle=False)) if file.is_file() else None
+        earlier = file.with_suffix(".npy")  # until the files told whether they are damaged
+        try:
+            if file.is_file():
+                return torch.from_numpy(read_arrays(file)["classifier"])
+            return torch.from_numpy(np.load(earlier, allow_pickle=False)) if earlier.is_file() else None
+        except (ValueError, KeyError) as error:
+            log.warning(f"{error}; the prompts are embedded again")
+            return None
 
     def write(self, tokens: Tensor, rows: list[list[int]], classifier: Tensor) -> None:
         """Keep a classifier (d, C), where this process is the one that writes."""
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            utils.atomic_write(self.file(tokens, rows), lambda out: np.save(out, classifier.cpu().numpy()))
+            utils.atomic_write(self.file(tokens, rows), lambda out: np.savez(out, classifier=classifier.cpu().numpy()))

@@ -69,6 +69,15 @@ class Mismatch:
         return "; ".join(f"{kind} ({len(names)}): {', '.join(names[:8]) or 'none'}" for kind, names in kinds.items())
 
 
+def require_finite(features: Tensor, of: str = "an image") -> Tensor:
+    """The features as they are; ValueError for NaN or infinity among them, from which any answer could be made."""
+    if not features.isfinite().all():
+        raise ValueError(
+            f"a tower answers {of} with NaN or infinity: its weights, or numbers too large for --precision are at fault"
+        )
+    return features
+
+
 def load_weights(model: Any, state_dict: dict[str, Tensor], source: str, other_head: bool = False) -> None:
     """Load every parameter and buffer by name.
 
