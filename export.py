@@ -34,7 +34,7 @@ from inputs.sizes import as_size, size_text
 from runtime.checkpoints import save_checkpoint
 from runtime.command_line import HelpFormatter, run_script
 from runtime.integrity import write_sums
-from runtime.logs import start_logging
+from runtime.logs import read_rows, start_logging
 from synthetic.world import is_synthetic
 from tokenizer import BPE_PATH, SimpleTokenizer
 from towers import medclip
@@ -360,8 +360,7 @@ def validation_of(log_file: Path) -> list[str]:
     """The last epoch's validation of the training run."""
     if not log_file.is_file():
         return []
-    rows = [json.loads(line) for line in log_file.read_text(encoding="utf8").splitlines() if line.strip()]
-    epochs = [row for row in rows if row.get("kind") == "epoch"]
+    epochs = read_rows(log_file, "epoch")
     kept = {k: v for k, v in (epochs[-1] if epochs else {}).items() if k.startswith("val_") and v is not None}
     if not kept:
         return []

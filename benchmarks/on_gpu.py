@@ -35,6 +35,7 @@ import utils
 from evaluation import features
 from inputs import colour
 from runtime.command_line import run_script
+from runtime.logs import read_rows
 from runtime.versions import versions
 
 STEPS = ("SLIP_VITB16", "MEDSLIP_VIT", "MEDSLIP_RESNET")
@@ -171,8 +172,7 @@ def input_wait(name: str, args: argparse.Namespace) -> dict:
              "--batch-size", str(batch), "--epochs", "2", "--print-freq", "4", "-j", "16", "--warmup-epochs", "0",
              *(["--gpu", "-1"] if args.cpu else []), *extra]
         )  # fmt: skip
-        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    trained = [row for row in rows if row["kind"] == "train"]
+        trained = read_rows(run / "log.jsonl", "train")
     last = [row for row in trained if row["epoch"] == 1][1:] or trained[-1:]  # without start and compilation
     return {
         "batch": batch, "workers": min(16, distributed.cores()),

@@ -57,7 +57,7 @@ from inputs.transforms import eval_view
 from preparation import audit
 from preparation.shrink import shrink
 from runtime.checkpoints import load_checkpoint, save_checkpoint
-from runtime.logs import start_logging
+from runtime.logs import read_rows, start_logging
 
 MODEL, TOWER = "VITT16", "tf_efficientnet_lite0"  # the text side of SLIP_VITT16, and the image tower in its place
 COMMON = (
@@ -378,7 +378,7 @@ def retrieval_of(log: Path) -> dict[str, float]:
     """The last epoch's retrieval over the validation pairs, in percent."""
     if not log.is_file():
         return {}
-    rows = [row for line in log.read_text().splitlines() if (row := json.loads(line))["kind"] == "epoch"]
+    rows = read_rows(log, "epoch")
     return {k: v for k, v in rows[-1].items() if k.startswith("val_")} if rows else {}
 
 

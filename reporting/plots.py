@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from inputs import cbis
 from reporting import figures
 from reporting.plan import TABLES
 from reporting.runs import MISSING, ResultRow, ResultTable, Runs, read_predictions, row_name
+from runtime.logs import read_rows
 
 log = logging.getLogger("medslip")
 BANDS = 200  # resamples of the patients behind a curve's band
@@ -130,16 +130,15 @@ def training_figures(runs: Runs, gallery: Gallery) -> list[str]:
     """Loss and validation recall over epochs; the seeds of a row are a band from the lowest to the highest."""
     curves: dict[str, list] = {"loss": [], "recall": []}
     for name, folders in runs.trainings.items():
-        logs = [[row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-                 if row["kind"] == "epoch"] for folder in folders]  # fmt: skip
-        epochs = min((len(log) for log in logs), default=0)
+        logs = [{row["epoch"]: row for row in read_rows(folder / "log.jsonl", "epoch")} for folder in folders]
+        epochs = sorted(set.intersection(*map(set, logs)))  # that every seed has done
         if not epochs:
             continue
         for key, pick in (("loss", epoch_loss), ("recall", epoch_recall)):
-            values = np.array([[pick(row) for row in log[:epochs]] for log in logs], dtype=float)
+            values = np.array([[pick(log[epoch]) for epoch in epochs] for log in logs], dtype=float)  # (seeds, epochs)
             kept = ~np.isnan(values).any(0)
             if kept.any():
-                x, values = np.flatnonzero(kept) + 1, values[:, kept]
+                x, values = np.array(epochs)[kept] + 1, values[:, kept]
                 band = (values.min(0), values.max(0)) if len(values) > 1 else (np.array([]), np.array([]))
                 curves[key].append((name, x, values.mean(0), *band))
     found = []

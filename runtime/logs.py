@@ -68,6 +68,9 @@ def start_logging(output_dir: str | Path | None = None, is_main: bool = True) ->
             handler.close()
 
 
+ROWS_FILE = "log.jsonl"
+
+
 class MetricWriter:
     """Records for programs: log.jsonl, TensorBoard and, on request, Weights & Biases.
 
@@ -104,7 +107,8 @@ class MetricWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         self._output_dir.mkdir(parents=True, exist_ok=True)
-        self._rows = open(self._output_dir / "log.jsonl", "a", buffering=1, encoding="utf8")
+        drop_torn_line(self._output_dir / ROWS_FILE)
+        self._rows = open(self._output_dir / ROWS_FILE, "a", buffering=1, encoding="utf8")
         self._board = board = SummaryWriter(str(self._output_dir / "tensorboard"))
         self._sinks.append(
             lambda row, step: [board.add_scalar(k, v, step) for k, v in row.items() if isinstance(v, (int, float))]
@@ -128,6 +132,31 @@ class MetricWriter:
             if file is not None:
                 file.close()
         self.enabled = False
+
+
+def drop_torn_line(path: Path) -> None:
+    """Take off what a kill left of a line, to which the next row would be joined."""
+    if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        with open(path, "r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of a kind that a MetricWriter has written, in the order of their steps.
+
+    A run that was killed repeats what it did after its last checkpoint, and its rows: the last of a step counts. A line
+    that is no record, as a kill tears one, is left out and named in the log.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf8", errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if row["kind"] == kind:
+                found[int(row["step"])] = row
+        except (ValueError, KeyError, TypeError):
+            if line.strip():
+                log.warning(f"{path}, line {number} is left out: no record of a run")
+    return [found[step] for step in sorted(found)]
 
 
 QUIET_SECONDS = 10  # without a line, at most, where there is no terminal

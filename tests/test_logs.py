@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+from contextlib import closing
 
 import torch
 from distributed_helpers import run_ranks
@@ -11,6 +12,7 @@ from helpers import ROOT, environment
 
 import distributed
 from evaluation.features import Loading, each_once
+from reporting import plots, runs
 from runtime import logs
 
 # Each step takes a second.
@@ -83,3 +85,40 @@ def test_a_terminal_gets_tqdms_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     assert list(logs.progress(range(3), "encoding", total=3)) == [0, 1, 2]
     assert "encoding" in terminal.getvalue() and "\r" in terminal.getvalue()
+
+
+def write_rows(folder, *rows):
+    with closing(logs.MetricWriter(folder)) as writer:
+        for kind, step, values in rows:
+            writer.row(kind, step, values)
+
+
+def test_after_a_kill_the_last_row_of_a_step_counts(tmp_path, caplog):
+    """The epoch's row is written before its checkpoint: a kill between them repeats it."""
+    write_rows(tmp_path, ("train", 4, {"loss": 3.0}), ("epoch", 4, {"epoch": 0, "loss": 3.5}))
+    write_rows(tmp_path, ("train", 4, {"loss": 3.0}), ("epoch", 4, {"epoch": 0, "loss": 2.5}))
+    write_rows(tmp_path, ("epoch", 8, {"epoch": 1, "loss": 2.0}))
+    file = tmp_path / "log.jsonl"
+    assert [(row["epoch"], row["loss"]) for row in logs.read_rows(file, "epoch")] == [(0, 2.5), (1, 2.0)]
+    assert len(logs.read_rows(file, "train")) == 1 and not caplog.messages
+
+    whole = file.read_text()
+    file.write_text(whole[:-20])  # a line that a kill tore
+    assert [row["epoch"] for row in logs.read_rows(file, "epoch")] == [0]
+    assert caplog.messages == [f"{file}, line 5 is left out: no record of a run"]
+    write_rows(tmp_path, ("epoch", 8, {"epoch": 1, "loss": 2.0}))  # nothing is joined to it
+    assert [row["epoch"] for row in logs.read_rows(file, "epoch")] == [0, 1] and len(caplog.messages) == 1
+
+
+def test_a_curve_stands_at_its_epochs(tmp_path, monkeypatch):
+    """Of two seeds one was killed after its first epoch, the other in its third: the epochs that both have done."""
+    rows = [("epoch", 4 * n, {"epoch": n - 1, "loss": 4.0 - n, "val_i2t_r1": 10.0 * n}) for n in (1, 2, 3)]
+    write_rows(tmp_path / "a", rows[0], *rows)
+    write_rows(tmp_path / "b", *rows[:2])
+    drawn = {}
+    monkeypatch.setattr(plots.figures, "curves", lambda curves, title, *_, **__: drawn.setdefault(title, curves) and "")
+    plots.training_figures(runs.Runs(trainings={"row": [tmp_path / "a", tmp_path / "b"]}), plots.Gallery())
+    loss, recall = drawn.values()
+    for curve, values in ((loss, [3.0, 2.0]), (recall, [10.0, 20.0])):
+        ((_, x, mean, low, high),) = curve
+        assert x.tolist() == [1, 2] and mean.tolist() == low.tolist() == high.tolist() == values
