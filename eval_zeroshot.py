@@ -31,6 +31,7 @@ from inputs.sizes import ImageSize
 from inputs.transforms import Preprocess, View
 from runtime.command_line import UsageError, positive_int, run_script
 from runtime.logs import start_logging
+from runtime.one_run import one_run
 from tokenizer import Tokenizer
 from towers.prompts import TextCache
 
@@ -201,7 +202,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Evaluate, print a table and write zeroshot.json to --output-dir; returns what was written."""
     args = get_args_parser().parse_args(argv)
     processes = distributed.init_distributed(args)
-    with start_logging(is_main=processes.is_main), distributed.ending_together(processes):
+    with (
+        one_run(args.output_dir, processes),
+        start_logging(is_main=processes.is_main),
+        distributed.ending_together(processes),
+    ):
         return evaluate(args, processes)
 
 

@@ -62,6 +62,7 @@ from runtime.command_line import (
 )
 from runtime.logs import MetricWriter, format_seconds, start_logging
 from runtime.meeting import meet
+from runtime.one_run import one_run
 from runtime.versions import versions
 from tokenizer import Tokenizer, create_tokenizer
 from towers import pretrained as pretrained_towers
@@ -1056,9 +1057,14 @@ def main(argv: list[str] | None = None) -> dict:
     processes = distributed.init_distributed(args)
     if args.shard and processes.world_size == 1:
         raise UsageError("--shard splits the model over several processes: start it with torchrun or submitit")
-    with start_logging(args.output_dir, processes.is_main), distributed.ending_together(processes):
-        if args.evaluate:
+    if args.evaluate:  # which writes nothing
+        with start_logging(is_main=processes.is_main), distributed.ending_together(processes):
             return evaluate(args, processes)
+    with (
+        one_run(args.output_dir, processes),
+        start_logging(args.output_dir, processes.is_main),
+        distributed.ending_together(processes),
+    ):
         with closing(MetricWriter(Path(args.output_dir), processes.is_main, args.wandb, vars(args))) as writer:
             return train(args, processes, writer)
 

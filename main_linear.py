@@ -46,6 +46,7 @@ from runtime.command_line import (
     run_script,
 )
 from runtime.logs import start_logging
+from runtime.one_run import one_run
 from runtime.versions import versions
 
 log = logging.getLogger("medslip")
@@ -164,7 +165,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     given = vars(parse_with_config(get_args_parser(), argv))
     args = argparse.Namespace(**{**given, "seed": given["seed"] or 0})  # published without a number
     processes = distributed.init_distributed(args)
-    with start_logging(is_main=processes.is_main), distributed.ending_together(processes):
+    with (
+        one_run(args.output_dir, processes),
+        start_logging(is_main=processes.is_main),
+        distributed.ending_together(processes),
+    ):
         return evaluate(args, processes)
 
 

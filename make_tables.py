@@ -26,10 +26,11 @@ from beit_finetuning import run_class_finetuning
 from inputs import cbis
 from preparation.cbis_tables import index_series, read_case_tables
 from reporting.plan import INPUTS, TABLES, Plan, PlannedRow, read_plan
-from reporting.steps import folder_of, plan_steps, run_steps
+from reporting.steps import Step, folder_of, plan_steps, run_steps
 from reporting.tables import collect, describe, name_primary
 from runtime.command_line import HelpFormatter, UsageError, positive_int, run_script
 from runtime.logs import start_logging
+from runtime.one_run import one_run
 
 log = logging.getLogger("medslip")
 HERE = Path(__file__).resolve().parent
@@ -166,6 +167,12 @@ def make_tables(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run:
         log.info("\n".join(f"# {step.name}{' (done)' * step.done}\n{shlex.join(step.command)}" for step in steps))
         return {}
+    with one_run(out):
+        return run_plan(plan, args, out, steps)
+
+
+def run_plan(plan: Plan, args: argparse.Namespace, out: Path, steps: list[Step]) -> dict[str, Any]:
+    """Run what is not done, and gather the tables."""
     primary = name_primary(plan, out, any(out.glob("runs/*/*/*/results.json")))
     run_steps(steps)
     if any(step.status.startswith("submitted") for step in steps):

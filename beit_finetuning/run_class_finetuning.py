@@ -63,6 +63,7 @@ from runtime.command_line import (
 )
 from runtime.logs import MetricWriter, start_logging
 from runtime.meeting import meet
+from runtime.one_run import one_run
 from runtime.versions import versions
 
 log = logging.getLogger("medslip")
@@ -603,7 +604,11 @@ def main(argv: list[str] | None = None) -> dict:
     """Fine-tune as the command line says; returns what results.json holds, or `stopped_by` after a signal."""
     args = parse_with_config(get_args_parser(), argv)
     processes = distributed.init_distributed(args)
-    with start_logging(args.output_dir, processes.is_main), distributed.ending_together(processes):
+    with (
+        one_run(args.output_dir, processes),
+        start_logging(args.output_dir, processes.is_main),
+        distributed.ending_together(processes),
+    ):
         with closing(MetricWriter(Path(args.output_dir), processes.is_main)) as writer:
             return fine_tune(args, processes, writer)
 
