@@ -61,7 +61,7 @@ from runtime.command_line import (
     run_script,
 )
 from runtime.logs import MetricWriter, format_seconds, start_logging
-from runtime.meeting import meet
+from runtime.meeting import meet, meeting_due
 from runtime.one_run import one_run
 from runtime.versions import versions
 from tokenizer import Tokenizer, create_tokenizer
@@ -856,7 +856,7 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
                 save_last_step(run, totals)
                 raise
             bar.update()
-            if run.step_in_epoch % args.print_freq and run.step_in_epoch < run.steps_per_epoch:
+            if not meeting_due(run.processes, stop, run.step_in_epoch, run.steps_per_epoch, args.print_freq):
                 continue
 
             # The one point of the interval at which the host waits for the device.
@@ -1025,7 +1025,7 @@ def train(args: argparse.Namespace, processes: Processes, writer: MetricWriter) 
     record_settings(args, run, len(reader))
 
     scores = {}
-    with StopRequest() as stop:
+    with StopRequest(processes, lambda: time.monotonic() - run.last_save) as stop:
         while run.epoch < args.epochs:
             if not train_one_epoch(run, stop):
                 return {**scores, "stopped_by": stop.name}

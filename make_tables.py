@@ -174,7 +174,9 @@ def make_tables(args: argparse.Namespace) -> dict[str, Any]:
 def run_plan(plan: Plan, args: argparse.Namespace, out: Path, steps: list[Step]) -> dict[str, Any]:
     """Run what is not done, and gather the tables."""
     primary = name_primary(plan, out, any(out.glob("runs/*/*/*/results.json")))
-    run_steps(steps)
+    if stopped_by := run_steps(steps):
+        log.info(f"stopped by {stopped_by}: the same command goes on from here")
+        return {"stopped_by": stopped_by}
     if any(step.status.startswith("submitted") for step in steps):
         log.info("trainings are in the queue: run the same command again when they have ended")
         return {}

@@ -432,8 +432,8 @@ class Pretrained:
             for start in range(0, len(images), batch_size):
                 part = images[start : start + batch_size]
                 batch = torch.stack([view(as_image(image), None) for image in part])  # (B, 3, H, W)
-                features = require_finite(encode(batch.to(device)).float())  # (B, d)
-                parts.append(F.normalize(features, dim=-1).cpu().numpy())
+                features = F.normalize(encode(batch.to(device)).float(), dim=-1).cpu()  # (B, d)
+                parts.append(require_finite(features).numpy())
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
     def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> np.ndarray:
@@ -443,7 +443,7 @@ class Pretrained:
         device = next(self.model.parameters()).device
         with torch.inference_mode():
             parts = [model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)]  # (B, d) each
-        return F.normalize(require_finite(torch.cat(parts), "a caption"), dim=-1).cpu().numpy()  # (n, d)
+        return require_finite(F.normalize(torch.cat(parts), dim=-1).cpu(), "a caption").numpy()  # (n, d)
 
     def zero_shot(
         self, images: Sequence[Any], labels: Sequence[str | Sequence[str]], templates: Sequence[str] = ("{}.",)

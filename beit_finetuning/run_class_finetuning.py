@@ -62,7 +62,7 @@ from runtime.command_line import (
     run_script,
 )
 from runtime.logs import MetricWriter, start_logging
-from runtime.meeting import meet
+from runtime.meeting import meet, meeting_due
 from runtime.one_run import one_run
 from runtime.versions import versions
 
@@ -449,7 +449,7 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
         images += sum(len(labels) for _, labels in group) * processes.world_size
         loss_sum += update(run, group)
         updates += 1
-        if run.step_in_epoch % args.print_freq and run.step_in_epoch < run.steps_per_epoch:
+        if not meeting_due(processes, stop, run.step_in_epoch, run.steps_per_epoch, args.print_freq):
             continue
         # The one point at which the host waits for the device.
         save_due = processes.is_main and time.monotonic() - run.last_save > 60 * args.save_every_minutes
@@ -589,7 +589,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, writer: MetricWrit
             raise ValueError(f"--eval needs a finished run in --output_dir; there is none in {args.output_dir}")
     else:
         record_settings(run)
-        with StopRequest() as stop:
+        with StopRequest(processes, lambda: time.monotonic() - run.last_save) as stop:
             while run.epoch < args.epochs:
                 if not train_one_epoch(run, stop):
                     return {"stopped_by": stop.name}

@@ -141,7 +141,7 @@ class Loading:
     def encode(self, tower: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """Features (B, d) in float32 of images on the device, computed in the precision of the processes."""
         with self.processes.autocast():
-            return require_finite(tower(images).float())
+            return tower(images).float()
 
     def loader_processes(self) -> int:
         """Of this process."""
@@ -224,7 +224,8 @@ def each_once(
                 raise error
             if len(numbers):
                 columns = compute(numbers, images.to(loading.device, non_blocking=True), targets)
-                rows.append([numbers, *(column.cpu() for column in columns)])
+                # On the host, where they are waited for in any case.
+                rows.append([numbers, *(require_finite(column.cpu()) for column in columns)])
     own = [torch.cat(column) for column in zip(*rows, strict=True)]  # (n_r, ...); empty where this rank has no samples
     parts = [part for part in distributed.gather_objects(processes, own) if part]
     if not parts:
@@ -393,6 +394,6 @@ def _zeroshot_pass(
         if (out_of_range := (targets < 0) | (targets >= len(names))).any():
             raise ValueError(f"label {int(targets[out_of_range][0])} in the data, but {len(names)} class names")
         features = loading.encode(model.encode_image, images)  # (B, d)
-        return compute((F.normalize(features, dim=-1) @ classifier).cpu(), targets)
+        return compute(require_finite((F.normalize(features, dim=-1) @ classifier).cpu()), targets)
 
     return each_once(model, labelled.dataset, of_batch, loading, "zero-shot")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import time
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ from runtime.checkpoints import (
 )
 from runtime.command_line import StopRequest
 from runtime.logs import MetricWriter
-from runtime.meeting import meet
+from runtime.meeting import meet, meeting_due
 
 log = logging.getLogger("medslip")
 FILES = RunFiles(numbered="linear_step", newest="linear_checkpoint.pt", best="linear_best.pt")
@@ -85,6 +86,7 @@ class LinearRun:
     epoch: int = 0
     step_in_epoch: int = 0
     best: float = -math.inf  # score on the test split
+    last_save: float = field(default_factory=time.monotonic)
 
     @property
     def processes(self) -> distributed.Processes:
@@ -118,7 +120,7 @@ def train_sgd(probe: Probe, catalog: Catalog, recipe: Recipe) -> dict[str, Any]:
         f"{run.processes.world_size} process(es) = batch {run.sampler.global_batch}; learning rate {run.base_lr:g}"
     )
     outputs = None  # of the test split by the layer as it stands
-    with closing(run.writer), StopRequest() as stop:
+    with closing(run.writer), StopRequest(run.processes, lambda: time.monotonic() - run.last_save) as stop:
         while run.epoch < recipe.epochs:
             if not train_epoch(run, stop):
                 return {"stopped_by": stop.name}
@@ -208,7 +210,7 @@ def train_epoch(run: LinearRun, stop: StopRequest) -> bool:
         run.step_in_epoch += 1
         correct = (logits.argmax(1) == labels).sum()
         sums += torch.stack([loss.detach() * len(labels), correct.float(), sums.new_full((), len(labels))])
-        if run.step_in_epoch % recipe.print_freq and run.step_in_epoch < steps:
+        if not meeting_due(processes, stop, run.step_in_epoch, steps, recipe.print_freq):
             continue
         meeting = meet(processes, sums, stop)
         loss_sum, found, seen = meeting.sums
@@ -294,6 +296,7 @@ def resume_sgd(run: LinearRun) -> None:
 
 def save_sgd(run: LinearRun, is_best: bool = False) -> None:
     """Checkpoint the run as it stands; every rank calls this."""
+    run.last_save = time.monotonic()
     states = distributed.gather_objects(run.processes, utils.random_state(run.processes.device))
     if not run.processes.is_main:
         return

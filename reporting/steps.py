@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import shlex
 import signal
@@ -19,7 +20,9 @@ from typing import Any
 import utils
 from reporting.plan import TABLES, Plan, PlannedRow
 from runtime.checkpoints import load_checkpoint, training_progress
+from runtime.command_line import ENDS_WITH_PARENT, SIGNALS
 from runtime.logs import format_seconds
+from runtime.one_run import in_use
 
 log = logging.getLogger("medslip")
 HERE = Path(__file__).resolve().parents[1]
@@ -111,22 +114,68 @@ def evaluation(
     return Step(name, folder, command, result, needs)
 
 
-def run_steps(steps: list[Step]) -> None:
-    """Each step that is not done and has what it needs; a failure stops only what needs it."""
-    for number, step in enumerate(steps, 1):
-        title = f"[{number}/{len(steps)}] {step.name}"
-        if step.training and already_trained(step):
-            step.status = "done before"
-        elif step.done:
-            step.status = "done before"
-        elif step.training and (state := state_in_queue(step.folder)):
-            step.status = f"submitted before: {state}"
-        elif absent := [path for path in step.needs if not path.exists()]:
-            step.status = f"not run: {absent[0]} is not there"
-        else:
-            run_step(step, title)
-            continue
-        log.info(f"{title}: {step.status}")
+class Signals:
+    """Inside the block a signal that asks to stop goes on to the step that runs, and none is started after it."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.running: subprocess.Popen | None = None
+
+    def __enter__(self) -> Signals:
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in self.before.items():
+            if handler != signal.SIG_IGN:  # nohup's
+                signal.signal(number, self.pass_on)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def pass_on(self, number: int, frame: object) -> None:
+        """The handler."""
+        self.name = self.name or signal.Signals(number).name
+        if self.running is not None:
+            self.running.send_signal(number)
+
+
+def run_steps(steps: list[Step]) -> str:
+    """Each step that is not done and has what it needs; a failure stops only what needs it.
+
+    Returns:
+        The name of the signal that stopped them; "" where none came.
+    """
+    with Signals() as signals:
+        for number, step in enumerate(steps, 1):
+            title = f"[{number}/{len(steps)}] {step.name}"
+            if step.training and already_trained(step):
+                step.status = "done before"
+            elif step.done:
+                step.status = "done before"
+            elif signals.name:
+                step.status = f"not run: stopped by {signals.name}"
+            elif step.training and (state := state_in_queue(step.folder)):
+                step.status = f"submitted before: {state}"
+            elif absent := [path for path in step.needs if not path.exists()]:
+                step.status = f"not run: {absent[0]} is not there"
+            elif user := wait_for_folder(step, signals):
+                step.status = f"not run: {user}"
+            else:
+                run_step(step, title, signals)
+                continue
+            log.info(f"{title}: {step.status}")
+    return signals.name
+
+
+PATIENCE = 120  # s, for the step of a make_tables.py that was killed to write its checkpoint and end
+
+
+def wait_for_folder(step: Step, signals: Signals) -> str:
+    """Who is still in the step's folder after PATIENCE; "" once nobody is."""
+    end = time.monotonic() + PATIENCE
+    while (user := in_use(step.folder)) and not signals.name and time.monotonic() < end:
+        time.sleep(1)
+    return user
 
 
 def already_trained(step: Step) -> bool:
@@ -156,23 +205,21 @@ def state_in_queue(folder: Path) -> str:
     return f"job {number} is {', '.join(states)}" if states else ""
 
 
-def run_step(step: Step, title: str) -> None:
+def run_step(step: Step, title: str, signals: Signals) -> None:
     """One command in a process of its own; its output goes to output.txt in the folder, its last lines are shown."""
     step.folder.mkdir(parents=True, exist_ok=True)
     output, start = step.folder / "output.txt", time.monotonic()
     log.info(f"{title}: {shlex.join(step.command[1:])}")
     utils.write_json(step.folder / "step.json", step.record())
     with open(output, "a") as file:
-        process = subprocess.Popen(step.command, stdout=file, stderr=subprocess.STDOUT)
-        previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+        # In a group of its own: a Ctrl-C reaches it once, from here.
+        signals.running = subprocess.Popen(
+            step.command, stdout=file, stderr=subprocess.STDOUT, process_group=0,
+            env=os.environ | {ENDS_WITH_PARENT: "1"},
+        )  # fmt: skip
+        if signals.name:  # between the last look and the start
+            signals.running.terminate()
+        code, signals.running = signals.running.wait(), None
     step.seconds = time.monotonic() - start
     if code == 0 and step.result.is_file():
         step.status = "done"
@@ -184,7 +231,7 @@ def run_step(step: Step, title: str) -> None:
     elif code == 0:
         step.status = f"no {step.result.name} came of it"
     else:
-        step.status = f"FAILED with code {code}"
+        step.status = f"stopped by {signals.name}" if signals.name else f"FAILED with code {code}"
         if step.result.name == "results.json":
             (step.folder / "step.json").unlink()
     log.info(f"    {step.status} after {format_seconds(step.seconds)}")

@@ -21,6 +21,12 @@ class Meeting:
     save_due: bool  # some rank wants a checkpoint
 
 
+def meeting_due(processes: distributed.Processes, stop: StopRequest, step: int, steps: int, every: int) -> bool:
+    """Whether the ranks meet after `step` of an epoch's `steps`: each `every` of them, after the last and, where there
+    is one process, as soon as a signal has come."""
+    return not step % every or step == steps or (processes.world_size == 1 and bool(stop.name))
+
+
 def meet(processes: distributed.Processes, sums: Tensor, stop: StopRequest, save_due: bool = False) -> Meeting:
     """What all ranks know together; every one of them calls this after the same step.
 

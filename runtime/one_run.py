@@ -58,6 +58,15 @@ def one_run(folder: str | Path, processes: distributed.Processes | None = None) 
             lock.release()
 
 
+def in_use(folder: str | Path) -> str:
+    """Who else writes into the folder now, for people; "" where nobody does."""
+    try:
+        _Lock(Path(folder)).release()
+    except FolderInUse as error:
+        return str(error)
+    return ""
+
+
 _held: dict[Path, int] = {}  # the files that this process holds, and by which descriptors
 
 

@@ -216,14 +216,18 @@ def test_answers_that_are_no_numbers_are_refused(tmp_path):
     """Weights that are numbers, and products that are none."""
     evaluation_helpers.write_checkpoint(tmp_path / "c.pt")
     loaded = models.load_pretrained(tmp_path / "c.pt")
-    image, loading = np.zeros((40, 40), np.uint8), features.Loading()
+    image, images = (
+        np.zeros((40, 40), np.uint8),
+        downstream.ImageArray(np.zeros((3, 40, 40), np.uint8), ["a", "b"], np.zeros(3), eval_view(loaded.preprocess)),
+    )
+    backbone = features.Backbone(loaded.model.encode_image, loaded.model, loaded.preprocess, "projection", "it")
     loaded.model.image_projection.data.fill_(3e38)
     loaded.model.text_projection.data.fill_(3e38)
     for what, ask in {
         "an image": lambda: loaded.embed_images([image]),
         "a caption": lambda: loaded.embed_captions(["ct"]),
         "a prompt": lambda: loaded.zero_shot([image], ["ct", "mri"]),
-        "an image ": lambda: loading.encode(loaded.model.encode_image, torch.ones(1, 3, *loaded.preprocess.shape)),
+        "an image ": lambda: features.extract(backbone, images, "", features.Loading()),
     }.items():
         with torch.no_grad(), pytest.raises(ValueError, match=f"a tower answers {what.strip()} with NaN or infinity"):
             ask()

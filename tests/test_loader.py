@@ -3,16 +3,19 @@
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import DROPOUT, ROOT, assert_same_run, command, environment
+from helpers import DROPOUT, ROOT, assert_same_run, command, environment, wait_for
 from model_helpers import write_checkpoint
 from PIL import Image
 from roco_tree import make_roco
@@ -68,7 +71,7 @@ def test_workers_leave_signals_to_their_parent():
                 for number in command_line.SIGNALS:
                     os.kill(pid, number)
                     hit += 1
-        assert not stop.name and hit >= 2 * 4
+        assert not stop.name and hit >= 2 * len(command_line.SIGNALS)
         os.kill(os.getpid(), signal.SIGTERM)  # and the parent still hears its own
         assert stop.name == "SIGTERM"
     assert seen == list(range(12))
@@ -205,6 +208,50 @@ def test_signals_to_the_whole_group_lose_nothing(tmp_path, launcher):
     assert_same_run(whole, parts)
     steps = [line.split("[")[1].split("/")[0] for line in log.read_text().splitlines() if line.startswith("epoch ")]
     assert len(steps) <= 30 * (64 // 4 // (2 if launcher else 1)) + stopped + 1  # no step was done twice
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGKILL])
+@pytest.mark.parametrize("passed_on", [True, False], ids=["handled", "not handled"])
+def test_a_signal_to_torchrun_alone_loses_nothing(tmp_path, number, passed_on):
+    """torchrun dies of one that it is not told to handle; its ranks checkpoint all the same, and none is left."""
+    handled = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"] * passed_on
+    roco, out = make_roco(tmp_path / "roco", train=64), tmp_path / "run"
+    extra = [*DROPOUT, "--batch-size", "4", "--epochs", "30", "-j", "0", "--eval-freq", "100", "--gpu", "-1"]
+    argv = [sys.executable, *TORCHRUN, *handled, str(ROOT / "main.py"), *command(roco, out, *extra)]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(argv, env=environment(), stdout=said, stderr=subprocess.STDOUT)
+        wait_for(lambda: lines_of(out / "log.txt"), 120, "a step")
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        process.send_signal(number)
+        code = process.wait(60)
+    wait_for(lambda: not any(Path(f"/proc/{rank}/cmdline").exists() for rank in ranks), 60, "the ranks' end")
+    assert len(ranks) == 2 and code == (1 if passed_on and number != signal.SIGKILL else -number)
+    assert re.search(r"stopped by SIG(TERM|USR1|USR2): checkpoint written", (out / "log.txt").read_text())
+    assert checkpoints.load_checkpoint(out / "checkpoint.pt")["step"] > 0
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
+    roco, out = make_roco(tmp_path / "roco", train=64), tmp_path / "run"
+    extra = [*DROPOUT, "--batch-size", "4", "--epochs", "30", "-j", "2", "--eval-freq", "100", "--gpu", "-1"]
+    argv = [sys.executable, str(ROOT / "main.py"), *command(roco, out, *extra)]
+    pid, terminal = os.forkpty()
+    if pid == 0:
+        os.execvpe(argv[0], argv, environment())
+    os.set_blocking(terminal, False)
+
+    def started() -> bool:
+        with suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)
+        return lines_of(out / "log.txt") > 0
+
+    wait_for(started, 120, "a step")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert "stopped by SIGHUP: checkpoint written" in (out / "log.txt").read_text()
+    assert checkpoints.load_checkpoint(out / "checkpoint.pt")["step"] > 0
 
 
 @pytest.mark.slow

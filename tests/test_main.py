@@ -67,7 +67,7 @@ def test_resuming_after_an_epoch_is_the_unbroken_run(roco, unbroken, tmp_path, w
     assert_same_run(unbroken, tmp_path)
 
 
-@pytest.mark.parametrize("extra", [[], ["--update-freq", "2", "--batch-size", "4"]])
+@pytest.mark.parametrize("extra", [[], ["--update-freq", "2", "--batch-size", "4"], ["--print-freq", "1000"]])
 def test_a_signal_in_an_epoch_checkpoints_and_the_rest_is_the_unbroken_run(roco, tmp_path, monkeypatch, extra):
     assert threading.current_thread() is threading.main_thread()
     whole, broken = tmp_path / "whole", tmp_path / "broken"
