@@ -7,14 +7,11 @@ same functions in all three cases.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import inspect
 import logging
 import os
 import re
-import signal
-import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -191,8 +188,6 @@ def init_distributed(args: argparse.Namespace) -> Processes:
             raise ValueError(f"GPU {device.index} does not exist: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     precision = resolve_precision(wanted_precision(args), device)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
     if world_size > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=args.dist_timeout)
         store, rank, world_size = next(dist.rendezvous(args.dist_url, rank, world_size, timeout=timeout))
@@ -203,16 +198,6 @@ def init_distributed(args: argparse.Namespace) -> Processes:
             args.dist_backend if use_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
         )
     return Processes(rank, world_size, local_rank, device, precision)
-
-
-def end_with_parent() -> None:
-    """Have the system send SIGTERM to this process, which checkpoints upon it, when the one that started it has ended.
-
-    torchrun passes on what --signals-to-handle names; of another signal, and of SIGKILL, it dies and its ranks would go
-    on alone. Linux only.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def leave_distributed(processes: Processes) -> None:

@@ -53,7 +53,6 @@ from runtime.checkpoints import (
 )
 from runtime.command_line import (
     HelpFormatter,
-    StopRequest,
     UsageError,
     add_config_argument,
     parse_with_config,
@@ -63,6 +62,7 @@ from runtime.command_line import (
 from runtime.logs import MetricWriter, format_seconds, start_logging
 from runtime.meeting import meet, meeting_due
 from runtime.one_run import one_run
+from runtime.signals import StopRequest
 from runtime.versions import versions
 from tokenizer import Tokenizer, create_tokenizer
 from towers import pretrained as pretrained_towers

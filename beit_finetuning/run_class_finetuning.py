@@ -54,7 +54,6 @@ from inputs.sizes import ImageSize
 from runtime.checkpoints import differences, find_training_checkpoint, save_training_checkpoint
 from runtime.command_line import (
     HelpFormatter,
-    StopRequest,
     UsageError,
     add_config_argument,
     parse_with_config,
@@ -64,6 +63,7 @@ from runtime.command_line import (
 from runtime.logs import MetricWriter, start_logging
 from runtime.meeting import meet, meeting_due
 from runtime.one_run import one_run
+from runtime.signals import StopRequest
 from runtime.versions import versions
 
 log = logging.getLogger("medslip")

@@ -37,9 +37,9 @@ from runtime.checkpoints import (
     load_checkpoint,
     save_training_checkpoint,
 )
-from runtime.command_line import StopRequest
 from runtime.logs import MetricWriter
 from runtime.meeting import meet, meeting_due
+from runtime.signals import StopRequest
 
 log = logging.getLogger("medslip")
 FILES = RunFiles(numbered="linear_step", newest="linear_checkpoint.pt", best="linear_best.pt")

@@ -7,6 +7,8 @@ radiographs in 16-bit files, grey or in several equal channels) are windowed her
 from __future__ import annotations
 
 import io
+import os
+import stat
 import struct
 import sys
 import zlib
@@ -148,8 +150,10 @@ def _rgb8_of_channels(values: np.ndarray) -> Image.Image:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """An image's file. Raises FileNotFoundError, or UnreadableImage where it cannot be read."""
+    """An image's file. Raises FileNotFoundError, or UnreadableImage where it cannot be read or is a pipe or device."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise UnreadableImage(f"cannot read the image {path}: it is no regular file")
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import distributed
 from inputs.images import UnreadableImage
-from runtime.command_line import SIGNALS
+from runtime.signals import signals_held_back
 
 log = logging.getLogger("medslip")
 
@@ -127,7 +127,7 @@ def batches(loader: DataLoader, limit: float = LIMIT_SECONDS) -> Iterator[Any]:
         UnreadableImage, OSError: of a sample.
         LoaderFailed: a worker has died, or no batch came for `limit` seconds.
     """
-    with _signals_held_back():  # workers inherit that and never see them
+    with signals_held_back():  # workers inherit that and never see them
         iterator: Any = iter(loader)
     _started.update(worker.pid for worker in getattr(iterator, "_workers", ()))
     # torch's handler raises wherever the main process stands when a worker ends, also in the middle of a step or of a
@@ -183,15 +183,6 @@ def _shared_memory() -> str:
         f"; shared memory is full: {SHARED_MEMORY} has {usage.free / 2**20:.1f} of {usage.total / 2**20:.1f} MiB left. "
         "Enlarge it (docker run --shm-size=8g), or load in the main process: --workers 0"
     )
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _started: set[int] = set()

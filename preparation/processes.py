@@ -6,13 +6,16 @@ import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from runtime.signals import end_with_parent, signals_held_back
 from utils import write_json
 
 
@@ -29,8 +32,21 @@ def over_processes(workers: int, shared: object, chunk: int = 1) -> Iterator[Cal
         return
     # Forked where the system can: a reader of many million rows is then inherited, not sent.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with ProcessPoolExecutor(workers, multiprocessing.get_context(method), _keep, (shared,)) as pool:
-        yield lambda function, items: pool.map(partial(_call, function), items, chunksize=chunk)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _keep, (shared,))
+
+    def each(function: Callable, items: Iterable) -> Iterator:
+        with signals_held_back():  # the first call forks
+            return pool.map(partial(_call, function), items, chunksize=chunk)
+
+    try:
+        yield each
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a process has ended in the middle of its work, as the system ends one when memory runs out: with a "
+            "smaller -j less is needed, and the same command goes on from here"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _kept: Any = None  # of a process of the pool, and of this module alone: who asks for it is handed it
@@ -38,6 +54,8 @@ _kept: Any = None  # of a process of the pool, and of this module alone: who ask
 
 def _keep(shared: object) -> None:
     global _kept
+    end_with_parent(signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # by which the pool ends it
     _kept = shared
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from stat import S_ISREG
 
 from PIL import Image
 
@@ -113,12 +114,14 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
                 bar.update()
     outcomes = (f"{counts[outcome]:,} {outcome}" for outcome in SHRINK_OUTCOMES if counts[outcome])
     log.info(", ".join(outcomes) or "no files")
+    if counts["left out"]:
+        log.warning("what was left out are pipes and devices")
     if counts["unreadable"]:
         log.info(f"{unreadable.path} names the images that cannot be decoded; they were copied as they are")
     return counts
 
 
-SHRINK_OUTCOMES = ("shrunk", "copied", "unreadable", "there already")
+SHRINK_OUTCOMES = ("shrunk", "copied", "unreadable", "there already", "left out")
 SHRUNK_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -150,6 +153,8 @@ def shrink_file(tree: Shrinking, name: str) -> str:
     root, output, short_side, unreadable = tree.root, tree.output, tree.short_side, tree.unreadable
     source, target = root / name, output / name
     stat = source.stat()
+    if not S_ISREG(stat.st_mode):  # a pipe or a device, which would be waited for
+        return "left out"
     if target.is_file() and target.stat().st_mtime_ns == stat.st_mtime_ns:
         return "there already"
     target.parent.mkdir(parents=True, exist_ok=True)

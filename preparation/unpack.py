@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from inputs.images import UnreadableImage, decode_image
+from inputs.images import UnreadableImage, decode_image, read_bytes
 from inputs.metadata import Table, inside
 from inputs.sources import SPLIT_OF
 from preparation.processes import add_workers_argument, keep_settings
@@ -200,7 +200,7 @@ def zenodo_samples(captions: Path) -> Iterator[Sample]:
             found = [path for suffix in (".jpg", ".jpeg", ".png") if (path := folder / f"{key}{suffix}").is_file()]
             if not found:
                 raise FileNotFoundError(f"{where}: no image {folder / key}.jpg")
-            return found[0].read_bytes()
+            return read_bytes(found[0])
         if key not in members:
             raise FileNotFoundError(f"{where}: no image {key} in {archive_path}")
         try:

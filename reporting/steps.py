@@ -20,9 +20,9 @@ from typing import Any
 import utils
 from reporting.plan import TABLES, Plan, PlannedRow
 from runtime.checkpoints import load_checkpoint, training_progress
-from runtime.command_line import ENDS_WITH_PARENT, SIGNALS
 from runtime.logs import format_seconds
 from runtime.one_run import in_use
+from runtime.signals import ENDS_WITH_PARENT, SIGNALS
 
 log = logging.getLogger("medslip")
 HERE = Path(__file__).resolve().parents[1]

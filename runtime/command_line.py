@@ -1,22 +1,18 @@
-"""What every command does with its flags, its errors and the signals that ask it to stop."""
+"""What every command does with its flags and its errors."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import json
-import math
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-import distributed
-from runtime.logs import format_seconds
+from runtime.signals import ENDS_WITH_PARENT, end_with_parent
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -78,9 +74,6 @@ class UsageError(ValueError):
     """Flags that do not go together; the exit code is argparse's for bad usage, 2."""
 
 
-ENDS_WITH_PARENT = "MEDSLIP_ENDS_WITH_PARENT"  # in the environment of a command that another command waits for
-
-
 def run_script(main: Callable[[], object]) -> None:
     """Call a script's main as the command line does, and leave with its exit code.
 
@@ -92,8 +85,9 @@ def run_script(main: Callable[[], object]) -> None:
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end the run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if os.environ.pop(ENDS_WITH_PARENT, ""):  # of this process, not of those that it starts
-        distributed.end_with_parent()
+    # The mark is taken away: it is of this process, not of those that it starts.
+    if os.environ.pop(ENDS_WITH_PARENT, "") or "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     try:
         result = main()
     except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
@@ -121,62 +115,3 @@ def _raised_here(error: BaseException) -> bool:
         return False
     file = Path(frames[-1].filename)
     return file.is_relative_to(HERE) and len(file.relative_to(HERE).parts) <= 2
-
-
-# That ask a run to stop. SIGHUP is a terminal that was closed; nohup has it ignored, and then it stays so.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-
-
-class StopRequest:
-    """Remembers one of SIGNALS, so that the loop can checkpoint and leave between two steps, and says so at once.
-
-    A second Ctrl-C says what a third one would lose; the third raises KeyboardInterrupt wherever the program stands.
-
-    Args:
-        processes: of several the main one speaks, and they stop where they next meet.
-        unsaved: seconds since the last checkpoint.
-    """
-
-    def __init__(self, processes: distributed.Processes | None = None, unsaved: Callable[[], float] = lambda: 0.0):
-        self.processes, self.unsaved = processes or distributed.Processes(), unsaved
-        self.name = ""
-        self.presses, self.last_press = 0, -math.inf
-        # s within which a Ctrl-C is the one before: torchrun passes on what the terminal has sent its ranks already.
-        self.same_press = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.2
-        self.previous = {}
-
-    def __enter__(self) -> StopRequest:
-        for number in SIGNALS:
-            try:
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                    self.previous[number] = signal.signal(number, self._remember)
-            except ValueError:  # not in the main thread: signals belong to whoever runs us
-                break
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: object) -> None:
-        first = not self.name
-        if first:
-            self.name = signal.Signals(number).name
-        if number == signal.SIGINT:
-            now = time.monotonic()
-            if now - self.last_press <= self.same_press:
-                return
-            self.presses, self.last_press = self.presses + 1, now
-            if self.presses == 3:
-                raise KeyboardInterrupt
-        if first:
-            when = "this step" if self.processes.world_size == 1 else "the next step that is printed (--print-freq)"
-            self._say(f"{self.name}: stopping after {when}, a checkpoint follows")
-        elif self.presses == 2:
-            self._say(f"a third Ctrl-C ends at once and loses the last {format_seconds(self.unsaved())} of training")
-
-    def _say(self, line: str) -> None:
-        # Past the log and its locks, one of which the interrupted code may hold.
-        if self.processes.is_main:
-            with suppress(OSError):  # a terminal that was closed
-                os.write(2, f"\n{line}\n".encode())

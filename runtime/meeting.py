@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distributed
-from runtime.command_line import StopRequest
+from runtime.signals import StopRequest
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import main
 import utils
 from inputs import loader
 from inputs.images import UnreadableImage
-from runtime import checkpoints, command_line
+from runtime import checkpoints, signals
 
 CPU = torch.device("cpu")
 
@@ -64,14 +64,14 @@ def workers() -> list[int]:
 def test_workers_leave_signals_to_their_parent():
     source = loader.make_loader(Slow(12, 0.05), workers=2, device=CPU)
     seen, hit = [], 0
-    with command_line.StopRequest() as stop:
+    with signals.StopRequest() as stop:
         for batch in loader.batches(source):
             seen += batch.tolist()
             for pid in workers():
-                for number in command_line.SIGNALS:
+                for number in signals.SIGNALS:
                     os.kill(pid, number)
                     hit += 1
-        assert not stop.name and hit >= 2 * len(command_line.SIGNALS)
+        assert not stop.name and hit >= 2 * len(signals.SIGNALS)
         os.kill(os.getpid(), signal.SIGTERM)  # and the parent still hears its own
         assert stop.name == "SIGTERM"
     assert seen == list(range(12))
@@ -196,7 +196,7 @@ def test_signals_to_the_whole_group_lose_nothing(tmp_path, launcher):
     rng, log, stopped = random.Random(0), parts / "log.txt", 0
     for _ in range(20 if not launcher else 6):
         before = lines_of(log)
-        number = rng.choice(command_line.SIGNALS if not launcher else (signal.SIGTERM, signal.SIGINT))
+        number = rng.choice(signals.SIGNALS if not launcher else (signal.SIGTERM, signal.SIGINT))
         code = signalled(argv(parts), number, rng.random() * 0.5, partial(more_lines, log, before))
         stopped += code != 0
         if "this run is finished" in log.read_text():
@@ -255,7 +255,7 @@ def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", command_line.SIGNALS)
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_signals_to_the_group_of_a_linear_run_lose_nothing(tmp_path, number):
     rng = np.random.default_rng(0)
     for split, n in (("train", 12), ("val", 4)):

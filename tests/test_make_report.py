@@ -48,7 +48,9 @@ def probed(tmp_path_factory):
     for seed in (0, 1):
         folder = root / "runs" / "training" / f"seed{seed}"
         folder.mkdir(parents=True)
-        epochs = [{"kind": "epoch", "step": 4 * e, "loss": 3.0 - e + seed, "val_i2t_r1": 10 * e} for e in range(3)]
+        epochs = [
+            {"kind": "epoch", "epoch": e, "step": 4 * e, "loss": 3.0 - e + seed, "val_i2t_r1": 10 * e} for e in range(3)
+        ]
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in epochs))
     return root
 

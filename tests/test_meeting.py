@@ -5,8 +5,8 @@ import torch
 from distributed_helpers import run_ranks
 
 import distributed
-from runtime.command_line import StopRequest
 from runtime.meeting import meet
+from runtime.signals import StopRequest
 
 
 def ranks_meet(rank: int, world: int, signalled: tuple[int, ...]) -> None:

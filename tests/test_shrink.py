@@ -2,17 +2,23 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, wait_for
 from PIL import Image
 from source_tree import FILES, image_bytes
 
 import make_dataset
 from datasets import create_reader
-from inputs.images import read_image
-from preparation import shards, shrink
+from inputs.images import UnreadableImage, read_image
+from preparation import processes, shards, shrink
 
 
 @pytest.fixture
@@ -118,3 +124,62 @@ def test_shrinking_and_sharding_keep_the_contrast_of_twelve_bits(tmp_path):
     for copy in (create_reader("csv", tmp_path / "small"), create_reader("webdataset", tmp_path / "shards")):
         got = np.asarray(copy.image(0), dtype=int)
         assert got.shape == (40, 60, 3) and got.max() > 250 and abs(got - expected).max() <= 2
+
+
+def test_pipes_and_devices_among_the_images_are_left_out_and_not_waited_for(tree, tmp_path, caplog):
+    os.mkfifo(tree / "train" / "images" / "pipe.jpg")
+    counts = shrink.shrink_tree(tree, tmp_path / "out", 60, workers=2)
+    assert counts["left out"] == 1 and counts["shrunk"] == 7
+    assert "what was left out are pipes and devices" in caplog.text
+    with pytest.raises(UnreadableImage, match="pipe.jpg: it is no regular file"):
+        read_image(tree / "train" / "images" / "pipe.jpg")
+
+
+def many_images(folder: Path) -> list[str]:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(300):
+        Image.fromarray(rng.integers(0, 256, (300, 300), "uint8")).save(folder / f"{n}.png")
+    return [sys.executable, "make_dataset.py", "shrink", "--root", str(folder), "--short-side", "60", "-j", "2"]
+
+
+def of_group(group: int) -> list[int]:
+    """Processes of a group that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = path.read_text().rsplit(")", 1)[1].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked for in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_copy_leaves_no_processes_and_goes_on(tmp_path, number):
+    """A Ctrl-C reaches the whole group, also in the middle of a fork; of another signal only the parent knows."""
+    command = [*many_images(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    job = subprocess.Popen(command, cwd=ROOT, process_group=0, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(list((tmp_path / "out").glob("*.png"))) > 5 or job.poll() is not None, 60, "images")
+    assert job.poll() is None, job.stderr.read()
+    os.killpg(job.pid, number) if number == signal.SIGINT else os.kill(job.pid, number)
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == (130 if number == signal.SIGINT else -number), said
+    assert "Traceback" not in said
+    wait_for(lambda: not of_group(job.pid), 30, "the end of the group")
+    assert len(list((tmp_path / "out").glob("*.png"))) < 300
+    subprocess.run(command, cwd=ROOT, check=True)
+    shrink.shrink_tree(tmp_path / "in", tmp_path / "whole", 60)
+    copy, whole = tree_bytes(tmp_path / "out"), tree_bytes(tmp_path / "whole")
+    assert [name for name in whole if copy.get(name) != whole[name]] == [] and len(whole) == 301
+
+
+def die_of_memory(shared: object, item: int) -> int:
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the system does where memory runs out
+    return item
+
+
+def test_a_process_of_the_pool_that_dies_is_one_line():
+    with pytest.raises(RuntimeError, match="smaller -j"), processes.over_processes(2, None) as each:
+        list(each(die_of_memory, range(100)))

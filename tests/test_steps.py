@@ -12,7 +12,8 @@ from reporting import steps
 STEP = """
 import sys, time
 from pathlib import Path
-from runtime.command_line import StopRequest, run_script
+from runtime.command_line import run_script
+from runtime.signals import StopRequest
 from runtime.one_run import one_run
 
 folder = Path(sys.argv[1])
