@@ -33,7 +33,7 @@ from inputs.sizes import Size, as_size, size_text
 from inputs.transforms import Preprocess, eval_view
 from runtime.checkpoints import load_checkpoint, refuse_not_finite, strip_wrappers, training_progress, unfinished
 from runtime.integrity import check_sums
-from tokenizer import Tokenizer, create_tokenizer
+from tokenizer import TokenizedTexts, Tokenizer, create_tokenizer
 from towers.build import build_image_tower, build_text_tower, is_medclip_tower, preprocess_of
 from towers.weights import load_weights, require_finite, resize_position_embeddings
 
@@ -425,8 +425,7 @@ class Pretrained:
 
         Of a model with captions in the space that it shares with them, else the tower's own features.
         """
-        view, parts = eval_view(self.preprocess), []
-        encode: Any = self.model.encode_image if self.model.objective.text else self.model.visual
+        view, parts, encode = eval_view(self.preprocess), [], self.image_encoder()[0]
         device = next(self.model.parameters()).device
         with torch.inference_mode():
             for start in range(0, len(images), batch_size):
@@ -439,23 +438,38 @@ class Pretrained:
     def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> np.ndarray:
         """Unit vectors (n, d) of captions; ValueError for a model that reads none."""
         model, tokenizer = self._reader()
-        tokens = tokenizer(list(captions))  # (n, L)
-        device = next(self.model.parameters()).device
+        device, parts = next(self.model.parameters()).device, []
+        tokens = TokenizedTexts(tokenizer, captions)
+        batch_size = max(1, min(batch_size, IDS_AT_A_TIME // max(tokens.width, 1)))
         with torch.inference_mode():
-            parts = [model.encode_text(part.to(device)).float() for part in tokens.split(batch_size)]  # (B, d) each
-        return require_finite(F.normalize(torch.cat(parts), dim=-1).cpu(), "a caption").numpy()  # (n, d)
+            for start in range(0, len(tokens), batch_size):
+                numbers = torch.arange(start, min(start + batch_size, len(tokens)))
+                texts = F.normalize(model.encode_text(tokens[numbers].to(device)).float(), dim=-1)  # (B, d)
+                parts.append(require_finite(texts.cpu(), "a caption"))
+        return torch.cat(parts).numpy() if parts else np.zeros((0, 0), np.float32)  # (n, d)
 
     def zero_shot(
         self, images: Sequence[Any], labels: Sequence[str | Sequence[str]], templates: Sequence[str] = ("{}.",)
     ) -> np.ndarray:
         """Probabilities (n, k) of labels (an inner list for synonyms), each in every template, at the model's scale."""
+        return self.label_probabilities(self.embed_images(images), labels, templates)
+
+    def label_probabilities(
+        self, vectors: np.ndarray, labels: Sequence[str | Sequence[str]], templates: Sequence[str] = ("{}.",)
+    ) -> np.ndarray:
+        """The same of images that are unit vectors (n, d) already."""
         from towers.prompts import zeroshot_classifier
 
         model, tokenizer = self._reader()
         device = next(self.model.parameters()).device
         classifier = zeroshot_classifier(model, tokenizer, labels, templates, device).cpu().numpy()  # (d, k)
-        logits = float(model.logit_scale.detach().exp()) * (self.embed_images(images) @ classifier)  # (n, k)
+        logits = float(model.logit_scale.detach().exp()) * (vectors @ classifier)  # (n, k)
         return softmax(logits.astype(np.float64), axis=1)
+
+    def image_encoder(self) -> tuple[Any, str]:
+        """Images (B, 3, S, S) to features (B, d): where it shares a space with captions, and else the tower's own."""
+        shared = bool(self.model.objective.text)
+        return (self.model.encode_image, "projection") if shared else (self.model.visual, "backbone")
 
     def _reader(self) -> tuple[Any, Tokenizer]:
         if not self.model.objective.text:
@@ -463,6 +477,9 @@ class Pretrained:
         if self.tokenizer is None:
             raise ValueError(f"{self.source} needs bert_vocab, Bio_ClinicalBERT's vocab.txt, to read captions")
         return self.model, self.tokenizer
+
+
+IDS_AT_A_TIME = 32_768  # of captions in one batch, padding counted: 64 of the longest that BERT reads
 
 
 def as_image(image: Any) -> Image.Image:

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 import distributed
@@ -36,6 +35,7 @@ from evaluation import downstream, metrics, saliency
 from evaluation.catalog import read_prompts
 from evaluation.features import Backbone, Loading, extract
 from evaluation.heads import Linear
+from evaluation.neighbours import nearest
 from evaluation.probe import fitted_probe
 from inputs.images import read_image
 from inputs.metadata import Table
@@ -321,30 +321,24 @@ def zero_shot(args: argparse.Namespace) -> list[dict[str, Any]]:
     if lacking := [template for template in templates if "{}" not in template]:
         raise UsageError(f"template {lacking[0]!r} has no {{}} for the label")
     loaded = models.load_pretrained(args.weights, bert_vocab=args.bert_vocab)
-    loaded.model.to(loading_of(args).device)
-    paths = readable(find_images(args.images))
-    prob = loaded.zero_shot([image for _, image in paths], labels, templates)
+    vectors, paths = unit_vectors(loaded, args, "zero-shot")
+    prob = loaded.label_probabilities(vectors, labels, templates)
     names = [label if isinstance(label, str) else label[0] for label in labels]
     return [
         {"image": str(path), "predicted": names[int(p.argmax())],
          **{f"prob_{name}": float(x) for name, x in zip(names, p, strict=True)}}
-        for (path, _), p in zip(paths, prob, strict=True)
+        for path, p in zip(paths, prob, strict=True)
     ]  # fmt: skip
 
 
-def readable(paths: Sequence[Path]) -> list[tuple[Path, Image.Image]]:
-    """The images that can be read; the others are named and counted."""
-    found = []
-    for path in paths:
-        try:
-            found.append((path, read_image(path)))
-        except (ValueError, FileNotFoundError) as error:
-            log.warning(f"skipped: {error}")
-    if len(found) < len(paths):
-        log.warning(f"{len(paths) - len(found)} of {len(paths)} images skipped")
-    if not found:
-        raise ValueError("no image can be read")
-    return found
+def unit_vectors(loaded: models.Pretrained, args: argparse.Namespace, title: str) -> tuple[np.ndarray, list[Path]]:
+    """Vectors (n, d) of length 1 of the readable images that the flags name, and their paths."""
+    loading = loading_of(args)
+    loaded.model.to(loading.device)
+    encode, features = loaded.image_encoder()
+    backbone = Backbone(encode, loaded.model, loaded.preprocess, features, loaded.source)
+    found, paths = passed(backbone, find_images(args.images), loading, title)
+    return found / np.linalg.norm(found, axis=1, keepdims=True), paths
 
 
 def embed(args: argparse.Namespace) -> dict[str, Any]:
@@ -354,17 +348,13 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
     if bool(args.images) == bool(args.captions):
         raise UsageError("embed takes images or --captions, one of the two")
     loaded = models.load_pretrained(args.weights, bert_vocab=args.bert_vocab)
-    loading = loading_of(args)
-    loaded.model.to(loading.device)
     if args.captions:
-        ids = [line.strip() for line in Path(args.captions).read_text("utf-8").splitlines() if line.strip()]
+        loaded.model.to(loading_of(args).device)
+        ids = read_captions(Path(args.captions))
         vectors = loaded.embed_captions(ids)
     else:
-        features = "projection" if loaded.model.objective.text else "backbone"
-        encode: Any = loaded.model.encode_image if features == "projection" else loaded.model.visual
-        backbone = Backbone(encode, loaded.model, loaded.preprocess, features, loaded.source)
-        found, paths = passed(backbone, find_images(args.images), loading, "embed")
-        ids, vectors = [str(path) for path in paths], found / np.linalg.norm(found, axis=1, keepdims=True)
+        vectors, paths = unit_vectors(loaded, args, "embed")
+        ids = [str(path) for path in paths]
     bank = {
         "ids": np.array(ids, dtype=np.str_),
         "vectors": vectors.astype(np.float32),
@@ -375,6 +365,17 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
     utils.atomic_write(args.output, lambda file: np.savez(file, allow_pickle=False, **bank))
     log.info(f"{len(ids)} {bank['kind']} of {vectors.shape[1]} numbers: {args.output}")
     return bank
+
+
+def read_captions(path: Path) -> list[str]:
+    """The lines of a file of captions, empty ones left out; ValueError where none is left or they are not UTF-8."""
+    try:
+        found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--captions {path} is not UTF-8: {error}") from error
+    if not found:
+        raise ValueError(f"--captions {path} holds no caption")
+    return found
 
 
 def search(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -388,21 +389,20 @@ def search(args: argparse.Namespace) -> list[dict[str, Any]]:
     loaded = models.load_pretrained(weights, bert_vocab=args.bert_vocab)
     if utils.weights_sha256(loaded.model.state_dict()) != str(bank["weights_sha256"]):
         raise ValueError(f"{weights} are not the weights that {args.bank} was embedded with")
-    loaded.model.to(loading_of(args).device)
     queries, names = [], []
     if args.images:
-        found = readable(find_images(args.images))
-        queries.append(loaded.embed_images([image for _, image in found], args.batch_size))
-        names += [str(path) for path, _ in found]
+        vectors, paths = unit_vectors(loaded, args, "search")
+        queries.append(vectors)
+        names += map(str, paths)
     if args.text:
+        loaded.model.to(loading_of(args).device)
         queries.append(loaded.embed_captions(args.text))
         names += args.text
-    cosine = np.concatenate(queries) @ bank["vectors"].T  # (queries, n)
-    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : args.k]
+    numbers, cosines = nearest(np.concatenate(queries), bank["vectors"], args.k)  # (queries, k) each
     return [
-        {"query": name, "rank": rank, "cosine": float(cosine[i, j]), "found": str(bank["ids"][j])}
-        for i, name in enumerate(names)
-        for rank, j in enumerate(nearest[i], 1)
+        {"query": name, "rank": rank, "cosine": cosine, "found": str(bank["ids"][number])}
+        for name, own, cosine_of in zip(names, numbers.tolist(), cosines.tolist(), strict=True)
+        for rank, (number, cosine) in enumerate(zip(own, cosine_of, strict=True), 1)
     ]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ftfy
+import numpy as np
 import regex
 import torch
 
@@ -45,8 +46,30 @@ class Tokenizer(Protocol):
 def _pad(rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:
     tokens = torch.zeros(len(rows), length, dtype=torch.long)  # (n, L)
     for row, ids in zip(tokens, rows, strict=True):
-        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+        row[: len(ids)] = torch.as_tensor(ids, dtype=torch.long)
     return tokens
+
+
+class TokenizedTexts:
+    """The ids of n texts without their padding; `tokens[numbers]` are those of some (B, L), L being the same for all.
+
+    One long text makes a tensor of all of them long; here it makes only its own row and its batch long. The length
+    stays that of all together: a text tower that averages over padding then sees the same in every batch.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]):
+        self.rows: list[np.ndarray] = []
+        self.width = 0  # L, that of all texts tokenized at once
+        for start in range(0, len(texts), 256):
+            ids = tokenizer(list(texts[start : start + 256])).numpy()  # (256, l)
+            self.width = max(self.width, ids.shape[1])
+            self.rows += [np.trim_zeros(row, "b").astype(np.int32) for row in ids]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, numbers: torch.Tensor) -> torch.Tensor:
+        return _pad([self.rows[number] for number in numbers.tolist()], self.width)
 
 
 def _check_length(length: int, longest: int | None = None) -> None:

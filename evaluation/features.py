@@ -34,7 +34,7 @@ from inputs.sizes import Size, as_size
 from inputs.transforms import Preprocess, View
 from runtime.integrity import read_arrays
 from runtime.logs import progress
-from tokenizer import Tokenizer
+from tokenizer import TokenizedTexts, Tokenizer
 from towers.prompts import TextCache, evaluating, zeroshot_classifier
 from towers.weights import require_finite
 
@@ -326,8 +326,7 @@ def embed_pairs(
     captions = [reader.captions(i)[0] for i in range(len(reader))]
     if not captions:
         raise ValueError("there are no candidates for retrieval: the reader is empty")
-    # (N, L), all at once: a text tower that averages over padding then sees the same padding in every batch
-    tokens = tokenizer(captions)
+    tokens = TokenizedTexts(tokenizer, captions)
 
     def compute(numbers: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
         texts = tokens[numbers].to(loading.device, non_blocking=True)  # (B, L)

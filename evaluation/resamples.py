@@ -27,6 +27,15 @@ RESAMPLES = 2000  # of the patients, where nobody asks for another number
 BLOCK = 4_000_000  # weights that are held at a time
 
 
+def blocks(resamples: int, columns: int) -> list[slice]:
+    """The resamples in parts of at most BLOCK numbers, `columns` for each resample.
+
+    NumPy draws one after the other, so that blocks give the numbers of one call.
+    """
+    rows = max(1, BLOCK // max(columns, 1))
+    return [slice(start, min(start + rows, resamples)) for start in range(0, resamples, rows)]
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A metric of one set of probabilities, and what it is on each of R resamples."""
@@ -91,7 +100,7 @@ class Resamples:
         even = np.full(len(names), 1 / len(names))
         counts = np.empty((self.number, len(names)), np.uint16)
         lacking = np.empty(self.number, bool)
-        for part in self._blocks(len(names)):  # numpy draws one after the other: blocks give the numbers of one call
+        for part in blocks(self.number, len(names)):
             drawn = rng.multinomial(len(names), even, size=part.stop - part.start)
             counts[part], lacking[part] = drawn, ((drawn @ classes_of) == 0).any(1)
         if lacking.mean() > 0.5:
@@ -100,19 +109,15 @@ class Resamples:
                 f"(patients with a lesion of each class: {(classes_of > 0).sum(0).tolist()})"
             )
         while len(again := np.flatnonzero(lacking)):
-            drawn = rng.multinomial(len(names), even, size=len(again))
-            counts[again], lacking[again] = drawn, ((drawn @ classes_of) == 0).any(1)
+            for part in blocks(len(again), len(names)):
+                drawn = rng.multinomial(len(names), even, size=part.stop - part.start)
+                counts[again[part]], lacking[again[part]] = drawn, ((drawn @ classes_of) == 0).any(1)
         return counts
-
-    def _blocks(self, columns: int) -> list[slice]:
-        """The resamples in parts of at most BLOCK numbers, `columns` for each resample."""
-        rows = max(1, BLOCK // max(columns, 1))
-        return [slice(start, min(start + rows, self.number)) for start in range(0, self.number, rows)]
 
     def weights(self) -> Iterator[np.ndarray]:
         """(r, n) of some of the resamples at a time: how often each sample counts."""
         _, patient = self._groups
-        for part in self._blocks(len(self.labels)):
+        for part in blocks(self.number, max(len(self.labels), len(self.classes) ** 2)):
             yield self._counts[part][:, patient].astype(np.int64)
 
     def _over(self, score: Callable[[np.ndarray], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -232,23 +237,28 @@ def finding_intervals(
     distinct, place = np.unique(np.asarray(groups), return_inverse=True)
     even = np.full(len(distinct), 1 / len(distinct))
     rng = np.random.default_rng(bootstrap.seed)
-    counts = rng.multinomial(len(distinct), even, size=bootstrap.number)[:, place]  # (R, n)
     one = np.ones((1, len(groups)))
     scores = {"auroc": weighted_auroc, "average_precision": weighted_average_precision}
     value: dict[str, dict[str, float]] = {}
     draws: dict[str, dict[str, np.ndarray]] = {}
+    index: dict[int, np.ndarray] = {}  # of each finding that has both outcomes: the images where it is known
+    positive: dict[int, np.ndarray] = {}  # and which of them have it
     for i, name in enumerate(names):
-        index = known[:, i] >= 0
-        positive = known[index, i] == 1
-        if not positive.any() or positive.all():
-            continue
-        weights = counts[:, index]
-        undefined = ((weights @ positive) == 0) | ((weights @ ~positive) == 0)
-        weights[undefined] = 1  # any weights with both outcomes; overwritten below
-        value[name] = {key: float(score(positive, prob[index, i], one[:, index])[0]) for key, score in scores.items()}
-        draws[name] = {
-            key: np.where(undefined, np.nan, score(positive, prob[index, i], weights)) for key, score in scores.items()
-        }
+        seen = known[:, i] >= 0
+        outcome = known[seen, i] == 1
+        if outcome.any() and not outcome.all():
+            index[i], positive[i] = seen, outcome
+            value[name] = {key: float(score(outcome, prob[seen, i], one[:, seen])[0]) for key, score in scores.items()}
+            draws[name] = {key: np.empty(bootstrap.number) for key in scores}
+    for part in blocks(bootstrap.number, len(groups)):
+        counts = rng.multinomial(len(distinct), even, size=part.stop - part.start)[:, place]  # (r, n)
+        for i in index:
+            weights = counts[:, index[i]]
+            undefined = ((weights @ positive[i]) == 0) | ((weights @ ~positive[i]) == 0)
+            weights[undefined] = 1  # any weights with both outcomes; overwritten below
+            for key, score in scores.items():
+                found = score(positive[i], prob[index[i], i], weights)
+                draws[names[i]][key][part] = np.where(undefined, np.nan, found)
     if not value:
         raise ValueError("no finding has both outcomes")
     value["macro"] = {key: float(np.mean([v[key] for v in value.values()])) for key in scores}

@@ -6,6 +6,7 @@ That equals evaluating each resample by itself, copies and all, and takes one pa
 from __future__ import annotations
 
 import numpy as np
+from scipy.sparse import csr_array
 from scipy.special import expit, logit
 
 from evaluation.metrics import DETECTION, METRICS, OperatingPoint
@@ -17,7 +18,8 @@ def weighted_metrics(
     """Every metric of classification_metrics for each row of weights (R, n) -> (R,)."""
     k = prob.shape[1]
     cell = labels * k + prob.argmax(1)  # (n,) cell of the confusion matrix
-    confusion = (weights @ np.eye(k * k)[cell]).reshape(-1, k, k)  # (R, true, predicted)
+    of_cell = csr_array((np.ones(len(cell)), (np.arange(len(cell)), cell)), shape=(len(cell), k * k))
+    confusion = (weights @ of_cell).reshape(-1, k, k)  # (R, true, predicted)
     hits = np.diagonal(confusion, axis1=1, axis2=2)  # (R, k)
     actual, predicted = confusion.sum(2), confusion.sum(1)
     recall = hits / actual

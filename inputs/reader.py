@@ -63,6 +63,7 @@ def first_file(choices: list[Path], split: str) -> Path:
 def grouped(rows: Iterable[Row]) -> Iterable[Row]:
     """Rows of the same image as one with all their captions, at the place of the first; rows without a caption stay."""
     first: dict[Any, Row] = {}
+    texts: dict[Any, dict[str, None]] = {}  # of an image with several rows, in order, to look a text up in
     out = []
     for row in rows:
         if not any(text.strip() for text in row.captions):
@@ -70,8 +71,12 @@ def grouped(rows: Iterable[Row]) -> Iterable[Row]:
         elif (earlier := first.setdefault(row.image, row)) is row:
             out.append(row)
         else:
-            earlier.captions = [*earlier.captions, *(text for text in row.captions if text not in earlier.captions)]
+            if row.image not in texts:
+                texts[row.image] = dict.fromkeys(earlier.captions)
+            texts[row.image].update(dict.fromkeys(row.captions))
             earlier.rows += 1
+    for image, several in texts.items():
+        first[image].captions = list(several)
     return out
 
 

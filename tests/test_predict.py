@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import re
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,6 +238,30 @@ def test_an_embedded_set_is_searched_by_image_and_by_text(clip, tmp_path):
         predict.main(["search", str(bank), str(folder / "3.png"), "--weights", str(other)])
 
 
+@pytest.mark.parametrize("command", ["zero-shot", "search"])
+def test_images_are_held_one_batch_at_a_time(clip, tmp_path, monkeypatch, command):
+    bank = tmp_path / "bank.npz"
+    predict.main(["embed", str(clip), str(pictures(tmp_path / "images", 12)), "--output", str(bank)])
+    alive, most = set(), []
+
+    def counted(path):
+        image = read_image(path)
+        alive.add(id(image))
+        weakref.finalize(image, alive.discard, id(image))
+        most.append(len(alive))
+        return image
+
+    monkeypatch.setattr(predict, "read_image", counted)
+    for n in (4, 12):
+        most.clear()
+        images = [str(tmp_path / "images" / f"{i}.png") for i in range(n)]
+        if command == "zero-shot":
+            found = predict.main(["zero-shot", str(clip), *images, "--labels", "a", "b", "--batch-size", "3"])
+        else:
+            found = predict.main(["search", str(bank), *images, "-k", "1", "--batch-size", "3"])
+        assert len(found) == len(most) == n and max(most) <= 2
+
+
 def test_paths_images_and_arrays_of_any_depth_embed_alike(clip, tmp_path):
     loaded = models.load_pretrained(clip)
     path = pictures(tmp_path / "images", 1) / "0.png"
@@ -252,6 +277,8 @@ def test_paths_images_and_arrays_of_any_depth_embed_alike(clip, tmp_path):
     [
         (["embed", "{clip}", "{images}", "--output", "x.csv"], "ending .npz"),
         (["embed", "{clip}", "--output", "x.npz"], "one of the two"),
+        (["embed", "{clip}", "--captions", "{empty}/none.txt", "--output", "x.npz"], "none.txt holds no caption"),
+        (["embed", "{clip}", "--captions", "{empty}/latin.txt", "--output", "x.npz"], "latin.txt is not UTF-8"),
         (["zero-shot", "{clip}", "{images}", "--labels", "one"], "at least two"),
         (["zero-shot", "{clip}", "{images}", "--labels", "a", "b", "--templates", "x"], "has no {}"),
         (["zero-shot", "{clip}", "{images}", "--set", "nothing"], "not in labels.json; choose from"),
@@ -262,6 +289,8 @@ def test_paths_images_and_arrays_of_any_depth_embed_alike(clip, tmp_path):
 )
 def test_what_cannot_be_done_is_said(clip, tmp_path, argv, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "none.txt").write_text(" \n\n")
+    (tmp_path / "empty" / "latin.txt").write_bytes("Röntgen".encode("latin-1"))
     places = {"clip": clip, "images": pictures(tmp_path / "images", 1), "empty": tmp_path / "empty"}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         predict.main([part.format(**places) if part != "{}" else part for part in argv])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from evaluation import resamples
 from evaluation.metrics import (
@@ -162,3 +165,58 @@ def test_one_object_answers_everything_from_the_same_draws():
         Resamples(labels, patients, CLASSES, positive=None).detection(prob, point)
     with pytest.raises(ValueError, match="'benign' is not among"):
         Resamples(labels, patients, CLASSES, positive="benign")
+
+
+def findings(n):
+    rng = np.random.default_rng(n)
+    known, prob = rng.integers(-1, 2, (n, 2)), rng.random((n, 2)).round(2)
+    return known, prob, [f"P{i // 2}" for i in range(n)], ["nodule", "effusion"]
+
+
+def test_findings_over_blocks_of_resamples_equal_scikit_learn_on_the_repeated_images(monkeypatch):
+    known, prob, groups, names = findings(60)
+    monkeypatch.setattr(resamples, "BLOCK", 7 * 60)
+    found = resamples.finding_intervals(known, prob, groups, names, resamples.Bootstrap(number=40, seed=3))
+    place = np.unique(groups, return_inverse=True)[1]
+    drawn = np.random.default_rng(3).multinomial(30, np.full(30, 1 / 30), size=40)[:, place]
+    for i, name in enumerate(names):
+        seen = known[:, i] >= 0
+        scores = []
+        for weight in drawn:
+            again = np.repeat(np.flatnonzero(seen), weight[seen])
+            scores.append(roc_auc_score(known[again, i], prob[again, i]))
+        interval = found[name]["auroc"]
+        assert (interval.low, interval.high) == pytest.approx(np.quantile(scores, (0.025, 0.975)))
+        assert interval.value == pytest.approx(roc_auc_score(known[seen, i], prob[seen, i]))
+
+
+@pytest.mark.parametrize("kind", ["classes", "findings"])
+def test_a_bootstrap_holds_no_more_than_its_draws_for_a_larger_table(monkeypatch, kind):
+    """Patients: two bytes for each and each resample. What is computed of them is bounded."""
+    monkeypatch.setattr(resamples, "BLOCK", 100_000)
+    peaks = []
+    for n in (1000, 1000, 4000):  # the first loads what SciPy loads late
+        known, prob, groups, names = findings(n)
+        labels, two = np.arange(n) % 2, np.stack([prob[:, 0], 1 - prob[:, 0]], 1)
+        tracemalloc.start()
+        if kind == "classes":
+            Resamples(labels, groups, names, None, 1000).intervals(two)
+        else:
+            resamples.finding_intervals(known, prob, groups, names, resamples.Bootstrap(number=1000))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    kept = 1000 * 1500 * 2 if kind == "classes" else 0  # by the last more than by the one before
+    assert peaks[2] < 1.2 * peaks[1] + kept and peaks[1] < 12 * 8 * 100_000  # of all resamples at once: 32 MB an array
+
+
+def test_many_classes_take_no_matrix_of_all_their_pairs_for_each_sample():
+    rng = np.random.default_rng(0)
+    peaks = []
+    for k in (20, 80):
+        labels = rng.permutation(np.arange(1600) % k)
+        table = Resamples(labels, np.arange(1600).astype(str), [f"c{i}" for i in range(k)], None, 4)
+        tracemalloc.start()
+        table.intervals(rng.dirichlet(np.ones(k), 1600))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 20e6  # 1600 samples with 6400 cells each are 82 MB

@@ -20,6 +20,7 @@ from source_tree import (
 
 from datasets import READERS, create_reader
 from inputs import reader as inputs_reader
+from inputs.columns import Row
 
 
 @pytest.mark.parametrize("name, gap", [("captions.txt", "\t "), ("captions.txt", "\t   "), ("selected_pairs.txt", " ")])
@@ -346,3 +347,25 @@ def test_rows_of_one_image_are_one_pair_in_every_table(tmp_path):
     reader = create_reader("csv", tmp_path)
     assert len(reader) == 2 and reader.captions(1) == [f"image 1 wording {k}" for k in range(5)]
     assert "10 rows share their image" in "".join(reader.log)
+
+
+class Compared(str):
+    """Counts how often a caption is compared with another."""
+
+    count = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        Compared.count += 1
+        return str.__eq__(self, other)
+
+
+def test_captions_of_one_image_are_not_compared_with_each_other_in_pairs():
+    counts = []
+    for n in (500, 1000):
+        texts = [Compared(f"caption {i % (n // 2)}") for i in range(n)]  # each twice
+        Compared.count = 0
+        (row,) = inputs_reader.grouped(Row(f"line {i}", "a.jpg", [text]) for i, text in enumerate(texts))
+        assert row.captions == texts[: n // 2] and row.rows == n
+        counts.append(Compared.count)
+    assert counts[1] < 2.5 * counts[0] < 2.5 * 3 * 500 + 500

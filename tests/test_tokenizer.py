@@ -1,13 +1,14 @@
 import json
 import pickle
 import string
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
 
-from tokenizer import SimpleTokenizer, WordPieceTokenizer, clean_text, create_tokenizer
+from tokenizer import SimpleTokenizer, TokenizedTexts, WordPieceTokenizer, clean_text, create_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "tokenizer.json").read_text(encoding="utf-8"))
 
@@ -199,3 +200,25 @@ def test_impossible_context_lengths_are_refused(either, length):
 def test_unknown_kinds_list_the_choices():
     with pytest.raises(ValueError, match="'sentencepiece'.*clip-bpe, bert-wordpiece"):
         create_tokenizer({"kind": "sentencepiece"})
+
+
+# ------------------------------------------------------------------------------------------ many texts
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_some_of_many_texts_are_the_rows_of_all_at_once(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    texts = [" ".join(["chest"] * n) for n in (3, 0, 40, 1, 7)] * 60  # more than are tokenized at a time
+    tokens, whole = TokenizedTexts(tokenizer, texts), tokenizer(texts)
+    numbers = torch.tensor([299, 0, 4, 2, 256])
+    assert len(tokens) == 300 and torch.equal(tokens[numbers], whole[numbers])
+
+
+def test_one_long_text_does_not_make_the_others_long():
+    wordpiece, peaks = WordPieceTokenizer(VOCAB, context_length=512), []
+    for n in (2000, 4000):
+        texts = ["chest " * 600, *["chest"] * (n - 1)]
+        tracemalloc.start()
+        tokens = TokenizedTexts(wordpiece, texts)
+        assert tokens[torch.arange(4)].shape == (4, 512)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < 3e6 and peaks[1] - peaks[0] < 2000 * 512  # ids of 8 bytes, padded, have 16 MB in the second
