@@ -64,7 +64,7 @@ from runtime.meeting import meet, meeting_due
 from runtime.one_run import one_run
 from runtime.signals import StopRequest
 from runtime.versions import versions
-from tokenizer import Tokenizer, create_tokenizer
+from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer
 from towers import pretrained as pretrained_towers
 
 log = logging.getLogger("medslip")
@@ -308,17 +308,16 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
 
 def build_tokenizer(args: argparse.Namespace, config: models.ModelConfig, bert: dict | None = None) -> Tokenizer:
     """The text tower's; `bert` are the settings of a WordPiece vocabulary that comes with --text-weights."""
-    spec = {"kind": "clip-bpe", "context_length": config.context_length}
     if bert:
-        spec = {"kind": "bert-wordpiece", "context_length": config.context_length, **bert}
-    elif config.text_tower == "bert" and args.bert_vocab:
-        spec = {"kind": "bert-wordpiece", "context_length": config.context_length, "vocab": args.bert_vocab}
-    elif config.text_tower == "bert" and args.medclip_weights:
-        raise ValueError("--medclip-weights needs --bert-vocab: the vocab.txt of Bio_ClinicalBERT (28,996 lines)")
-    elif config.text_tower == "bert":
-        log.info(f"{args.model}: no --bert-vocab, so the text tower reads CLIP's vocabulary")
-    tokenizer = create_tokenizer(spec)
-    if args.medclip_weights and args.bert_vocab and tokenizer.vocab_size != models.BERT_VOCABULARY:
+        return WordPieceTokenizer(context_length=config.context_length, **bert)
+    if config.text_tower != "bert" or not args.bert_vocab:
+        if config.text_tower == "bert" and args.medclip_weights:
+            raise ValueError("--medclip-weights needs --bert-vocab: the vocab.txt of Bio_ClinicalBERT (28,996 lines)")
+        if config.text_tower == "bert":
+            log.info(f"{args.model}: no --bert-vocab, so the text tower reads CLIP's vocabulary")
+        return SimpleTokenizer(context_length=config.context_length)
+    tokenizer = WordPieceTokenizer(args.bert_vocab, config.context_length)
+    if args.medclip_weights and tokenizer.vocab_size != models.BERT_VOCABULARY:
         raise ValueError(
             f"--bert-vocab {args.bert_vocab} has {tokenizer.vocab_size} tokens, MedCLIP's text tower "
             f"{models.BERT_VOCABULARY}: give the vocab.txt of Bio_ClinicalBERT"

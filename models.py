@@ -33,7 +33,7 @@ from inputs.sizes import Size, as_size, size_text
 from inputs.transforms import Preprocess, eval_view
 from runtime.checkpoints import load_checkpoint, refuse_not_finite, strip_wrappers, training_progress, unfinished
 from runtime.integrity import check_sums
-from tokenizer import TokenizedTexts, Tokenizer, create_tokenizer
+from tokenizer import SimpleTokenizer, TokenizedTexts, Tokenizer, WordPieceTokenizer, create_tokenizer
 from towers.build import build_image_tower, build_text_tower, is_medclip_tower, preprocess_of
 from towers.weights import load_weights, require_finite, resize_position_embeddings
 
@@ -354,13 +354,19 @@ def resolve_config(name: str, **overrides) -> ModelConfig:
     """The settings of a named model with some fields of ModelConfig overridden.
 
     Raises:
-        ValueError: unknown model or field; the message lists the valid ones.
+        ValueError: unknown model or field, with the valid ones; a value of another kind.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     valid = {f.name for f in fields(ModelConfig)} - {"objective"}
     if unknown := sorted(set(overrides) - valid):
         raise ValueError(f"{name} has no setting {', '.join(unknown)}: choose from {', '.join(sorted(valid))}")
+    for key, value in overrides.items():
+        kind = ModelConfig.__annotations__[key]
+        if kind == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name}: {key} is a whole number from 1, not {value!r}")
+        if kind in ("str", "dict") and not isinstance(value, {"str": str, "dict": dict}[kind]):
+            raise ValueError(f"{name}: {key} is no {value!r}")
     if "vision_tower" in overrides and "vision_kwargs" not in overrides:
         overrides["vision_kwargs"] = {}  # the named model's settings belong to its own tower
     if "image_size" in overrides:
@@ -571,12 +577,27 @@ def load_pretrained(
 
 
 def _from_ours(state: dict, path: str | Path, pooling: dict) -> tuple[ImageModel, Tokenizer | None, str]:
-    config = {k: v for k, v in state["model"]["config"].items() if k != "objective"}
-    model = create_model(state["model"]["name"], **{**config, **pooling})
+    if lacking := [key for key in ("state_dict", "preprocess") if not isinstance(state.get(key), dict)]:
+        raise ValueError(f"{path} is no whole checkpoint of ours: it holds no {lacking[0]}")
+    name, config = state["model"].get("name"), dict(state["model"]["config"])
+    config.pop("objective", None)
+    _refuse_larger(str(name), {**config, **pooling}, state["state_dict"], path)
+    model = create_model(str(name), **{**config, **pooling})
     load_weights(model, state["state_dict"], str(path))
     model.preprocess = Preprocess.from_dict(state["preprocess"])
     spec = state.get("tokenizer")
     return model, create_tokenizer(spec) if spec else None, "checkpoint"
+
+
+def _refuse_larger(name: str, config: dict[str, Any], weights: dict, path: str | Path) -> None:
+    """ValueError where a file describes a model that is far larger than what the file holds, before memory is taken."""
+    if resolve_config(name, **config) == MODELS[name]:
+        return
+    with torch.device("meta"):  # shapes alone
+        described = sum(value.numel() for value in create_model(name, **config).parameters())
+    held = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
+    if described > 2 * held + 1_000_000:
+        raise ValueError(f"{path} describes a model of {described:,} parameters and holds {held:,}")
 
 
 def _from_medclip(
@@ -587,7 +608,7 @@ def _from_medclip(
     name = {"medclip-swin": "MEDCLIP_VIT", "medclip-resnet50": "MEDCLIP_RESNET"}[medclip.tower_name(state)]
     model = create_model(name, **{"text_pooling": "medclip", **pooling})
     medclip.load_medclip(model, state, str(path))
-    tokenizer = create_tokenizer({"kind": "bert-wordpiece", "vocab": bert_vocab}) if bert_vocab else None
+    tokenizer = WordPieceTokenizer(bert_vocab) if bert_vocab else None
     return model, tokenizer, "MedCLIP weights"
 
 
@@ -605,7 +626,7 @@ def _from_published(state: dict, path: str | Path, name: str | None) -> tuple[Im
         )
     model = create_model(name, **head)
     load_weights(model, weights, str(path))
-    tokenizer = create_tokenizer({"kind": "clip-bpe"}) if model.objective.text else None
+    tokenizer = SimpleTokenizer() if model.objective.text else None
     return model, tokenizer, "published checkpoint"
 
 

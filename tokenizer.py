@@ -251,8 +251,19 @@ TOKENIZERS = {cls.kind: cls for cls in (SimpleTokenizer, WordPieceTokenizer)}
 
 
 def create_tokenizer(spec: dict) -> SimpleTokenizer | WordPieceTokenizer:
-    """The tokenizer that `tok.spec()` described, from the plain values that a checkpoint stores."""
+    """The tokenizer that `tok.spec()` described, from the plain values that a checkpoint stores.
+
+    Raises:
+        ValueError: another kind or setting; a vocabulary that is no list of tokens. A checkpoint comes from anywhere,
+            and a path in it would have this machine's files read.
+    """
     kind = spec.get("kind")
     if kind not in TOKENIZERS:
         raise ValueError(f"unknown tokenizer {kind!r}; choose from {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[kind](**{key: value for key, value in spec.items() if key != "kind"})
+    given = {key: value for key, value in spec.items() if key != "kind"}
+    types = {"context_length": int} | ({"vocab": list, "lowercase": bool} if kind == WordPieceTokenizer.kind else {})
+    if wrong := [key for key, value in given.items() if not isinstance(value, types.get(key, ()))]:
+        raise ValueError(f"the tokenizer {kind} has no such setting {wrong[0]}: {str(given[wrong[0]])[:80]!r}")
+    if not all(isinstance(token, str) for token in given.get("vocab", [])):
+        raise ValueError(f"the vocabulary of the tokenizer {kind} holds what is no text")
+    return TOKENIZERS[kind](**given)

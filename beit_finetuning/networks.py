@@ -19,7 +19,7 @@ from beit_finetuning.views import beit_preprocess
 from beit_finetuning.weights import load_weights
 from inputs.transforms import Preprocess
 from runtime.command_line import UsageError
-from towers.build import build_image_tower
+from towers.build import build_image_tower, check_settings
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,14 @@ def rebuild(state: dict[str, Any], weights: str = "") -> Network:
         FileNotFoundError, ValueError: weights that are asked for and not there; tensors that do not fit.
     """
     if "network" in state:
-        config = NetworkConfig(**state["network"])
+        try:
+            config = NetworkConfig(**state["network"])
+        except TypeError as error:
+            raise ValueError(f"the checkpoint describes no network of ours: {error}") from error
     else:
         config = config_of_flags(argparse.Namespace(**state["args"]), len(state["settings"]["classes"]), weights)
     if config.beit is not None:
+        check_settings("beit", {key: value for key, value in config.beit.items() if key != "name"})
         model: Any = create_beit(**config.beit, num_classes=config.num_classes)
     elif config.tower is not None:
         tower = config.tower

@@ -85,6 +85,7 @@ class _Lock:
     """A folder's lock from here to `release`. A command that calls another's main asks twice and has it once."""
 
     def __init__(self, folder: Path):
+        self.made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder.resolve() / LOCK
         self.first = self.path not in _held
@@ -93,12 +94,15 @@ class _Lock:
             _held[self.path] = self._take()
 
     def release(self) -> None:
-        """Free the folder; the file goes."""
+        """Free the folder; the file goes, and with it a folder that was made for it and into which nothing came."""
         self.ended.set()
         if self.first and self.path in _held:  # not in a process that was forked meanwhile
             with suppress(OSError):
                 self.path.unlink()
             os.close(_held.pop(self.path))
+            if self.made:
+                with suppress(OSError):
+                    self.path.parent.rmdir()
 
     def _take(self) -> int:
         """The descriptor of the file, signed; FolderInUse where another process has it."""
@@ -128,8 +132,7 @@ class _Lock:
             "command": shlex.join(sys.argv)[:300], "process": os.getpid(), "host": socket.gethostname(),
             "since": f"{datetime.now():%Y-%m-%d %H:%M}", "beat": beat,
         }  # fmt: skip
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        os.pwrite(descriptor, json.dumps(holder).encode().ljust(2048), 0)  # in one piece: who reads sees no half of it
         os.fsync(descriptor)
 
     def _beat(self) -> None:

@@ -1,7 +1,9 @@
 """Tests use one thread a process and no network. pyproject.toml says where they import from."""
 
 import os
+import signal
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup: tests send it to what they start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `-n auto`: what a test starts shares the cores with the other workers' tests
     os.environ.setdefault("OMP_NUM_THREADS", "1")

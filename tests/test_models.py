@@ -3,13 +3,14 @@
 import gzip
 import json
 import math
+import re
 from argparse import Namespace
 from pathlib import Path, PosixPath
 
 import pytest
 import torch
 from helpers import GOLDENS
-from model_helpers import GOLDEN_MODELS, tiny_model
+from model_helpers import GOLDEN_MODELS, tiny_model, write_checkpoint
 
 import losses
 import models
@@ -308,3 +309,70 @@ def test_an_unknown_objective_is_refused_by_name(monkeypatch):
     monkeypatch.setitem(models.MODELS, "MOCO_VITT16", models.ModelConfig("moco", "vit_tiny_patch16_224"))
     with pytest.raises(ValueError, match="unknown objective 'moco': choose one of clip, simclr, slip"):
         models.create_model("MOCO_VITT16")
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """The state of a small checkpoint, changed by a function and written; returns its path."""
+    path = write_checkpoint(tmp_path / "checkpoint.pt", "vit")
+
+    def changed(change):
+        state = checkpoints.load_checkpoint(path)
+        change(state)
+        checkpoints.save_checkpoint(state, path)
+        return path
+
+    return changed
+
+
+@pytest.mark.parametrize("setting, message", [
+    ({"pretrained": True}, "pretrained is no setting of an architecture"),
+    ({"pretrained_cfg": {"file": "weights.pt"}}, "pretrained_cfg is no setting of an architecture"),
+    ({"pretrained_cfg_overlay": {"url": "http://localhost/weights.pt"}}, "pretrained_cfg_overlay is no setting"),
+    ({"checkpoint_path": "weights.pt"}, "checkpoint_path is no setting of an architecture"),
+    ({"cache_dir": "here"}, "cache_dir is no setting of an architecture"),
+    ({"drop_path_rate": "weights.pt"}, "drop_path_rate takes numbers, not 'weights.pt'"),
+    ({"global_pool": "../weights"}, "global_pool takes numbers, not '../weights'"),
+])  # fmt: skip
+def test_settings_in_a_file_name_no_weights_no_path_and_no_address(stored, monkeypatch, setting, message):
+    def refused(*_, **__):
+        raise AssertionError("built")
+
+    path = stored(lambda state: state["model"]["config"]["vision_kwargs"].update(setting))
+    monkeypatch.setattr("timm.create_model", refused)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        models.load_pretrained(path)
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("vision_tower", "hf-hub:timm/resnet18.a1_in1k", "unknown vision tower 'hf-hub:"),
+    ("vision_tower", "local-dir:weights", "unknown vision tower 'local-dir:"),
+    ("vision_tower", ["resnet18"], "vision_tower is no ['resnet18']"),
+    ("text_heads", 0, "text_heads is a whole number from 1, not 0"),
+    ("text_width", "wide", "text_width is a whole number from 1, not 'wide'"),
+    ("secret", 1, "has no setting secret"),
+])  # fmt: skip
+def test_other_fields_of_a_file_are_of_their_kind(stored, field, value, message):
+    path = stored(lambda state: state["model"]["config"].update({field: value}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        models.load_pretrained(path)
+
+
+def test_a_swin_of_a_file_takes_its_own_numbers_alone():
+    from towers.build import build_image_tower
+
+    with pytest.raises(ValueError, match="medclip-swin has no setting torchscript: choose from embed_dim, depths"):
+        build_image_tower("medclip-swin", {"torchscript": 1}, 224)
+
+
+def test_a_small_file_that_describes_a_huge_model_is_refused_before_it_is_built(stored):
+    path = stored(lambda state: state["model"]["config"].update(text_width=4096, text_layers=48))
+    with pytest.raises(ValueError, match="describes a model of 9,667,251,265 parameters and holds 363,329"):
+        models.load_pretrained(path)
+
+
+@pytest.mark.parametrize("part", ["preprocess", "state_dict"])
+def test_a_checkpoint_without_a_part_names_it(stored, part):
+    path = stored(lambda state: state.pop(part))
+    with pytest.raises(ValueError, match=f"is no whole checkpoint of ours: it holds no {part}"):
+        models.load_pretrained(path)

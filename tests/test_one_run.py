@@ -105,6 +105,14 @@ def test_without_locks_signs_of_life_count(tmp_path, hold, monkeypatch):
     assert not (tmp_path / one_run.LOCK).exists()
 
 
+def test_a_refused_command_leaves_no_folder_that_it_made(tmp_path):
+    for name in ("made", "found"):
+        (tmp_path / "found").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match="flags"), one_run.one_run(tmp_path / name):
+            raise ValueError("flags")
+    assert [path.name for path in tmp_path.iterdir()] == ["found"]
+
+
 def test_a_command_that_calls_anothers_main_has_the_folder_once(tmp_path):
     with one_run.one_run(tmp_path):
         with one_run.one_run(tmp_path):

@@ -69,7 +69,7 @@ def driver(tmp_path):
 def test_one_signal_stops_all_steps(tmp_path, driver, number):
     process = driver()
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     name = signal.Signals(number).name
     assert (tmp_path / "out" / "first" / "stopped").read_text() == name

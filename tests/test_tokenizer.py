@@ -202,6 +202,18 @@ def test_unknown_kinds_list_the_choices():
         create_tokenizer({"kind": "sentencepiece"})
 
 
+@pytest.mark.parametrize("setting", [
+    {"kind": "bert-wordpiece", "vocab": "vocab.txt"},
+    {"kind": "bert-wordpiece", "vocab": [1, 2]},
+    {"kind": "clip-bpe", "bpe_path": "merges.gz"},
+    {"kind": "clip-bpe", "context_length": "77"},
+])  # fmt: skip
+def test_a_stored_tokenizer_names_no_file(setting, monkeypatch):
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    with pytest.raises(ValueError, match="has no such setting|holds what is no text"):
+        create_tokenizer(setting)
+
+
 # ------------------------------------------------------------------------------------------ many texts
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
 def test_some_of_many_texts_are_the_rows_of_all_at_once(kind, request):

@@ -6,6 +6,7 @@ model itself, because the published SLIP checkpoints keep the text transformer a
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import timm
@@ -32,12 +33,38 @@ def build_image_tower(name: str, settings: dict[str, Any], size: Size) -> tuple[
     Raises:
         ValueError: unknown name, with those near it; settings or a size that the tower does not take.
     """
+    check_settings(name, settings)
     if is_medclip_tower(name):
         from towers import medclip  # transformers takes seconds to import, and only these models need it
 
         return medclip.build_image_tower(name, settings, size)
     tower = build_timm_tower(name, settings, size)
     return tower, getattr(tower, "head_hidden_size", None) or tower.num_features
+
+
+# Of a tower's constructor that are words: how tokens become one, and layers by their names in timm.
+WORDS = {"global_pool", "act_layer", "norm_layer"}
+# Of timm.create_model that are no architecture: they name weights, files and addresses.
+NOT_ARCHITECTURE = re.compile("pretrained|checkpoint|cache|cfg|config|hub|url|file")
+
+
+def check_settings(name: str, settings: dict[str, Any]) -> None:
+    """ValueError for a setting that is more than the architecture's numbers: checkpoints bring settings from anywhere.
+
+    Numbers, and lists of numbers, pass; a word for WORDS alone.
+    """
+
+    def is_number(value: object) -> bool:
+        if isinstance(value, (list, tuple)):
+            return all(map(is_number, value))
+        return value is None or isinstance(value, (int, float))
+
+    for key, value in settings.items():
+        if not isinstance(key, str) or NOT_ARCHITECTURE.search(key):
+            raise ValueError(f"vision tower {name!r}: {key} is no setting of an architecture")
+        word = key in WORDS and isinstance(value, str) and re.fullmatch("[a-z0-9_]{0,32}", value)
+        if not word and not is_number(value):
+            raise ValueError(f"vision tower {name!r}: {key} takes numbers, not {str(value)[:80]!r}")
 
 
 def build_timm_tower(name: str, settings: dict[str, Any], size: Size) -> Any:

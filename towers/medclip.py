@@ -34,6 +34,13 @@ class SwinTower(SwinModel):
         return super().forward(pixel_values, interpolate_pos_encoding=True).pooler_output
 
 
+SWIN_SETTINGS = (
+    "embed_dim", "depths", "num_heads", "window_size", "patch_size", "mlp_ratio", "qkv_bias", "drop_path_rate",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "use_absolute_embeddings", "initializer_range",
+    "layer_norm_eps",
+)  # fmt: skip
+
+
 def build_image_tower(name: str, settings: dict, size: Size = 224) -> tuple[nn.Module, int]:
     """The image tower with fresh weights, and the width of its features.
 
@@ -46,6 +53,8 @@ def build_image_tower(name: str, settings: dict, size: Size = 224) -> tuple[nn.M
         ValueError: unknown name; settings that it does not take; images in whose last stage a window has no room.
     """
     if name == "medclip-swin":
+        if unknown := sorted(set(settings) - set(SWIN_SETTINGS)):
+            raise ValueError(f"medclip-swin has no setting {unknown[0]}: choose from {', '.join(SWIN_SETTINGS)}")
         tiny = dict(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, drop_path_rate=0.1)
         config = SwinConfig(**{**tiny, **settings})
         scale = config.patch_size * 2 ** (len(config.depths) - 1)  # of the last stage
