@@ -21,6 +21,7 @@ from inputs.index import load_index, rows_index
 from inputs.metadata import inside
 from inputs.reader import Reader
 from inputs.sources import read_list
+from runtime.limits import BYTES
 
 
 class ArchivePool:
@@ -48,6 +49,12 @@ class ArchivePool:
         return self.archives[path]
 
 
+def read_member(archive: zipfile.ZipFile, member: str) -> bytes:
+    """A member's bytes; ValueError before it is read where it declares more than the limit. zipfile gives no more."""
+    BYTES.refuse(archive.getinfo(member).file_size, member)
+    return archive.read(member)
+
+
 class ZipPool(ArchivePool):
     """Members of zip archives by name."""
 
@@ -57,7 +64,7 @@ class ZipPool(ArchivePool):
         """A member's bytes; FileNotFoundError for an absent archive, UnreadableImage for a damaged one."""
         try:
             archive = self.archive(path)
-            return archive.read(member if member in archive.NameToInfo else self.alike(path, archive, member))
+            return read_member(archive, member if member in archive.NameToInfo else self.alike(path, archive, member))
         except FileNotFoundError:
             raise
         except Exception as error:  # zipfile and zlib raise any kind on damaged archives
@@ -316,6 +323,7 @@ def shard_captions(file: BinaryIO, members: dict[str, tuple[int, int]], where: s
 
     def text(kind: str) -> str:
         offset, size = members[kind]
+        BYTES.refuse(size, f"{where}: its {kind}")
         file.seek(offset)
         return file.read(size).decode("utf-8")
 
@@ -326,6 +334,6 @@ def shard_captions(file: BinaryIO, members: dict[str, tuple[int, int]], where: s
         if isinstance(several, list) and all(isinstance(caption, str) for caption in several):
             return several
         caption = text("txt") if "txt" in members else values.get("caption")
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{where}: {error}") from error
     return [caption] if isinstance(caption, str) else []

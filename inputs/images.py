@@ -7,6 +7,7 @@ radiographs in 16-bit files, grey or in several equal channels) are windowed her
 from __future__ import annotations
 
 import io
+import math
 import os
 import stat
 import struct
@@ -19,6 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from runtime.limits import BYTES, PIXELS
+
+# Pillow warns above this number and refuses twice of it, when a file is opened and before it is decoded.
+Image.MAX_IMAGE_PIXELS = PIXELS.most // 2
 
 WINDOW_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")  # DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3
 
@@ -180,6 +186,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
             return _rgb8_of_channels(deep)
         img.load()
         return to_rgb8(img)
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"cannot decode the image {name}: {error}{PIXELS.advice}") from error
     except _DECODE_ERRORS as error:
         raise UnreadableImage(f"cannot decode the image {name}: {error}") from error
 
@@ -232,15 +240,31 @@ def _decode_dicom(data: bytes, name: str) -> Image.Image:
     except ImportError as error:
         raise ImportError(f"{name} is a DICOM file; to read it, install pydicom") from error
     try:
+        _refuse_inflated(data)
         return _displayed(pydicom.dcmread(io.BytesIO(data)))
     except Exception as error:  # pydicom raises any kind on damaged files
         raise UnreadableImage(f"cannot decode the image {name}: {error}") from error
+
+
+def _refuse_inflated(data: bytes) -> None:
+    """ValueError for a deflated data set (PS3.5, A.5) above the limit: pydicom inflates the whole at once."""
+    deflated = b"1.2.840.10008.1.2.1.99" in data[132:4096]
+    if not deflated or data[132:136] != b"\2\0\0\0":  # the length of the header, which comes first in it
+        return
+    rest, size = data[144 + int.from_bytes(data[140:144], "little") :], 0
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    while rest and not inflate.eof:
+        size += len(inflate.decompress(rest, 1 << 24))
+        rest = inflate.unconsumed_tail
+        BYTES.refuse(size, "it")
 
 
 def _displayed(dataset: Any) -> Image.Image:
     """DICOM's steps from stored values to a screen (PS3.4, N.2): colour lookup, or modality, window, presentation."""
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
+    sides = (int(dataset.get(name) or 1) for name in ("Rows", "Columns", "SamplesPerPixel"))
+    PIXELS.refuse(math.prod(sides), "it")
     frame = pixel_array(dataset, index=0)  # (H, W), or (H, W, 3) in RGB
     if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
         frame = apply_color_lut(frame, dataset)[..., :3]

@@ -19,6 +19,8 @@ from typing import BinaryIO, TextIO
 
 import numpy as np
 
+from runtime.limits import memory_for
+
 
 class RefusedPickle(ValueError):
     """A pickle that asks for more than plain values; the message names what it asks for."""
@@ -183,11 +185,13 @@ def read_pickle(path: str | Path) -> object:
     Raises RefusedPickle, naming it, for anything else that the file asks for, and ValueError for a damaged
     file.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, memory_for(path):
         try:
             if file.peek(6)[:6] == np.lib.format.MAGIC_PREFIX:
                 return _read_npy(file)
             return _PlainUnpickler(file).load()
+        except MemoryError:
+            raise
         except RefusedPickle as error:
             raise RefusedPickle(f"{path} asks for {error}, not for plain values") from error
         except Exception as error:  # the unpickler raises any kind on damaged files
@@ -235,7 +239,7 @@ def iter_json(path: str | Path, key: str = "") -> Iterator[object]:
                     return
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8: {error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} near character {stream.done + stream.at}: {error}") from error
 
 

@@ -133,7 +133,7 @@ def small_image(side: int, path: Path) -> np.ndarray | str:
             if img.format != "JPEG":
                 raise OSError
             img.load()
-        except OSError:
+        except (OSError, Image.DecompressionBombError):
             img = decode_image(data, str(path))
     except (UnreadableImage, OSError) as error:
         return str(error)

@@ -25,12 +25,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from inputs.archives import read_member
 from inputs.images import UnreadableImage, decode_image, read_bytes
 from inputs.metadata import Table, inside
 from inputs.sources import SPLIT_OF
 from preparation.processes import add_workers_argument, keep_settings
 from preparation.shrink import check_short_side, encode, format_of, shrink
 from runtime.command_line import HelpFormatter
+from runtime.limits import BYTES
 from runtime.logs import progress
 from utils import atomic_write, write_json
 
@@ -152,6 +154,8 @@ def parquet_samples(path: Path, given: dict[str, str]) -> Iterator[Sample]:
         if column[role] is None and role != "id":
             raise ValueError(f"{path} has no column {' or '.join(wanted)}: name one of {', '.join(names)} with "
                              f"--{role}-column")  # fmt: skip
+    for group in range(file.num_row_groups):
+        BYTES.refuse(file.metadata.row_group(group).total_byte_size, f"{path}: row group {group}")
     number = 0
     for batch in file.iter_batches(batch_size=64, columns=[name for name in column.values() if name]):
         for row in batch.to_pylist():
@@ -204,8 +208,8 @@ def zenodo_samples(captions: Path) -> Iterator[Sample]:
         if key not in members:
             raise FileNotFoundError(f"{where}: no image {key} in {archive_path}")
         try:
-            return archive.read(members[key])
-        except (zipfile.BadZipFile, OSError) as error:
+            return read_member(archive, members[key])
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
             raise UnreadableImage(f"{archive_path}/{members[key]}: {error}") from error
 
     for where, fields in table:

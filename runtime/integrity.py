@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import distributed
+from runtime.limits import BYTES
 
 SEAL = "medslip_crc32"  # the header's key
 _SEAL = re.compile(rb'"medslip_crc32": ?"([0-9a-f]{8})"')
@@ -66,6 +67,8 @@ def check_archive(path: Path, wanted: Callable[[str], bool] = lambda name: True)
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return  # whoever reads it says what it is
+    packed = [member for member in members if member.compress_type != zipfile.ZIP_STORED]
+    BYTES.refuse(sum(member.file_size for member in packed), f"{path}, unpacked,")
     if not any(member.CRC for member in members):  # torch.serialization.set_crc32_options(False)
         return
     with open(path, "rb") as file, _mapped(file.fileno()) as data:

@@ -20,6 +20,7 @@ from torchvision.models import resnet50
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
 from inputs.sizes import Size, height_width, size_text
+from runtime.limits import BYTES
 from towers.weights import Mismatch
 
 POOLINGS = ("masked", "medclip")
@@ -187,6 +188,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             inside = [name for name in archive.namelist() if name.split("/")[-1] == WEIGHTS_NAME]
             if len(inside) == 1:
+                BYTES.refuse(archive.getinfo(inside[0]).file_size, f"{path}/{inside[0]}")
                 source = io.BytesIO(archive.read(inside[0]))
             elif not any(name.endswith("/data.pkl") for name in archive.namelist()):  # torch's own files are zips too
                 raise FileNotFoundError(f"{path} holds {len(inside)} files named {WEIGHTS_NAME}, expected one")
