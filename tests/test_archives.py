@@ -83,3 +83,16 @@ def test_zip_members_are_found_in_any_folder_and_case(tmp_path):
     reader = create_reader("yfcc15m", tmp_path)
     assert [grey_of(reader.image(i)) for i in range(len(reader))] == [10, 20, 30]
     assert "00/003.zip/000.jpg" in "".join(reader.log)
+
+
+def test_a_name_that_several_members_have_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name in ("a/1.jpg", "b/1.JPG", "c/2.jpg", "3.jpg", "d/3.jpg"):
+            file.writestr(name, name)
+    pool = ZipPool()
+    assert pool.read(tmp_path / "a.zip", "2.JPG") == b"c/2.jpg"
+    assert pool.read(tmp_path / "a.zip", "3.jpg") == b"3.jpg"  # the very name is there
+    with pytest.raises(UnreadableImage, match="2 members are called 1.jpg: a/1.jpg, b/1.JPG"):
+        pool.read(tmp_path / "a.zip", "1.jpg")
+    with pytest.raises(UnreadableImage, match="0 members are called 4.jpg"):
+        pool.read(tmp_path / "a.zip", "4.jpg")

@@ -12,6 +12,7 @@ import cbis_tree
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.model_selection import StratifiedGroupKFold
 
 import make_dataset
 from inputs.cbis import CBIS_CLASSES, CbisLesions
@@ -283,3 +284,56 @@ def test_a_mask_that_is_described_as_the_crop_never_becomes_it(tmp_path, caplog)
         found = cbis_tables.tell_crop_from_mask(images, tmp_path)
         assert (found["crop"].path.name, found["mask"].path.name) == ("1.jpg", "2.jpg")
         assert ("looks like a mask" in caplog.text) == said
+
+
+def lesion(number: int, patient: str, pathology: str) -> cbis_tables.Lesion:
+    cells = {"lesion": f"L{number}", "patient": patient, "pathology": pathology, "split": "train"}
+    return cbis_tables.Lesion(f"calc.csv, row {number}", {"crop": "1", "full": "2", "mask": "3"}, cells)
+
+
+def test_the_fold_closest_to_the_whole_is_held_out():
+    taken = set()
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        patients = rng.integers(0, 40, 90).astype(str)
+        lesions = [lesion(i, p, CBIS_CLASSES[rng.choice(3, p=(0.5, 0.2, 0.3))]) for i, p in enumerate(patients)]
+        pathologies = np.array([lesion.cells["pathology"] for lesion in lesions])
+        cbis_tables.split_off_validation(lesions, folds=4, seed=seed)
+        held_out = [i for i, lesion in enumerate(lesions) if lesion.cells["split"] == "val"]
+        splitter = StratifiedGroupKFold(4, shuffle=True, random_state=seed)
+        folds = [part.tolist() for _, part in splitter.split(pathologies, pathologies, patients)]
+        apart = [
+            max(abs((pathologies[fold] == c).sum() / (pathologies == c).sum() - 1 / 4) for c in CBIS_CLASSES)
+            for fold in folds
+        ]
+        assert apart[folds.index(held_out)] == min(apart)
+        taken.add(folds.index(held_out))
+    assert len(taken) > 1
+
+
+@pytest.mark.parametrize("inner, share, expected", [
+    (40, 1.0, True), (200, 1.0, True), (41, 1.0, False), (199, 1.0, False), (120, 0.04, True), (120, 0.06, False),
+])  # fmt: skip
+def test_a_mask_has_its_pixels_within_a_tenth_of_its_ends(tmp_path, inner, share, expected):
+    """Of the ends that it has, 20 and 220 here, but for 5% of the pixels."""
+    grey = np.tile(np.array([20, 220], np.uint8), 500)
+    grey[2 : 2 + round(998 * share)] = inner
+    Image.fromarray(grey.reshape(20, 50)).save(tmp_path / "a.png")
+    assert cbis_tables.nearly_binary(tmp_path / "a.png") is expected
+
+
+def test_one_of_several_full_images_is_not_guessed(tmp_path):
+    rng = np.random.default_rng(0)
+    images = {"1": [("crop", cbis_tree.crop_image(rng))], "3": [("mask", cbis_tree.mask_image(rng))]}
+    images["2"] = [("full", cbis_tree.crop_image(rng))] * 2
+    series = {uid: [] for uid in images}
+    for uid, found in images.items():
+        for number, (kind, pixels) in enumerate(found):
+            Image.fromarray(pixels).save(tmp_path / f"{uid}_{number}.png")
+            image = cbis_tables.SeriesImage(Path(f"{uid}_{number}.png"), cbis_tree.DESCRIPTIONS[kind])
+            series[uid].append(image)
+    several = lesion(1, "P_1", "BENIGN")
+    assert several.resolve(series, tmp_path) == ["calc.csv, row 1, L1: no full among 2 images, series 2"]
+    assert "full" not in several.cells and (several.cells["crop"], several.cells["mask"]) == ("1_0.png", "3_0.png")
+    single = lesion(2, "P_1", "BENIGN")
+    assert single.resolve(series | {"2": series["2"][:1]}, tmp_path) == [] and single.cells["full"] == "2_0.png"

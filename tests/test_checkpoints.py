@@ -1,9 +1,12 @@
 """Checkpoints: torn ones are named, older and published ones read, wrappers taken off."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
+from evaluation import linear_sgd
 from runtime import checkpoints
 
 
@@ -27,6 +30,40 @@ def test_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint in"):
         checkpoints.find_training_checkpoint(tmp_path, said.append)
     assert checkpoints.find_training_checkpoint(tmp_path / "new", said.append) is None
+
+
+@pytest.mark.parametrize("files", [checkpoints.TRAINING, linear_sgd.FILES], ids=["main.py", "main_linear.py"])
+def test_a_kill_between_the_files_of_a_save_never_loses_the_best(tmp_path, monkeypatch, files):
+    """With the numbered file there, the run would go on behind it and never write this best again."""
+    replace = os.replace
+    for moment in range(4):
+        folder, left = tmp_path / str(moment), moment
+        folder.mkdir()
+        checkpoints.save_training_checkpoint({"step": 1}, folder, 1, is_best=True, keep_last=2, files=files)
+
+        def killed(source, target):
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", killed)
+        try:
+            checkpoints.save_training_checkpoint({"step": 2}, folder, 2, is_best=True, keep_last=2, files=files)
+        except KeyboardInterrupt:
+            assert moment < 3
+        monkeypatch.setattr(os, "replace", replace)
+        best = checkpoints.load_checkpoint(folder / files.best)["step"]
+        newest = checkpoints.find_training_checkpoint(folder, files=files)["step"]
+        assert (best, newest) == ((1, 1), (2, 1), (2, 2), (2, 2))[moment]
+        assert checkpoints.load_checkpoint(folder / files.newest)["step"] == (2 if moment == 3 else 1)
+
+
+def test_settings_that_differ_are_named_and_one_that_was_not_recorded_agrees():
+    assert checkpoints.differences({"lr": 1}, {"lr": 1, "later": 2}) == []
+    assert checkpoints.differences({"lr": 1, "wd": 3}, {"lr": 2, "wd": 3}) == ["lr: 1 there, 2 now"]
+    assert checkpoints.differences({"lr": 1, "gone": 3}, {"lr": 1}) == ["gone: 3 there, None now"]
 
 
 def test_learning_rates_of_numpy_are_read_and_other_numbers_refused(tmp_path):

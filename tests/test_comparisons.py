@@ -9,7 +9,7 @@ from scipy import stats
 
 from evaluation import comparisons
 from evaluation.comparisons import Draws
-from evaluation.resamples import Resamples
+from evaluation.resamples import Resamples, two_sided
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import coverage  # noqa: E402
@@ -54,6 +54,16 @@ def test_the_p_value_is_the_level_at_which_the_interval_reaches_zero():
     a, b = draws([0.72] * 3, patients=10**6), draws([0.70] * 3, patients=10**6, seed=1)
     sd = (a.resampled.mean(0) - b.resampled.mean(0)).std(ddof=1)
     assert comparisons.difference(a, b).p_value == pytest.approx(2 * stats.norm.sf(0.02 / sd), rel=1e-3)
+
+
+def test_the_p_value_of_single_seeds_is_the_level_at_which_their_interval_reaches_zero():
+    """Both are widened for few patients: the plain fraction of draws would be smaller."""
+    row, baseline = draws([0.72], patients=8), draws([0.68], patients=8, seed=1)
+    found = comparisons.difference(row, baseline)
+    assert comparisons.difference(row, baseline, level=1 - found.p_value).low == pytest.approx(0, abs=5e-4)
+    plain = two_sided(row.resampled[0] - baseline.resampled[0])
+    assert found.p_value == pytest.approx(2 * stats.t.sf(stats.norm.isf(plain / 2) / np.sqrt(8 / 7), 7))
+    assert found.p_value > 1.2 * plain
 
 
 def test_a_row_without_training_is_compared_with_a_trained_one():

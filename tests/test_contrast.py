@@ -55,6 +55,22 @@ def test_tiles_equal_the_formulas(tile, temperature, monkeypatch):
         torch.testing.assert_close(x[key].grad, grad, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("tile", [2, 3, 4, 6, 100])  # 2, 3 and 6 end where the first side ends
+def test_the_best_match_is_the_best_of_all(within, tile, monkeypatch):
+    """In a plane, where most rows have a neighbour on their own side."""
+    monkeypatch.setattr(contrast, "TILE", tile)
+    for seed in range(5):
+        x = random_inputs(12, 2, seed=seed)
+        a, b = (torch.nn.functional.normalize(x[name], dim=-1) for name in ("aug1_embed", "aug2_embed"))
+        scores = a @ b.T
+        if within:
+            scores = torch.cat([scores, (a @ a.T).fill_diagonal_(-torch.inf)], 1)
+        _, match = contrast.contrast_pairs(a, b, torch.tensor(5.0, dtype=torch.float64), within=within)
+        assert match.tolist() == scores.argmax(1).tolist()
+        assert not within or match.max() >= 12
+
+
 def test_float32_tiles_at_the_largest_scale_and_a_large_batch():
     inputs = random_inputs(3000, 64, torch.float32) | {"logit_scale": torch.tensor(100.0)}
     inputs["text_embed"] = inputs["image_embed"] + 1.5 * inputs["text_embed"]  # half solved: logits up to 80

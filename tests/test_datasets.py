@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from view_helpers import SslView, TrainView
 
 import main
-from datasets import Collate, ContrastiveDataset, EvalPairs, GlobalBatchSampler, create_reader
+from datasets import Collate, ContrastiveDataset, EvalPairs, GlobalBatchSampler, UnreadableImages, create_reader
 from inputs.images import UnreadableImage, read_image
 from inputs.transforms import Preprocess, eval_view
 from tokenizer import SimpleTokenizer
@@ -238,6 +238,18 @@ def test_too_many_broken_images_end_the_run(corrupt_reader, tmp_path):
     later = ContrastiveDataset(corrupt_reader, INPUTS, PREPROCESS, 0, bad_samples=path, max_bad_fraction=0.1)
     with pytest.raises(UnreadableImage, match="images cannot be read"):  # a resumed run counts on
         later[0, 2]
+
+
+def test_as_many_unreadable_images_as_the_limit_says_are_borne(tmp_path):
+    here, elsewhere = (UnreadableImages(tmp_path / "bad.txt", limit=3) for _ in range(2))
+    here.add("a.jpg", "torn")
+    here.add("a.jpg", "torn")  # in a later epoch
+    elsewhere.add("b.jpg", "torn")
+    elsewhere.add("a.jpg", "torn")
+    here.add("c\n.jpg", "torn\tat its end")
+    assert (tmp_path / "bad.txt").read_text() == "a.jpg\ttorn\nb.jpg\ttorn\nc .jpg\ttorn at its end\n"
+    with pytest.raises(UnreadableImage, match="4 images cannot be read, more than the 3 that may be; .*bad.txt"):
+        elsewhere.add("d.jpg", "torn")
 
 
 def test_when_nothing_can_be_read_the_search_ends(reader, tmp_path):

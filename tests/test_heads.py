@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_sample_weight
 
 from evaluation import heads
 
@@ -99,6 +100,14 @@ def test_the_best_score_wins_and_the_lowest_loss_among_equals():
     assert head.chosen["lambda"] == heads.LAMBDAS[losses.index(min(losses))]
     head = heads.fit_logistic(train, val, 3, lambda labels, prob: -prob.max())  # the least certain one
     assert head.chosen["lambda"] == max(heads.LAMBDAS)
+
+
+def test_class_weights_are_scikit_learns_and_their_mean_is_1():
+    labels = np.array([4, 0, 0, 0, 2, 2, 0, 0])
+    weights = heads.class_weights(labels)
+    assert weights == pytest.approx(compute_sample_weight("balanced", labels))
+    assert weights.mean() == pytest.approx(1)
+    assert [weights[labels == c].sum() for c in (0, 2, 4)] == pytest.approx([8 / 3] * 3)
 
 
 def test_classes_without_training_samples_get_probability_zero():

@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from evaluation import resamples
 from evaluation.metrics import (
@@ -127,6 +127,13 @@ def test_a_model_against_itself_differs_by_nothing():
         assert (got.value, got.low, got.high, got.p_value) == (0, 0, 0, 1)
 
 
+def test_the_observed_sample_counts_as_one_draw():
+    """(b + 1) / (R + 1), Davison and Hinkley 1997, equation 4.11: no p-value is 0."""
+    assert resamples.two_sided(np.full(99, 0.3)) == pytest.approx(2 * 1 / 100)
+    assert resamples.two_sided(np.r_[np.full(90, -0.3), np.full(9, 0.3)]) == pytest.approx(2 * 10 / 100)
+    assert resamples.two_sided(np.r_[np.full(49, -0.3), 0.0, np.full(49, 0.3)]) == 1.0
+
+
 def test_paired_p_value_under_no_difference_is_rarely_small():
     """Two equally good models: about 5% of comparisons may fall below 0.05."""
     small = 0
@@ -220,3 +227,40 @@ def test_many_classes_take_no_matrix_of_all_their_pairs_for_each_sample():
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 20e6  # 1600 samples with 6400 cells each are 82 MB
+
+
+def test_findings_equal_scikit_learn_on_the_repeated_images():
+    rng = np.random.default_rng(2)
+    names, groups = ("mass", "calcification", "scar"), np.sort(rng.integers(0, 15, 40)).astype(str)
+    known = rng.integers(0, 2, (40, 3))
+    known[rng.random((40, 3)) < 0.3] = -1  # not known
+    known[:, 1] = np.where(groups == groups[0], 1, known[:, 1].clip(max=0))  # positive in one group: often not drawn
+    prob = (0.5 * known.clip(0) + rng.random((40, 3))).round(1) / 2
+    found = resamples.finding_intervals(known, prob, groups, names, resamples.Bootstrap(40, seed=7), level=0.9)
+
+    distinct, place = np.unique(groups, return_inverse=True)
+    counts = np.random.default_rng(7).multinomial(len(distinct), np.full(len(distinct), 1 / len(distinct)), size=40)
+    drawn = [np.arange(40), *(np.repeat(np.arange(40), times[place]) for times in counts)]
+    for key, score in (("auroc", roc_auc_score), ("average_precision", average_precision_score)):
+        values = np.full((41, 3), np.nan)  # as they are, then resample by resample
+        for r, rows in enumerate(drawn):
+            for c in range(3):
+                usable = rows[known[rows, c] >= 0]
+                if len(set(known[usable, c])) == 2:
+                    values[r, c] = score(known[usable, c], prob[usable, c])
+        assert 5 < np.isnan(values[:, 1]).sum() < 35
+        columns = dict(zip((*names, "macro"), [*values.T, np.nanmean(values, axis=1)], strict=True))
+        for name, column in columns.items():
+            low, high = np.nanquantile(column[1:], (0.05, 0.95))
+            interval = found[name][key]
+            assert (interval.value, interval.low, interval.high) == pytest.approx((column[0], low, high)), (key, name)
+
+
+def test_findings_without_both_outcomes_are_left_out():
+    known, prob = np.array([[1, 0], [1, 1], [-1, 0]] * 10), np.full((30, 2), 0.5)
+    groups = np.arange(30).astype(str)
+    assert set(resamples.finding_intervals(known, prob, groups, ("a", "b"))) == {"b", "macro"}
+    with pytest.raises(ValueError, match="no finding has both outcomes"):
+        resamples.finding_intervals(known[:, :1], prob[:, :1], groups, ("a",))
+    with pytest.raises(ValueError, match="for 30 images and 1 names"):
+        resamples.finding_intervals(known, prob, groups, ("a",))

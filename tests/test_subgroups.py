@@ -55,3 +55,13 @@ def test_subgroups_of_several_seeds_have_their_mean_and_a_wider_interval():
             assert part[name]["value"] == pytest.approx(np.mean(values))
             least = part[name]["high"] - part[name]["low"]
             assert part[name]["high"] == 1 or least > 2 * 1.96 * np.std(values, ddof=1) / np.sqrt(3)
+
+
+def test_a_crop_on_a_bound_is_of_the_larger_part():
+    def part(width, height):
+        return subgroups.subgroup_of({"crop_width": width, "crop_height": height}, "size", [100.0, 200.0])
+
+    assert [part("9", "11"), part("10", "10"), part("10", "19"), part("10", "20")] == [
+        "small", "medium", "medium", "large"
+    ]  # fmt: skip
+    assert part("", "10") == part("10", "") == ""

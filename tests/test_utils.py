@@ -44,6 +44,27 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["checkpoint.pt"]  # no temporary file stays behind
 
 
+def test_a_file_is_on_the_disk_before_it_gets_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    """The order in which a power cut leaves the old file or the new one."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def recorded_fsync(number):
+        name = os.readlink(f"/proc/self/fd/{number}")
+        written = (tmp_path / name).is_dir() or (tmp_path / name).read_bytes() == b"new"
+        calls.append(("fsync", os.path.basename(name), written))
+        fsync(number)
+
+    def recorded_replace(source, target):
+        calls.append(("replace", os.path.basename(source), os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    utils.atomic_write(tmp_path / "a", lambda file: file.write(b"new"))
+    temporary = f".a.{os.getpid()}.tmp"
+    assert calls == [("fsync", temporary, True), ("replace", temporary, "a"), ("fsync", tmp_path.name, True)]
+
+
 def test_fused_adamw_leaves_everything_alone_where_the_gradient_is_not_finite():
     """What main.update relies on for skipping an update on the device."""
     p = nn.Parameter(torch.ones(4))
