@@ -393,6 +393,31 @@ def test_resume_names_where_to_start_and_a_further_run_goes_on(roco, tmp_path):
     assert "or further, so it is continued" in log and "this run is finished" in log
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_only_the_best_of_this_folder_has_to_be_beaten(roco, unbroken, tmp_path, beside):
+    """With a score in the checkpoint that no epoch reaches."""
+    state = checkpoints.load_checkpoint(unbroken / "checkpoint_step00000003.pt") | {"best_acc1": 101.0}
+    checkpoints.save_checkpoint(state, tmp_path / "high.pt")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if beside:
+        checkpoints.save_checkpoint({"epoch": 1}, folder / "checkpoint_best.pt")
+    main.main(command(roco, folder, *DROPOUT, "--resume", str(tmp_path / "high.pt")))
+    best = checkpoints.load_checkpoint(folder / "checkpoint_best.pt")
+    assert best == {"epoch": 1} if beside else best["epoch"] == 2 and best["best_acc1"] <= 100
+
+
+@pytest.mark.parametrize("start, end", [(9.0, 100), (-3.0, 1)])
+def test_the_inverse_temperature_stays_between_1_and_100(roco, unbroken, tmp_path, start, end):
+    """After every update (CLIP, section 2.5)."""
+    state = checkpoints.load_checkpoint(unbroken / "checkpoint.pt")
+    state["state_dict"]["logit_scale"].fill_(start)
+    checkpoints.save_checkpoint(state, tmp_path / "start.pt")
+    still = ("--epochs", "1", "--lr", "0", "--lr-start", "0", "--lr-end", "0")
+    main.main(command(roco, tmp_path / "run", "--init", str(tmp_path / "start.pt"), *still))
+    assert weights(tmp_path / "run")["logit_scale"].exp().item() == pytest.approx(end, rel=1e-4)
+
+
 def test_one_bad_step_spoils_neither_weights_nor_statistics_nor_meters(roco, tmp_path, monkeypatch):
     original, steps = main.accumulate_micro, []
 

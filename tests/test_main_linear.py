@@ -447,6 +447,22 @@ def test_a_torn_checkpoint_of_the_layer_is_named_and_the_one_before_it_used(cata
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_only_the_best_of_this_folder_has_to_be_beaten(catalog, checkpoint, tmp_path, beside):
+    """With a score in the checkpoint that no epoch reaches."""
+    classify(catalog, checkpoint, tmp_path / "whole")
+    state = checkpoints.load_checkpoint(tmp_path / "whole" / "linear_step00000015.pt") | {"best_acc1": 101.0}
+    checkpoints.save_checkpoint(state, tmp_path / "high.pt")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if beside:
+        checkpoints.save_checkpoint({"epoch": 1}, folder / "linear_best.pt")
+    results = classify(catalog, checkpoint, folder, "--resume", str(tmp_path / "high.pt"))
+    best = checkpoints.load_checkpoint(folder / "linear_best.pt")
+    assert best == {"epoch": 1} if beside else best["epoch"] == 6 and best["best_acc1"] <= 100
+    assert results["best_score_on_test"] == (101 if beside else results["score"])
+
+
 def test_a_layer_is_not_continued_on_other_images(catalog, checkpoint, tmp_path):
     classify(catalog, checkpoint, tmp_path / "out")
     entry = json.loads(catalog.read_text())["pets"]
