@@ -32,6 +32,27 @@ def test_several_seeds_add_their_variance_and_pay_for_their_number():
     assert wider.high - wider.low > 2 * (found.high - found.low)
 
 
+def test_an_interval_of_a_metric_ends_at_0_and_1_and_that_of_anything_else_does_not():
+    high, low = draws([0.96, 0.99, 0.98], sd=0.05), draws([0.02, 0.05, 0.03], sd=0.05)
+    assert comparisons.interval(high).high == 1 and comparisons.interval(low).low == 0
+    for row in (high, low):
+        found, free = comparisons.interval(row), comparisons.interval(row, bounded=False)
+        assert free.high - free.value == pytest.approx(free.value - free.low)
+        assert (found.low, found.high) == (max(free.low, 0), min(free.high, 1)) != (free.low, free.high)
+        assert free == comparisons.interval(row, level=0.95, bounded=False)
+        assert comparisons.interval(row, 0.5, False).high < free.high
+
+
+def test_differences_that_chance_cannot_make_have_the_lowest_p_value():
+    apart = comparisons.difference(draws([0.9, 0.9, 0.9], sd=1e-9), draws([0.1, 0.1, 0.1], sd=1e-9, seed=1))
+    assert apart.p_value == 1e-9
+    certain = comparisons.difference(draws([0.9, 0.9], sd=0), draws([0.1, 0.1], sd=0, seed=1))
+    assert (certain.low, certain.value, certain.high) == pytest.approx((0.8, 0.8, 0.8)) and certain.p_value == 1e-9
+    assert apart == comparisons.difference(
+        draws([0.9, 0.9, 0.9], sd=1e-9), draws([0.1, 0.1, 0.1], sd=1e-9, seed=1), level=0.95
+    )
+
+
 def test_one_seed_has_the_percentiles_of_the_patient_bootstrap_widened_for_few_patients():
     row = draws([0.72])
     narrow, wide = comparisons.interval(draws([0.72], patients=10_000)), comparisons.interval(row)
@@ -136,3 +157,17 @@ def test_a_class_of_one_patient_has_no_interval():
     labels, prob = np.array([0, 0, 1, 1]), np.array([[0.6, 0.4], [0.3, 0.7], [0.2, 0.8], [0.5, 0.5]])
     with pytest.raises(ValueError, match="single patient"):
         comparisons.draw_rows(Resamples(labels, ["a", "b", "c", "c"], ("no", "yes"), "yes", number=20), [prob, prob])
+
+
+def test_two_patients_of_a_class_have_an_interval_and_every_seed_a_part_in_it():
+    rng = np.random.default_rng(0)
+    labels, patients = np.array([0, 0, 0, 1, 1, 0]), list("aabccd")
+    probs = [np.stack([1 - p, p], axis=1) for p in rng.random((2, 6))]
+    with pytest.raises(ValueError, match="single patient"):
+        comparisons.draw_rows(Resamples(labels, patients, ("no", "yes"), "yes", number=20), probs)
+    resampled = Resamples(labels, list("aabcdd"), ("no", "yes"), "yes", number=20)
+    found = comparisons.draw_rows(resampled, probs)["auroc"]
+    drawn = [resampled.draw(prob)["auroc"] for prob in probs]
+    assert found.values.tolist() == [one.value for one in drawn] and found.patients == 2 and found.trained
+    assert np.array_equal(found.resampled, np.stack([one.draws for one in drawn]))
+    assert found.variance_of_seeds == pytest.approx((drawn[0].value - drawn[1].value) ** 2 / 4)

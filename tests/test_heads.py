@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
@@ -167,3 +167,143 @@ def test_stratified_part_takes_its_share_of_each_class():
     assert (np.diff(part) > 0).all()
     other = heads.stratified_part(labels, 0.1, 2, np.random.default_rng(1))
     assert part.tolist() != other.tolist()
+
+
+@pytest.mark.parametrize("n,d,rank", [(400, 5, 5), (48, 30, 12), (600, 80, 64), (3, 4, 1)])
+def test_the_distance_is_mahalanobis_on_the_leading_axes_and_on_what_they_leave(n, d, rank):
+    """A quarter as many axes as samples, at most 64; the rest counts as one more axis."""
+    rng = np.random.default_rng(n)
+    features = (5 + rng.normal(size=(n, d)) @ rng.normal(size=(d, d))).astype(np.float32)
+    mean, scale = features.mean(0).astype(np.float64), features.std(0).astype(np.float64)
+    head = heads.Linear(mean, scale, np.zeros((d, 2)), np.zeros(2))
+    assert head.distance(features) is None
+    head = head.knowing(features)
+    axes, spread, of_axes = np.linalg.svd((features - mean) / scale, full_matrices=False)
+    expected = np.square(np.sqrt(n) * axes[:, :rank]).sum(1)  # in units of the spread
+    rest = np.square((axes * spread) @ of_axes - (axes * spread)[:, :rank] @ of_axes[:rank]).sum(1)
+    expected = np.sqrt(expected + (rest / rest.mean() if rank < d else 0))
+    found = head.distance(features)
+    assert head.axes.shape == (d, rank)
+    assert found == pytest.approx(expected / np.quantile(expected, 0.999), rel=2e-2)
+    if n > 100:
+        assert (found > 1).sum() == 1  # of 99.9% of them
+
+
+def test_constant_features_have_one_axis_and_no_zero_to_divide_by():
+    features = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    features[:, 1:] = features[:, :1]  # all of it on one axis
+    head = heads.Linear(features.mean(0), features.std(0), np.zeros((3, 2)), np.zeros(2)).knowing(features)
+    assert head.axes.shape == (3, 1) and np.isfinite(head.distance(features)).all()
+    assert head.distance(features + np.float32([0, 0, 1])).min() > 1000  # off the line on which all were
+
+
+def test_balanced_weights_are_scikit_learns():
+    samples = clusters(90, seed=5)
+    samples = heads.Samples(samples.features, np.where(samples.labels == 2, np.arange(90) % 3, samples.labels))
+    x = StandardScaler().fit_transform(samples.features.astype(np.float64))
+    for penalty in (1.0, 0.01):
+        (ours,) = heads.logistic_path(samples, [penalty], 3, 1e-7, balanced=True)
+        theirs = LogisticRegression(C=1 / (penalty * 90), tol=1e-8, max_iter=10_000, class_weight="balanced")
+        expected = theirs.fit(x, samples.labels).predict_proba(x)
+        assert np.abs(ours(samples.features) - expected).max() < 1e-4
+
+
+def test_adamw_weighs_classes_where_it_is_asked_to(monkeypatch):
+    seen, cross_entropy = [], torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "cross_entropy",
+        lambda logits, labels, weight: seen.append(weight) or cross_entropy(logits, labels, weight=weight),
+    )
+    samples = heads.Samples(np.random.default_rng(0).normal(size=(8, 2)), np.array([0, 0, 0, 0, 0, 0, 2, 2]))
+    heads.train_medslip(samples, 4, 1e-2, seed=0)
+    heads.train_medslip(samples, 4, 1e-2, seed=0, balanced=True)
+    assert seen[:50] == [None] * 50 and len(seen) == 100
+    assert seen[50].tolist() == pytest.approx([8 / (2 * 6), 1, 8 / (2 * 2), 1])
+
+
+def test_the_penalties_are_five_a_decade_from_10():
+    assert len(heads.LAMBDAS) == 30
+    assert heads.LAMBDAS[::5] == pytest.approx([10, 1, 0.1, 1e-2, 1e-3, 1e-4])
+    assert np.diff(np.log10(heads.LAMBDAS)) == pytest.approx(-0.2)
+
+
+def test_a_setting_is_scored_with_its_cross_entropy():
+    labels, prob = np.array([0, 2, 1]), np.array([[0.7, 0.2, 0.1], [0.3, 0.1, 0.6], [0.5, 0.25, 0.25]])
+    found = heads.score_setting(labels, prob, accuracy)
+    assert found == {"score": pytest.approx(2 / 3), "loss": pytest.approx(log_loss(labels, prob))}
+    certain = heads.score_setting(np.array([0]), np.array([[0.0, 1.0]]), accuracy)
+    assert certain["loss"] == pytest.approx(-np.log(1e-12))  # finite
+
+
+def test_folds_hold_whole_groups_out_once_each():
+    samples = clusters(60)
+    samples = heads.Samples(samples.features, samples.labels, [{"patient": str(i // 10)} for i in range(60)])
+    for folds in (2, 3, 6):
+        parts = heads.folds_of(samples, heads.Choice(accuracy, folds=folds))
+        assert len(parts) == folds
+        held_out = [sorted({row["patient"] for row in out.rows}) for _, out in parts]
+        assert sorted(sum(held_out, [])) == list("012345")
+        for (fitted, _), names in zip(parts, held_out, strict=True):
+            assert {row["patient"] for row in fitted.rows} == set("012345") - set(names)
+    for folds in (1, 7):
+        with pytest.raises(ValueError, match=f"{folds} folds: choose 2 to 6, the number of patients"):
+            heads.folds_of(samples, heads.Choice(accuracy, folds=folds))
+
+
+def test_over_folds_every_sample_is_held_out_once(monkeypatch):
+    monkeypatch.setattr(heads, "LAMBDAS", (1.0, 0.03))
+    train, val = clusters(60, d=4, seed=1), clusters(30, d=4, seed=2)
+    train, val = (
+        heads.Samples(s.features, s.labels, [{"patient": f"{name}{i // 3}"} for i in range(len(s.labels))])
+        for name, s in (("a", train), ("b", val))
+    )
+    choice = heads.Choice(accuracy, folds=4, seed=3)
+    head = heads.fit_logistic(train, val, 3, choice)
+    labels, prob = head.held_out
+    start, best = 0, head.chosen["lambda"]
+    for fitted, out in heads.folds_of(train + val, choice):
+        scaler = StandardScaler().fit(fitted.features.astype(np.float64))
+        theirs = LogisticRegression(C=1 / (best * len(fitted.labels)), tol=1e-8, max_iter=10_000)
+        theirs.fit(scaler.transform(fitted.features), fitted.labels)
+        part = slice(start, start := start + len(out.labels))
+        assert labels[part].tolist() == out.labels.tolist()
+        assert np.abs(prob[part] - theirs.predict_proba(scaler.transform(out.features))).max() < 2e-2
+    assert start == 90 and max(entry["score"] for entry in head.validation) == accuracy(labels, prob)
+
+
+def test_weights_are_chosen_by_what_the_predictions_decide(monkeypatch):
+    """And none of both where nothing decides between them."""
+    monkeypatch.setattr(heads, "LAMBDAS", (1.0, 0.1, 0.01))
+    train, val = clusters(120, d=3, k=2, seed=6), clusters(60, d=3, k=2, seed=7)
+    rare = np.flatnonzero((train.labels == 0) | (np.arange(120) % 6 == 0))
+    train = train[rare]  # 1 of class 1 for each 6
+
+    def recall(labels, prob):
+        return float((prob.argmax(1) == labels)[labels == 1].mean())
+
+    for decide, balanced in ((recall, True), (lambda *found: 1 - recall(*found), False), (lambda *_: 0.5, False)):
+        head = heads.fit_logistic(train, val, 2, heads.Choice(macro_auroc_of_two, "validated", decide))
+        assert head.chosen["balanced"] is balanced
+        decisions = [entry["decision"] for entry in head.validation if "decision" in entry]
+        assert len(head.validation) == 6 and len(decisions) == 2
+        assert decide(*head.held_out) == max(decisions)
+    with pytest.raises(ValueError, match="unknown class weights 'some'; choose from none, balanced, validated"):
+        heads.fit_logistic(train, val, 2, heads.Choice(macro_auroc_of_two, "some"))
+
+
+def macro_auroc_of_two(labels: np.ndarray, prob: np.ndarray) -> float:
+    return float(roc_auc_score(labels, prob[:, 1]))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_heads_come_back_from_their_file(tmp_path, number):
+    rng = np.random.default_rng(number)
+    kept = [heads.Linear(*(rng.normal(size=size) for size in (4, 4, (4, 2), 2))) for _ in range(number)]
+    kept[0] = kept[0].knowing(rng.normal(size=(30, 4)))
+    heads.save_heads(tmp_path / "head.safetensors", kept, {"classes": ["a", "b"]})
+    found, about = heads.load_heads(tmp_path / "head.safetensors")
+    assert about == {"classes": ["a", "b"], "heads": number} and len(found) == number
+    for one, other in zip(kept, found, strict=True):
+        for name, value in vars(one).items():
+            assert np.array_equal(value, getattr(other, name)) if value is not None else getattr(other, name) is None

@@ -14,6 +14,7 @@ from evaluation.metrics import (
     binary_margins,
     classification_metrics,
     classification_scores,
+    operating_point,
     percent,
     retrieval_metrics,
     score_outputs,
@@ -132,6 +133,50 @@ def test_outputs_are_scored_as_their_rows_are():
     got = score_outputs(labels, outputs, "mean_top1_top5")
     assert got["top5"] == pytest.approx(sk.top_k_accuracy_score(labels, outputs, k=5, labels=range(7)))
     assert got["score"] == pytest.approx((got["top5"] + sk.accuracy_score(labels, outputs.argmax(1))) / 2)
+
+
+@pytest.mark.parametrize("n_classes", [5, 6])
+def test_five_classes_have_no_top5(n_classes):
+    """All would be right: the mean of both counts 1 for it."""
+    rng = np.random.default_rng(0)
+    labels, outputs = rng.integers(0, n_classes, 60), rng.normal(size=(60, n_classes))
+    got = score_outputs(labels, outputs, "mean_top1_top5")
+    top5 = sk.top_k_accuracy_score(labels, outputs, k=5, labels=range(n_classes)) if n_classes > 5 else 1
+    assert ("top5" in got) == (n_classes > 5) and got.get("top5", 1) == pytest.approx(top5)
+    assert got["score"] == pytest.approx((top5 + sk.accuracy_score(labels, outputs.argmax(1))) / 2)
+
+
+def test_the_margin_is_that_of_class_1_over_class_0():
+    assert binary_margins(torch.tensor([[1.0, 4.0, 9.0], [2.0, 1.0, 9.0]])).tolist() == [3, -1]
+    assert binary_margins(torch.tensor([[1.0], [2.0]])).tolist() == [0, 0]
+
+
+def test_the_temperature_has_bounds_where_the_samples_have_none():
+    labels = np.arange(60) % 3
+    right, wrong = softmax(0.005 * np.eye(3)[labels]), softmax(8.0 * np.eye(3)[(labels + 1) % 3])
+    assert operating_point(labels, right, 2).temperature == pytest.approx(math.exp(-4), rel=1e-3)
+    assert operating_point(labels, wrong, 2).temperature == pytest.approx(math.exp(4), rel=1e-3)
+
+
+def test_one_of_ten_others_may_be_called_at_a_specificity_of_nine_tenths():
+    """1 - 0.9 is less than a tenth to a computer. The default is 0.9."""
+    score = np.r_[np.arange(1, 11) / 20, 0.9, 0.8]
+    labels, prob = np.r_[np.zeros(10, int), 1, 1], np.stack([1 - score, score], axis=1)
+    point = operating_point(labels, prob, 1)
+    assert np.flatnonzero(score >= point.threshold).tolist() == [9, 10, 11]
+    assert point.threshold == pytest.approx(9 / 20) and point.threshold > score[8]
+    assert operating_point(labels, prob, 1, specificity=0.8).threshold == pytest.approx(8 / 20)
+    assert (score >= operating_point(labels, prob, 1, specificity=1.0).threshold).sum() == 2
+    with pytest.raises(ValueError, match="samples of another class"):
+        operating_point(labels[10:], prob[10:], 1)
+
+
+def test_probabilities_may_be_rounded_and_zero():
+    prob = np.array([[1.0, 0.0], [0.00005, 1.0]])
+    assert classification_metrics([0, 1], prob, ("no", "yes"), None)["auroc"] == 1
+    for wrong in ([[1.0, 0.0], [0.0002, 1.0]], [[1.0, 0.0], [0.0, 0.9998]], [[1.00001, -0.00001], [0.0, 1.0]]):
+        with pytest.raises(ValueError, match="softmax"):
+            classification_metrics([0, 1], np.array(wrong), ("no", "yes"), None)
 
 
 def test_percent_changes_fractions_and_nothing_else():

@@ -5,7 +5,13 @@ import json
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, balanced_accuracy_score, log_loss, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    log_loss,
+    roc_auc_score,
+)
 
 from evaluation import metrics, predictions, references, run_folder
 from evaluation.predictions import Predictions
@@ -183,3 +189,62 @@ def test_words_of_a_descriptor_count_one_by_one():
     encode = references.Descriptors(rows, ["mass_shape"])
     assert encode.words == [("mass_shape", "OVAL"), ("mass_shape", "ROUND")]
     assert encode([*rows, {"mass_shape": "IRREGULAR-ROUND"}]).tolist() == [[1, 1], [1, 0], [0, 1]]
+
+
+def test_a_bad_row_is_named_by_its_number(tmp_path):
+    test, path = table(6), tmp_path / "predictions.csv"
+    test.write(path)
+    lines = path.read_text().splitlines()
+    again = Predictions.read(path)
+    assert np.array_equal(again.prob, test.prob) and again.labels.tolist() == test.labels.tolist()
+    assert [row["predicted"] for row in again.rows] == [CLASSES[i] for i in test.prob.argmax(1)]
+
+    def read(row, old, new):
+        changed = [*lines]
+        changed[row] = changed[row].replace(old, new)
+        path.write_text("\n".join(changed) + "\n")
+        return Predictions.read(path)
+
+    with pytest.raises(ValueError, match="predictions.csv, row 3: could not convert string to float: 'high'"):
+        read(3, lines[3].rsplit(",", 1)[1], "high")
+    with pytest.raises(ValueError, match="predictions.csv, row 1: pathology 'benign' is no class of this set"):
+        read(1, f",{test.rows[0]['pathology']},", ",benign,")
+    with pytest.raises(ValueError, match="the lesion L1 is there twice"):
+        read(3, "L2", "L1")
+    with pytest.raises(ValueError, match="no predictions.csv of this set: .*prob_malignant"):
+        read(0, "prob_MALIGNANT", "prob_other")
+    path.write_text(lines[0] + "\n")
+    assert Predictions.read(path).prob.shape == (0, 3)
+
+
+def test_numbers_for_people():
+    fraction = {"value": 0.12345, "low": 0.1, "high": 0.98765}
+    assert predictions.describe_interval("auroc_malignant", fraction) == "12.35 (10.0 to 98.8)"
+    for name in ("brier", "calibration_slope", "calibration_intercept"):
+        assert predictions.describe_interval(name, fraction) == "0.123 (0.100 to 0.988)"
+    assert predictions.describe_interval("brier", fraction | {"high": None}) == "not defined"
+
+
+def test_too_few_patients_for_intervals_are_an_error_only_where_a_comparison_was_asked_for(tmp_path, caplog):
+    test = table(3)  # of one patient
+    test.write(tmp_path / "predictions.csv")
+    with caplog.at_level("INFO", logger="medslip"):
+        assert predictions.report_rows(test, None, [], {}) == {}
+    assert "no intervals: " in caplog.text
+    with pytest.raises(ValueError):
+        predictions.report_rows(test, None, [str(tmp_path / "predictions.csv")], {})
+
+
+def test_the_first_baseline_stands_by_itself_as_well(tmp_path):
+    test, paths = table(90), []
+    for i in range(2):
+        other = Predictions(test.rows, np.roll(test.prob, i, axis=1))
+        other.write(tmp_path / f"{i}.csv")
+        paths.append(str(tmp_path / f"{i}.csv"))
+    found = predictions.report_rows(test, (test.labels, test.prob), paths, {}, Bootstrap(50))
+    assert [entry["baseline"] for entry in found["differences"]] == paths and found["baseline"] == paths[0]
+    assert found["difference"] == found["differences"][0]["difference"]
+    assert found["difference"]["auroc"]["value"] == 0 < found["differences"][1]["difference"]["auroc"]["value"]
+    assert found["confusion"] == confusion_matrix(test.labels, test.prob.argmax(1)).tolist()
+    assert found["metrics_unit"] == "fraction" and found["test_patients"] == 30 and "detection" in found
+    assert found["interval"] == {"level": 0.95, "resamples": 50, "over": "patients"}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision.transforms as T
 from PIL import Image, ImageFilter
+from torchvision.models import ResNet50_Weights
 from view_helpers import Script, SslView, TrainView, draws, grainy, image, least_p, planes, resized
 
 from inputs.colour import Colour, apply_colour
@@ -21,7 +22,9 @@ from inputs.transforms import (
     centre_crop,
     eval_view,
     grey_if_equal,
+    linear_eval_view,
     pad_to_shape,
+    padded_shape,
     random_resized_crop,
     ssl_pixels,
 )
@@ -253,3 +256,33 @@ def test_a_strip_is_cropped_before_it_is_resized_and_looks_the_same(size):
     left, top = round((width - side) / 2), round((height - side) / 2)
     expected = np.asarray(whole.crop((left, top, left + side, top + side)), dtype=int)
     assert abs(np.asarray(centre_crop(strip, side, short), dtype=int) - expected).max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes and constants
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_normalisation_and_size():
+    theirs = ResNet50_Weights.DEFAULT.transforms()
+    assert (list(IMAGENET_MEAN), list(IMAGENET_STD)) == (theirs.mean, theirs.std)
+    assert Preprocess() == Preprocess(224, theirs.mean, theirs.std, "slip")
+    assert MEDCLIP_MEAN == (0.5862785803043838,) * 3 and MEDCLIP_STD == (0.27950088968644304,) * 3
+
+
+@pytest.mark.parametrize("size", [(80, 60), (33, 90), (10, 14)])
+def test_slips_linear_view_is_resize_by_eight_sevenths_and_centre_crop(size):
+    theirs = T.Compose([T.Resize(32), T.CenterCrop(28), T.ToTensor(), NORMALIZE])
+    got = linear_eval_view(Preprocess(size=28), image(*size))
+    torch.testing.assert_close(got, theirs(image(*size)), rtol=0, atol=1e-6)
+
+
+def test_padding_is_of_the_proportions_of_the_size_and_no_larger_than_it_must_be():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        height, width, h, w = (int(x) for x in rng.integers(1, 40, 4))
+        found = padded_shape(height, width, (h, w))
+        assert found[0] >= max(h, height) and found[1] >= max(w, width)
+        assert found[0] == height or found[1] == width or found == (h, w)  # one side touches
+        assert min(abs(found[0] - found[1] * h / w), abs(found[1] - found[0] * w / h)) <= 0.5
+        assert padded_shape(*found, (h, w)) == found
