@@ -248,3 +248,36 @@ def test_the_first_baseline_stands_by_itself_as_well(tmp_path):
     assert found["confusion"] == confusion_matrix(test.labels, test.prob.argmax(1)).tolist()
     assert found["metrics_unit"] == "fraction" and found["test_patients"] == 30 and "detection" in found
     assert found["interval"] == {"level": 0.95, "resamples": 50, "over": "patients"}
+
+
+def test_the_table_for_people_says_what_was_left_out_and_lines_its_columns_up(tmp_path):
+    test = table(90)
+    never = Predictions(test.rows, test.prob * [1, 0, 1] / (test.prob * [1, 0, 1]).sum(1, keepdims=True))
+    never.write(tmp_path / "a.csv")
+    found = predictions.report_rows(never, (test.labels, test.prob), [str(tmp_path / "a.csv")], {}, Bootstrap(40))
+    found |= {"dataset": "cbis_calc", "model": "a tower", "image_kind": "crop", "lesions": {"test": 90}}
+    text = predictions.describe_results(found | {"lesions_skipped": {"test": 0}}, "logistic regression")
+    lines = text.splitlines()
+    assert lines[0] == "cbis_calc: 90 test lesions of 30 patients, crop images, logistic regression"
+    assert "from 40 resamples" in lines[1] and lines[4] == "| --- |" + " --- |" * 6
+    assert lines[5].startswith("| a tower | ") and lines[5].count("|") == 8
+    header, *rows = lines[8:12]
+    counts = confusion_matrix(test.labels, never.prob.argmax(1), labels=range(3))
+    ends = [header.index(f"  {name}  ") + 2 + len(name) if i < 2 else len(header) for i, name in enumerate(CLASSES)]
+    for name, row, own in zip(CLASSES, rows, counts, strict=True):
+        assert row.split() == [name, *map(str, own)] and row[: len(CLASSES[1])].strip() == name
+        assert [row[:end].split()[-1] for end in ends] == [str(n) for n in own]
+    assert lines[12] == "NEVER PREDICTED: BENIGN_WITHOUT_CALLBACK"
+    assert lines[14].startswith("Malignant against the rest") and text.count("p = 1.0000") == 6
+    assert f"Difference to {tmp_path / 'a.csv'}, percentage points" in text and "NOT THE WEIGHTS" not in text
+    skipped = found | {"lesions_skipped": {"test": 3}, "test_readings": 2}
+    skipped["differences"] = [skipped["differences"][0] | {"settings_differ": {"folds": [0, 5]}}]
+    again = predictions.describe_results(skipped, "logistic regression")
+    assert "of 30 patients (3 MORE SKIPPED, image missing or corrupt), crop" in again
+    assert again.splitlines()[0].endswith("; reading 2 of the test table here")
+    assert "  NOT THE WEIGHTS ALONE: folds is 0 there and 5 here" in again
+    plain = {name: value for name, value in found.items() if not name.startswith("diff")}
+    alone = predictions.describe_results(plain | {"lesions_skipped": {"test": 0}}, "k-NN")
+    assert "Difference" not in alone and "Malignant against" in alone
+    del plain["detection"]
+    assert "against" not in predictions.describe_results(plain | {"lesions_skipped": {"test": 0}}, "k-NN")

@@ -23,6 +23,7 @@ from inputs.transforms import (
     eval_view,
     grey_if_equal,
     linear_eval_view,
+    linear_train_view,
     pad_to_shape,
     padded_shape,
     random_resized_crop,
@@ -89,11 +90,32 @@ def test_crops_are_sampled_by_torchvisions_rule(size):
     assert (top + height <= size[1]).all() and (left + width <= size[0]).all()
 
 
-@pytest.mark.parametrize("size", [(90, 20), (20, 90), (40, 40), (40, 31)])
+@pytest.mark.parametrize("size", [(90, 20), (20, 90), (40, 40), (40, 31), (200, 1), (1, 200)])
 def test_a_crop_that_never_fits_is_the_largest_centred_part(size):
     scale = (50.0, 50.0)  # fifty times the image
     ours = _crop_box(*size, scale, np.random.default_rng(0))
-    assert ours == T.RandomResizedCrop.get_params(image(*size), list(scale), [3 / 4, 4 / 3])
+    assert ours == T.RandomResizedCrop.get_params(Image.new("RGB", size), list(scale), [3 / 4, 4 / 3])
+
+
+def test_ten_crops_are_tried_and_the_first_that_fits_is_taken():
+    """Of an image of one pixel, too: 1 wide is neither too small nor too large."""
+    too_large, all_of_it = (3.0, 0.0), (1.0, 0.0, 0, 0)  # area and logarithm of the aspect; then where
+    for size in (1, 40):
+        script = Script(*too_large * 9, *all_of_it)
+        assert _crop_box(size, size, (0.08, 1.0), script) == (0, 0, size, size) and script.numbers == []
+    script = Script(*too_large * 11)
+    assert _crop_box(40, 40, (0.08, 1.0), script) == (0, 0, 40, 40) and script.numbers == [*too_large]
+    assert _crop_box(1, 1, (0.08, 1.0), Script(*(0.1, 0.0) * 10)) == (0, 0, 1, 1)  # less than a pixel never fits
+    assert _crop_box(9, 1, (9, 9), Script(*(9, 0.0) * 10), shape=0.2) == (0, 4, 1, 1)  # nor is there less of it
+    assert _crop_box(1, 9, (9, 9), Script(*(9, 0.0) * 10), shape=9.0) == (4, 0, 1, 1)
+
+
+@pytest.mark.parametrize("number, flipped", [(0.49, True), (0.5, False)])
+def test_slips_linear_training_view_is_flipped_half_of_the_time(number, flipped):
+    script = Script(1.0, np.log(4 / 3), 0, 0, number)
+    whole = resized(image())
+    expected = NORMALIZE(T.functional.to_tensor(T.functional.hflip(whole) if flipped else whole))
+    torch.testing.assert_close(linear_train_view(SLIP, image(), script), expected, rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,6 +236,16 @@ def test_medclip_views_are_those_of_the_grey_square_in_colour(make):
         got = make(MEDCLIP)(image(), np.random.default_rng(seed))
         expected = in_colour(square, np.random.default_rng(seed))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("img", [image(), image().convert("L"), image(20, 31).convert("L").convert("RGB")])
+@pytest.mark.parametrize("size", [32, (90, 20), (20, 90)])
+def test_planes_are_prepared_as_images_are(img, size):
+    medclip = Preprocess(size=size, prepare="medclip")
+    assert np.array_equal(medclip.pixels(img), planes(medclip.whole(img)))
+    assert np.array_equal(medclip.pixels(pixels_of(img)), planes(medclip.whole(img)))
+    slip = Preprocess(size=size)
+    assert np.array_equal(np.broadcast_to(slip.pixels(img), (3, img.height, img.width)), planes(slip.whole(img)))
 
 
 @pytest.mark.parametrize("preprocess", [SLIP, MEDCLIP])
