@@ -197,6 +197,28 @@ def test_constant_features_have_one_axis_and_no_zero_to_divide_by():
     assert head.distance(features + np.float32([0, 0, 1])).min() > 1000  # off the line on which all were
 
 
+def test_axes_of_less_than_a_millionth_of_the_largest_variance_are_none():
+    noise = np.random.default_rng(0).normal(size=(200, 4))
+    directions, _ = np.linalg.qr(noise - noise.mean(0))
+    for smallest, rank in ((5e-7, 3), (2e-6, 4)):
+        features = directions * np.sqrt(200 * 3 * np.array([1, 1e-2, 1e-4, smallest]))
+        head = heads.Linear(features.mean(0), np.ones(4), np.zeros((4, 2)), np.zeros(2)).knowing(features)
+        assert head.axes.shape == (4, rank)
+
+
+def test_a_fit_that_ran_out_of_steps_says_so(monkeypatch, recwarn):
+    samples, minimize = clusters(40, d=2), heads.minimize
+    heads.logistic_path(samples, [0.1, 0.01], 3)
+    assert not recwarn.list
+
+    def cut_short(*args, options, **more):
+        return minimize(*args, options={**options, "maxiter": 1}, **more)
+
+    monkeypatch.setattr(heads, "minimize", cut_short)
+    with pytest.warns(UserWarning, match="logistic regression at penalty 0.01: STOP: TOTAL NO. OF ITERATIONS"):
+        heads.logistic_path(samples, [0.01], 3)
+
+
 def test_balanced_weights_are_scikit_learns():
     samples = clusters(90, seed=5)
     samples = heads.Samples(samples.features, np.where(samples.labels == 2, np.arange(90) % 3, samples.labels))
@@ -226,6 +248,11 @@ def test_the_penalties_are_five_a_decade_from_10():
     assert len(heads.LAMBDAS) == 30
     assert heads.LAMBDAS[::5] == pytest.approx([10, 1, 0.1, 1e-2, 1e-3, 1e-4])
     assert np.diff(np.log10(heads.LAMBDAS)) == pytest.approx(-0.2)
+
+
+def test_the_first_medslips_protocol():
+    assert (heads.MEDSLIP_SIZE, heads.MEDSLIP_EPOCHS, heads.MEDSLIP_BATCH) == (384, 50, 16)
+    assert heads.MEDSLIP_RATES == pytest.approx(np.geomspace(1e-4, 1e-2, 5), rel=0.06)  # two a decade
 
 
 def test_a_setting_is_scored_with_its_cross_entropy():

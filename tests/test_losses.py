@@ -91,6 +91,19 @@ def test_formulas():
     assert whole.item() == pytest.approx(clip + 0.7 * ssl, abs=1e-12)
 
 
+def test_what_nobody_asks_for_is_as_published():
+    """SLIP's own: both losses weigh 1, SimCLR's temperature is 0.1."""
+    x = random_inputs(5, 3)
+    clip = clip_formula(x["image_embed"].numpy(), x["text_embed"].numpy(), 14.3)
+    ssl = simclr_formula(x["aug1_embed"].numpy(), x["aug2_embed"].numpy(), 0.1)
+    assert losses.SLIPLoss(losses.SIMCLRLoss())(x)["loss"].item() == pytest.approx(clip + ssl, abs=1e-12)
+    assert losses.SLIPLoss(losses.SIMCLRLoss())(x)["ssl_loss"].item() == pytest.approx(ssl, abs=1e-12)
+    assert losses.simclr_loss(x["aug1_embed"], x["aug2_embed"]).item() == pytest.approx(ssl, abs=1e-12)
+    whole = losses.slip_loss(*(x[name] for name in EMBEDDINGS), x["logit_scale"])
+    assert whole.item() == pytest.approx(clip + ssl, abs=1e-12)
+    assert losses.LossSettings() == losses.LossSettings(1.0, 0.1, gather_with_grad=True, mask_duplicates=False)
+
+
 def test_duplicates_are_no_negatives_in_the_formula():
     x = random_inputs(3, 5)
     shared = torch.zeros(3, 3, dtype=torch.bool)

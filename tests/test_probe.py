@@ -8,7 +8,7 @@ import pytest
 import main_linear
 from distributed import Processes
 from evaluation.features import Loading
-from evaluation.heads import Linear, load_heads
+from evaluation.heads import Choice, Linear, load_heads
 from evaluation.probe import Fitting, Fractions, Probe
 from inputs.transforms import Preprocess
 
@@ -61,4 +61,5 @@ def test_a_fraction_is_above_0_and_at_most_1():
 def test_what_nobody_asks_for_is_what_the_command_line_does_by_itself():
     args = main_linear.get_args_parser().parse_args([])
     assert Fitting() == Fitting(args.protocol, args.class_weights, args.folds, seed=0)
+    assert Choice(np.mean) == Choice(np.mean, args.class_weights, None, args.folds, "patient", seed=0)
     assert Fractions() == Fractions(args.fraction or (), args.fraction_seeds)
