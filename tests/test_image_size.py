@@ -28,7 +28,16 @@ from beit_finetuning.modeling_finetune import create_beit
 from beit_finetuning.views import EvalView, beit_preprocess
 from beit_finetuning.weights import load_weights
 from inputs.sizes import as_size, height_width
-from inputs.transforms import Preprocess, _crop_box, centre_crop, eval_view, pad_to_shape, ssl_pixels, train_pixels
+from inputs.transforms import (
+    Preprocess,
+    _crop_box,
+    centre_crop,
+    eval_view,
+    pad_to_shape,
+    random_resized_crop,
+    ssl_pixels,
+    train_pixels,
+)
 from preparation.cbis_tables import make_cbis
 
 TALL, WIDE = (48, 32), (24, 40)
@@ -85,6 +94,20 @@ def test_training_crops_have_the_proportions_of_the_size_within_a_third():
     assert abs(np.log(aspect).mean()) < 0.02  # log-uniform around it
     preprocess, planes = Preprocess(size=WIDE), Preprocess().pixels(image())
     assert train_pixels(preprocess, planes, rng).shape[1:] == WIDE == ssl_pixels(preprocess, planes, rng)[0].shape[1:]
+
+
+@pytest.mark.parametrize("size", [TALL, WIDE, 32])
+def test_a_crop_of_a_ramp_shows_its_proportions(size):
+    """Red grows to the right and green downwards, so that a crop's colours say which part it is."""
+    pixels, rng = Preprocess().pixels(image(400, 400)), np.random.default_rng(0)
+    shape = height_width(size)
+    aspects = []
+    for _ in range(60):
+        red, green, _ = random_resized_crop(pixels, size, (0.1, 0.3), rng)
+        across, down = (int(ramp.max()) - int(ramp.min()) for ramp in (red, green))
+        aspects.append(across / (1 - 1 / shape[1]) / (down / (1 - 1 / shape[0])))
+    aspects = np.array(aspects) / (shape[1] / shape[0])
+    assert 0.72 < aspects.min() < 0.82 and 1.22 < aspects.max() < 1.39
 
 
 @pytest.mark.parametrize("size", [224, 96, (48, 80), 400])
