@@ -86,6 +86,14 @@ def test_padding_keeps_all_of_the_image_in_the_middle_and_is_idempotent(size, so
     assert np.array_equal(pixels[0], padded) and torch.equal(preprocess.pixels(pixels), pixels)
 
 
+@pytest.mark.parametrize("size", [TALL, WIDE])
+def test_medclips_evaluation_view_is_all_of_the_padded_image(size):
+    medclip, img = Preprocess(size=size, mean=(0, 0, 0), std=(1, 1, 1), prepare="medclip"), image(80, 60)
+    whole = np.asarray(pad_to_shape(img.convert("L"), size))
+    expected = np.asarray(Image.fromarray(whole).resize(size[::-1], Image.Resampling.BICUBIC)) / np.float32(255)
+    np.testing.assert_allclose(eval_view(medclip)(img), np.stack([expected] * 3), rtol=0, atol=1e-6)
+
+
 def test_training_crops_have_the_proportions_of_the_size_within_a_third():
     rng = np.random.default_rng(0)
     boxes = [_crop_box(4000, 4000, (0.08, 0.3), rng, WIDE[1] / WIDE[0]) for _ in range(2000)]
