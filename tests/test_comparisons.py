@@ -28,6 +28,7 @@ def test_several_seeds_add_their_variance_and_pay_for_their_number():
     t = (of_patients * stats.t.ppf(0.975, 29) + of_seeds * stats.t.ppf(0.975, 2)) / (of_patients + of_seeds)
     half = t * np.sqrt(of_patients + of_seeds)
     assert (found.value, found.low, found.high) == pytest.approx((0.72, 0.72 - half, 0.72 + half))
+    assert row.variance_of_seeds == pytest.approx(of_seeds) and draws([0.72]).variance_of_seeds == 0
     wider = comparisons.interval(draws([0.60, 0.84, 0.72]))
     assert wider.high - wider.low > 2 * (found.high - found.low)
 
