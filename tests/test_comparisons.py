@@ -86,6 +86,16 @@ def test_the_p_value_of_single_seeds_is_the_level_at_which_their_interval_reache
     plain = two_sided(row.resampled[0] - baseline.resampled[0])
     assert found.p_value == pytest.approx(2 * stats.t.sf(stats.norm.isf(plain / 2) / np.sqrt(8 / 7), 7))
     assert found.p_value > 1.2 * plain
+    tail = stats.norm.sf(np.sqrt(8 / 7) * stats.t.ppf(0.975, 7))
+    bounds = np.quantile(row.resampled[0] - baseline.resampled[0], (tail, 1 - tail))
+    assert (found.low, found.high) == pytest.approx(tuple(bounds))
+
+
+def test_two_seeds_have_one_degree_of_freedom():
+    half = comparisons.interval(draws([0.70, 0.74])).high - 0.72
+    of_patients, of_seeds = 0.02**2 * 30 / 29, 0.04**2 / 4
+    t = (of_patients * stats.t.ppf(0.975, 29) + of_seeds * stats.t.ppf(0.975, 1)) / (of_patients + of_seeds)
+    assert half == pytest.approx(t * np.sqrt(of_patients + of_seeds))
 
 
 def test_a_row_without_training_is_compared_with_a_trained_one():
