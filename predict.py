@@ -14,9 +14,7 @@ Nothing here is a medical device.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
-import io
 import json
 import logging
 from collections.abc import Sequence
@@ -138,7 +136,7 @@ def find_images(given: Sequence[Path]) -> list[Path]:
         elif path.suffix.lower() in (".csv", ".tsv"):
             table = Table(path)
             column = table.column("image")
-            found += [path.parent / fields[column].strip() for _, fields in table]
+            found += [path.parent / utils.csv_value(fields[column].strip()) for _, fields in table]
         elif path.is_file():
             found.append(path)
         else:
@@ -408,11 +406,9 @@ def search(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def write_rows(rows: list[dict[str, Any]], output: str) -> None:
     """Answers as CSV, whole or not at all."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    utils.atomic_write(output, lambda file: file.write(text.getvalue().encode()))
+    columns = list(rows[0])
+    text = utils.csv_text([columns, *([row.get(name) for name in columns] for row in rows)])
+    utils.atomic_write(output, lambda file: file.write(text.encode()))
 
 
 def show(rows: list[dict[str, Any]], most: int = 20) -> str:

@@ -1,16 +1,22 @@
-"""What training shares: compilation, files written whole, the schedule, parameter groups, random states."""
+"""What training shares: compilation, files written whole, the schedule, parameter groups, random states.
+
+Every command shares what a name becomes in a file's name and in the cell of a CSV.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import math
 import os
 import random
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +95,50 @@ def write_json(path: str | Path, value: object) -> None:
     """Write a value as indented JSON, whole or not at all; what JSON cannot hold becomes text."""
     text = json.dumps(value, indent=2, default=str) + "\n"
     atomic_write(path, lambda file: file.write(text.encode()))
+
+
+_FILE_NAME = re.compile(r"\w(?:[\w .,+()=@-]*[\w+)])?")  # letters of any script
+
+
+def file_name(name: str) -> str:
+    """A name out of a file as one part of a path: it leaves no folder, and no other name becomes the same.
+
+    What is a file's name already stays as it is. In any other what cannot stand there becomes `_`, and `~` with a hash
+    follows, by which `a/b` is neither `a_b` nor `A/B`: no name that stays as it is holds a `~`.
+    """
+    if _FILE_NAME.fullmatch(name) and len(name.encode()) <= 150:  # of 255 bytes; callers put words around it
+        return name
+    digest = hashlib.sha256(name.encode("utf8", "surrogatepass")).hexdigest()[:16]
+    return re.sub(r"[^A-Za-z0-9+-]+", "_", name)[:40] + "~" + digest
+
+
+# What makes a spreadsheet run a cell as a formula (OWASP, CSV injection), behind any quotation marks of our own; the
+# sign of a number does not.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+def csv_text(lines: Iterable[Sequence[object]]) -> str:
+    """Lines of cells as CSV that people may open in a spreadsheet: a text that it would run as a formula begins with '.
+
+    Numbers stay numbers, -1 too, and None is an empty cell. `csv_value` gives back the very text.
+    """
+    found = []
+    for cells in lines:
+        line = io.StringIO(newline="")
+        # This end of a line makes the writer quote either of its signs in a cell; a bare \r would end the row.
+        csv.writer(line, lineterminator="\r\n").writerow("" if cell is None else _csv_cell(str(cell)) for cell in cells)
+        found.append(line.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(found)
+
+
+def _csv_cell(text: str) -> str:
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def csv_value(cell: str) -> str:
+    """The text of which `csv_text` made a cell."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def weights_sha256(weights: dict[str, torch.Tensor]) -> str:

@@ -6,8 +6,6 @@ for each sample; from here on they are treated alike, and any two of them can be
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 from collections import Counter
@@ -19,13 +17,13 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix
 
+import utils
 from evaluation import metrics
 from evaluation.metrics import OperatingPoint
 from evaluation.resamples import BOOTSTRAP, Bootstrap, Resamples
 from evaluation.run_folder import settings_that_differ
 from inputs.cbis import CBIS_CLASSES
 from inputs.metadata import Table
-from utils import atomic_write
 
 log = logging.getLogger("medslip")
 
@@ -79,12 +77,11 @@ class Predictions:
 
     def write(self, path: Path) -> None:
         """One line a sample: who it is, its class, the predicted one and the probabilities."""
-        classes, text = self.scheme.classes, io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*self.scheme.columns, "predicted", *(f"prob_{name}" for name in classes)])
+        classes, columns = self.scheme.classes, self.scheme.columns
+        lines = [[*columns, "predicted", *(f"prob_{name}" for name in classes)]]
         for row, p in zip(self.rows, self.prob.tolist(), strict=True):
-            writer.writerow([*(row[name] for name in self.scheme.columns), classes[int(np.argmax(p))], *p])
-        atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+            lines.append([*(row[name] for name in columns), classes[int(np.argmax(p))], *p])
+        utils.atomic_write(path, lambda file: file.write(utils.csv_text(lines).encode()))
 
     @classmethod
     def read(cls, path: str | Path, scheme: Scheme = CBIS) -> Predictions:
@@ -93,8 +90,11 @@ class Predictions:
         wanted = [*scheme.columns, "predicted", *probabilities]
         try:
             table = Table(Path(path))
-            places = [table.column(name.lower()) for name in wanted]
-            rows = [dict(zip(wanted, (fields[i].strip() for i in places), strict=True)) for _, fields in table]
+            places = range(len(wanted))
+            if table.header != [name.strip().lower() for name in wanted]:  # by name, which a table has in lower case
+                places = [table.column(name.lower()) for name in wanted]
+            texts = ([utils.csv_value(fields[i].strip()) for i in places] for _, fields in table)
+            rows = [dict(zip(wanted, own, strict=True)) for own in texts]
         except ValueError as error:
             raise ValueError(f"{path} is no predictions.csv of this set: {error}") from error
         prob = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -273,12 +271,10 @@ def write_findings(
     path: Path, names: Sequence[str], rows: Sequence[dict[str, str]], known: np.ndarray, prob: np.ndarray
 ) -> None:
     """One line an image: image, group, each finding as it counted (empty where unknown), each probability."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "group", *names, *(f"prob_{name}" for name in names)])
+    lines = [["image", "group", *names, *(f"prob_{name}" for name in names)]]
     for row, own, p in zip(rows, known.tolist(), prob.tolist(), strict=True):
-        writer.writerow([row["image"], row["group"], *("" if value < 0 else value for value in own), *p])
-    utils.atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+        lines.append([row["image"], row["group"], *("" if value < 0 else value for value in own), *p])
+    utils.atomic_write(path, lambda file: file.write(utils.csv_text(lines).encode()))
 
 
 def describe_findings(dataset: str, found: dict[str, dict[str, metrics.Interval]], groups: int) -> str:

@@ -13,7 +13,6 @@ laid over at 96 x 96, by fractions of a pixel, and this correlation decides.
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import logging
@@ -35,7 +34,7 @@ from inputs.images import UnreadableImage, decode_image, read_bytes
 from preparation.processes import add_workers_argument, over_processes
 from runtime.command_line import HelpFormatter, UsageError
 from runtime.logs import progress
-from utils import atomic_write
+from utils import atomic_write, csv_text, csv_value
 
 log = logging.getLogger("medslip")
 
@@ -115,7 +114,7 @@ def list_images(path: Path) -> list[Path]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither a folder nor a table")
     rows = metadata.read_table(path, ["image"])
-    return [path.parent / metadata.inside(row["image"], f"{path}, row {n}") for n, row in enumerate(rows, 1)]
+    return [path.parent / metadata.inside(csv_value(row["image"]), f"{path}, row {n}") for n, row in enumerate(rows, 1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,15 +429,13 @@ def nearest_by_model(a: Tensor, b: Tensor, same: bool, block: int = 4096) -> Ten
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """A line for each pair, most alike first."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["set", "image", "other_set", "other_image", "correlation", "mirrored", "cosine"])
+    lines: list[list] = [["set", "image", "other_set", "other_image", "correlation", "mirrored", "cosine"]]
     for pair in pairs:
         cosine = "" if pair.cosine is None else f"{pair.cosine:.4f}"
-        writer.writerow([pair.sets[0], pair.first, pair.sets[1], pair.second, f"{pair.correlation:.4f}",
-                         int(pair.mirrored), cosine])  # fmt: skip
+        lines.append([pair.sets[0], pair.first, pair.sets[1], pair.second, f"{pair.correlation:.4f}",
+                      int(pair.mirrored), cosine])  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+    atomic_write(path, lambda file: file.write(csv_text(lines).encode()))
 
 
 def without_copies(predictions: Path, pairs: Sequence[Pair]) -> str:
@@ -448,8 +445,8 @@ def without_copies(predictions: Path, pairs: Sequence[Pair]) -> str:
     touched = {str(path) for pair in pairs for path in (pair.first, pair.second)}
     prob = np.array([[float(row[f"prob_{name}"]) for name in classes] for row in rows])
     lowered = [name.lower() for name in classes]
-    labels = np.array([lowered.index(row["label"].lower()) for row in rows])
-    alone = np.array([not any(path.endswith(row["image"]) for path in touched) for row in rows])
+    labels = np.array([lowered.index(csv_value(row["label"]).lower()) for row in rows])
+    alone = np.array([not any(path.endswith(csv_value(row["image"])) for path in touched) for row in rows])
     found = {}
     for title, index in (("all", np.ones(len(rows), bool)), ("without copies", alone)):
         present = len(set(labels[index])) == len(classes)

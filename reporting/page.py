@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import shlex
 from datetime import UTC, datetime
 from pathlib import Path
@@ -205,14 +203,11 @@ def facts_of(runs: Runs, sections: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_csv(page: dict[str, Any]) -> str:
     """All results tables as one CSV, cells as the page has them."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["table", "row", "kind", *page["columns"], "leaves out", "source"])
+    lines = [["table", "row", "kind", *page["columns"], "leaves out", "source"]]
     for section in page["sections"]:
         for row in section["rows"]:
-            line = [section["title"], row["name"], row["kind"], *row["cells"], row["leaves_out"], row["source"]]
-            writer.writerow(line)
-    return text.getvalue()
+            lines.append([section["title"], row["name"], row["kind"], *row["cells"], row["leaves_out"], row["source"]])
+    return utils.csv_text(lines)
 
 
 def tex(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 import make_dataset
+from evaluation.predictions import Predictions, Scheme
 from preparation import audit
 
 
@@ -175,6 +177,21 @@ def test_metrics_are_given_with_and_without_copies(films, tmp_path, caplog):
     both = dict(line.split(": ", 1) for line in text.splitlines() if line.startswith(("all", "without")))
     assert json.loads(both["all"])["images"] == 20 and json.loads(both["without copies"])["images"] == 10
     assert json.loads(both["all"])["recall"] > json.loads(both["without copies"])["recall"]
+
+
+def test_pairs_and_predictions_are_told_apart_from_formulas(tmp_path):
+    first, second = Path("=a.png"), Path("-b.png")
+    pair = audit.Pair(("=set", "@set"), first, second, -0.25, False)
+    audit.write_pairs(tmp_path / "pairs.csv", [pair])
+    with open(tmp_path / "pairs.csv", newline="") as file:
+        _, cells = csv.reader(file)
+    assert cells == ["'=set", "'=a.png", "'@set", "'-b.png", "-0.2500", "0", ""]
+    rows = [{"image": name, "group": name, "label": label} for name, label in (("=a.png", "=x"), ("c.png", "y"))]
+    scheme = Scheme(("=x", "y"), "image", "label", "group", ("image", "group", "label"))
+    Predictions(rows, np.array([[0.9, 0.1], [0.2, 0.8]]), scheme).write(tmp_path / "predictions.csv")
+    lines = audit.without_copies(tmp_path / "predictions.csv", [pair]).splitlines()
+    assert [json.loads(line.partition(": ")[2])["images"] for line in lines] == [2, 1]
+    assert audit.list_images(tmp_path / "predictions.csv") == [tmp_path / "=a.png", tmp_path / "c.png"]
 
 
 def test_bad_sets_are_refused(tmp_path):

@@ -331,3 +331,12 @@ def test_findings_are_answered_each_by_its_own_head(checkpoint, tmp_path):
     probe(catalog, tmp_path / "out", checkpoint, "--cache-features", "--gpu", "-1")
     rows, (found, own) = answers_of(tmp_path / "out", catalog, ("bright", "odd"))
     assert found == own and "predicted" not in rows[0] and "unlike_training" in rows[0]
+
+
+def test_no_cell_of_the_findings_is_a_formula(tmp_path):
+    rows = [{"image": "=a.png", "group": "@1"}, {"image": "b.png", "group": "-2"}]
+    known, prob = np.array([[1], [-1]]), np.array([[0.25], [0.5]])
+    set_probes.write_findings(tmp_path / "predictions.csv", ["+odd"], rows, known, prob)
+    first, second = read_rows(tmp_path / "predictions.csv")
+    assert first == {"image": "'=a.png", "group": "'@1", "'+odd": "1", "prob_+odd": "0.25"}
+    assert second == {"image": "b.png", "group": "-2", "'+odd": "", "prob_+odd": "0.5"}

@@ -73,6 +73,15 @@ def test_classify_gives_the_runs_own_predictions(probed, tmp_path):
     assert [row["image"] for row in read_rows(tmp_path / "answers.csv")] == [row["image"] for row in found]
 
 
+def test_no_answer_is_a_formula_to_a_spreadsheet(tmp_path):
+    rows = [{"image": "=1+1.png", "predicted": "@x", "prob_@x": -0.5, "rank": 1}, {"image": "a.png", "predicted": "+y"}]
+    predict.write_rows(rows, str(tmp_path / "answers.csv"))
+    found = read_rows(tmp_path / "answers.csv")
+    assert found[0] == {"image": "'=1+1.png", "predicted": "'@x", "prob_@x": "-0.5", "rank": "1"}
+    assert found[1] == {"image": "a.png", "predicted": "'+y", "prob_@x": "", "rank": ""}
+    assert predict.find_images([tmp_path / "answers.csv"]) == [tmp_path / "=1+1.png", tmp_path / "a.png"]
+
+
 def test_a_probe_is_its_head_and_its_weights(probed, tmp_path):
     """No flag of the run that made it is asked for: the next flag breaks no earlier run."""
     shutil.copy(probed / "run" / "head.safetensors", tmp_path)

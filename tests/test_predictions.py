@@ -1,5 +1,6 @@
 """What is said of a test table beside its six columns, against scikit-learn and by hand."""
 
+import csv
 import json
 
 import numpy as np
@@ -14,7 +15,7 @@ from sklearn.metrics import (
 )
 
 from evaluation import metrics, predictions, references, run_folder
-from evaluation.predictions import Predictions
+from evaluation.predictions import Predictions, Scheme
 from evaluation.resamples import Bootstrap
 from evaluation.weighted import weighted_detection
 from inputs import cbis
@@ -133,6 +134,22 @@ def test_a_baseline_is_checked_by_lesion_and_by_truth(tmp_path):
     other[7]["pathology"] = "BENIGN" if other[7]["pathology"] != "BENIGN" else "MALIGNANT"
     with pytest.raises(ValueError, match="L7 the pathology"):
         predictions.check_baseline(tmp_path / "predictions.csv", other)
+
+
+def test_a_baseline_gives_back_every_text_and_number_and_no_cell_is_a_formula(tmp_path):
+    classes = ("=x", "-x", "'=x", "Cat", "cat")
+    scheme = Scheme(classes, "image", "label", "group", ("image", "group", "label"))
+    images = ["=1+1.png", "@a.png", "-3", "'-3", "+a/b.png", "''=x", "'quoted'", "a\rb", "a\nb", '=HYPERLINK("x";"y")']
+    rows = [{"image": name, "group": f"-{name}", "label": classes[i % 5]} for i, name in enumerate(images)]
+    prob = np.random.default_rng(0).dirichlet(np.ones(5), len(rows)) - 1e-20
+    path = tmp_path / "predictions.csv"
+    Predictions(rows, prob, scheme).write(path)
+    found = predictions.check_baseline(path, rows, scheme)
+    assert np.array_equal(found.prob, prob)
+    assert [{name: row[name] for name in scheme.columns} for row in found.rows] == rows
+    with open(path, newline="") as file:
+        cells = [cell for row in csv.reader(file, strict=True) for cell in row]
+    assert [cell for cell in cells if cell.startswith(tuple("=+-@\t\r\n"))] == ["-3"]  # a number
 
 
 def test_results_of_other_settings_are_set_aside_and_a_baseline_is_not_overwritten(tmp_path):

@@ -1,7 +1,10 @@
-"""Schedule, files written whole, the commit of a run."""
+"""Schedule, files written whole, the commit of a run, names as file names, cells that no spreadsheet runs."""
 
+import csv
+import io
 import json
 import os
+from pathlib import PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,3 +100,53 @@ def test_the_commit_is_asked_once_and_is_that_of_the_start(tmp_path, monkeypatch
     finally:
         versions.commit.cache_clear()
     assert asked == ["git"]
+
+
+NAMES = [
+    "", ".", "..", "../x", "/etc/x", "a/b", "a_b", "A/B", "a\\b", "a\0b", "a\nb", ".hidden", "a~b", "x" * 300, "é" * 90,
+    "日本", "a b", " a", "a.", "a:b", "a|b", "a%2Fb", "\udcff", "CBIS (mass), +1", "cbis_calc", "-a", "%s",
+]  # fmt: skip
+
+
+def test_a_name_becomes_one_part_of_a_path_and_no_other_does(tmp_path):
+    names = [*NAMES, *(utils.file_name(name) for name in NAMES if utils.file_name(name) != name)]
+    found = [utils.file_name(name) for name in names]
+    assert len(set(found)) == len(names) and len({name.lower() for name in map(utils.file_name, NAMES)}) == len(NAMES)
+    for name in found:
+        for kind in (PurePosixPath, PureWindowsPath):
+            assert kind(name).parts == (name,) and name not in (".", "..") and not name.startswith(".")
+        (tmp_path / f"zeroshot_{name}_0123456789abcdef0123456789abcdef.npz").write_text(name)
+    assert len(list(tmp_path.iterdir())) == len(names)
+
+
+@pytest.mark.parametrize(
+    "name", ["cbis_calc", "hospital", "mammo+x-ray", "CBIS (mass)", "ViT-B.16", "日本", "a, b", "7"]
+)
+def test_an_ordinary_name_is_its_own_file_name(name):
+    assert utils.file_name(name) == name
+
+
+CELLS = [
+    "=1+1", "+x", "-x", "@SUM(A1)", "\tx", "\rx", "a\rb", "\n=x", "'", "'x", "'=x", "''=x", "'-1", "''-1", "a,b", 'a"b',
+    "", "−1", "-", "- 1", "-1", "+1.5e3", ".5", "-.5", "-1-1", "1=1", "-inf", "＝1", "BENIGN", "P_00001",
+]  # fmt: skip
+
+
+def test_no_cell_is_a_formula_and_each_comes_back():
+    """Read by Python's own reader; what a spreadsheet runs is OWASP's list."""
+    text = utils.csv_text([CELLS, [-1, -0.5, 1e-20, None, True], *([cell, "end"] for cell in CELLS)])
+    first, numbers, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    assert [utils.csv_value(cell) for cell in first] == CELLS
+    assert [[utils.csv_value(cell) for cell in row] for row in rows] == [[cell, "end"] for cell in CELLS]
+    assert numbers == ["-1", "-0.5", "1e-20", "", "True"] and [float(x) for x in numbers[:3]] == [-1, -0.5, 1e-20]
+    for cell in first:
+        if cell.startswith(tuple("=+-@\t\r\n")):
+            float(cell)  # a number
+            assert cell in ("-1", "+1.5e3", "-.5")
+
+
+def test_ordinary_cells_are_written_as_the_csv_module_writes_them():
+    lines = [["a", "a,b", 'say "x"', "two\nlines", "it's", "'quoted'", 0.1, -1, 1e-7, None, "-1"], ["", "x"], [""]]
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    assert utils.csv_text(lines) == text.getvalue()
