@@ -226,7 +226,8 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
             scores = score_pairs(loaded, source, loading)
             report["retrieval"][name], line = scores, retrieval_line(name, scores)
         else:
-            scores = score_labelled(model, tokenizer, source, loading, cache, file.with_name(f"zeroshot_{name}.csv"))
+            own = file.with_name(f"zeroshot_{utils.file_name(name)}.csv")
+            scores = score_labelled(model, tokenizer, source, loading, cache, own)
             scores["broken"] = len(source.dataset) - scores["samples"]
             report["zero_shot"][name], line = scores, zeroshot_line(name, scores)
         if processes.is_main:  # after each set: a long walk that is cut short keeps what it has

@@ -272,7 +272,7 @@ def draw_maps(
             part = own[start : start + 8]
             images = torch.stack([view(read_image(paths[i]), None) for i in part])
             for i, image, heat in zip(part, images, explainer(images.to(device)), strict=True):
-                file = folder / f"{i:05d}_{paths[i].stem}.png"
+                file = folder / f"{i:05d}_{utils.file_name(paths[i].stem)}.png"
                 saliency.overlay(saliency.grey_view(image), heat).save(file)
                 rows[i]["map"] = str(file)
 

@@ -259,7 +259,7 @@ def extract_or_reuse(
     The file's name carries a hash of the weights, the preparation, the kind of features and the images (path, size and
     time of each, or the bytes of those in memory): another run's features are never taken.
     """
-    file = folder / f"{title}_{features_key(backbone, dataset, loading)}.npz"
+    file = folder / f"{utils.file_name(title)}_{features_key(backbone, dataset, loading)}.npz"
     kept: dict[str, np.ndarray] = {}
     if file.is_file():
         try:

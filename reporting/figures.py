@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -32,7 +32,7 @@ _STYLE: Any = {
 
 
 def _svg(figure: Figure, title: str, synthetic: bool) -> str:
-    """The figure as inline SVG with a name for those who cannot see it; ids are made unique on the page by title."""
+    """The figure as inline SVG with a name for those who cannot see it."""
     if synthetic:
         figure.text(0.5, 0.5, "SYNTHETIC", fontsize=34, color="#888888", alpha=0.25, ha="center", va="center",
                     rotation=20, fontweight="bold")  # fmt: skip
@@ -40,14 +40,23 @@ def _svg(figure: Figure, title: str, synthetic: bool) -> str:
     figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font:\s*([^;\"]*?)\s*'[^\"]*?sans-serif", r"font: \1 sans-serif", svg)
-    name = re.sub(r"[^a-z0-9]+", "_", title.lower())
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = svg.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
+    svg = _in_tags(svg, lambda tag: tag.replace(INK, "currentColor"))
+    svg = _in_tags(svg, lambda tag: re.sub(r"font:\s*([^;\"]*?)\s*'[^\"]*?sans-serif", r"font: \1 sans-serif", tag))
     escaped = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1)
+
+
+def _in_tags(svg: str, change: Callable[[str], str]) -> str:
+    """A change of the tags alone: what stands between them may be a name that looks like one of their attributes."""
+    return re.sub("<[^>]*>", lambda found: change(found[0]), svg)
+
+
+def with_ids(svg: str, name: str) -> str:
+    """The same figure with `name` before each of its ids, which then are unique on a page where the name is."""
+    svg = _in_tags(svg, lambda tag: re.sub(r'\bid="', f'id="{name}-', tag))
+    return _in_tags(svg, lambda tag: tag.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-'))
 
 
 def forest(

@@ -96,7 +96,7 @@ def build_page(
     for kind, table in runs.tables.items():
         rows = lesions.get(kind)
         sections.append({
-            "kind": kind, "title": TABLES.get(kind, kind), "lesion": kind in cbis.CBIS_KINDS,
+            "kind": kind, "anchor": anchor(kind), "title": TABLES.get(kind, kind), "lesion": kind in cbis.CBIS_KINDS,
             "lesions": table.lesions, "patients": table.patients,
             "rows": table_rows(table), "comparisons": comparison_rows(table, runs), "absent": table.absent,
             "two_class": two_class_rows(table),
@@ -128,6 +128,14 @@ def build_page(
         "read": sorted({str(path) for path in runs.read}),
         "missing": MISSING,
     }
+
+
+OWN_IDS = ("other", "fractions", "training", "checklists", "provenance")  # of the page's other headings
+
+
+def anchor(kind: str) -> str:
+    """What the page's links to a table call it."""
+    return utils.file_name(kind) + "~" * (kind in OWN_IDS)
 
 
 def describe_other(path: str, result: dict) -> dict[str, str]:

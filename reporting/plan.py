@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import utils
 from runtime.command_line import UsageError
 
 TABLES = {"calc": "Calcification", "mass": "Mass"}
@@ -35,8 +36,8 @@ class PlannedRow:
 
     @property
     def slug(self) -> str:
-        """The name as part of a path."""
-        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
+        """The name as part of a path, which two rows may share: `read_plan` refuses them."""
+        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_") or utils.file_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ def read_plan(path: str | Path, places: dict[str, str], primary: Sequence[str] |
     names = [row.name for row in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"{path}: two rows are called {sorted(twice)[0]!r}")
+    by_folder: dict[str, str] = {}
     for row in found:
+        if (other := by_folder.setdefault(row.slug, row.name)) != row.name:
+            raise ValueError(f"{path}: the rows {other!r} and {row.name!r} would share the folder runs/{row.slug}")
         if row.baseline is not None and row.baseline not in names:
             raise ValueError(f"{path}, row {row.name!r}: its baseline {row.baseline!r} is no row")
         if row.train is not None and row.weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+import utils
 from evaluation import metrics
 from evaluation.predictions import Predictions
 from evaluation.resamples import Resamples
@@ -38,16 +40,21 @@ class Gallery:
 
     def __init__(self) -> None:
         self.found: dict[str, Figure] = {}
+        self.ids: set[str] = set()
 
     def add(self, name: str, title: str, svg: str, source: str) -> str:
-        """Keep a figure under its name, which is returned."""
-        self.found[name] = Figure(name, title, svg, source)
+        """Keep a figure under its name, which is returned; ids within it are made unique on the page."""
+        ids = re.sub(r"[^a-z0-9]+", "_", title.lower())
+        if ids in self.ids:  # of a title that differs in a sign which the ids cannot hold
+            ids = f"{ids}~{len(self.found)}"
+        self.ids.add(ids)
+        self.found[name] = Figure(name, title, figures.with_ids(svg, ids), source)
         return name
 
 
 def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str, list[str]]:
     """Forest plots, curves and confusion matrices of a results table; returns the names by section."""
-    title, synthetic = TABLES.get(table.kind, table.kind), runs.synthetic
+    title, file, synthetic = TABLES.get(table.kind, table.kind), utils.file_name(table.kind), runs.synthetic
     models = [row for row in table.rows if row.kind == "measured"]
     found: dict[str, list[str]] = {"overview": [], "curves": [], "confusion": []}
     with_interval = [row for row in table.rows if "low" in row.metrics.get("auroc", {})]
@@ -55,7 +62,7 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
         name = f"{title}: AUROC of each row"
         svg = figures.forest([(r.name, metrics.Interval.of(r.metrics["auroc"])) for r in with_interval], name,
                              "macro AUROC, percent, 95% interval", synthetic)  # fmt: skip
-        found["overview"].append(gallery.add(f"{table.kind}_auroc", name, svg, sources(with_interval)))
+        found["overview"].append(gallery.add(f"{file}_auroc", name, svg, sources(with_interval)))
     if table.comparisons:
         name = f"{title}: AUROC, differences"
         pairs = []
@@ -64,16 +71,16 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
             pairs.append((pair, metrics.Interval.of(found_difference["difference"]["auroc"])))
         svg = figures.forest(pairs, name, "percentage points, paired over patients, 95% interval", synthetic, zero=0.0)
         compared = [row for row in models if row.name in {c["row"] for c in table.comparisons}]
-        found["overview"].append(gallery.add(f"{table.kind}_differences", name, svg, sources(compared)))
+        found["overview"].append(gallery.add(f"{file}_differences", name, svg, sources(compared)))
     each = [(row, read_predictions(row, runs)) for row in models] if table.classes == cbis.CBIS_CLASSES else []
     each = [(row, group) for row, group in each if group]
     if each:
-        found["curves"] = list(curve_figures(table.kind, title, each, runs, gallery))
+        found["curves"] = list(curve_figures(file, title, each, runs, gallery))
     for row in models:
         if row.confusion is not None:
             name = f"{title}, {short(row.name)}: confusion" + (" (mean over seeds)" if len(row.folders) > 1 else "")
             svg = figures.confusion(np.array(row.confusion, dtype=float), table.classes, name, synthetic)
-            key = f"{table.kind}_confusion_{len(found['confusion'])}"
+            key = f"{file}_confusion_{len(found['confusion'])}"
             found["confusion"].append(gallery.add(key, name, svg, row.source))
     return found
 
@@ -89,11 +96,12 @@ def short(name: str, kind: str = "") -> str:
     if not name.endswith("predictions.csv"):
         return name
     folder = Path(name).parent
-    return row_name(folder, folder.parents[1], kind) if kind else folder.name
+    above = [folder, *folder.parents][:3]  # fewer where the path is short
+    return row_name(folder, above[-1], kind) if kind else folder.name
 
 
 def curve_figures(
-    kind: str, title: str, each: list[tuple[ResultRow, list[Predictions]]], runs: Runs, gallery: Gallery
+    file: str, title: str, each: list[tuple[ResultRow, list[Predictions]]], runs: Runs, gallery: Gallery
 ) -> Iterator[str]:
     """ROC, precision-recall and calibration of malignant against the rest; bands over patients (and seeds' mean)."""
     roc, precision, calibration = [], [], []
@@ -114,14 +122,14 @@ def curve_figures(
             calibration.append((row.name, x, y, np.array([]), np.array([])))
     source, band = "predictions.csv of each row", "95% bands over patients"
     name = f"{title}: ROC, malignant against the rest ({band})"
-    yield gallery.add(f"{kind}_roc", name, figures.curves(
+    yield gallery.add(f"{file}_roc", name, figures.curves(
         roc, name, ("1 − specificity", "sensitivity"), runs.synthetic, diagonal=True), source)  # fmt: skip
     name = f"{title}: precision and recall, malignant against the rest ({band})"
-    yield gallery.add(f"{kind}_precision", name, figures.curves(
+    yield gallery.add(f"{file}_precision", name, figures.curves(
         precision, name, ("recall", "precision"), runs.synthetic), source)  # fmt: skip
     if calibration:
         name = f"{title}: calibration of the malignant class, after the temperature from validation (first seed)"
-        yield gallery.add(f"{kind}_calibration", name, figures.curves(
+        yield gallery.add(f"{file}_calibration", name, figures.curves(
             calibration, name, ("mean probability", "observed fraction"), runs.synthetic, diagonal=True),
             source)  # fmt: skip
 

@@ -14,6 +14,7 @@ import numpy as np
 from evaluation import metrics
 from evaluation.predictions import Predictions
 from inputs import cbis
+from inputs.metadata import inside
 from reporting.plan import TABLES
 from synthetic.world import is_synthetic
 
@@ -127,7 +128,7 @@ def named(path: Path, folder: Path) -> str:
 
 def row_name(path: Path, folder: Path, kind: str) -> str:
     """A probe's name without its table: vit_mammo for vit_mammo/calc, untrained for probe/calc_untrained."""
-    words = [re.sub(rf"^{kind}_|_{kind}$", "", part) for part in named(path, folder).split("/")]
+    words = [re.sub(rf"^{re.escape(kind)}_|_{re.escape(kind)}$", "", part) for part in named(path, folder).split("/")]
     return "/".join(word for word in words if word not in (kind, "probe", "")) or named(path, folder)
 
 
@@ -147,7 +148,7 @@ def add_tables(folder: Path, runs: Runs) -> None:
             percent = {key: {"value": value / 100} for key, value in values.items()}
             mine.rows.append(ResultRow(f"{name} (as published)", "published", percent, str(path)))
         for row in table["rows"]:
-            places = [folder / name for name in row["files"]]
+            places = [folder / inside(name, str(path)) for name in row["files"]]
             results = [read_json(place / "results.json", runs) for place in places]
             mine.rows.append(
                 ResultRow(
@@ -159,7 +160,7 @@ def add_tables(folder: Path, runs: Runs) -> None:
             for result in results[:1]:
                 runs.skipped.setdefault(kind, result.get("lesions_skipped", {}))
                 if result.get("fractions"):
-                    runs.fractions.append((row["name"], TABLES[kind], result["fractions"]))
+                    runs.fractions.append((row["name"], TABLES.get(mine.kind, mine.kind), result["fractions"]))
 
 
 def two_class_of(result: dict) -> list[dict]:

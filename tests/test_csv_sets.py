@@ -2,7 +2,10 @@
 
 import csv
 import json
+import re
 from functools import partial
+from html import unescape
+from urllib.parse import unquote
 
 import cbis_tree
 import evaluation_helpers
@@ -340,3 +343,37 @@ def test_no_cell_of_the_findings_is_a_formula(tmp_path):
     first, second = read_rows(tmp_path / "predictions.csv")
     assert first == {"image": "'=a.png", "group": "'@1", "'+odd": "1", "prob_+odd": "0.25"}
     assert second == {"image": "b.png", "group": "-2", "'+odd": "", "prob_+odd": "0.5"}
+
+
+@pytest.mark.parametrize("names", [("../x", "a/b"), ("a/b", "a_b"), ("A/B", "a/b"), ("/tmp/x y", "C++ [1]")])
+def test_a_sets_name_leaves_no_folder_and_is_no_other_sets(tmp_path, checkpoint, names):
+    """From zero-shot and a probe to the page, its figures and its links."""
+    entry = json.loads(write_set(tmp_path / "set", patients=24).read_text())["hospital"]
+    (tmp_path / "catalog.json").write_text(json.dumps(dict.fromkeys(names, entry)))
+    clip, out = tmp_path / "clip.pt", tmp_path / "deep" / "out"
+    evaluation_helpers.write_checkpoint(clip)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    flags = ["--catalog", str(tmp_path / "catalog.json"), "-j", "0"]
+    eval_zeroshot.main([*flags, "--resume", str(clip), "--datasets", *names, "--output-dir", str(out)])
+    for i, name in enumerate(names):
+        main_linear.main([*flags, "--dataset", name, "--pretrained", str(checkpoint), "--cache-features",
+                          "--output-dir", str(out / f"probe{i}"), "--resamples", "20"])  # fmt: skip
+    assert len(list(out.glob("zeroshot_*.csv"))) == 2
+    page = make_report.main([str(out), "--output-dir", str(tmp_path / "deep" / "report")])
+    new = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    assert {path.relative_to(tmp_path).parts[0] for path in new} == {"deep"}
+    assert {path.relative_to(tmp_path).parts[1] for path in new} == {"out", "report"}
+
+    report = tmp_path / "deep" / "report"
+    html, markdown = ((report / f"report.{kind}").read_text() for kind in ("html", "md"))
+    drawn = {path.name: path.read_text() for path in (report / "figures").iterdir()}
+    assert len(drawn) == len(page["figures"]) == html.count("<svg ") and len({f.svg for f in page["figures"].values()})
+    linked = [unquote(link) for link in re.findall(r"\]\(figures/([^)\s]*)\)", markdown)]
+    assert sorted(linked) == sorted(drawn)
+    anchors = [unescape(link) for link in re.findall(r'<a href="#([^"]*)"', html)]
+    ids = [unescape(name) for name in re.findall(r'<[^>]*\bid="([^"]*)"', html)]
+    assert len(ids) == len(set(ids)) and set(anchors) <= set(ids) and len(set(anchors)) == len(anchors)
+    assert {unescape(name) for name in re.findall(r'<h2 id="[^"]*">(.*?)</h2>', html)} >= set(names)
+    for svg in drawn.values():
+        own = set(re.findall(r'\bid="([^"]*)"', svg))
+        assert set(re.findall(r"url\(#([^)]*)\)", svg)) <= own

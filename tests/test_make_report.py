@@ -250,6 +250,25 @@ def test_names_cannot_break_the_page(runs):
     assert "<b>" not in html and "&lt;b&gt;trained" in html
 
 
+def test_tables_name_no_folder_outside_of_theirs(tmp_path):
+    row = {"name": "A", "kind": "measured", "metrics": {}, "leaves_out": "", "files": ["../elsewhere"]}
+    table = {"lesions": 1, "patients": 1, "published": {}, "rows": [row], "comparisons": [], "absent": {}}
+    (tmp_path / "tables").mkdir()
+    tables = {"synthetic": False, "cbis": "", "primary": None, "steps": [], "tables": {"calc": table}}
+    (tmp_path / "tables" / "tables.json").write_text(json.dumps(tables))
+    with pytest.raises(ValueError, match=r"tables.json: the path '../elsewhere' may leave"):
+        make_report.main([str(tmp_path / "tables"), "--output-dir", str(tmp_path / "report")])
+
+
+def test_a_baseline_is_named_however_short_its_path(runs):
+    path, result = results_of(runs, "calc", "trained")
+    for entry in result["differences"]:
+        entry["baseline"] = "before/predictions.csv"
+    path.write_text(json.dumps(result))
+    page, _ = report(runs)
+    assert page["sections"][0]["comparisons"][0]["baseline"] == "before"
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder of a run"):
         make_report.main([str(tmp_path / "nowhere")])

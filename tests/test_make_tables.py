@@ -173,6 +173,7 @@ def test_dry_run_prints_the_commands_and_runs_none(drawn, tmp_path, capsys):
         ({"rows": [{"name": "A", "weights": "{nothing}"}]}, "is no place; choose from roco"),
         ({"rows": [{"name": "A"}, {"name": "A"}]}, "two rows are called 'A'"),
         ({"rows": [{"name": "A", "baseline": "B"}]}, "its baseline 'B' is no row"),
+        ({"rows": [{"name": "A+B"}, {"name": "a (b)"}]}, "'A.B' and 'a .b.' would share the folder runs/a_b"),
         ({"primary": ["calc", "B"]}, "choose one of calc, mass and of"),
         ({"rows": [{"name": "A", "weights": "/no/such/file.pt"}]}, "/no/such/file.pt"),
     ],
@@ -182,6 +183,12 @@ def test_what_would_fail_later_is_refused_first(drawn, tmp_path, change, message
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         make_tables.main(command(drawn, tmp_path, rows=rows))
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_rows_name_is_one_folder(tmp_path):
+    for name, slug in (("ViT (mammo + x-ray)", "vit_mammo_x_ray"), ("../x", "x"), ("日本", "日本"), ("..", "_~")):
+        row = reporting_plan.PlannedRow(name)
+        assert row.slug.startswith(slug) and (tmp_path / row.slug).parent == tmp_path and row.slug not in ("", "..")
 
 
 def test_the_default_rows_are_the_eight_of_both_tables():
