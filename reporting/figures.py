@@ -19,6 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from evaluation.metrics import Interval  # noqa: E402
+from reporting.text import one_line  # noqa: E402
 
 INK = "#010203"  # stands for the page's text colour
 # Distinct in grey, to people who see no red or green, and on white and black (after Okabe and Ito 2008).
@@ -27,7 +28,7 @@ _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "medslip", "font.size": 10, "axes.spines.top": False,
     "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "legend.frameon": False, "legend.labelcolor": INK, "axes.titlesize": 10,
+    "legend.frameon": False, "legend.labelcolor": INK, "axes.titlesize": 10, "text.parse_math": False,
 }  # fmt: skip
 
 
@@ -44,13 +45,13 @@ def _svg(figure: Figure, title: str, synthetic: bool) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = _in_tags(svg, lambda tag: tag.replace(INK, "currentColor"))
     svg = _in_tags(svg, lambda tag: re.sub(r"font:\s*([^;\"]*?)\s*'[^\"]*?sans-serif", r"font: \1 sans-serif", tag))
-    escaped = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    escaped = one_line(title).replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1)
 
 
 def _in_tags(svg: str, change: Callable[[str], str]) -> str:
-    """A change of the tags alone: what stands between them may be a name that looks like one of their attributes."""
-    return re.sub("<[^>]*>", lambda found: change(found[0]), svg)
+    """A change of the tags alone: names, between them and in the first one's label, may look like attributes."""
+    return re.sub("<(?!svg )[^>]*>", lambda found: change(found[0]), svg)
 
 
 def with_ids(svg: str, name: str) -> str:
@@ -80,6 +81,7 @@ def forest(
 
 
 def _shortened(name: str, most: int = 46) -> str:
+    name = one_line(name)
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
@@ -94,11 +96,13 @@ def curves(
     """Lines with bands: name, x (n,), y, low and high; an empty low draws none."""
     with plt.rc_context(_STYLE):
         figure, ax = plt.subplots(figsize=(5.2, 4.2))
+        lines, names = [], []
         for colour, style, (name, x, y, low, high) in zip(
             COLOURS * 9, [s for s in ("-", "--", "-.", ":") for _ in COLOURS] * 9, rows, strict=False
         ):
             marker = "o" if len(x) < 30 else None
-            ax.plot(x, y, color=colour, ls=style, lw=1.6, marker=marker, ms=3.5, label=_shortened(name))
+            lines += ax.plot(x, y, color=colour, ls=style, lw=1.6, marker=marker, ms=3.5)
+            names.append(_shortened(name))
             if len(low):
                 ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         if diagonal:
@@ -108,7 +112,7 @@ def curves(
             ax.set_ylim(0, 1.01)
         ax.set_xlabel(axes[0])
         ax.set_ylabel(axes[1])
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=1)
+        ax.legend(lines, names, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=1)
         return _svg(figure, title, synthetic)
 
 
@@ -126,7 +130,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str], title: str, synthetic:
             for j in range(len(classes)):
                 number = f"{counts[i, j]:.1f}".removesuffix(".0")
                 ax.text(j, i, f"{number}\n{100 * fraction[i, j]:.0f}%", ha="center", va="center", fontsize=9)
-        labels = [name.replace("_WITHOUT_", "\nWITHOUT\n").replace("_", " ") for name in classes]
+        labels = [one_line(name).replace("_WITHOUT_", "\nWITHOUT\n").replace("_", " ") for name in classes]
         ax.set_xticks(range(len(classes)), labels, fontsize=7)
         ax.set_yticks(range(len(classes)), labels, fontsize=7)
         ax.set_xlabel("predicted")

@@ -18,6 +18,7 @@ from reporting.lesions import explained, lesion_tables, misread, nearest, percen
 from reporting.plan import TABLES
 from reporting.plots import Gallery, flow_figure, fraction_figures, short, table_figures, training_figures
 from reporting.runs import MISSING, ResultTable, Runs
+from reporting.text import markdown, tex
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -218,14 +219,6 @@ def write_csv(page: dict[str, Any]) -> str:
     return utils.csv_text(lines)
 
 
-def tex(text: str) -> str:
-    """A text in which TeX's signs stand for themselves."""
-    for plain, escaped in (("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"),
-                           ("–", "--"), ("−", "$-$"), ("×", r"$\times$")):  # fmt: skip
-        text = text.replace(plain, escaped)
-    return text
-
-
 def write_tex(page: dict[str, Any]) -> str:
     """A booktabs table for each results table; the interval stands small below its value."""
     lines = ["% Needs \\usepackage{booktabs}. Percent, with 95\\% intervals."]
@@ -250,13 +243,14 @@ def write_report(page: dict[str, Any], folder: Path) -> None:
         autoescape=jinja2.select_autoescape(["html.jinja"]),
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["md"] = lambda value: markdown(str(value))
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files = {f"figures/{f.name}.svg": with_colours(f.svg) for f in page["figures"].values()}
     for name in ("report.html", "report.md"):
         files[name] = environment.get_template(f"{name}.jinja").render(page)
     files |= {"tables.csv": write_csv(page), "tables.tex": write_tex(page)}
     for name, text in files.items():
-        utils.atomic_write(folder / name, lambda file, text=text: file.write(text.encode()))
+        utils.atomic_write(folder / name, lambda file, text=text: file.write(text.encode("utf8", "backslashreplace")))
 
 
 def with_colours(svg: str) -> str:

@@ -21,6 +21,7 @@ from evaluation.resamples import Bootstrap
 from inputs import cbis
 from reporting.plan import TABLES, Plan
 from reporting.steps import Step, folder_of, seeds_of
+from reporting.text import markdown
 from runtime.versions import versions
 from synthetic.world import is_synthetic
 
@@ -216,20 +217,27 @@ def describe(result: dict[str, Any]) -> str:
         lines += [f"| Model | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
         for name, values in table["published"].items():
             cells = (f"{values[key]:g}" if values.get(key) is not None else "–" for key in metrics.METRICS)
-            lines.append(f"| {name} (as published) | {' | '.join(cells)} |")
+            lines.append(f"| {markdown(name)} (as published) | {' | '.join(cells)} |")
         for row in table["rows"]:
             cells = (metrics.Interval.of(row["metrics"][key]).percent() for key in metrics.METRICS)
-            name = f"*{row['name']}*" if row["kind"] == "reference" else row["name"]
+            name = markdown(row["name"])
+            name = f"*{name}*" if row["kind"] == "reference" else name
             remark = " †" if row["leaves_out"] else ""
             lines.append(f"| {name}{remark} | {' | '.join(cells)} |")
         if any(row["leaves_out"] for row in table["rows"]):
             lines += ["", f"† {comparisons.ONE_SEED}."]
         for row in table["rows"]:
             if row.get("never_predicted"):
-                lines += ["", f"{row['name']} never predicts {', '.join(row['never_predicted'])} (in a seed)."]
+                lines += [
+                    "",
+                    f"{markdown(row['name'])} never predicts {', '.join(row['never_predicted'])} (in a seed).",
+                ]
             if row["missing_seeds"]:
-                lines += ["", f"{row['name']}: no results of seed {', '.join(map(str, row['missing_seeds']))}."]
-        lines += [f"\nWithout a row: {name}, because {why}." for name, why in table["absent"].items()]
+                lines += [
+                    "",
+                    f"{markdown(row['name'])}: no results of seed {', '.join(map(str, row['missing_seeds']))}.",
+                ]
+        lines += [f"\nWithout a row: {markdown(name)}, because {why}." for name, why in table["absent"].items()]
         lines += describe_comparisons(table["comparisons"], result["primary"])
     lines += [
         "",
@@ -255,4 +263,5 @@ def describe_comparisons(found: list[dict[str, Any]], primary: dict | None) -> I
         else:
             p = f"p = {entry['p_holm']:.4f} (Holm, {entry['family']} comparison{'s' * (entry['family'] > 1)})"
         remark = f"; {entry['leaves_out']}" if entry["leaves_out"] else ""
-        yield f"- {entry['row']} − {entry['baseline']}: {difference.percent()}, {p}{remark}"
+        pair = f"{markdown(entry['row'])} − {markdown(entry['baseline'])}"
+        yield f"- {pair}: {difference.percent()}, {p}{markdown(remark)}"

@@ -250,6 +250,24 @@ def test_names_cannot_break_the_page(runs):
     assert "<b>" not in html and "&lt;b&gt;trained" in html
 
 
+def test_names_are_text_in_every_file(runs):
+    """Of a run, whose folder's name is the row's."""
+    name = "=1|<b>$x^2$ [a](b) *c* {d}"
+    (runs / "probe" / "calc_trained").rename(runs / "probe" / f"calc_{name}")
+    page, html = report(runs)
+    folder = runs.parent / "report"
+    assert page["sections"][0]["rows"][-1]["name"] == name and "<b>" not in html and unescape(html).count(name) > 3
+    with open(folder / "tables.csv", newline="") as file:
+        assert f"'{name}" in [row["row"] for row in csv.DictReader(file)]
+    latex = (folder / "tables.tex").read_text()
+    assert r"=1\textbar{}\textless{}b\textgreater{}\$x\textasciicircum{}2\$ {[}a{]}(b) {*}c{*} \{d\}" in latex
+    lines = (folder / "report.md").read_text().splitlines()
+    escaped = r"=1\|\<b\>\$x^2\$ \[a\](b) \*c\* {d}"
+    (row,) = [line for line in lines if line.startswith(f"| {escaped} † |")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == len(page["columns"]) + 2
+    assert "$x^2$" in unescape(page["figures"]["calc_auroc"].svg)
+
+
 def test_tables_name_no_folder_outside_of_theirs(tmp_path):
     row = {"name": "A", "kind": "measured", "metrics": {}, "leaves_out": "", "files": ["../elsewhere"]}
     table = {"lesions": 1, "patients": 1, "published": {}, "rows": [row], "comparisons": [], "absent": {}}
