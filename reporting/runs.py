@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from evaluation import metrics
 from evaluation.predictions import Predictions
 from inputs import cbis
 from inputs.metadata import inside
+from reporting import files
+from reporting.files import read_object, require
 from reporting.plan import TABLES
 from synthetic.world import is_synthetic
 
@@ -80,10 +81,7 @@ class Runs:
 
 def read_json(path: Path, runs: Runs) -> dict:
     """A run's JSON file, noted as read; ValueError names one that is none."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    found = read_object(path)
     if path not in runs.read:
         runs.read.append(path)
     return found
@@ -136,6 +134,7 @@ def add_tables(folder: Path, runs: Runs) -> None:
     """A folder of make_tables.py."""
     path = folder / "tables.json"
     content = read_json(path, runs)
+    require(content, path, files.TABLES)
     runs.synthetic |= content["synthetic"]
     runs.primary, runs.steps = content["primary"], content["steps"]
     runs.cbis = runs.cbis or Path(content["cbis"])
@@ -184,6 +183,7 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
     if "metrics" not in result:
         runs.other.append((str(path), result))
         return
+    require(result, path, files.RESULT)
     kind = str(cbis.CBIS_SETS.get(dataset, dataset))
     table = runs.tables.setdefault(kind, ResultTable(kind, tuple(result["classes"])))
     name = row_name(path.parent, folder, kind)
@@ -207,11 +207,13 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
 def add_zeroshot(path: Path, folder: Path, runs: Runs) -> None:
     """A file of eval_zeroshot.py; sets whose rows are known become rows of their table."""
     result = read_json(path, runs)
+    require(result, path, ("zero_shot?.*", "retrieval?.*"))
     runs.zeroshot.append((named(path.parent, folder), result))
     for dataset, scores in result.get("zero_shot", {}).items():
         if "rows" not in scores:
             continue
         kind, found = str(cbis.CBIS_SETS.get(dataset, dataset)), scores["rows"]
+        require(found, f"{path}, {dataset}, rows", files.ZEROSHOT_ROWS)
         table = runs.tables.setdefault(kind, ResultTable(kind, tuple(found["classes"])))
         if table.lesions is None:
             table.lesions, table.patients = int(np.sum(found["confusion"])), found["test_patients"]

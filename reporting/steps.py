@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
+from reporting.files import read_object
 from reporting.plan import TABLES, Plan, PlannedRow
 from runtime.checkpoints import load_checkpoint, training_progress
 from runtime.logs import format_seconds
@@ -55,7 +56,7 @@ class Step:
     def recorded(self) -> dict[str, Any] | None:
         """`record` when the step last ran; None where it never has."""
         path = self.folder / "step.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_object(path) if path.is_file() else None
 
 
 def seeds_of(row: PlannedRow, seeds: Sequence[int]) -> list[int]:

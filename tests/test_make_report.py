@@ -250,6 +250,31 @@ def test_names_cannot_break_the_page(runs):
     assert "<b>" not in html and "&lt;b&gt;trained" in html
 
 
+@pytest.mark.parametrize("key", [
+    "confusion", "classes", "test_patients", "metrics.f1.value", "operating_point.threshold", "differences.0.baseline",
+    "differences.0.difference.auroc.p_value", "detection.brier.low", "units.breast.number", "subgroups.0.patients",
+])  # fmt: skip
+def test_a_key_that_a_file_lacks_is_named_with_it(tmp_path, probed, key):
+    shutil.copytree(probed / "runs" / "probe" / "calc_trained", tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    found = result = json.loads(path.read_text())
+    *above, last = [int(part) if part.isdecimal() else part for part in key.split(".")]
+    for part in above:
+        found = found[part]
+    del found[last]
+    path.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} lacks the key {re.escape(key)}$"):
+        make_report.main([str(tmp_path / "run"), "--output-dir", str(tmp_path / "report")])
+
+
+@pytest.mark.parametrize("name", ["results.json", "zeroshot.json", "settings.json", "tables.json"])
+@pytest.mark.parametrize("text, why", [("{", "is not JSON"), ("[1]", "is not of a run: it holds a list")])
+def test_a_file_of_another_kind_is_named(tmp_path, name, text, why):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))} {why}"):
+        make_report.main([str(tmp_path), "--output-dir", str(tmp_path / "report")])
+
+
 def test_names_are_text_in_every_file(runs):
     """Of a run, whose folder's name is the row's."""
     name = "=1|<b>$x^2$ [a](b) *c* {d}"
