@@ -78,7 +78,9 @@ class UnreadableImages:
             return
         self._read()
         if name not in self.names:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(
+                self.path, "a", encoding="utf-8", errors="surrogateescape"
+            ) as file:  # of a name that is not UTF-8
                 file.write(f"{name}\t{' '.join(reason.split())}\n")
             self._read()
         if len(self.names) > self.limit:
@@ -95,7 +97,9 @@ class UnreadableImages:
                 new = file.read()
             new = new[: new.rfind(b"\n") + 1]
             self.position += len(new)
-            self.names.update(line.partition("\t")[0] for line in new.decode("utf-8").split("\n")[:-1])
+            self.names.update(
+                line.partition("\t")[0] for line in new.decode("utf-8", "surrogateescape").split("\n")[:-1]
+            )
 
 
 class ContrastiveDataset(Dataset):

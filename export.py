@@ -17,6 +17,7 @@ import importlib.util
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -383,7 +384,9 @@ def export(
     if output.exists():
         raise FileExistsError(f"{output} is there already: choose a new folder")
     loaded = models.load_pretrained(checkpoint, bert_vocab=bert_vocab)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    weights = sum(value.nbytes for value in loaded.model.state_dict().values())
+    utils.refuse_full(output.parent, weights, "the weights")
+    temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")
     temporary.mkdir(parents=True)
     try:
         FORMATS[form](loaded, temporary)

@@ -47,6 +47,7 @@ from runtime.checkpoints import (
     differences,
     find_training_checkpoint,
     load_checkpoint,
+    refuse_full_disk,
     save_checkpoint,
     save_training_checkpoint,
     upgraded,
@@ -510,6 +511,8 @@ def build_run(
     reader: Reader,
 ) -> Run:
     """A run at its first step."""
+    if args.batch_size * processes.world_size < 2:
+        raise UsageError("in a batch of 1 there is nothing to contrast a pair with: --batch-size 2 or more")
     learner = prepare_learner(args, processes, model)
     utils.seed_everything(args.seed + processes.rank)  # dropout differs between ranks
     batches = build_loader(args, reader, learner.model, tokenizer, processes)
@@ -1022,6 +1025,7 @@ def train(args: argparse.Namespace, processes: Processes, writer: MetricWriter) 
     run = build_run(args, processes, writer, model, tokenizer, reader)
     resume(run)  # first, because a refusal leaves the run's files as they are
     record_settings(args, run, len(reader))
+    refuse_full_disk(Path(args.output_dir), run.model.parameters(), args.keep_last)
 
     scores = {}
     with StopRequest(processes, lambda: time.monotonic() - run.last_save) as stop:

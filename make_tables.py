@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +100,7 @@ def check(plan: Plan, args: argparse.Namespace, out: Path) -> list[str]:
             needed += size * len(missing)
             found.append(f"{row.name}: {pairs:,} training pairs")
     out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise OSError(
-            f"{out} has {free / 1e9:.0f} GB free; the checkpoints of all trainings need {needed / 1e9:.0f} GB"
-        )
+    free = utils.refuse_full(out, needed, "the checkpoints of all trainings")
     found.append(f"disk: {needed / 1e9:.1f} GB for checkpoints, {free / 1e9:.0f} GB free")
     return found
 

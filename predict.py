@@ -408,7 +408,7 @@ def write_rows(rows: list[dict[str, Any]], output: str) -> None:
     """Answers as CSV, whole or not at all."""
     columns = list(rows[0])
     text = utils.csv_text([columns, *([row.get(name) for name in columns] for row in rows)])
-    utils.atomic_write(output, lambda file: file.write(text.encode()))
+    utils.atomic_write(output, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
 def show(rows: list[dict[str, Any]], most: int = 20) -> str:

@@ -6,6 +6,7 @@ Every command shares what a name becomes in a file's name and in the cell of a C
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import importlib.util
 import io
@@ -15,9 +16,13 @@ import math
 import os
 import random
 import re
+import secrets
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,18 +75,42 @@ def atomic_write(path: str | Path, write: Callable) -> None:
     """Call `write(file)` on a temporary file, then rename it to `path`: readers see the old file or the whole new one.
 
     Raises:
-        OSError: naming `path` when the disk is full; the file that was there stays intact.
+        OSError: as `replacing`.
+    """
+    with replacing(path) as file:
+        write(file)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[WrittenFile]:
+    """A temporary file, open for writing and reading, that is `path` once the block has ended without an error.
+
+    Its name cannot be foretold and no link is followed; the mode of the file that was there is kept. What a process
+    that died has left in the folder is removed.
+
+    Raises:
+        OSError: naming `path`, and the full disk where that is why; the file that was there stays intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_left_over(path.parent)
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+    file = None
     try:
-        with open(temporary, "wb") as file:
-            write(file)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        file = WrittenFile(io.FileIO(os.open(temporary, flags, 0o666), "r+"))
+        with suppress(OSError):  # there is none before; a file system without modes
+            os.chmod(temporary, os.lstat(path).st_mode & 0o777) if path.is_file() and not path.is_symlink() else None
+        _lock(file.fileno())
+        with file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        raise OSError(f"could not write {path}: {error}; what was there before is intact") from error
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError of its own words
+        why = file.failed if file is not None and file.failed is not None else error
+        full = isinstance(why, OSError) and why.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "no space is left on its disk" if full else why
+        raise OSError(f"could not write {path}: {reason}; what was there before is intact") from error
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
@@ -89,6 +118,71 @@ def atomic_write(path: str | Path, write: Callable) -> None:
         os.fsync(directory)  # the rename itself reaches the disk
     finally:
         os.close(directory)
+
+
+class WrittenFile(io.BufferedRandom):
+    """A file that remembers why a write failed: torch's writer answers with words of its own."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """As that of any file."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = error
+            raise
+
+
+_LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_looked_in: set[Path] = set()  # folders, once a process: one may hold a million files
+
+
+def _lock(descriptor: int) -> bool:
+    """Hold a file until it is closed; False where another process holds it or the file system has no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (ImportError, OSError):
+        return False
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Remove temporary files that no process holds any more."""
+    if folder in _looked_in:
+        return
+    _looked_in.add(folder)
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not _LEFT_OVER.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                continue
+            # Of one made a moment ago the lock may be on its way.
+            if time.time() - entry.stat().st_mtime < 60:
+                continue
+            with suppress(OSError):
+                descriptor = os.open(entry.path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+                try:
+                    if _lock(descriptor):
+                        os.unlink(entry.path)
+                finally:
+                    os.close(descriptor)
+
+
+def refuse_full(folder: str | Path, needed: int, what: str) -> int:
+    """The bytes that are free for `folder`, which need not be there yet.
+
+    Raises:
+        OSError: there are fewer than `needed`, which `what` says of what.
+    """
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OSError(f"{folder} has {free / 1e9:.1f} GB free; {what} take {needed / 1e9:.1f} GB")
+    return free
 
 
 def write_json(path: str | Path, value: object) -> None:

@@ -51,7 +51,7 @@ from evaluation.features import Loading
 from evaluation.resamples import Bootstrap
 from inputs import cbis, loader
 from inputs.sizes import ImageSize
-from runtime.checkpoints import differences, find_training_checkpoint, save_training_checkpoint
+from runtime.checkpoints import differences, find_training_checkpoint, refuse_full_disk, save_training_checkpoint
 from runtime.command_line import (
     HelpFormatter,
     UsageError,
@@ -589,6 +589,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, writer: MetricWrit
             raise ValueError(f"--eval needs a finished run in --output_dir; there is none in {args.output_dir}")
     else:
         record_settings(run)
+        refuse_full_disk(Path(args.output_dir), run.model.parameters(), kept=2)
         with StopRequest(processes, lambda: time.monotonic() - run.last_save) as stop:
             while run.epoch < args.epochs:
                 if not train_one_epoch(run, stop):

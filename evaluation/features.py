@@ -268,6 +268,7 @@ def extract_or_reuse(
             log.warning(f"{error}; {title}: extracted again")
     if all(distributed.gather_objects(loading.processes, {"features", "numbers"} <= set(kept))):
         return kept["features"], kept["numbers"]
+    utils.refuse_full(folder, 4 * len(dataset) * backbone.width(), "the features")
     features, numbers = extract(backbone, dataset, title, loading)
     if loading.processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,7 @@ class Predictions:
         lines = [[*columns, "predicted", *(f"prob_{name}" for name in classes)]]
         for row, p in zip(self.rows, self.prob.tolist(), strict=True):
             lines.append([*(row[name] for name in columns), classes[int(np.argmax(p))], *p])
-        utils.atomic_write(path, lambda file: file.write(utils.csv_text(lines).encode()))
+        utils.atomic_write(path, lambda file: file.write(utils.csv_text(lines).encode("utf-8", "surrogateescape")))
 
     @classmethod
     def read(cls, path: str | Path, scheme: Scheme = CBIS) -> Predictions:

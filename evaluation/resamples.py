@@ -22,6 +22,7 @@ from evaluation.metrics import (
     classification_metrics,
 )
 from evaluation.weighted import weighted_auroc, weighted_average_precision, weighted_detection, weighted_metrics
+from runtime.logs import progress
 
 RESAMPLES = 2000  # of the patients, where nobody asks for another number
 BLOCK = 4_000_000  # weights that are held at a time
@@ -114,15 +115,21 @@ class Resamples:
                 counts[again[part]], lacking[again[part]] = drawn, ((drawn @ classes_of) == 0).any(1)
         return counts
 
+    @property
+    def _columns(self) -> int:
+        """The numbers that a resample takes: a weight for each sample, or a confusion matrix."""
+        return max(len(self.labels), len(self.classes) ** 2)
+
     def weights(self) -> Iterator[np.ndarray]:
         """(r, n) of some of the resamples at a time: how often each sample counts."""
         _, patient = self._groups
-        for part in blocks(self.number, max(len(self.labels), len(self.classes) ** 2)):
+        for part in blocks(self.number, self._columns):
             yield self._counts[part][:, patient].astype(np.int64)
 
     def _over(self, score: Callable[[np.ndarray], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Metrics (R,) from a function of weights (r, n), block by block."""
-        parts = [score(weights) for weights in self.weights()]
+        total = len(blocks(self.number, self._columns))
+        parts = [score(weights) for weights in progress(self.weights(), "resampling", total)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     @property
@@ -250,7 +257,7 @@ def finding_intervals(
             index[i], positive[i] = seen, outcome
             value[name] = {key: float(score(outcome, prob[seen, i], one[:, seen])[0]) for key, score in scores.items()}
             draws[name] = {key: np.empty(bootstrap.number) for key in scores}
-    for part in blocks(bootstrap.number, len(groups)):
+    for part in progress(blocks(bootstrap.number, len(groups)), "resampling"):
         counts = rng.multinomial(len(distinct), even, size=part.stop - part.start)[:, place]  # (r, n)
         for i in index:
             weights = counts[:, index[i]]

@@ -274,7 +274,7 @@ def write_findings(
     lines = [["image", "group", *names, *(f"prob_{name}" for name in names)]]
     for row, own, p in zip(rows, known.tolist(), prob.tolist(), strict=True):
         lines.append([row["image"], row["group"], *("" if value < 0 else value for value in own), *p])
-    utils.atomic_write(path, lambda file: file.write(utils.csv_text(lines).encode()))
+    utils.atomic_write(path, lambda file: file.write(utils.csv_text(lines).encode("utf-8", "surrogateescape")))
 
 
 def describe_findings(dataset: str, found: dict[str, dict[str, metrics.Interval]], groups: int) -> str:

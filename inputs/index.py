@@ -18,6 +18,7 @@ import numpy as np
 
 from inputs.columns import Columns, Row, TextColumn
 from runtime.integrity import SEAL, UNSEALED, check_seal, seal_file
+from utils import replacing
 
 log = logging.getLogger("medslip")
 # One file of .npy arrays, mapped into memory, after a first one that holds JSON. It stays valid as long as
@@ -133,23 +134,18 @@ def save_index(path: Path, key: list, columns: Columns) -> None:
 def write_index(path: Path, head: dict, arrays: dict[str, np.ndarray | RawFile]) -> None:
     """The file that `load_index` maps: all of it or, where that fails, none."""
     described = np.frombuffer(json.dumps({SEAL: UNSEALED, **head, "arrays": list(arrays)}).encode(), dtype=np.uint8)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for values in (described, *arrays.values()):
-                if isinstance(values, RawFile):
-                    length = values.path.stat().st_size // np.dtype(values.dtype).itemsize
-                    header = {"descr": values.dtype, "fortran_order": False, "shape": (length,)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    with open(values.path, "rb") as raw:
-                        shutil.copyfileobj(raw, file, 1 << 20)
-                else:
-                    np.save(file, values, allow_pickle=False)
-                file.write(b"\0" * (-file.tell() % 64))  # the next array starts aligned
-        seal_file(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        for values in (described, *arrays.values()):
+            if isinstance(values, RawFile):
+                length = values.path.stat().st_size // np.dtype(values.dtype).itemsize
+                header = {"descr": values.dtype, "fortran_order": False, "shape": (length,)}
+                np.lib.format.write_array_header_1_0(file, header)
+                with open(values.path, "rb") as raw:
+                    shutil.copyfileobj(raw, file, 1 << 20)
+            else:
+                np.save(file, values, allow_pickle=False)
+            file.write(b"\0" * (-file.tell() % 64))  # the next array starts aligned
+        seal_file(file)
 
 
 def load_index(path: Path, key: list) -> Columns | None:

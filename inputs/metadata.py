@@ -20,6 +20,7 @@ from typing import BinaryIO, TextIO
 import numpy as np
 
 from runtime.limits import memory_for
+from runtime.logs import progress
 
 
 class RefusedPickle(ValueError):
@@ -122,7 +123,8 @@ def read_table(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
     names = [name.replace(" ", "_") for name in table.header]
     if missing := [name for name in required if name not in names]:
         raise ValueError(f"{path}: no column {', '.join(missing)}; found {', '.join(names)}")
-    return [dict(zip(names, map(str.strip, fields), strict=True)) for _, fields in table]
+    rows = progress(table, path.name, unit=" rows")
+    return [dict(zip(names, map(str.strip, fields), strict=True)) for _, fields in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -166,7 +166,8 @@ class Reader:
         several = 0  # rows of images that have others
         absent_images: list = []  # some of them, to be looked for when an index is read again
         rng = random.Random(0)
-        rows = progress(self.rows(), "indexing", unit=" rows") if self.indexed else grouped(self.rows())
+        rows = progress(self.rows(), "indexing" if self.indexed else "reading", unit=" rows")
+        rows = rows if self.indexed else grouped(rows)
         for row in rows:
             several += row.rows * (row.rows > 1)
             captions = [text.strip() for text in row.captions]

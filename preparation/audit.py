@@ -190,7 +190,7 @@ def candidates(a: Tensor, b: Tensor, same: bool, block: int = 1024) -> Tensor:
     for mirrored in (False, True):
         of_b = {box: hashes(b, box, mirrored) for box in {box for _, box in views}}
         nearest, place = torch.empty(0, len(b)), torch.empty(0, len(b), dtype=torch.long)  # to each of b
-        for start in range(0, len(a), block):
+        for start in progress(range(0, len(a), block), "comparing hashes", unit=" blocks"):
             rows = torch.arange(start, min(start + block, len(a)))
             best = torch.full((len(rows), len(b)), -1.0)
             for left, right in views:
@@ -337,7 +337,7 @@ def correlations(a: Tensor, b: Tensor, pairs: Tensor, batch: int = 256) -> Tenso
     if not len(pairs):
         return torch.zeros(0)
     out = []
-    for part in pairs.split(batch):
+    for part in progress(pairs.split(batch), "comparing pixels", unit=" batches"):
         left, right = a[part[:, 0]].float(), b[part[:, 1]].float()
         out.append(overlay(left, torch.where(part[:, 2, None, None] > 0, right.flip(-1), right)))
     return torch.cat(out)
@@ -415,7 +415,7 @@ def embed(kept: dict[str, list[Path]], pretrained: str, workers: int) -> dict[st
 def nearest_by_model(a: Tensor, b: Tensor, same: bool, block: int = 4096) -> Tensor:
     """(K, 3) as `candidates` has them: each of a's nearest in b by unit vectors (n, d), mirrored and not."""
     found = []
-    for start in range(0, len(a), block):
+    for start in progress(range(0, len(a), block), "comparing features", unit=" blocks"):
         cosine = a[start : start + block] @ b.T
         if same:
             rows = torch.arange(len(cosine))
@@ -435,7 +435,7 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
         lines.append([pair.sets[0], pair.first, pair.sets[1], pair.second, f"{pair.correlation:.4f}",
                       int(pair.mirrored), cosine])  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: file.write(csv_text(lines).encode()))
+    atomic_write(path, lambda file: file.write(csv_text(lines).encode("utf-8", "surrogateescape")))
 
 
 def without_copies(predictions: Path, pairs: Sequence[Pair]) -> str:

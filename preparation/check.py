@@ -54,7 +54,10 @@ def run(args: argparse.Namespace) -> None:
         bad += found
         log.info(f"{split}: {describe(source)}, {len(found):,} of them cannot be decoded")
     if bad:
-        atomic_write(args.output, lambda file: file.write("".join(f"{line}\n" for line in bad).encode()))
+        atomic_write(
+            args.output,
+            lambda file: file.write("".join(f"{line}\n" for line in bad).encode("utf-8", "surrogateescape")),
+        )
         raise ValueError(f"{len(bad)} images cannot be decoded, first {bad[0].split(chr(9))[0]}: see {args.output}")
 
 

@@ -34,7 +34,7 @@ from preparation.shrink import check_short_side, encode, format_of, shrink
 from runtime.command_line import HelpFormatter
 from runtime.limits import BYTES
 from runtime.logs import progress
-from utils import atomic_write, write_json
+from utils import atomic_write, refuse_full, write_json
 
 log = logging.getLogger("medslip")
 
@@ -239,6 +239,9 @@ def unpack(
     sources = find_sources(source, columns or {})
     for part in sources:  # columns and archives, before the first image is written
         next(part.samples(), None)
+    if short_side is None and not output.is_dir():  # images are copied as they are
+        needed = sum(part.path.stat().st_size for part in sources if part.path.suffix == ".parquet")
+        refuse_full(output, needed, "the images")
     output.mkdir(parents=True, exist_ok=True)
     names = [str(part.path.relative_to(source)) for part in sources]
     settings = {"source": str(source.resolve()), "files": names, "short_side": short_side, "columns": columns or {}}
@@ -259,12 +262,12 @@ def unpack(
         if repeated := len(rows) - len(first):
             log.warning(f"{split}: {repeated} rows have an id that was there already, and are left out")
         rows = list(first.values())
-        text = "".join(f"{row}\n" for row in rows).encode()
+        text = "".join(f"{row}\n" for row in rows).encode("utf-8", "surrogateescape")
         atomic_write(output / split / "radiology" / "captions.txt", lambda file, text=text: file.write(text))
         log.info(f"{split}: {len(rows):,} pairs; " + ", ".join(f"{n:,} {what}" for what, n in counts[split].items()))
     bad = [line for split in unreadable.values() for line in split]
     if bad:
-        text = "".join(f"{line}\n" for line in bad).encode()
+        text = "".join(f"{line}\n" for line in bad).encode("utf-8", "surrogateescape")
         atomic_write(output / "bad_samples.txt", lambda file: file.write(text))
         log.warning(f"{len(bad)} images cannot be decoded or are missing: see {output / 'bad_samples.txt'}")
     return counts

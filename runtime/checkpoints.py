@@ -10,7 +10,7 @@ import pathlib
 import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import utils
 from runtime.integrity import check_archive
 from utils import atomic_write
 
@@ -209,6 +210,16 @@ def save_training_checkpoint(
         os.replace(link, output_dir / name)
     for old in files.found(output_dir)[keep_last:]:
         old.unlink()
+
+
+def refuse_full_disk(output_dir: Path, parameters: Iterable[Tensor], kept: int, files: RunFiles = TRAINING) -> None:
+    """OSError where a run's checkpoints will not fit: `kept`, the best, and one that is being written.
+
+    Each holds the weights and the optimizer's two averages of them; those that the run has already are taken off.
+    """
+    there = {status.st_ino: status.st_size for status in map(os.stat, output_dir.glob(f"{files.prefix}*.pt"))}
+    needed = (kept + 2) * 3 * 4 * sum(parameter.numel() for parameter in parameters) - sum(there.values())
+    utils.refuse_full(output_dir, needed, f"{kept + 2} checkpoints")
 
 
 def find_training_checkpoint(

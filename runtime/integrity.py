@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -36,9 +37,10 @@ def seal(data: bytearray | mmap.mmap) -> None:
     data[found.start(1) : found.end(1)] = b"%08x" % zlib.crc32(data)
 
 
-def seal_file(path: Path) -> None:
-    """`seal` for a file."""
-    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as data:
+def seal_file(file: BinaryIO) -> None:
+    """`seal` for a file that is open for writing and reading."""
+    file.flush()
+    with mmap.mmap(file.fileno(), 0) as data:
         seal(data)
 
 

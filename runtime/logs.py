@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -165,7 +165,7 @@ QUIET_SECONDS = 10  # without a line, at most, where there is no terminal
 def progress(
     steps: Iterable[Any] | None = None, desc: str = "", total: int | None = None, initial: int = 0, unit: str = ""
 ) -> tqdm | ProgressLines:
-    """tqdm's bar on a terminal; elsewhere a log line every ten seconds, with the time left where `total` is known.
+    """tqdm's bar on a terminal, after a second; elsewhere a line each ten seconds, with the time left given a `total`.
 
     Both iterate over `steps`, or count by `update`, as context managers.
 
@@ -174,13 +174,14 @@ def progress(
     """
     if not sys.stderr.isatty():
         return ProgressLines(steps, desc, total, initial, unit)
-    return tqdm(steps, desc, total, initial=initial, unit=unit, unit_scale=unit == "B", leave=False)
+    return tqdm(steps, desc, total, initial=initial, unit=unit, unit_scale=unit == "B", leave=False, delay=1)
 
 
 class ProgressLines:
     """What a bar says where there is no terminal. No tqdm: its bars are redrawn by each line that is logged."""
 
     def __init__(self, steps: Iterable[Any] | None, desc: str, total: int | None, initial: int, unit: str):
+        total = len(steps) if total is None and isinstance(steps, Sized) else total  # as tqdm
         self.steps, self.desc, self.total, self.n, self.initial, self.unit = steps, desc, total, initial, initial, unit
         self.began = self.said = time.monotonic()
 

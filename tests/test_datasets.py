@@ -1,6 +1,7 @@
 """Samples and batches of training: what they depend on, and what happens to images that cannot be read."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -212,6 +213,15 @@ def test_broken_images_are_named_and_replaced_from_seed_epoch_and_index(corrupt_
     lines = (tmp_path / "a.txt").read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in lines) == sorted(corrupt_reader.name(i) for i in (2, 7, 9))
     assert all(line.split("\t")[1] for line in lines)
+
+
+def test_a_name_that_is_not_utf8_is_noted_once_with_its_bytes(tmp_path):
+    name = os.fsdecode(b"R\xf6ntgen.jpg")
+    for _ in range(2):  # another process reads what the first has written
+        unreadable = UnreadableImages(tmp_path / "bad_samples.txt", limit=1)
+        unreadable.add(name, "torn")
+        unreadable.add(name, "torn")
+    assert (tmp_path / "bad_samples.txt").read_bytes() == b"R\xf6ntgen.jpg\ttorn\n"
 
 
 def test_workers_name_a_broken_image_once(corrupt_reader, tmp_path):

@@ -1,23 +1,28 @@
-"""SIGKILL at any moment: a two-process training that is killed again and again ends with the unbroken run's weights."""
+"""SIGKILL at any moment: what is killed again and again ends with the files of the unbroken run."""
 
 import io
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from distributed_helpers import free_port
-from helpers import DROPOUT, ROOT, assert_same_run, command
+from helpers import DROPOUT, ROOT, assert_same_run, command, environment
+from model_helpers import write_checkpoint
+from PIL import Image
 from roco_tree import make_roco
 
 import main
 import utils
 from runtime import checkpoints
+from runtime.integrity import read_arrays
 
 KILLS = 24  # every third while a checkpoint is being written
 EPOCHS = 40  # of three steps: more than the kills leave time for
@@ -174,3 +179,69 @@ def test_end_during_validation_costs_nothing_of_the_epoch(tmp_path, monkeypatch)
     assert (state["epoch"], state["step_in_epoch"]) == (0, 3)
     main.main(command(roco, broken, *DROPOUT))
     assert_same_run(whole, broken)
+
+
+def images(folder: Path, n: int = 150) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        Image.fromarray(rng.integers(0, 256, (300, 300), "uint8")).save(folder / f"{i}.jpg")
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shrink", "unpack", "embed"])
+def test_what_makes_files_ends_as_if_it_had_not_been_killed(tmp_path, name):
+    """SIGKILL to the whole group and to the parent alone, in turn, at random moments of its start and of its work."""
+    source, rng = tmp_path / "source", random.Random(name)
+    images(source / "train_images" / "train")
+    (source / "train_captions.csv").write_text("ID,Caption\n" + "".join(f"{i},caption {i}\n" for i in range(150)))
+    model = write_checkpoint(tmp_path / "checkpoint.pt", "vit")
+
+    def argv(output: Path) -> list[str]:
+        if name == "embed":
+            return [
+                "predict.py",
+                "embed",
+                str(model),
+                str(source),
+                "--output",
+                f"{output}/bank.npz",
+                "--batch-size",
+                "4",
+            ]
+        root = "--source" if name == "unpack" else "--root"
+        return ["make_dataset.py", name, root, str(source), "--output", str(output), "--short-side", "60", "-j", "2"]
+
+    def start(output: Path) -> subprocess.Popen:
+        output.mkdir(exist_ok=True)
+        command = [sys.executable, *argv(output)]
+        return subprocess.Popen(command, cwd=ROOT, env=environment(), process_group=0, stderr=subprocess.PIPE)
+
+    began = time.monotonic()
+    whole = start(tmp_path / "whole")
+    assert whole.wait() == 0, whole.stderr.read().decode()
+    seconds = time.monotonic() - began
+    killed = 0
+    for number in range(6):
+        job = start(tmp_path / "killed")
+        time.sleep(rng.uniform(0.3, 1) * seconds)
+        if job.poll() is None:
+            (os.killpg if number % 2 else os.kill)(job.pid, signal.SIGKILL)
+            killed += 1
+        job.wait()
+        for path in (tmp_path / "killed").rglob("*.*"):  # whatever the moment, no half of a file has its name
+            if path.suffix == ".jpg":
+                Image.open(path).load()
+            elif path.suffix == ".npz":
+                read_arrays(path)
+    last = start(tmp_path / "killed")
+    assert last.wait() == 0, last.stderr.read().decode()
+    assert killed >= 3
+    one, other = (written(tmp_path / folder) for folder in ("whole", "killed"))
+    records = [key for key in one if key.startswith("parts/")]  # count what was there already
+    assert [key for key in one if key not in records and other.get(key) != one[key]] == []
+    assert all(key.endswith(".tmp") for key in set(other) - set(one))  # of the last minute

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from contextlib import closing
 
+import numpy as np
 import torch
 from distributed_helpers import run_ranks
 from helpers import ROOT, environment
 
 import distributed
 from evaluation.features import Loading, each_once
+from evaluation.resamples import Resamples
+from inputs.metadata import read_table
 from reporting import plots, runs
 from runtime import logs
 
@@ -77,6 +80,16 @@ def test_only_the_main_rank_says_how_far_it_is(tmp_path):
     lines = (tmp_path / "stream0").read_text().splitlines()
     assert len(lines) == 15 and all(re.fullmatch(r"encoding: \d+ of 15 batches, \S+ left", line) for line in lines)
     assert (tmp_path / "stream1").read_text() == ""
+
+
+def test_long_work_on_tables_and_resamples_says_how_far_it_is(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logs, "QUIET_SECONDS", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    caplog.set_level("INFO", "medslip")
+    (tmp_path / "table.csv").write_text("image\na\nb\n")
+    read_table(tmp_path / "table.csv", ["image"])
+    Resamples([0, 1, 0, 1], ["a", "b", "c", "d"], ["x", "y"], None, 4).intervals(np.eye(2)[[0, 1, 0, 1]])
+    assert "table.csv: 2 rows" in caplog.messages and "resampling: 1 of 1, 0m00s left" in caplog.messages
 
 
 def test_a_terminal_gets_tqdms_bar(monkeypatch):

@@ -600,6 +600,7 @@ def test_errors_are_one_line_and_have_the_exit_code_of_their_kind(table):
         (csv_command(table, "--epochs", "1", "--start-epoch", "3"), 2, "--start-epoch 3 leaves nothing"),
         (csv_command(table, "--init", "a.pt", "--resume", "b.pt"), 2, "choose one"),
         (csv_command(table, "--resume", table / "0.jpg"), 1, "it is a JPEG image"),
+        (csv_command(table, "--batch-size", "1"), 2, "--batch-size 2 or more"),
     ]:
         done = shell(*argv)
         (line,) = done.stderr.strip().splitlines()

@@ -1,11 +1,16 @@
 """make_tables.py: the whole on a small drawn world with two towers, what it skips and repeats, and what it refuses."""
 
 import json
+import random
 import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
-from helpers import TINY
+from helpers import ROOT, TINY
 from model_helpers import write_checkpoint
 from sklearn.metrics import roc_auc_score
 
@@ -106,6 +111,23 @@ def test_what_is_done_is_skipped_and_what_is_lost_is_made_again(drawn, made):
     assert again["tables"]["mass"]["rows"][-1]["metrics"] == result["tables"]["mass"]["rows"][-1]["metrics"]
     assert again["primary"]["after_results"] is True  # named when results were there, and the table says so
     assert "AFTER results were there" in (out / "tables.md").read_text()
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_makes_the_same_predictions(drawn, made, tmp_path):
+    """SIGKILL to make_tables.py alone: its step writes a checkpoint and ends, and the next start waits for it."""
+    argv = [sys.executable, "make_tables.py", *command(drawn, tmp_path, "--seeds", "0")]
+    rng = random.Random(0)
+    for _ in range(4):
+        job = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(8, 20))
+        job.kill()
+        assert job.wait() == -signal.SIGKILL
+    subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    runs = tmp_path / "out" / "runs"
+    found = {path.relative_to(runs): path.read_bytes() for path in runs.rglob("predictions.csv")}
+    assert len(found) == 3 * 2
+    assert all((made[0] / "out" / "runs" / name).read_bytes() == data for name, data in found.items())
 
 
 @pytest.mark.slow

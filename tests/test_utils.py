@@ -1,9 +1,12 @@
 """Schedule, files written whole, the commit of a run, names as file names, cells that no spreadsheet runs."""
 
 import csv
+import errno
+import fcntl
 import io
 import json
 import os
+import re
 from pathlib import PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
@@ -41,7 +44,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="checkpoint.pt.*No space left"):
+    with pytest.raises(OSError, match="checkpoint.pt: no space is left on its disk; what was there before is intact"):
         checkpoints.save_checkpoint({"x": torch.zeros(3)}, path)
     assert torch.equal(checkpoints.load_checkpoint(path)["x"], torch.ones(3))
     assert os.listdir(tmp_path) == ["checkpoint.pt"]  # no temporary file stays behind
@@ -64,8 +67,69 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name_and_then_the_name_is(tmp_
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_replace)
     utils.atomic_write(tmp_path / "a", lambda file: file.write(b"new"))
-    temporary = f".a.{os.getpid()}.tmp"
+    temporary = calls[0][1]
+    assert re.fullmatch(r"\.a\.[0-9a-f]{16}\.tmp", temporary)
     assert calls == [("fsync", temporary, True), ("replace", temporary, "a"), ("fsync", tmp_path.name, True)]
+
+
+def test_a_full_disk_is_named_in_its_own_words_where_torch_uses_others(tmp_path, monkeypatch):
+    """torch's writer turns what the system says into an internal error of its own."""
+
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(utils.io, "FileIO", Full)
+    with pytest.raises(OSError) as failed:
+        utils.atomic_write(tmp_path / "weights.pt", lambda file: torch.save({"x": torch.zeros(100_000)}, file))
+    assert str(failed.value) == (
+        f"could not write {tmp_path / 'weights.pt'}: no space is left on its disk; what was there before is intact"
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_temporary_file_follows_no_link_and_the_mode_of_the_old_file_stays(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").write_text("kept")
+    (tmp_path / ".a.00.tmp").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(utils.secrets, "token_hex", lambda n: "00")
+    with pytest.raises(FileExistsError):
+        utils.atomic_write(tmp_path / "a", lambda file: file.write(b"new"))
+    monkeypatch.undo()
+    assert (tmp_path / "elsewhere").read_text() == "kept"
+    utils.atomic_write(tmp_path / "a", lambda file: file.write(b"new"))
+    (tmp_path / "b").write_text("")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode  # as the umask has it
+    (tmp_path / "a").chmod(0o640)
+    utils.atomic_write(tmp_path / "a", lambda file: file.write(b"newer"))
+    assert (tmp_path / "a").read_bytes() == b"newer" and (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_a_dead_process_has_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    living, dead, young = (tmp_path / f".a.{digit * 16}.tmp" for digit in "123")
+    for path in (living, dead, young):
+        path.write_text("half")
+        os.utime(path, (0, 0))
+    os.utime(young)
+    (tmp_path / ".notes.tmp").write_text("a person's")
+    with open(living, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        utils.atomic_write(tmp_path / "a", lambda file: file.write(b"new"))
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", living.name, young.name, ".notes.tmp"])
+
+
+def test_what_will_not_fit_is_told_before_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000_000))
+    assert utils.refuse_full(tmp_path / "absent" / "yet", 3_000_000_000, "the vectors") == 3_000_000_000
+    with pytest.raises(OSError, match="yet has 3.0 GB free; the vectors take 5.0 GB"):
+        utils.refuse_full(tmp_path / "absent" / "yet", 5_000_000_000, "the vectors")
+    weights = [torch.empty(100_000_000, device="meta")]  # 1.2 GB a checkpoint with its averages
+    checkpoints.refuse_full_disk(tmp_path, weights, kept=0)
+    with pytest.raises(OSError, match="3.0 GB free; 3 checkpoints take 3.6 GB"):
+        checkpoints.refuse_full_disk(tmp_path, weights, kept=1)
+    with open(tmp_path / "checkpoint.pt", "wb") as file:
+        file.truncate(1_200_000_000)
+    os.link(tmp_path / "checkpoint.pt", tmp_path / "checkpoint_step00000003.pt")
+    checkpoints.refuse_full_disk(tmp_path, weights, kept=1)  # one of the three is there
 
 
 def test_fused_adamw_leaves_everything_alone_where_the_gradient_is_not_finite():
