@@ -393,9 +393,12 @@ def export(
         (temporary / "README.md").write_text(card(loaded, checkpoint, form, output, results or []), encoding="utf8")
         write_sums(temporary)
         os.rename(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except Exception as error:
+        if shutil.disk_usage(output.parent).free < 1 << 20:  # each format's writer has an error of its own for that
+            raise OSError(f"could not write {output}: no space is left on its disk") from error
         raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return output
 
 

@@ -112,7 +112,8 @@ def replacing(path: str | Path) -> Iterator[WrittenFile]:
         reason = "no space is left on its disk" if full else why
         raise OSError(f"could not write {path}: {reason}; what was there before is intact") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if file is not None:  # else it is another's
+            temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # the rename itself reaches the disk

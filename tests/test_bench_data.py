@@ -1,6 +1,8 @@
 import bench_data
+import pytest
 
 
+@pytest.mark.slow
 def test_the_input_benchmark_compares_methods_that_draw_from_one_distribution(monkeypatch):
     monkeypatch.setattr(bench_data.torch, "set_num_threads", lambda n: None)
     out = bench_data.main(["--samples", "1", "--draws", "120", "--images", "1"])

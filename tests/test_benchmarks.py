@@ -72,6 +72,7 @@ def test_flops_are_those_of_the_formulas():
     assert bench_step.count_flops(plain, B) == expected
 
 
+@pytest.mark.slow
 def test_a_whole_benchmark(capsys):
     (row,) = bench_step.main(
         ["--cpu", "--models", "SLIP_VITT16", "--batch-size", "8", "--runs", "2", "--steps", "1", *SMALL, *VIT]

@@ -141,7 +141,7 @@ def test_the_patient_bootstrap_agrees_with_the_clustered_variance_of_obuchowski(
     assert max(abs(np.array(ratios) - 1)) < 0.1
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_intervals_cover_a_known_truth(seeds):
     """In few draws: bounds that an error of a third in the width would cross. benchmarks/coverage.py has 1,000."""
     found = coverage.simulate(seeds, draws=80, resamples=200, noise=1.0, silent=False)

@@ -31,6 +31,7 @@ def small_and_offline(monkeypatch):
     monkeypatch.setattr(world, "make_demo", partial(world.make_demo, lesions=SMALL, workers=1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_and_offline")
 def test_the_demo_trains_probes_and_reruns(tmp_path, capsys, caplog):
     caplog.set_level("INFO", "medslip")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,6 +206,24 @@ def test_what_a_format_cannot_hold_is_refused_and_leaves_nothing(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="choose a new folder"):
         export.main([str(small), "--to", "timm", "--output", str(tmp_path / "there")])
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    path = built(tmp_path / "model.pt")
+    free = [10**12]
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[0]))
+
+    def fills(loaded, folder):
+        (folder / "half").write_bytes(b"half")
+        free[0] = 0
+        raise RuntimeError("an error of the writer's own")
+
+    monkeypatch.setitem(export.FORMATS, "safetensors", fills)
+    with pytest.raises(OSError, match="could not write .*new: no space is left on its disk"):
+        export.export(path, "safetensors", tmp_path / "new")
+    with pytest.raises(OSError, match=r"0.0 GB free; the weights take"):  # told before anything is written
+        export.export(path, "safetensors", tmp_path / "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
 
 
 def test_the_card_says_what_the_run_says_and_no_more(tmp_path):

@@ -226,7 +226,7 @@ def test_answers_that_are_no_numbers_are_refused(tmp_path):
     for what, ask in {
         "an image": lambda: loaded.embed_images([image]),
         "a caption": lambda: loaded.embed_captions(["ct"]),
-        "a prompt": lambda: loaded.zero_shot([image], ["ct", "mri"]),
+        "a prompt": lambda: loaded.label_probabilities(np.eye(1, loaded.model.config["embed_dim"]), ["ct", "mri"]),
         "an image ": lambda: features.extract(backbone, images, "", features.Loading()),
     }.items():
         with torch.no_grad(), pytest.raises(ValueError, match=f"a tower answers {what.strip()} with NaN or infinity"):

@@ -175,7 +175,7 @@ def _rank_of_three(rank, port, folder, what):
     Path(folder, f"rank{rank}").write_text("\n".join([ended, *said]))
 
 
-@pytest.mark.parametrize("what", ["raises", "is killed", "hangs"])
+@pytest.mark.parametrize("what", ["raises", "is killed", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_one_rank_failing_ends_all_with_one_message(tmp_path, what):
     ranks = mp.start_processes(
         _rank_of_three, (free_port(), str(tmp_path), what), nprocs=3, join=False, start_method="fork"

@@ -97,6 +97,10 @@ def test_a_terminal_gets_tqdms_bar(monkeypatch):
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     assert list(logs.progress(range(3), "encoding", total=3)) == [0, 1, 2]
+    assert terminal.getvalue() == ""  # too short to show anything
+    bar = logs.progress(range(3), "encoding", total=3)
+    bar.delay = -1
+    assert list(bar) == [0, 1, 2]
     assert "encoding" in terminal.getvalue() and "\r" in terminal.getvalue()
 
 

@@ -594,7 +594,7 @@ def shell(*argv) -> subprocess.CompletedProcess:
     )
 
 
-def test_errors_are_one_line_and_have_the_exit_code_of_their_kind(table):
+def test_errors_are_one_line_and_have_the_exit_code_of_their_kind(table, monkeypatch, capsys):
     for argv, code, words in [
         (csv_command(table / "absent"), 1, "no captions of the split 'train' at"),
         (csv_command(table, "--epochs", "1", "--start-epoch", "3"), 2, "--start-epoch 3 leaves nothing"),
@@ -602,9 +602,13 @@ def test_errors_are_one_line_and_have_the_exit_code_of_their_kind(table):
         (csv_command(table, "--resume", table / "0.jpg"), 1, "it is a JPEG image"),
         (csv_command(table, "--batch-size", "1"), 2, "--batch-size 2 or more"),
     ]:
-        done = shell(*argv)
-        (line,) = done.stderr.strip().splitlines()
-        assert done.returncode == code and line.startswith("error: ") and words in line
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as left:
+            command_line.run_script(main.main)
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert left.value.code == code and line.startswith("error: ") and words in line
+    done = shell(*csv_command(table / "absent"))
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" in shell(*csv_command(table / "absent"), "--debug").stderr
 
 

@@ -155,7 +155,9 @@ def of_group(group: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked for in /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGKILL))]
+)
 def test_a_stopped_copy_leaves_no_processes_and_goes_on(tmp_path, number):
     """A Ctrl-C reaches the whole group, also in the middle of a fork; of another signal only the parent knows."""
     command = [*many_images(tmp_path / "in"), "--output", str(tmp_path / "out")]
