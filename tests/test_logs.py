@@ -99,7 +99,7 @@ def test_a_terminal_gets_tqdms_bar(monkeypatch):
     assert list(logs.progress(range(3), "encoding", total=3)) == [0, 1, 2]
     assert terminal.getvalue() == ""  # too short to show anything
     bar = logs.progress(range(3), "encoding", total=3)
-    bar.delay = -1
+    bar.delay, bar.mininterval = -1, 0  # a second later
     assert list(bar) == [0, 1, 2]
     assert "encoding" in terminal.getvalue() and "\r" in terminal.getvalue()
 
