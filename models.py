@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 import losses
 import utils
-from inputs.images import read_image, to_8bit, to_rgb8
+from inputs.depth import to_8bit
+from inputs.images import read_image, to_rgb8
 from inputs.sizes import Size, as_size, size_text
 from inputs.transforms import Preprocess, eval_view
 from runtime.checkpoints import load_checkpoint, refuse_not_finite, strip_wrappers, training_progress, unfinished

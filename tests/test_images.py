@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from view_helpers import grainy, image, planes
 
-from inputs.images import UnreadableImage, decode_image, decode_pixels, read_image, to_rgb8, window_to_8bit
+from inputs.depth import window_to_8bit
+from inputs.images import UnreadableImage, decode_image, decode_pixels, read_image, to_rgb8
 
 
 def test_percentile_window_maps_the_middle_99_percent():
@@ -138,65 +139,6 @@ def test_broken_files_are_named(tmp_path):
         read_image(tmp_path / "absent.jpg")
 
 
-def write_dicom(path, array, **values):
-    pydicom = pytest.importorskip("pydicom")
-    meta = pydicom.dataset.FileMetaDataset()
-    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalMammographyXRayImageStorageForPresentation
-    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
-    dataset = pydicom.Dataset()
-    dataset.file_meta = meta
-    dataset.SOPClassUID, dataset.SOPInstanceUID = (
-        meta.MediaStorageSOPClassUID,
-        meta.MediaStorageSOPInstanceUID,
-    )
-    dataset.Rows, dataset.Columns = array.shape
-    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
-    dataset.PhotometricInterpretation = "MONOCHROME2"
-    for name, value in values.items():
-        setattr(dataset, name, value)
-    dataset.PixelData = array.astype("<u2").tobytes()
-    dataset.save_as(path, enforce_file_format=True)
-
-
-@pytest.mark.parametrize(
-    "values, window",
-    [
-        ({}, {}),
-        ({"WindowCenter": 1000, "WindowWidth": 500}, {"center": 1000, "width": 500}),
-        ({"WindowCenter": [1000, 3000], "WindowWidth": [500, 10]}, {"center": 1000, "width": 500}),
-        ({"WindowCenter": 0, "WindowWidth": 0}, {}),
-        ({"PhotometricInterpretation": "MONOCHROME1"}, {"invert": True}),
-        (
-            {"WindowCenter": 1000, "WindowWidth": 500, "VOILUTFunction": "SIGMOID"},
-            {"center": 1000, "width": 500, "function": "SIGMOID"},
-        ),
-    ],
-)
-def test_dicom_goes_through_its_window(tmp_path, values, window):
-    array = np.arange(4000).reshape(50, 80)
-    write_dicom(tmp_path / "a.dcm", array, **values)
-    got = np.asarray(read_image(tmp_path / "a.dcm"))
-    assert got.shape == (50, 80, 3)
-    assert np.array_equal(got[..., 0], window_to_8bit(array.astype(np.uint16), **window))
-
-
-def test_dicom_rescales_before_the_window(tmp_path):
-    array = np.arange(4000).reshape(50, 80)
-    values = {"RescaleSlope": 2, "RescaleIntercept": -1024, "WindowCenter": 40, "WindowWidth": 400}
-    write_dicom(tmp_path / "a.dcm", array, **values)
-    got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 2]
-    assert np.array_equal(got, window_to_8bit(2.0 * array - 1024, 40, 400))
-
-
-def test_a_broken_dicom_is_named(tmp_path):
-    pytest.importorskip("pydicom")
-    (tmp_path / "bad.dcm").write_bytes(b"no DICOM")
-    with pytest.raises(UnreadableImage, match="bad.dcm"):
-        read_image(tmp_path / "bad.dcm")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # More than 8 bits in several channels
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,56 +203,13 @@ def test_an_8_bit_image_in_16_bits_is_that_image(factor, channels):
     assert np.array_equal(got, np.broadcast_to(small, got.shape))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a DICOM file says about its display
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_padding_does_not_set_the_contrast_and_is_black(tmp_path):
-    inside = np.arange(3000).reshape(50, 60) % 1000 + 500
-    array = np.pad(inside, ((0, 0), (0, 40)), constant_values=4000)
-    array[:, 80:] = 3990
-    for photometric in ("MONOCHROME2", "MONOCHROME1"):
-        values = {"PixelPaddingValue": 4000, "PixelPaddingRangeLimit": 3980, "PhotometricInterpretation": photometric}
-        write_dicom(tmp_path / "a.dcm", array, **values)
-        got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 0]
-        expected = window_to_8bit(inside.astype(np.uint16), invert=photometric == "MONOCHROME1")
-        assert np.array_equal(got[:, :60], expected) and not got[:, 60:].any()
-
-
-def test_a_voi_lut_is_looked_up(tmp_path):
-    pydicom = pytest.importorskip("pydicom")
-    table = pydicom.Dataset()
-    curve = (np.linspace(0, 1, 4096) ** 2 * 1023).astype(np.uint16)
-    table.LUTDescriptor, table.LUTData = [4096, 0, 10], curve.tobytes()
-    array = np.arange(4000).reshape(50, 80)
-    write_dicom(tmp_path / "a.dcm", array, VOILUTSequence=pydicom.Sequence([table]))
-    got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 0]
-    assert np.array_equal(got, np.rint(curve[array] * (255 / 1023)).astype(np.uint8))
-
-
-def test_a_presentation_of_inverse_shape_is_inverted(tmp_path):
-    array = np.arange(4000).reshape(50, 80)
-    write_dicom(tmp_path / "a.dcm", array, PresentationLUTShape="INVERSE")
-    got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 0]
-    assert np.array_equal(got, window_to_8bit(array.astype(np.uint16), invert=True))
-
-
-def test_a_palette_shows_its_colours(tmp_path):
-    pytest.importorskip("pydicom")
-    red, green, blue = (np.random.default_rng(i).integers(0, 65536, 256).astype("<u2") for i in range(3))
-    tables = {f"{name}PaletteColorLookupTableData": table.tobytes() for name, table in
-              (("Red", red), ("Green", green), ("Blue", blue))}  # fmt: skip
-    descriptors = {f"{name}PaletteColorLookupTableDescriptor": [256, 0, 16] for name in ("Red", "Green", "Blue")}
-    array = np.arange(4000).reshape(50, 80) % 256
-    write_dicom(tmp_path / "a.dcm", array, PhotometricInterpretation="PALETTE COLOR", **tables, **descriptors)
-    expected = np.stack([table[array] >> 8 for table in (red, green, blue)], -1)
-    assert np.array_equal(np.asarray(read_image(tmp_path / "a.dcm")), expected)
-
-
-@pytest.mark.parametrize("name", ["a.dicom", "IM0001", "a.jpg"])
-def test_dicom_is_known_by_its_content(tmp_path, name):
-    array = np.arange(4000).reshape(50, 80)
-    write_dicom(tmp_path / name, array)
-    got = np.asarray(read_image(tmp_path / name))[..., 0]
-    assert np.array_equal(got, window_to_8bit(array.astype(np.uint16)))
+@pytest.mark.parametrize("dtype, mode", [("<u2", "I;16"), ("<f4", "F")])
+def test_a_deep_tiff_whose_white_is_zero_is_no_negative(tmp_path, dtype, mode):
+    """Film digitisers write them; Pillow turns those of 8 bits round and leaves the deeper ones."""
+    array = np.linspace(0, 4095, 4096).reshape(64, 64).astype(dtype)
+    for photometric in (0, 1):
+        Image.fromarray(array).save(tmp_path / f"{photometric}.tif", tiffinfo={262: photometric})
+    img = Image.open(tmp_path / "0.tif")
+    assert img.mode == mode and img.tag_v2[262] == 0
+    white, black = (np.asarray(read_image(tmp_path / f"{photometric}.tif")) for photometric in (0, 1))
+    assert np.array_equal(black[..., 0], window_to_8bit(array)) and np.array_equal(white, 255 - black)

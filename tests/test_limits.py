@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT, environment
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
-from test_images import write_dicom
+from test_dicom import write_dicom
 
 from inputs import metadata
 from inputs.archives import ZipPool

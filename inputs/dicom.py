@@ -1,0 +1,184 @@
+"""A DICOM file to what its own elements say a screen shows (PS3.4, N.2): stored values, modality, window, presentation.
+
+Decoding is pydicom's. The tables and windows are read here: hospitals' files empty elements, declare more bits than
+their tables use, pack entries of 8 bits, and keep the window of a frame in functional groups.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from inputs.depth import to_8bit, window_to_8bit
+from runtime.limits import BYTES, PIXELS
+
+
+def is_dicom(data: bytes, name: str) -> bool:
+    """By its mark; many exports have no extension, or another one."""
+    return data[128:132] == b"DICM" or name.lower().endswith((".dcm", ".dicom"))
+
+
+def displayed(data: bytes) -> Image.Image:
+    """The first frame as its file wants it displayed, in RGB with 8 bits.
+
+    Raises:
+        ImportError: without pydicom.
+        Exception: of any kind, on a damaged file.
+    """
+    import pydicom
+    from pydicom.pixels import apply_color_lut, pixel_array
+
+    _refuse_inflated(data)
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    _drop_empty(dataset)
+    sides = (int(dataset.get(name, 1)) for name in ("Rows", "Columns", "SamplesPerPixel"))
+    PIXELS.refuse(math.prod(sides), "it")
+    frame = pixel_array(dataset, index=0)  # (H, W), or (H, W, 3) in RGB
+    if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
+        frame = apply_color_lut(frame, dataset)[..., :3]
+        frame = frame if frame.dtype == np.uint8 else (frame >> 8).astype(np.uint8)  # entries fill all 16 bits
+    if frame.ndim == 3:
+        return Image.fromarray(to_8bit(frame))
+    _take_functional_groups(dataset, 0)
+    padding = _padding(frame, dataset)
+    values = _modality(frame, dataset)
+    grey = _windowed(values, dataset)
+    if grey is None:
+        # No window: 8-bit values as they are, others between percentiles of what is not padding.
+        grey = np.zeros(values.shape, np.uint8)
+        grey[~padding] = to_8bit(values[~padding])
+    if dataset.get("PhotometricInterpretation") == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
+        grey = 255 - grey
+    grey[padding] = 0  # it is no part of the image, so black
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _refuse_inflated(data: bytes) -> None:
+    """ValueError for a deflated data set (PS3.5, A.5) above the limit: pydicom inflates the whole at once."""
+    deflated = b"1.2.840.10008.1.2.1.99" in data[132:4096]
+    if not deflated or data[132:136] != b"\2\0\0\0":  # the length of the header, which comes first in it
+        return
+    rest, size = data[144 + int.from_bytes(data[140:144], "little") :], 0
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    while rest and not inflate.eof:
+        size += len(inflate.decompress(rest, 1 << 24))
+        rest = inflate.unconsumed_tail
+        BYTES.refuse(size, "it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Elements
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _drop_empty(dataset: Any) -> None:
+    """Remove the elements of the image that are there and empty, as de-identification leaves them; they are absent."""
+    for element in dataset.group_dataset(0x0028):
+        if element.VR == "SQ":
+            for item in element.value or ():
+                _drop_empty(item)
+            kept = [item for item in element.value or () if len(item)]
+            if kept and len(kept) < len(element.value):
+                dataset[element.tag].value = kept
+            elif not kept:
+                del dataset[element.tag]
+        elif element.is_empty:
+            del dataset[element.tag]
+
+
+def _take_functional_groups(dataset: Any, number: int) -> None:
+    """Put what the groups say of frame `number`'s values into the data set (PS3.3, C.7.6.16); its own, then shared."""
+    for name, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", number)):
+        groups = dataset.get(name) or []
+        if place >= len(groups):
+            continue
+        for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+            for item in (groups[place].get(macro) or [])[:1]:
+                _drop_empty(item)
+                for element in item:
+                    dataset[element.tag] = element
+
+
+def _padding(frame: np.ndarray, dataset: Any) -> np.ndarray:
+    """Where stored values only fill the rectangle (PS3.3, C.7.5.1.1.2): (H, W) bool."""
+    first = dataset.get("PixelPaddingValue")
+    if first is None:
+        return np.zeros(frame.shape, bool)
+    ends = [_as_stored(value, dataset) for value in (first, dataset.get("PixelPaddingRangeLimit", first))]
+    return (frame >= min(ends)) & (frame <= max(ends))
+
+
+def _as_stored(value: int, dataset: Any) -> int:
+    """A value that was written unsigned, of an image of signed ones: 63488 is -2048 there."""
+    bits = int(dataset.BitsAllocated)
+    return value - (1 << bits) if dataset.get("PixelRepresentation") == 1 and value >= 1 << (bits - 1) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and windows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _looked_up(values: np.ndarray, item: Any, signed: bool) -> tuple[np.ndarray, int]:
+    """Values through a table (PS3.3, C.11.1.1 and C.11.2.1.1), and the highest value that its entries can have.
+
+    Args:
+        item: with LUTDescriptor (number of entries, first value, bits of an entry) and LUTData.
+        signed: the first value may be negative, whatever it was written as.
+    """
+    count, first, bits = (int(value) for value in item.LUTDescriptor)
+    count = count or 1 << 16
+    first = first - (1 << 16) if signed and first >= 1 << 15 else first
+    data = item.LUTData
+    if not isinstance(data, bytes):
+        data = np.atleast_1d(np.asarray(data)).astype("<u2").tobytes()
+    if len(data) >= 2 * count:
+        entries = np.frombuffer(data, "<u2", count)
+    elif len(data) >= count:
+        entries = np.frombuffer(data, np.uint8, count)  # of 8 bits, two to a word
+    else:
+        raise ValueError(f"a table of {count} entries holds {len(data)} bytes")
+    # Sixteen bits are what an entry is stored in; some devices declare them where the table ends at 4095.
+    bits = bits if bits < 16 else max(8, int(entries.max()).bit_length())
+    index = np.clip(np.rint(values).astype(np.int64) - first, 0, count - 1)
+    return entries[index], (1 << bits) - 1
+
+
+def _has_table(item: Any) -> bool:
+    return "LUTDescriptor" in item and "LUTData" in item
+
+
+def _modality(frame: np.ndarray, dataset: Any) -> np.ndarray:
+    """Stored values (H, W) to what the device measured: through its table, or slope and intercept."""
+    signed = dataset.get("PixelRepresentation") == 1
+    for item in (dataset.get("ModalityLUTSequence") or [])[:1]:
+        if _has_table(item):
+            return _looked_up(frame, item, signed)[0]
+    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
+    if slope is None and intercept is None:
+        return frame
+    return frame.astype(np.float64) * float(1 if slope is None else slope) + float(intercept or 0)
+
+
+def _windowed(values: np.ndarray, dataset: Any) -> np.ndarray | None:
+    """Through the first VOI table or window that the file states, to uint8; None where it states neither."""
+    for item in (dataset.get("VOILUTSequence") or [])[:1]:
+        if _has_table(item):
+            shown, high = _looked_up(values, item, signed=bool(values.min() < 0))
+            return np.rint(255 * (shown / high)).astype(np.uint8)
+    center, width = (_first(dataset.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    if center is None or width is None or width < 1:  # some devices write a width below 1 to say that there is none
+        return None
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
+    return window_to_8bit(values, center, width, function=function)
+
+
+def _first(value: Any) -> float | None:
+    """Of an element with one value, several or none."""
+    several = value if hasattr(value, "__len__") and not isinstance(value, str) else [value]
+    return None if not len(several) or several[0] in (None, "") else float(several[0])

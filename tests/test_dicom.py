@@ -1,0 +1,237 @@
+"""What a DICOM file says about its display, against windows and tables worked out here."""
+
+import numpy as np
+import pytest
+
+from inputs.depth import window_to_8bit
+from inputs.images import UnreadableImage, read_image
+
+
+def write_dicom(path, array, **values):
+    pydicom = pytest.importorskip("pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalMammographyXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    dataset = pydicom.Dataset()
+    dataset.file_meta = meta
+    dataset.SOPClassUID, dataset.SOPInstanceUID = (
+        meta.MediaStorageSOPClassUID,
+        meta.MediaStorageSOPInstanceUID,
+    )
+    dataset.Rows, dataset.Columns = array.shape[-2:]
+    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, int(array.min() < 0)
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    if array.ndim == 3:
+        dataset.NumberOfFrames = len(array)
+    for name, value in values.items():
+        setattr(dataset, name, value)
+    dataset.PixelData = array.astype("<i2" if array.min() < 0 else "<u2").tobytes()
+    dataset.save_as(path, enforce_file_format=True)
+
+
+@pytest.mark.parametrize(
+    "values, window",
+    [
+        ({}, {}),
+        ({"WindowCenter": 1000, "WindowWidth": 500}, {"center": 1000, "width": 500}),
+        ({"WindowCenter": [1000, 3000], "WindowWidth": [500, 10]}, {"center": 1000, "width": 500}),
+        ({"WindowCenter": 0, "WindowWidth": 0}, {}),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, {"invert": True}),
+        (
+            {"WindowCenter": 1000, "WindowWidth": 500, "VOILUTFunction": "SIGMOID"},
+            {"center": 1000, "width": 500, "function": "SIGMOID"},
+        ),
+    ],
+)
+def test_dicom_goes_through_its_window(tmp_path, values, window):
+    array = np.arange(4000).reshape(50, 80)
+    write_dicom(tmp_path / "a.dcm", array, **values)
+    got = np.asarray(read_image(tmp_path / "a.dcm"))
+    assert got.shape == (50, 80, 3)
+    assert np.array_equal(got[..., 0], window_to_8bit(array.astype(np.uint16), **window))
+
+
+def test_dicom_rescales_before_the_window(tmp_path):
+    array = np.arange(4000).reshape(50, 80)
+    values = {"RescaleSlope": 2, "RescaleIntercept": -1024, "WindowCenter": 40, "WindowWidth": 400}
+    write_dicom(tmp_path / "a.dcm", array, **values)
+    got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 2]
+    assert np.array_equal(got, window_to_8bit(2.0 * array - 1024, 40, 400))
+
+
+def test_a_broken_dicom_is_named(tmp_path):
+    pytest.importorskip("pydicom")
+    (tmp_path / "bad.dcm").write_bytes(b"no DICOM")
+    with pytest.raises(UnreadableImage, match="bad.dcm"):
+        read_image(tmp_path / "bad.dcm")
+
+
+def test_padding_does_not_set_the_contrast_and_is_black(tmp_path):
+    inside = np.arange(3000).reshape(50, 60) % 1000 + 500
+    array = np.pad(inside, ((0, 0), (0, 40)), constant_values=4000)
+    array[:, 80:] = 3990
+    for photometric in ("MONOCHROME2", "MONOCHROME1"):
+        values = {"PixelPaddingValue": 4000, "PixelPaddingRangeLimit": 3980, "PhotometricInterpretation": photometric}
+        write_dicom(tmp_path / "a.dcm", array, **values)
+        got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 0]
+        expected = window_to_8bit(inside.astype(np.uint16), invert=photometric == "MONOCHROME1")
+        assert np.array_equal(got[:, :60], expected) and not got[:, 60:].any()
+
+
+def test_a_voi_lut_is_looked_up(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    table = pydicom.Dataset()
+    curve = (np.linspace(0, 1, 4096) ** 2 * 1023).astype(np.uint16)
+    table.LUTDescriptor, table.LUTData = [4096, 0, 10], curve.tobytes()
+    array = np.arange(4000).reshape(50, 80)
+    write_dicom(tmp_path / "a.dcm", array, VOILUTSequence=pydicom.Sequence([table]))
+    got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 0]
+    assert np.array_equal(got, np.rint(curve[array] * (255 / 1023)).astype(np.uint8))
+
+
+def test_a_presentation_of_inverse_shape_is_inverted(tmp_path):
+    array = np.arange(4000).reshape(50, 80)
+    write_dicom(tmp_path / "a.dcm", array, PresentationLUTShape="INVERSE")
+    got = np.asarray(read_image(tmp_path / "a.dcm"))[..., 0]
+    assert np.array_equal(got, window_to_8bit(array.astype(np.uint16), invert=True))
+
+
+def test_a_palette_shows_its_colours(tmp_path):
+    pytest.importorskip("pydicom")
+    red, green, blue = (np.random.default_rng(i).integers(0, 65536, 256).astype("<u2") for i in range(3))
+    tables = {f"{name}PaletteColorLookupTableData": table.tobytes() for name, table in
+              (("Red", red), ("Green", green), ("Blue", blue))}  # fmt: skip
+    descriptors = {f"{name}PaletteColorLookupTableDescriptor": [256, 0, 16] for name in ("Red", "Green", "Blue")}
+    array = np.arange(4000).reshape(50, 80) % 256
+    write_dicom(tmp_path / "a.dcm", array, PhotometricInterpretation="PALETTE COLOR", **tables, **descriptors)
+    expected = np.stack([table[array] >> 8 for table in (red, green, blue)], -1)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.dcm")), expected)
+
+
+@pytest.mark.parametrize("name", ["a.dicom", "IM0001", "a.jpg"])
+def test_dicom_is_known_by_its_content(tmp_path, name):
+    array = np.arange(4000).reshape(50, 80)
+    write_dicom(tmp_path / name, array)
+    got = np.asarray(read_image(tmp_path / name))[..., 0]
+    assert np.array_equal(got, window_to_8bit(array.astype(np.uint16)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As hospitals' files have it
+# ---------------------------------------------------------------------------------------------------------------------
+
+LINE = np.linspace(0, 4095, 4096).reshape(64, 64).astype(np.uint16)
+
+
+def grey(path) -> np.ndarray:
+    return np.asarray(read_image(path))[..., 0]
+
+
+def sequence(*items):
+    """Of data sets, each given by its elements."""
+    pydicom = pytest.importorskip("pydicom")
+    found = []
+    for elements in items:
+        item = pydicom.Dataset()
+        for name, value in elements.items():
+            setattr(item, name, value)
+            if name in ("LUTDescriptor", "LUTData"):  # pydicom chooses it by the value, and fails without one
+                item[name].VR = "US" if name == "LUTDescriptor" else "OW"
+        found.append(item)
+    return pydicom.Sequence(found)
+
+
+def table(entries: np.ndarray, bits: int, first: int = 0) -> dict:
+    return {"LUTDescriptor": [len(entries), first, bits], "LUTData": entries.astype("<u2").tobytes()}
+
+
+@pytest.mark.parametrize("name", ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"])
+def test_window_and_rescale_of_functional_groups_count_as_those_of_the_data_set(tmp_path, name):
+    def group(center, slope):
+        window = sequence({"WindowCenter": center, "WindowWidth": 200})
+        values = sequence({"RescaleSlope": slope, "RescaleIntercept": -100})
+        return {"FrameVOILUTSequence": window, "PixelValueTransformationSequence": values}
+
+    groups = sequence(group(1000, 1), *([group(5, 9)] if name.startswith("Per") else []))
+    write_dicom(tmp_path / "groups.dcm", np.stack([LINE, LINE[::-1]]), **{name: groups})
+    assert np.array_equal(grey(tmp_path / "groups.dcm"), window_to_8bit(LINE - 100.0, 1000, 200))
+
+
+def test_the_frames_own_group_comes_before_the_shared_one(tmp_path):
+    both = {
+        "SharedFunctionalGroupsSequence": sequence(
+            {"FrameVOILUTSequence": sequence({"WindowCenter": 5, "WindowWidth": 7})}
+        ),
+        "PerFrameFunctionalGroupsSequence": sequence(
+            {"FrameVOILUTSequence": sequence({"WindowCenter": 900, "WindowWidth": 300})}, {}
+        ),
+    }
+    write_dicom(tmp_path / "a.dcm", np.stack([LINE, LINE]), **both)
+    assert np.array_equal(grey(tmp_path / "a.dcm"), window_to_8bit(LINE, 900, 300))
+
+
+@pytest.mark.parametrize("bits, top, levels", [(12, 4095, 256), (16, 65535, 256), (16, 4095, 256), (12, 1023, 65)])
+def test_a_table_that_declares_more_bits_than_it_uses_fills_the_screen(tmp_path, bits, top, levels):
+    """Of fewer than 16 bits the declared number counts: a table may well be dark."""
+    entries = np.linspace(0, top, 4096)
+    write_dicom(tmp_path / "a.dcm", LINE, VOILUTSequence=sequence(table(entries, bits)))
+    got = grey(tmp_path / "a.dcm")
+    high = 4095 if top == 1023 else top
+    assert (
+        np.array_equal(got, np.rint(255 * (entries.astype(np.uint16)[LINE] / high))) and len(np.unique(got)) == levels
+    )
+
+
+def test_entries_of_8_bits_are_two_to_a_word(tmp_path):
+    entries = np.arange(4096) % 251
+    packed = {"LUTDescriptor": [4096, 0, 8], "LUTData": entries.astype(np.uint8).tobytes()}
+    write_dicom(tmp_path / "a.dcm", LINE, VOILUTSequence=sequence(packed))
+    assert np.array_equal(grey(tmp_path / "a.dcm"), entries[LINE])
+
+
+def test_a_modality_table_of_12_bits_is_looked_up_and_what_lies_outside_has_its_ends(tmp_path):
+    entries = 4095 - np.arange(1000) * 4
+    modality = sequence({**table(entries, 12, first=1500), "ModalityLUTType": "US"})
+    write_dicom(tmp_path / "a.dcm", LINE, ModalityLUTSequence=modality, WindowCenter=2048, WindowWidth=4096)
+    values = entries[np.clip(LINE.astype(int) - 1500, 0, 999)]
+    assert np.array_equal(grey(tmp_path / "a.dcm"), window_to_8bit(values, 2048, 4096))
+
+
+def test_padding_that_was_written_unsigned_is_found_in_a_signed_image(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    inside = np.linspace(-500, 500, 4096).reshape(64, 64).astype(np.int16)
+    array = np.pad(inside, ((0, 0), (0, 40)), constant_values=-2048)
+    write_dicom(tmp_path / "a.dcm", array, BitsStored=16, HighBit=15)
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    dataset.add_new("PixelPaddingValue", "US", 63488)  # -2048
+    dataset.save_as(tmp_path / "a.dcm")
+    got = grey(tmp_path / "a.dcm")
+    assert np.array_equal(got[:, :64], window_to_8bit(inside)) and not got[:, 64:].any()
+
+
+@pytest.mark.parametrize("elements", [
+    {"RescaleSlope": None, "RescaleIntercept": None},
+    {"RescaleSlope": 1, "RescaleIntercept": None},
+    {"NumberOfFrames": None},
+    {"WindowCenter": 2048, "WindowWidth": None},
+    {"WindowCenter": None, "WindowWidth": None},
+    {"PixelPaddingValue": None},
+    {"PixelPaddingValue": 5000, "PixelPaddingRangeLimit": None},
+    {"VOILUTSequence": []},
+    {"VOILUTSequence": [{"LUTDescriptor": None, "LUTData": None}]},
+    {"ModalityLUTSequence": [{"LUTDescriptor": None, "LUTData": None}]},
+    {"VOILUTFunction": None},
+    {"PresentationLUTShape": None},
+])  # fmt: skip
+def test_an_empty_element_is_an_absent_one(tmp_path, elements):
+    elements = {name: sequence(*value) if isinstance(value, list) else value for name, value in elements.items()}
+    write_dicom(tmp_path / "empty.dcm", LINE, **elements)
+    write_dicom(tmp_path / "absent.dcm", LINE)
+    assert np.array_equal(grey(tmp_path / "empty.dcm"), grey(tmp_path / "absent.dcm"))
+
+
+def test_an_empty_function_is_the_linear_one(tmp_path):
+    write_dicom(tmp_path / "a.dcm", LINE, WindowCenter=2048, WindowWidth=1000, VOILUTFunction=None)
+    assert np.array_equal(grey(tmp_path / "a.dcm"), window_to_8bit(LINE, 2048, 1000))
