@@ -29,12 +29,13 @@ from torch.utils.data import Dataset
 import distributed
 import models
 import utils
-from evaluation import downstream, metrics, saliency
+from evaluation import metrics, saliency
 from evaluation.catalog import read_prompts
 from evaluation.features import Backbone, Loading, extract
 from evaluation.heads import Linear
 from evaluation.neighbours import nearest
 from evaluation.probe import fitted_probe
+from inputs.files import IMAGE_SUFFIXES, images_below
 from inputs.images import read_image
 from inputs.metadata import Table
 from inputs.transforms import eval_view, linear_eval_view
@@ -129,9 +130,9 @@ def find_images(given: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            below = [Path(name) for name in downstream.images_below(path)]
+            below = [Path(name) for name in images_below(path)]
             if not below:
-                raise ValueError(f"{path} holds no image ({', '.join(downstream.IMAGE_SUFFIXES)})")
+                raise ValueError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}, or DICOM of any name)")
             found += below
         elif path.suffix.lower() in (".csv", ".tsv"):
             table = Table(path)
@@ -423,6 +424,10 @@ def show(rows: list[dict[str, Any]], most: int = 20) -> str:
 def main(argv: list[str] | None = None) -> Any:
     """Run a command; returns its rows, or what embed wrote."""
     args = get_args_parser().parse_args(argv)
+    if args.output:  # before the images are read
+        if Path(args.output).is_dir():
+            raise UsageError(f"--output {args.output} is a folder: name a file in it")
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with start_logging():
         if args.command == "embed":
             return embed(args)

@@ -31,12 +31,12 @@ from evaluation.predictions import CBIS, Scheme
 from inputs import metadata
 from inputs.cbis import CBIS_CLASSES, CBIS_SETS, CbisLesions
 from inputs.columns import TextColumn
+from inputs.files import images_below, is_system
 from inputs.images import read_image
 from inputs.transforms import Preprocess, View, as_view
 
 log = logging.getLogger("medslip")
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".dcm", ".dicom")
 Transform = Callable[..., torch.Tensor]  # takes an RGB image
 
 
@@ -298,26 +298,6 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def _class_folders(root: Path) -> set[str]:
     return {entry.name for entry in os.scandir(root) if entry.is_dir() and not is_system(entry.name)}
-
-
-def is_system(name: str) -> bool:
-    """Whether a file or folder is hidden, or what an operating system or a disk station left there."""
-    return name.startswith(".") or name in ("@eaDir", "__MACOSX", "#recycle", "Thumbs.db", "lost+found")
-
-
-def images_below(folder: Path) -> Iterator[str]:
-    """Paths of all images below a folder, in order; a folder that links lead to twice is walked once."""
-    seen = set()
-    for where, subfolders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(where)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not is_system(name))
-        for file in sorted(files):
-            if file.lower().endswith(IMAGE_SUFFIXES) and not is_system(file):
-                yield os.path.join(where, file)
 
 
 def file_list(

@@ -23,8 +23,8 @@ def is_dicom(data: bytes, name: str) -> bool:
     return data[128:132] == b"DICM" or name.lower().endswith((".dcm", ".dicom"))
 
 
-def displayed(data: bytes) -> Image.Image:
-    """The first frame as its file wants it displayed, in RGB with 8 bits.
+def displayed(data: bytes) -> tuple[Image.Image, int]:
+    """The first frame as its file wants it displayed, in RGB with 8 bits, and how many frames there are.
 
     Raises:
         ImportError: without pydicom.
@@ -38,12 +38,13 @@ def displayed(data: bytes) -> Image.Image:
     _drop_empty(dataset)
     sides = (int(dataset.get(name, 1)) for name in ("Rows", "Columns", "SamplesPerPixel"))
     PIXELS.refuse(math.prod(sides), "it")
+    frames = int(dataset.get("NumberOfFrames", 1))
     frame = pixel_array(dataset, index=0)  # (H, W), or (H, W, 3) in RGB
     if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
         frame = apply_color_lut(frame, dataset)[..., :3]
         frame = frame if frame.dtype == np.uint8 else (frame >> 8).astype(np.uint8)  # entries fill all 16 bits
     if frame.ndim == 3:
-        return Image.fromarray(to_8bit(frame))
+        return Image.fromarray(to_8bit(frame)), frames
     _take_functional_groups(dataset, 0)
     padding = _padding(frame, dataset)
     values = _modality(frame, dataset)
@@ -55,7 +56,7 @@ def displayed(data: bytes) -> Image.Image:
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
         grey = 255 - grey
     grey[padding] = 0  # it is no part of the image, so black
-    return Image.fromarray(grey).convert("RGB")
+    return Image.fromarray(grey).convert("RGB"), frames
 
 
 def _refuse_inflated(data: bytes) -> None:

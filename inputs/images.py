@@ -7,6 +7,7 @@ radiographs in 16-bit files, grey or in several equal channels) are windowed her
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 import struct
@@ -24,6 +25,7 @@ from inputs import dicom
 from inputs.depth import to_8bit
 from runtime.limits import PIXELS
 
+log = logging.getLogger("medslip")
 # Pillow warns above this number and refuses twice of it, when a file is opened and before it is decoded.
 Image.MAX_IMAGE_PIXELS = PIXELS.most // 2
 
@@ -135,6 +137,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         if img.mode in ("RGB", "RGBA", "LA") and (deep := _channels_of_16_bits(data)) is not None:
             return _rgb8_of_channels(deep)
         img.load()
+        if img.format == "TIFF":
+            say_first_of(getattr(img, "n_frames", 1), name)
         if _white_is_zero(img):
             return Image.fromarray(255 - to_8bit(np.asarray(img))).convert("RGB")
         return to_rgb8(img)
@@ -142,6 +146,17 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise UnreadableImage(f"cannot decode the image {name}: {error}{PIXELS.advice}") from error
     except _DECODE_ERRORS as error:
         raise UnreadableImage(f"cannot decode the image {name}: {error}") from error
+
+
+_said_first_of = False
+
+
+def say_first_of(frames: int, name: str) -> None:
+    """Log that of a file with several frames or pages the first is read: once a process, with the first such name."""
+    global _said_first_of
+    if frames > 1 and not _said_first_of:
+        _said_first_of = True
+        log.warning(f"{name} holds {frames} frames or pages: of such files the first is read")
 
 
 def _white_is_zero(img: Image.Image) -> bool:
@@ -152,7 +167,9 @@ def _white_is_zero(img: Image.Image) -> bool:
 
 def _dicom_image(data: bytes, name: str) -> Image.Image:
     try:
-        return dicom.displayed(data)
+        img, frames = dicom.displayed(data)
+        say_first_of(frames, name)
+        return img
     except ImportError as error:
         raise ImportError(f"{name} is a DICOM file; to read it, install pydicom") from error
     except Exception as error:  # pydicom raises any kind on damaged files

@@ -80,9 +80,10 @@ class Table:
         return f"{self.path} is not in the encoding UTF-8 {place} ({error}): save it as CSV in UTF-8"
 
     def column(self, *names: str) -> int:
-        """Position of the first of `names` that the header holds, in any case."""
+        """Position of the first of `names` that the header holds, in any case; ValueError for none, or several."""
         for name in names:
             if name in self.header:
+                refuse_twice(self.path, self.header, name)
                 return self.header.index(name)
         header = ", ".join(self.header)
         raise ValueError(f"{self.path} has no column {' or '.join(names)}; its columns: {header}")
@@ -113,14 +114,22 @@ class Table:
                 raise ValueError(self._not_utf8(f"after line {rows.line_num}", error)) from error
 
 
+def refuse_twice(path: Path, header: list[str], name: str) -> None:
+    """ValueError for a column that is there more than once, as in two tables joined in a spreadsheet."""
+    if header.count(name) > 1:
+        raise ValueError(f"{path} has the column {name!r} more than once, and nothing says which one counts")
+
+
 def read_table(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
     """All rows of a table by the names of its columns, in lower case with spaces as `_`; every cell stripped.
 
     Raises:
-        ValueError: as `Table`, or a column of `required` is missing.
+        ValueError: as `Table`; a column of `required` is missing, or any is there twice.
     """
     table = Table(path)
     names = [name.replace(" ", "_") for name in table.header]
+    for name in filter(None, names):
+        refuse_twice(path, names, name)
     if missing := [name for name in required if name not in names]:
         raise ValueError(f"{path}: no column {', '.join(missing)}; found {', '.join(names)}")
     rows = progress(table, path.name, unit=" rows")

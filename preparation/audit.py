@@ -30,6 +30,7 @@ from torch import Tensor
 
 from evaluation import metrics
 from inputs import metadata
+from inputs.files import IMAGE_SUFFIXES, images_below
 from inputs.images import UnreadableImage, decode_image, read_bytes
 from preparation.processes import add_workers_argument, over_processes
 from runtime.command_line import HelpFormatter, UsageError
@@ -38,7 +39,6 @@ from utils import atomic_write, csv_text, csv_value
 
 log = logging.getLogger("medslip")
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".dcm"}
 SIDE = 96  # pixels of a kept image, whatever its shape
 HASH = 12  # pixels of its perceptual hash
 COMPONENTS = 64  # numbers that the hash is made of
@@ -107,9 +107,9 @@ def list_images(path: Path) -> list[Path]:
         FileNotFoundError, ValueError: neither is there; no image; a path outside of the table's folder.
     """
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        found = [Path(file) for file in images_below(path)]
         if not found:
-            raise FileNotFoundError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
+            raise FileNotFoundError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}, or DICOM of any name)")
         return found
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither a folder nor a table")

@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -209,7 +210,7 @@ def zenodo_samples(captions: Path) -> Iterator[Sample]:
             raise FileNotFoundError(f"{where}: no image {key} in {archive_path}")
         try:
             return read_member(archive, members[key])
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, ValueError) as error:
             raise UnreadableImage(f"{archive_path}/{members[key]}: {error}") from error
 
     for where, fields in table:

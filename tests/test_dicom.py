@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from inputs import images
 from inputs.depth import window_to_8bit
 from inputs.images import UnreadableImage, read_image
 
@@ -235,3 +236,10 @@ def test_an_empty_element_is_an_absent_one(tmp_path, elements):
 def test_an_empty_function_is_the_linear_one(tmp_path):
     write_dicom(tmp_path / "a.dcm", LINE, WindowCenter=2048, WindowWidth=1000, VOILUTFunction=None)
     assert np.array_equal(grey(tmp_path / "a.dcm"), window_to_8bit(LINE, 2048, 1000))
+
+
+def test_of_several_frames_the_first_is_read_and_that_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(images, "_said_first_of", False)
+    write_dicom(tmp_path / "tomo.dcm", np.stack([LINE, LINE[::-1]]))
+    assert np.array_equal(grey(tmp_path / "tomo.dcm"), window_to_8bit(LINE))
+    assert "tomo.dcm holds 2 frames or pages" in caplog.text

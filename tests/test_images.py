@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from view_helpers import grainy, image, planes
 
+from inputs import images
 from inputs.depth import window_to_8bit
 from inputs.images import UnreadableImage, decode_image, decode_pixels, read_image, to_rgb8
 
@@ -213,3 +214,13 @@ def test_a_deep_tiff_whose_white_is_zero_is_no_negative(tmp_path, dtype, mode):
     assert img.mode == mode and img.tag_v2[262] == 0
     white, black = (np.asarray(read_image(tmp_path / f"{photometric}.tif")) for photometric in (0, 1))
     assert np.array_equal(black[..., 0], window_to_8bit(array)) and np.array_equal(white, 255 - black)
+
+
+def test_of_several_pages_the_first_is_read_and_that_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(images, "_said_first_of", False)
+    pages = [Image.new("L", (8, 8), value) for value in (10, 20, 30)]
+    for name in ("one.tif", "other.tif"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+        assert np.asarray(read_image(tmp_path / name)).max() == 10
+    (line,) = caplog.messages
+    assert "one.tif holds 3 frames or pages: of such files the first is read" in line

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from inputs import metadata
-from inputs.metadata import RefusedPickle, iter_json, read_pickle
+from inputs.metadata import RefusedPickle, Table, iter_json, read_pickle, read_table
 
 
 class Run:
@@ -120,3 +120,15 @@ def test_damaged_json_is_named(tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ValueError, match="bad.json near character"):
         list(iter_json(tmp_path / "bad.json", "annotations"))
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    """Two tables that were joined in a spreadsheet."""
+    (tmp_path / "a.csv").write_text("image,Label,split, label\na.png,benign,train,malignant\n")
+    with pytest.raises(ValueError, match="a.csv has the column 'label' more than once"):
+        Table(tmp_path / "a.csv").column("caption", "label")
+    with pytest.raises(ValueError, match="a.csv has the column 'label' more than once"):
+        read_table(tmp_path / "a.csv", ["image"])
+    assert Table(tmp_path / "a.csv").column("image") == 0
+    (tmp_path / "b.csv").write_text("image,,label,\na.png,1,benign,2\n")  # columns without a name are nobody's
+    assert Table(tmp_path / "b.csv").column("label") == 2

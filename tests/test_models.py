@@ -376,3 +376,9 @@ def test_a_checkpoint_without_a_part_names_it(stored, part):
     path = stored(lambda state: state.pop(part))
     with pytest.raises(ValueError, match=f"is no whole checkpoint of ours: it holds no {part}"):
         models.load_pretrained(path)
+
+
+@pytest.mark.parametrize("size, choose", [((96, 60), "48 or 64"), ((100, 64), "96 or 112"), ((64, 10), "16")])
+def test_a_size_that_the_patches_do_not_fill_is_refused(size, choose):
+    with pytest.raises(ValueError, match=f"which .* the margin would never be seen; choose {choose}$"):
+        models.create_model("SIMCLR_VITT16", image_size=size)

@@ -338,3 +338,12 @@ def test_a_fine_tuned_run_gives_its_own_predictions(probed, tmp_path):
         assert not maps or Image.open(row["map"]).size == (32, 32)
     with pytest.raises(FileNotFoundError):
         predict.main(["classify", str(tmp_path), str(probed / "cbis" / "list.csv")])
+
+
+def test_the_folder_of_the_output_is_made_before_the_images_are_read(clip, tmp_path, monkeypatch):
+    folder, output = pictures(tmp_path / "images", 2), tmp_path / "answers" / "today"
+    predict.main(["zero-shot", str(clip), str(folder), "--labels", "a", "b", "--output", str(output / "a.csv")])
+    predict.main(["embed", str(clip), str(folder), "--output", str(output / "a.npz")])
+    assert sorted(path.name for path in output.iterdir()) == ["a.csv", "a.npz"]
+    with pytest.raises(ValueError, match="today is a folder: name a file in it"):
+        predict.main(["embed", str(clip), str(folder), "--output", str(output)])

@@ -192,3 +192,21 @@ def test_an_id_that_comes_twice_keeps_its_first_image_and_is_counted(tmp_path, c
     reader = datasets.create_reader("roco", str(tmp_path / "roco"), "", "train", "all")
     assert [reader.captions(i) for i in range(len(reader))] == [["a"], ["b"]] and reader.data(0) == jpeg(0)
     assert "train: 1 rows have an id that was there already" in caplog.text
+
+
+def test_a_damaged_member_of_a_zip_is_left_out_and_named(tmp_path):
+    source = zenodo(tmp_path / "z", zipped=True)
+    path, name = source / "train_images.zip", "train/ROCOv2_2023_train_000001.jpg"
+    with zipfile.ZipFile(path) as archive:
+        kept = {member: archive.read(member) for member in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member, content in kept.items():
+            archive.writestr(member, content)
+        place = archive.getinfo(name).header_offset + 30 + len(name)
+    data = bytearray(path.read_bytes())
+    data[place : place + 20] = b"\xff" * 20  # a kind of block that deflate does not have
+    path.write_bytes(data)
+    run(source, tmp_path / "roco")
+    reader = datasets.create_reader("roco", str(tmp_path / "roco"), "", "train", "all")
+    assert [reader.data(i) for i in range(len(reader))] == [jpeg(0), jpeg(2)]
+    assert "ROCOv2_2023_train_000001" in (tmp_path / "roco" / "bad_samples.txt").read_text()

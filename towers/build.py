@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from inputs.sizes import Size
+from inputs.sizes import Size, height_width
 from inputs.transforms import IMAGENET_MEAN, IMAGENET_STD, MEDCLIP_MEAN, MEDCLIP_STD, Preprocess
 from towers.clip_text import CLIPText
 
@@ -78,10 +78,25 @@ def build_timm_tower(name: str, settings: dict[str, Any], size: Size) -> Any:
         tower: Any = timm.create_model(name, num_classes=0, **given, **settings)
     except TypeError as error:
         raise ValueError(f"vision tower {name!r} does not take the settings {settings}: {error}") from error
+    _refuse_margin(name, tower, size)
     if getattr(tower, "cls_token", None) is not None:
         # timm 0.5, which the published models were trained with; later releases start the class token at 1e-6.
         nn.init.trunc_normal_(tower.cls_token, std=0.02)
     return tower
+
+
+def _refuse_margin(name: str, tower: Any, size: Size) -> None:
+    """ValueError for a size that the tower's patches do not fill: it would never see the right and lower margin."""
+    embed = getattr(tower, "patch_embed", None)
+    if embed is None or not hasattr(embed, "patch_size") or getattr(embed, "dynamic_img_pad", False):
+        return
+    for side, patch in zip(height_width(size), height_width(embed.patch_size), strict=True):
+        if side % patch:
+            near = f"{side // patch * patch} or {-(-side // patch) * patch}" if side > patch else str(patch)
+            raise ValueError(
+                f"vision tower {name!r} takes patches of {patch} pixels, which {side} pixels are no multiple of: the "
+                f"margin would never be seen; choose {near}"
+            )
 
 
 def build_text_tower(kind: str, pooling: str, **sizes: int) -> Any:
