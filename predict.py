@@ -148,14 +148,11 @@ def find_images(given: Sequence[Path]) -> list[Path]:
 def passed(
     backbone: Backbone, paths: Sequence[Path], loading: Loading, title: str, view: Any = None
 ) -> tuple[np.ndarray, list[Path]]:
-    """Features (n, d) of the readable images and their paths; the others are named and counted."""
+    """Features (n, d) of the readable images and their paths; the others are named, with the reason, and counted."""
     dataset = ImageList(paths, view or eval_view(backbone.preprocess))
     features, kept = extract(backbone, dataset, title, loading)
-    lost = sorted(set(range(len(paths))) - set(kept.tolist()))
-    for i in lost:
-        log.warning(f"skipped, missing or corrupt: {paths[i]}")
-    if lost:
-        log.warning(f"{len(lost)} of {len(paths)} images skipped")
+    if len(kept) < len(paths):
+        log.warning(f"{len(paths) - len(kept)} of {len(paths)} images skipped")
     return features, [paths[i] for i in kept]
 
 

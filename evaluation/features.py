@@ -148,6 +148,7 @@ class Loading:
         return loader.loader_processes(self.workers, self.processes)
 
 
+NAMED = 100  # images that were skipped, with the reason
 LOADING = Loading()  # in this process, on the CPU
 
 
@@ -165,19 +166,19 @@ class _Numbered(Dataset):
         try:
             image, target = self.dataset[number][:2]
         except (UnreadableImage, FileNotFoundError) as error:
-            return number, None, -1, type(error)(f"{error}; --skip-broken skips and counts such images")
+            return number, None, -1, error
         return number, image, int(target), None
 
 
-def _collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, Exception | None]:
-    """Numbers (B,), images (B, 3, S, S) and targets (B,) of the readable samples, and the first one's error."""
+def _collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor, list[Exception]]:
+    """Numbers (B,), images (B, 3, S, S) and targets (B,) of the readable samples, and the others' errors."""
     errors = [error for *_, error in samples if error is not None]
     kept = [sample[:3] for sample in samples if sample[1] is not None]
     if not kept:
-        return torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0, dtype=torch.long), errors[0]
+        return torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0, dtype=torch.long), errors
     numbers, images, targets = zip(*kept, strict=True)
     batch = torch.stack(images)  # (B, 3, H, W)
-    return torch.tensor(numbers), batch, torch.tensor(targets), errors[0] if errors else None
+    return torch.tensor(numbers), batch, torch.tensor(targets), errors
 
 
 def each_once(
@@ -215,17 +216,24 @@ def each_once(
         collate=_collate,
     )
     rows: list[list[Tensor]] = []
+    skipped = 0
     steps = loader.batches(source)
     if title and processes.is_main:
         steps = progress(steps, title, total=len(source), unit=" batches")
     with evaluating(model):
-        for numbers, images, targets, error in steps:
-            if error is not None and not loading.skip_broken:
-                raise error
+        for numbers, images, targets, errors in steps:
+            for error in errors:
+                if not loading.skip_broken:
+                    raise type(error)(f"{error}; --skip-broken skips, names and counts such images")
+                skipped += 1
+                if skipped <= NAMED:
+                    log.warning(f"skipped: {error}")
             if len(numbers):
                 columns = compute(numbers, images.to(loading.device, non_blocking=True), targets)
                 # On the host, where they are waited for in any case.
                 rows.append([numbers, *(require_finite(column.cpu()) for column in columns)])
+    if skipped > NAMED:
+        log.warning(f"skipped: {skipped - NAMED} more")
     own = [torch.cat(column) for column in zip(*rows, strict=True)]  # (n_r, ...); empty where this rank has no samples
     parts = [part for part in distributed.gather_objects(processes, own) if part]
     if not parts:

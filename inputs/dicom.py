@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import zlib
 from typing import Any
 
@@ -57,6 +58,19 @@ def displayed(data: bytes) -> tuple[Image.Image, int]:
         grey = 255 - grey
     grey[padding] = 0  # it is no part of the image, so black
     return Image.fromarray(grey).convert("RGB"), frames
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be shown, in a user's words where pydicom has its own."""
+    text = str(error)
+    if "missing dependencies" in text:  # its plugins, each with what it requires
+        kind = re.search("'([^']+)'", text)
+        packages = sorted(set(re.findall(r"\bpylibjpeg(?:-\w+)?", text)))
+        named = f"it is {kind[1]}" if kind else "it is compressed"
+        return f"{named} and not damaged: to read it, pip install {' '.join(packages)}"
+    if type(error).__name__ == "InvalidDicomError":
+        return "it does not begin as a DICOM file (128 bytes, then DICM): a DICOM tool such as dcmconv can rewrite it"
+    return text
 
 
 def _refuse_inflated(data: bytes) -> None:

@@ -173,7 +173,7 @@ def _dicom_image(data: bytes, name: str) -> Image.Image:
     except ImportError as error:
         raise ImportError(f"{name} is a DICOM file; to read it, install pydicom") from error
     except Exception as error:  # pydicom raises any kind on damaged files
-        raise UnreadableImage(f"cannot decode the image {name}: {error}") from error
+        raise UnreadableImage(f"cannot decode the image {name}: {dicom.reason(error)}") from error
 
 
 def image_size(path: str | Path) -> tuple[int, int] | None:

@@ -243,3 +243,32 @@ def test_of_several_frames_the_first_is_read_and_that_is_said(tmp_path, monkeypa
     write_dicom(tmp_path / "tomo.dcm", np.stack([LINE, LINE[::-1]]))
     assert np.array_equal(grey(tmp_path / "tomo.dcm"), window_to_8bit(LINE))
     assert "tomo.dcm holds 2 frames or pages" in caplog.text
+
+
+def test_a_missing_decoder_is_named_and_the_file_is_not_called_damaged(tmp_path):
+    """JPEG Lossless, which most mammography archives send."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.encaps import encapsulate
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import JPEGLosslessSV1
+
+    if get_decoder(JPEGLosslessSV1).is_available:
+        pytest.skip("there is a decoder here")
+    write_dicom(tmp_path / "a.dcm", LINE)
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    dataset.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(tmp_path / "a.dcm")
+    with pytest.raises(UnreadableImage) as refused:
+        read_image(tmp_path / "a.dcm")
+    kind = "JPEG Lossless, Non-Hierarchical, First-Order Prediction (Process 14 [Selection Value 1])"
+    advice = f"it is {kind} and not damaged: to read it, pip install pylibjpeg pylibjpeg-libjpeg"
+    assert str(refused.value) == f"cannot decode the image {tmp_path / 'a.dcm'}: {advice}"
+
+
+def test_a_file_without_preamble_says_what_to_do(tmp_path):
+    write_dicom(tmp_path / "whole.dcm", LINE)
+    (tmp_path / "bare.dcm").write_bytes((tmp_path / "whole.dcm").read_bytes()[132:])
+    with pytest.raises(UnreadableImage, match="bare.dcm: it does not begin as a DICOM file .* can rewrite it"):
+        read_image(tmp_path / "bare.dcm")

@@ -266,3 +266,26 @@ def test_a_classifier_needs_names_and_templates():
 def test_a_label_outside_the_class_names_is_an_error():
     with pytest.raises(ValueError, match="label 7 in the data, but 3 class names"):
         classify(Tower(), [(torch.rand(3, 4, 4), 7)], names=NAMES[:3])
+
+
+def test_each_skipped_image_is_named_with_its_reason(tmp_path, monkeypatch, caplog):
+    class Torn(torch.utils.data.Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            if i % 2:
+                raise UnreadableImage(f"cannot decode the image {i}.png: torn at byte {i}")
+            return torch.zeros(3, 4, 4), 0
+
+    model = torch.nn.Identity()
+    monkeypatch.setattr(features, "NAMED", 2)
+    loading = features.Loading(batch_size=4, skip_broken=True)
+    (numbers,) = features.each_once(model, Torn(), lambda numbers, images, targets: [], loading)
+    assert numbers.tolist() == [0, 2, 4]
+    reasons = [f"skipped: cannot decode the image {i}.png: torn at byte {i}" for i in (1, 3)]
+    assert caplog.messages == [*reasons, "skipped: 1 more"]
+    with pytest.raises(
+        UnreadableImage, match="1.png: torn at byte 1; --skip-broken skips, names and counts such images"
+    ):
+        features.each_once(model, Torn(), lambda numbers, images, targets: [], features.Loading(batch_size=4))
