@@ -96,7 +96,7 @@ class Sample:
     data: Callable[[], bytes]  # FileNotFoundError, UnreadableImage
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """One file of samples, read as a stream."""
 
@@ -119,6 +119,14 @@ def find_sources(folder: Path, columns: dict[str, str]) -> list[Source]:
         if split is None:
             raise ValueError(f"{path}: no split in its name or folder; they begin with {', '.join(SPLIT_OF)}")
         found.append(Source(split, path, partial(parquet_samples, path, columns)))
+    for split in {part.split for part in found}:
+        own = [part for part in found if part.split == split]
+        names = [name for part in own for name in parquet_names(part.path, columns)]
+        if None in names or len(set(names)) < len(names):  # as where each part counts its images from 0
+            for part in own:
+                place = "_".join(part.path.relative_to(folder).with_suffix("").parts)
+                part.samples = partial(parquet_samples, part.path, columns, f"{place}_")
+            log.info(f"{split}: its images have no names of their own, so they are called by file and row")
     for path in sorted(folder.glob("*_captions.csv")):
         split = SPLIT_OF.get(path.name.removesuffix("_captions.csv"))
         if split is not None:
@@ -137,8 +145,53 @@ def split_of(path: Path) -> str | None:
     return None
 
 
-def parquet_samples(path: Path, given: dict[str, str]) -> Iterator[Sample]:
-    """The rows of a parquet file, a row group in memory at a time; ImportError, ValueError as `find_sources`."""
+def parquet_samples(path: Path, given: dict[str, str], by_row: str = "") -> Iterator[Sample]:
+    """The rows of a parquet file, a row group in memory at a time; ImportError, ValueError as `open_parquet`.
+
+    Args:
+        by_row: what the id of a row without one begins with, its number following; "" for the name of its image.
+    """
+    file, column = open_parquet(path, given)
+    for group in range(file.num_row_groups):
+        BYTES.refuse(file.metadata.row_group(group).total_byte_size, f"{path}: row group {group}")
+    number = 0
+    for batch in file.iter_batches(batch_size=64, columns=[name for name in column.values() if name]):
+        for row in batch.to_pylist():
+            where = f"{path} row {number}"
+            image, caption = row[column["image"]], row[column["caption"]]
+            if column["id"]:
+                id = row[column["id"]]
+            else:
+                id = f"{by_row}{number}" if by_row else Path(image["path"]).stem
+            caption = caption[0] if isinstance(caption, list) and caption else caption
+            yield Sample(where, str(id), str(caption or ""), partial(_bytes_of, image, where))
+            number += 1
+
+
+def parquet_names(path: Path, given: dict[str, str]) -> Iterator[str | None]:
+    """The name of each row's image, None where it has none; nothing of a file with a column of ids."""
+    file, column = open_parquet(path, given)
+    if column["id"]:
+        return
+    paths = [file.schema.column(i).path for i in range(len(file.schema))]
+    if f"{column['image']}.path" not in paths:
+        yield from [None] * file.metadata.num_rows
+        return
+    for batch in file.iter_batches(columns=[f"{column['image']}.path"]):
+        for row in batch.to_pylist():
+            name = (row[column["image"]] or {}).get("path")
+            yield Path(name).stem if name else None
+
+
+def open_parquet(path: Path, given: dict[str, str]) -> tuple[Any, dict[str, str | None]]:
+    """A parquet file, and its columns of the roles in COLUMNS.
+
+    Args:
+        given: the columns of roles, where they are none of the usual.
+
+    Raises:
+        ImportError, ValueError: without pyarrow; no readable file; no such column.
+    """
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -155,17 +208,7 @@ def parquet_samples(path: Path, given: dict[str, str]) -> Iterator[Sample]:
         if column[role] is None and role != "id":
             raise ValueError(f"{path} has no column {' or '.join(wanted)}: name one of {', '.join(names)} with "
                              f"--{role}-column")  # fmt: skip
-    for group in range(file.num_row_groups):
-        BYTES.refuse(file.metadata.row_group(group).total_byte_size, f"{path}: row group {group}")
-    number = 0
-    for batch in file.iter_batches(batch_size=64, columns=[name for name in column.values() if name]):
-        for row in batch.to_pylist():
-            where = f"{path} row {number}"
-            image, caption = row[column["image"]], row[column["caption"]]
-            id = row[column["id"]] if column["id"] else Path((image or {}).get("path") or f"row{number}").stem
-            caption = caption[0] if isinstance(caption, list) and caption else caption
-            yield Sample(where, str(id), str(caption or ""), partial(_bytes_of, image, where))
-            number += 1
+    return file, column
 
 
 def _bytes_of(image: Any, where: str) -> bytes:

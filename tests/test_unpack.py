@@ -210,3 +210,24 @@ def test_a_damaged_member_of_a_zip_is_left_out_and_named(tmp_path):
     reader = datasets.create_reader("roco", str(tmp_path / "roco"), "", "train", "all")
     assert [reader.data(i) for i in range(len(reader))] == [jpeg(0), jpeg(2)]
     assert "ROCOv2_2023_train_000001" in (tmp_path / "roco" / "bad_samples.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "path", [lambda i: None, lambda i: f"{i % 6}.png", lambda i: f"{i}.png"], ids=["no", "same", "own"]
+)
+def test_images_without_names_of_their_own_are_called_by_file_and_row(tmp_path, path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    (tmp_path / "hub").mkdir()
+    for part in range(2):
+        rows = [{"bytes": jpeg(i), "path": path(i)} for i in range(6 * part, 6 * part + 6)]
+        captions = [f"image {i}" for i in range(6 * part, 6 * part + 6)]
+        table = pa.table({"image": pa.array(rows, kind), "caption": captions})
+        pq.write_table(table, tmp_path / "hub" / f"train-{part:05d}-of-00002.parquet")
+    run(tmp_path / "hub", tmp_path / "roco")
+    reader = datasets.create_reader("roco", str(tmp_path / "roco"), "", "train", "all")
+    assert {reader.captions(i)[0]: reader.data(i) for i in range(len(reader))} == {
+        f"image {i}": jpeg(i) for i in range(12)
+    }
+    name = "11.jpg" if path(11) == "11.png" else "train-00001-of-00002_5.jpg"
+    assert reader.name(11).endswith(f"/{name}")
