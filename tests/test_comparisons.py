@@ -158,6 +158,7 @@ def test_intervals_cover_what_they_say_in_300_tables():
     assert all(value <= 0.06 for value in found["false_differences"].values()), found
 
 
+@pytest.mark.slow
 def test_one_seed_alone_leaves_out_the_training():
     """What the remark beside a single seed's p-value is about: over all trainings it covers too little."""
     found = coverage.simulate(1, draws=80, resamples=200, noise=1.0, silent=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import real_check
 from PIL import Image
 
@@ -24,6 +25,7 @@ def test_the_held_out_digits_are_in_no_training_pair(tmp_path):
     assert len(rows) == 1437 and written == pixels(True)
 
 
+@pytest.mark.slow
 def test_zero_shot_on_unseen_digits_is_well_above_chance(tmp_path):
     """Chance is 10%; seeds 0, 1 and 2 reached 88, 89 and 88%."""
     real_check.write_digits(tmp_path, seed=0)

@@ -85,6 +85,7 @@ def test_a_worker_that_dies_is_named():
                 os.kill(workers()[0], signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_no_batch_is_waited_for_without_limit(monkeypatch):
     monkeypatch.setattr(loader, "POLL_SECONDS", 1)
     source = loader.make_loader(Slow(2, 60), workers=1, device=CPU)

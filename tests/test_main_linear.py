@@ -640,6 +640,7 @@ def test_the_kept_head_gives_the_runs_predictions(cbis, checkpoint, tmp_path, mo
         heads.load_heads(tmp_path / "head.safetensors")
 
 
+@pytest.mark.slow
 def test_digits_get_what_lesions_get_and_a_paired_baseline(tmp_path):
     """Any labelled set of moderate size: predictions, intervals that hold scikit-learn's value, a comparison."""
     argv = ["--dataset", "digits", "--cache-features", "-a", "test_vit", "-j", "0", "--gpu", "-1", "--resamples", "100"]
