@@ -213,13 +213,19 @@ def save_training_checkpoint(
 
 
 def refuse_full_disk(output_dir: Path, parameters: Iterable[Tensor], kept: int, files: RunFiles = TRAINING) -> None:
-    """OSError where a run's checkpoints will not fit: `kept`, the best, and one that is being written.
+    """OSError where not even one checkpoint of a run fits; a warning where `kept`, the best and one in writing do not.
 
     Each holds the weights and the optimizer's two averages of them; those that the run has already are taken off.
     """
     there = {status.st_ino: status.st_size for status in map(os.stat, output_dir.glob(f"{files.prefix}*.pt"))}
-    needed = (kept + 2) * 3 * 4 * sum(parameter.numel() for parameter in parameters) - sum(there.values())
-    utils.refuse_full(output_dir, needed, f"{kept + 2} checkpoints")
+    each = 3 * 4 * sum(parameter.numel() for parameter in parameters)
+    free = utils.refuse_full(output_dir, each, "a checkpoint's weights and averages")
+    needed = (kept + 2) * each - sum(there.values())
+    if needed > free:
+        log.warning(
+            f"{output_dir} has {free / 1e9:.1f} GB free; up to {kept + 2} checkpoints will be there, which take "
+            f"{needed / 1e9:.1f} GB more (--keep-last)"
+        )
 
 
 def find_training_checkpoint(

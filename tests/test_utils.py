@@ -117,19 +117,24 @@ def test_what_a_dead_process_has_left_is_removed_and_what_a_living_one_writes_is
     assert sorted(os.listdir(tmp_path)) == sorted(["a", living.name, young.name, ".notes.tmp"])
 
 
-def test_what_will_not_fit_is_told_before_it_is_written(tmp_path, monkeypatch):
+def test_what_will_not_fit_is_told_before_it_is_written(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000_000))
     assert utils.refuse_full(tmp_path / "absent" / "yet", 3_000_000_000, "the vectors") == 3_000_000_000
     with pytest.raises(OSError, match="yet has 3.0 GB free; the vectors take 5.0 GB"):
         utils.refuse_full(tmp_path / "absent" / "yet", 5_000_000_000, "the vectors")
     weights = [torch.empty(100_000_000, device="meta")]  # 1.2 GB a checkpoint with its averages
     checkpoints.refuse_full_disk(tmp_path, weights, kept=0)
-    with pytest.raises(OSError, match="3.0 GB free; 3 checkpoints take 3.6 GB"):
-        checkpoints.refuse_full_disk(tmp_path, weights, kept=1)
+    assert not caplog.messages
+    checkpoints.refuse_full_disk(tmp_path, weights, kept=1)
+    assert "3.0 GB free; up to 3 checkpoints will be there, which take 3.6 GB more" in caplog.text
+    with pytest.raises(OSError, match="3.0 GB free; a checkpoint's weights and averages take 3.6 GB"):
+        checkpoints.refuse_full_disk(tmp_path, weights * 3, kept=1)
+    caplog.clear()
     with open(tmp_path / "checkpoint.pt", "wb") as file:
         file.truncate(1_200_000_000)
     os.link(tmp_path / "checkpoint.pt", tmp_path / "checkpoint_step00000003.pt")
     checkpoints.refuse_full_disk(tmp_path, weights, kept=1)  # one of the three is there
+    assert not caplog.messages
 
 
 def test_fused_adamw_leaves_everything_alone_where_the_gradient_is_not_finite():
