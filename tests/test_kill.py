@@ -20,7 +20,6 @@ from PIL import Image
 from roco_tree import make_roco
 
 import main
-import utils
 from runtime import checkpoints
 from runtime.integrity import read_arrays
 
@@ -36,7 +35,7 @@ def _rank(rank: int, port: int, argv: list[str], log: str, writing) -> None:
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     torch.set_num_threads(1)
     if writing is not None:
-        utils.atomic_write = slow_writes(utils.atomic_write, writing)
+        checkpoints.atomic_write = slow_writes(checkpoints.atomic_write, writing)
     main.main(argv)
 
 
