@@ -153,13 +153,20 @@ def test_tars(tmp_path):
         check(lambda i=i: all_of(create_reader("webdataset", tmp_path, cache_dir=tmp_path / f"c{i}")), "0.tar")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF", "WEBP", "BMP", "16 bits", "DICOM"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF", "WEBP", "BMP", "16 bits", "DICOM", "DICOM with tables"])
 def test_images(kind, tmp_path):
-    if kind == "DICOM":
+    if kind.startswith("DICOM"):
         pytest.importorskip("pydicom")
-        from test_images import write_dicom
+        from test_dicom import sequence, table, write_dicom
 
         values = {"WindowCenter": 1000, "WindowWidth": 500, "PixelPaddingValue": 3}
+        if kind == "DICOM with tables":
+            window = sequence({"WindowCenter": 1000, "WindowWidth": 200})
+            values = {
+                "SharedFunctionalGroupsSequence": sequence({"FrameVOILUTSequence": window}),
+                "ModalityLUTSequence": sequence({**table(np.arange(64) * 60, 12), "ModalityLUTType": "US"}),
+                "VOILUTSequence": sequence(table(np.arange(64) * 60, 16)),
+            }
         write_dicom(tmp_path / "a.dcm", np.arange(1200).reshape(30, 40), **values)
         whole = (tmp_path / "a.dcm").read_bytes()
     elif kind == "16 bits":
