@@ -118,7 +118,7 @@ def test_killed_again_and_again_it_makes_the_same_predictions(drawn, made, tmp_p
     """SIGKILL to make_tables.py alone: its step writes a checkpoint and ends, and the next start waits for it."""
     argv = [sys.executable, "make_tables.py", *command(drawn, tmp_path, "--seeds", "0")]
     rng = random.Random(0)
-    for _ in range(4):
+    for _ in range(2):
         job = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(8, 20))
         job.kill()
