@@ -78,10 +78,9 @@ class UnreadableImages:
             return
         self._read()
         if name not in self.names:
-            with open(
-                self.path, "a", encoding="utf-8", errors="surrogateescape"
-            ) as file:  # of a name that is not UTF-8
-                file.write(f"{name}\t{' '.join(reason.split())}\n")
+            line = f"{name}\t{' '.join(reason.split())}\n"
+            with open(self.path, "ab") as file:
+                file.write(line.encode("utf-8", "surrogateescape"))  # a name may be no UTF-8
             self._read()
         if len(self.names) > self.limit:
             raise UnreadableImage(
@@ -97,9 +96,8 @@ class UnreadableImages:
                 new = file.read()
             new = new[: new.rfind(b"\n") + 1]
             self.position += len(new)
-            self.names.update(
-                line.partition("\t")[0] for line in new.decode("utf-8", "surrogateescape").split("\n")[:-1]
-            )
+            lines = new.decode("utf-8", "surrogateescape").split("\n")[:-1]
+            self.names.update(line.partition("\t")[0] for line in lines)
 
 
 class ContrastiveDataset(Dataset):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import logging
 import os
 import secrets
@@ -273,29 +272,17 @@ USE = {
 }
 
 
-def read_json(path: Path) -> dict:
-    """{} where the file is not there.
-
-    Raises:
-        ValueError: it is no JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
+def written(path: Path) -> dict:
+    """What a run's JSON file holds; {} where it is not there."""
+    return utils.read_json(path) if path.is_file() else {}
 
 
 def card(loaded: models.Pretrained, checkpoint: Path, form: str, folder: Path, results: list[Path]) -> str:
     """README.md, every figure of it from a file of the run."""
     run = checkpoint.parent
-    settings = read_json(run / "settings.json")
+    settings = written(run / "settings.json")
     args, derived = settings.get("args", {}), settings.get("derived", {})
-    found = {path: read_json(path if path.suffix == ".json" else path / "results.json") for path in results}
+    found = {path: written(path if path.suffix == ".json" else path / "results.json") for path in results}
     if empty := [str(path) for path, result in found.items() if not result]:
         raise ValueError(f"--results {empty[0]} holds no results.json")
     synthetic = any(result.get("synthetic") for result in found.values()) or is_synthetic(Path(args.get("root") or run))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -205,7 +204,7 @@ def classify_finetuned(args: argparse.Namespace) -> list[dict[str, Any]]:
     classes = state["settings"]["classes"]
     network = networks.rebuild(state, args.weights)
     file = args.run / "results.json"
-    results = json.loads(file.read_text()) if file.is_file() else {}
+    results = utils.read_json(file) if file.is_file() else {}
     loading = loading_of(args, results.get("settings", {}).get("precision", "fp32"))
     model, preprocess = network.model.to(loading.device), network.preprocess
     backbone = Backbone(model, model, preprocess, "logits", network.name)

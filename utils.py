@@ -98,8 +98,9 @@ def replacing(path: str | Path) -> Iterator[WrittenFile]:
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         file = WrittenFile(io.FileIO(os.open(temporary, flags, 0o666), "r+"))
-        with suppress(OSError):  # there is none before; a file system without modes
-            os.chmod(temporary, os.lstat(path).st_mode & 0o777) if path.is_file() and not path.is_symlink() else None
+        if path.is_file() and not path.is_symlink():
+            with suppress(OSError):  # a file system without modes
+                os.chmod(temporary, os.stat(path).st_mode & 0o777)
         _lock(file.fileno())
         with file:
             yield file
@@ -190,6 +191,17 @@ def write_json(path: str | Path, value: object) -> None:
     """Write a value as indented JSON, whole or not at all; what JSON cannot hold becomes text."""
     text = json.dumps(value, indent=2, default=str) + "\n"
     atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A file's JSON object; a ValueError names one that holds none."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not an object with keys")
+    return found
 
 
 _FILE_NAME = re.compile(r"\w(?:[\w .,+()=@-]*[\w+)])?")  # letters of any script

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+import utils
 from evaluation.features import Backbone, Loading, extract_or_reuse, load_backbone
 from evaluation.heads import Linear, load_heads, save_heads
 from evaluation.resamples import BOOTSTRAP, Bootstrap
@@ -105,8 +105,11 @@ def fitted_probe(folder: Path, weights: str = "", device: torch.device | str = "
 
 def _tower_of_flags(folder: Path) -> dict[str, Any]:
     """Where the tower of an earlier run came from, whose head does not say it: from the run's flags."""
-    args = json.loads((folder / "settings.json").read_text())["args"]
-    return {name: args[name] for name in ("pretrained", "model", "arch", "untrained", "seed")}
+    args = utils.read_json(folder / "settings.json").get("args")
+    names = ("pretrained", "model", "arch", "untrained", "seed")
+    if not isinstance(args, dict) or set(names) - set(args):
+        raise ValueError(f"{folder / 'settings.json'} is not of a probe: its args lack one of {', '.join(names)}")
+    return {name: args[name] for name in names}
 
 
 @dataclass(frozen=True)

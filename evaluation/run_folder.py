@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import utils
+
 log = logging.getLogger("medslip")
 
 
@@ -17,10 +19,7 @@ def settings_that_differ(path: str | Path, ours: dict[str, Any]) -> dict[str, li
     beside = Path(path).with_name("results.json")
     if not beside.is_file():
         return {}
-    try:
-        theirs = json.loads(beside.read_text())
-    except ValueError as error:
-        raise ValueError(f"{beside} is not JSON: {error}") from error
+    theirs = utils.read_json(beside)
     theirs |= theirs["settings"] if isinstance(theirs.get("settings"), dict) else {}
     ours = json.loads(json.dumps(ours))  # as a file holds them
     return {k: [theirs[k], v] for k, v in ours.items() if k in theirs and theirs[k] != v}

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,7 @@ from stat import S_ISREG
 from PIL import Image
 
 from datasets import UnreadableImages
+from inputs.files import files_below
 from inputs.images import UnreadableImage, decode_image
 from preparation.processes import add_workers_argument, keep_settings, over_processes
 from runtime.command_line import HelpFormatter
@@ -103,7 +103,8 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
     keep_settings(output / "shrink.json", {"root": str(root), "short_side": short_side}, "*")
     unreadable = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
     counts: Counter = Counter()
-    paths = (path for path in walk_files(root) if path not in ("shrink.json", "bad_samples.txt"))  # of an earlier copy
+    names = (os.path.relpath(path, root) for path in files_below(root))
+    paths = (name for name in names if name not in ("shrink.json", "bad_samples.txt"))  # of an earlier copy
     with (
         over_processes(workers, Shrinking(root, output, short_side, unreadable), chunk=16) as each,
         progress(desc="shrinking", unit=" files") as bar,
@@ -123,19 +124,6 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
 
 SHRINK_OUTCOMES = ("shrunk", "copied", "unreadable", "there already", "left out")
 SHRUNK_SUFFIXES = (".jpg", ".jpeg", ".png")
-
-
-def walk_files(root: Path) -> Iterator[str]:
-    """Paths, relative to the root, of all files below it; linked folders are entered, each folder once."""
-    seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from (os.path.relpath(os.path.join(folder, name), root) for name in sorted(names))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -96,7 +96,7 @@ class Sample:
     data: Callable[[], bytes]  # FileNotFoundError, UnreadableImage
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
     """One file of samples, read as a stream."""
 
@@ -119,13 +119,10 @@ def find_sources(folder: Path, columns: dict[str, str]) -> list[Source]:
         if split is None:
             raise ValueError(f"{path}: no split in its name or folder; they begin with {', '.join(SPLIT_OF)}")
         found.append(Source(split, path, partial(parquet_samples, path, columns)))
-    for split in {part.split for part in found}:
-        own = [part for part in found if part.split == split]
-        names = [name for part in own for name in parquet_names(part.path, columns)]
+    for split in sorted({part.split for part in found}):
+        names = [name for part in found if part.split == split for name in parquet_names(part.path, columns)]
         if None in names or len(set(names)) < len(names):  # as where each part counts its images from 0
-            for part in own:
-                place = "_".join(part.path.relative_to(folder).with_suffix("").parts)
-                part.samples = partial(parquet_samples, part.path, columns, f"{place}_")
+            found = [by_row(part, folder, columns) if part.split == split else part for part in found]
             log.info(f"{split}: its images have no names of their own, so they are called by file and row")
     for path in sorted(folder.glob("*_captions.csv")):
         split = SPLIT_OF.get(path.name.removesuffix("_captions.csv"))
@@ -134,6 +131,12 @@ def find_sources(folder: Path, columns: dict[str, str]) -> list[Source]:
     if not found:
         raise FileNotFoundError(f"{folder} holds neither parquet files nor <split>_captions.csv")
     return found
+
+
+def by_row(part: Source, folder: Path, columns: dict[str, str]) -> Source:
+    """The same parquet file with its rows called by its path and their numbers, where they have no ids."""
+    place = "_".join(part.path.relative_to(folder).with_suffix("").parts)
+    return replace(part, samples=partial(parquet_samples, part.path, columns, f"{place}_"))
 
 
 def split_of(path: Path) -> str | None:
@@ -145,11 +148,11 @@ def split_of(path: Path) -> str | None:
     return None
 
 
-def parquet_samples(path: Path, given: dict[str, str], by_row: str = "") -> Iterator[Sample]:
+def parquet_samples(path: Path, given: dict[str, str], called: str = "") -> Iterator[Sample]:
     """The rows of a parquet file, a row group in memory at a time; ImportError, ValueError as `open_parquet`.
 
     Args:
-        by_row: what the id of a row without one begins with, its number following; "" for the name of its image.
+        called: what the id of a row without one begins with, its number following; "" for the name of its image.
     """
     file, column = open_parquet(path, given)
     for group in range(file.num_row_groups):
@@ -162,7 +165,7 @@ def parquet_samples(path: Path, given: dict[str, str], by_row: str = "") -> Iter
             if column["id"]:
                 id = row[column["id"]]
             else:
-                id = f"{by_row}{number}" if by_row else Path(image["path"]).stem
+                id = f"{called}{number}" if called else Path(image["path"]).stem
             caption = caption[0] if isinstance(caption, list) and caption else caption
             yield Sample(where, str(id), str(caption or ""), partial(_bytes_of, image, where))
             number += 1

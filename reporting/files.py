@@ -1,8 +1,7 @@
-"""The JSON files that runs have written, read with a line about what one lacks in place of a traceback."""
+"""What the page and the tables need of the JSON files that runs have written: a line about what one lacks."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,6 @@ TABLES = (
     *(f"tables.*.rows.*.{name}" for name in ("name", "kind", "metrics", "files", "leaves_out")),
 )  # fmt: skip
 ZEROSHOT_ROWS = ("classes", "confusion", "test_patients", "metrics", "never_predicted")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object; a ValueError names one that holds none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not of a run: it holds a {type(found).__name__}, not an object with keys")
-    return found
 
 
 def require(found: dict[str, Any], where: str | Path, keys: tuple[str, ...]) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+import utils
 from evaluation import metrics
 from evaluation.predictions import Predictions
 from inputs import cbis
 from inputs.metadata import inside
 from reporting import files
-from reporting.files import read_object, require
+from reporting.files import require
 from reporting.plan import TABLES
 from synthetic.world import is_synthetic
 
@@ -81,7 +82,7 @@ class Runs:
 
 def read_json(path: Path, runs: Runs) -> dict:
     """A run's JSON file, noted as read; ValueError names one that is none."""
-    found = read_object(path)
+    found = utils.read_json(path)
     if path not in runs.read:
         runs.read.append(path)
     return found

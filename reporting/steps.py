@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from reporting.files import read_object
 from reporting.plan import TABLES, Plan, PlannedRow
 from runtime.checkpoints import load_checkpoint, training_progress
 from runtime.logs import format_seconds
@@ -56,7 +55,7 @@ class Step:
     def recorded(self) -> dict[str, Any] | None:
         """`record` when the step last ran; None where it never has."""
         path = self.folder / "step.json"
-        return read_object(path) if path.is_file() else None
+        return utils.read_json(path) if path.is_file() else None
 
 
 def seeds_of(row: PlannedRow, seeds: Sequence[int]) -> list[int]:

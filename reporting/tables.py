@@ -18,7 +18,7 @@ from evaluation.comparisons import Draws
 from evaluation.predictions import Predictions
 from evaluation.resamples import Bootstrap
 from inputs import cbis
-from reporting.files import RESULT, read_object, require
+from reporting.files import RESULT, require
 from reporting.plan import TABLES, Plan
 from reporting.steps import Step, folder_of, seeds_of
 from reporting.text import markdown
@@ -62,7 +62,7 @@ def measure(plan: Plan, args: argparse.Namespace, out: Path, kind: str) -> tuple
                 continue
             path = folder / "predictions.csv"
             item.found.append(Predictions.read(path).in_order_of(test, path))
-            item.results.append(read_object(folder / "results.json"))
+            item.results.append(utils.read_json(folder / "results.json"))
             require(item.results[-1], folder / "results.json", (*RESULT, "operating_point"))
             item.files.append(str(folder.relative_to(out)))
             item.seeds.append(seed)
@@ -161,7 +161,7 @@ def name_primary(plan: Plan, out: Path, results_there: bool) -> dict[str, Any] |
     if plan.primary is None:
         return None
     path = out / "primary.json"
-    named = read_object(path) if path.is_file() else {}
+    named = utils.read_json(path) if path.is_file() else {}
     if (named.get("table"), named.get("row")) != plan.primary:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         named = {"table": plan.primary[0], "row": plan.primary[1], "named": now, "after_results": results_there}

@@ -45,7 +45,7 @@ class Limit:
 PIXELS = Limit("MEDSLIP_MOST_PIXELS", 178_956_970, "pixels")
 # Of a member of an archive, or of a row group of a table, when it is unpacked.
 BYTES = Limit("MEDSLIP_MOST_BYTES", 4 << 30, "bytes")
-# Of memory for each byte of a pickle or of JSON. An empty list is a byte or two of a file, and 64 with its place.
+# Of memory for each byte of a pickle. An empty list is a byte or two of a file, and 64 with its place.
 MEMORY = Limit("MEDSLIP_MOST_MEMORY_PER_BYTE", 100, "bytes of memory for each byte of the file")
 _SPARE = 256 << 20  # bytes that any file may take
 

@@ -132,7 +132,9 @@ class _Lock:
             "command": shlex.join(sys.argv)[:300], "process": os.getpid(), "host": socket.gethostname(),
             "since": f"{datetime.now():%Y-%m-%d %H:%M}", "beat": beat,
         }  # fmt: skip
-        os.pwrite(descriptor, json.dumps(holder).encode().ljust(2048), 0)  # in one piece: who reads sees no half of it
+        text = json.dumps(holder).encode().ljust(2048)
+        os.pwrite(descriptor, text, 0)  # in one piece: who reads sees no half of it
+        os.ftruncate(descriptor, len(text))  # a longer one was before
         os.fsync(descriptor)
 
     def _beat(self) -> None:

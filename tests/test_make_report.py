@@ -268,7 +268,7 @@ def test_a_key_that_a_file_lacks_is_named_with_it(tmp_path, probed, key):
 
 
 @pytest.mark.parametrize("name", ["results.json", "zeroshot.json", "settings.json", "tables.json"])
-@pytest.mark.parametrize("text, why", [("{", "is not JSON"), ("[1]", "is not of a run: it holds a list")])
+@pytest.mark.parametrize("text, why", [("{", "is not JSON"), ("[1]", "holds a list, not an object with keys")])
 def test_a_file_of_another_kind_is_named(tmp_path, name, text, why):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))} {why}"):

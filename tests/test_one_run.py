@@ -150,3 +150,12 @@ def test_every_command_that_writes_a_run_is_refused_and_writes_nothing(tmp_path,
         with pytest.raises(one_run.FolderInUse, match="is in use by process"):
             command([*flags, str(run)])
         assert {path: path.read_bytes() for path in run.rglob("*")} == before
+
+
+def test_a_longer_name_of_an_earlier_holder_does_not_show(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["\N{GRINNING FACE}" * 300])
+    lock = one_run._Lock(tmp_path)
+    os.close(one_run._held.pop(lock.path))  # a crash: the file stays
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    with one_run.one_run(tmp_path):
+        assert json.loads((tmp_path / one_run.LOCK).read_text())["command"] == "main.py"

@@ -219,3 +219,20 @@ def test_ordinary_cells_are_written_as_the_csv_module_writes_them():
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(lines)
     assert utils.csv_text(lines) == text.getvalue()
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[1]", "holds a list, not an object"),
+        ("3", "holds a int"),
+    ],
+)
+def test_a_file_without_a_json_object_is_named(tmp_path, text, why):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=f"results.json {why}"):
+        utils.read_json(tmp_path / "results.json")
+    (tmp_path / "results.json").write_text('{"a": 1}')
+    assert utils.read_json(tmp_path / "results.json") == {"a": 1}

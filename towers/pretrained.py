@@ -9,7 +9,6 @@ Every tensor of a tower must come from the file, whose classifier and pre-traini
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
@@ -20,6 +19,7 @@ import safetensors.torch
 import timm
 from torch import Tensor
 
+import utils
 from inputs.sizes import as_size
 from runtime.checkpoints import load_checkpoint, refuse_not_finite, strip_wrappers
 from runtime.integrity import check_sums
@@ -51,7 +51,7 @@ def vision_data(tower: str, source: str | Path) -> dict[str, Any]:
     found = dict(mean=cfg.mean, std=cfg.std, input_size=cfg.input_size) if cfg else {}
     if Path(source).is_dir():
         file = Path(source) / "config.json"
-        written = _read_json(file)
+        written = utils.read_json(file)
         if (theirs := written.get("architecture", tower)) != tower.partition(".")[0]:
             raise ValueError(
                 f"{file} describes {theirs}, but the run's image tower is {tower}: --vision-tower {theirs}"
@@ -124,7 +124,7 @@ def read_bert(folder: str | Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: no config.json or vocabulary; a model that our text tower cannot hold.
     """
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
+    config = utils.read_json(folder / "config.json")
     width = config.get("hidden_size", 768)
     fixed = {**_FIXED, "intermediate_size": 4 * width}
     other = [f"{k} {config[k]!r} instead of {v!r}" for k, v in fixed.items() if config.get(k, v) != v]
@@ -134,7 +134,7 @@ def read_bert(folder: str | Path) -> dict[str, Any]:
     if (size := config.get("vocab_size", len(vocab))) != len(vocab):
         raise ValueError(f"{folder}: config.json counts {size} tokens, its vocabulary {len(vocab)}")
     settings = folder / "tokenizer_config.json"
-    lowercase = _read_json(settings).get("do_lower_case", True) if settings.is_file() else True
+    lowercase = utils.read_json(settings).get("do_lower_case", True) if settings.is_file() else True
     return {
         "config": {
             "text_tower": "bert",
@@ -151,7 +151,7 @@ def _bert_vocabulary(folder: Path) -> list[str]:
     file = folder / "tokenizer.json"
     if (folder / "vocab.txt").is_file() or not file.is_file():
         return read_vocab(folder / "vocab.txt")
-    model = _read_json(file).get("model", {})
+    model = utils.read_json(file).get("model", {})
     ids = model.get("vocab")
     if model.get("type") != "WordPiece" or not isinstance(ids, dict) or sorted(ids.values()) != list(range(len(ids))):
         raise ValueError(f"{file} holds no WordPiece vocabulary, which BERT's text tower reads")
@@ -207,18 +207,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dictionary; its keys begin {list(state)[:5]}")
     return strip_wrappers(state)
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        values = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return values
 
 
 def _copy(module: Any, weights: dict[str, Tensor], source: str) -> None:
