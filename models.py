@@ -493,7 +493,7 @@ def as_image(image: Any) -> Image.Image:
     """A path, a Pillow image or an array of any depth as RGB with 8 bits."""
     if isinstance(image, (str, Path)):
         return read_image(image)
-    return to_rgb8(image if isinstance(image, Image.Image) else Image.fromarray(to_8bit(np.asarray(image))))
+    return to_rgb8(image if isinstance(image, Image.Image) else Image.fromarray(to_8bit(np.asarray(image))[0]))
 
 
 def _is_medclip_state(state: dict) -> bool:

@@ -17,12 +17,14 @@ import argparse
 import importlib.util
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 import distributed
@@ -30,12 +32,13 @@ import models
 import utils
 from evaluation import metrics, saliency
 from evaluation.catalog import read_prompts
-from evaluation.features import Backbone, Loading, extract
+from evaluation.features import Backbone, Loading, each_once
 from evaluation.heads import Linear
 from evaluation.neighbours import nearest
 from evaluation.probe import fitted_probe
+from inputs.display import FRAMES, SHOWN, Display, add_frame_argument
 from inputs.files import IMAGE_SUFFIXES, images_below
-from inputs.images import read_image
+from inputs.images import decode_shown, frames_of, read_bytes
 from inputs.metadata import Table
 from inputs.transforms import eval_view, linear_eval_view
 from runtime.checkpoints import load_checkpoint
@@ -97,6 +100,11 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
     """Which images, where answers go, and how the images are loaded."""
     parser.add_argument("images", nargs=nargs, type=Path, help="image files, folders, or CSVs with a column image")
+    add_frame_argument(parser, "of DICOM files and TIFFs with several frames or pages: first, middle, a number from 1, "
+                       "or all, each an answer of its own called FILE#NUMBER", words=(*FRAMES, "all"))
+    parser.add_argument("--window", default=None, nargs=2, type=float, metavar=("CENTER", "WIDTH"),
+                        help="show images of more than 8 bits through this window (in what the device measured, "
+                        "Hounsfield units for CT) in place of the file's own or their percentiles")
     parser.add_argument("--output", default="", type=str, help="CSV, or .npz of embed (embed needs one)")
     parser.add_argument("--batch-size", default=64, type=positive_int, help="memory and speed only")
     parser.add_argument("-j", "--workers", default=0, type=int, help="loader processes")
@@ -106,25 +114,43 @@ def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
                         "fp32 on a CPU")
 # fmt: on
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class ImageList(Dataset):
-    """`ds[i] -> (view(image i), 0)`."""
+@dataclass(frozen=True)
+class Shown:
+    """An image that is asked about: a file, and how it is shown."""
 
-    def __init__(self, paths: Sequence[Path], view: Any):
-        self.paths, self.view = paths, view
+    path: Path
+    display: Display
+
+    def __str__(self) -> str:
+        """As answers name it; a frame of several by its number."""
+        return f"{self.path}#{self.display.frame}" if isinstance(self.display.frame, int) else str(self.path)
+
+    def read(self) -> tuple[Image.Image, str]:
+        """The image, and where its grey values come from; raises as `read_bytes` and `decode_shown` do."""
+        return decode_shown(read_bytes(self.path), str(self.path), self.display)
+
+
+class ImageList(Dataset):
+    """`ds[i] -> (view(image i), where its grey values come from)`, the latter by its place in SHOWN."""
+
+    def __init__(self, images: Sequence[Shown], view: Any):
+        self.images, self.view = images, view
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return self.view(read_image(self.paths[i]), None), 0
+        image, greys = self.images[i].read()
+        return self.view(image, None), SHOWN.index(greys)
 
 
-def find_images(given: Sequence[Path]) -> list[Path]:
+def find_files(given: Sequence[Path]) -> list[Path]:
     """Files as they are, folders with all images below them in order, CSVs with the paths in their column image."""
     found: list[Path] = []
     for path in given:
@@ -144,15 +170,54 @@ def find_images(given: Sequence[Path]) -> list[Path]:
     return found
 
 
+def find_images(args: argparse.Namespace) -> list[Shown]:
+    """The images that the flags name, shown as they say; of --frame all each frame of a file with several."""
+    window = tuple(args.window) if args.window else None
+    if window and window[1] < 1:
+        raise UsageError(f"--window {window[0]:g} {window[1]:g}: a width is at least 1")
+    found = []
+    for path in find_files(args.images):
+        if args.frame != "all":
+            found.append(Shown(path, Display(args.frame, window)))
+        elif (frames := frames_of(path)) > 1:
+            found += [Shown(path, Display(number, window)) for number in range(1, frames + 1)]
+        else:
+            found.append(Shown(path, Display(window=window)))
+    return found
+
+
 def passed(
-    backbone: Backbone, paths: Sequence[Path], loading: Loading, title: str, view: Any = None
-) -> tuple[np.ndarray, list[Path]]:
-    """Features (n, d) of the readable images and their paths; the others are named, with the reason, and counted."""
-    dataset = ImageList(paths, view or eval_view(backbone.preprocess))
-    features, kept = extract(backbone, dataset, title, loading)
-    if len(kept) < len(paths):
-        log.warning(f"{len(paths) - len(kept)} of {len(paths)} images skipped")
-    return features, [paths[i] for i in kept]
+    backbone: Backbone, images: Sequence[Shown], loading: Loading, title: str, view: Any = None,
+    trained: dict[str, int] | None = None,
+) -> tuple[np.ndarray, list[Shown]]:  # fmt: skip
+    """Features (n, d) of the readable images and these; the others are named, with the reason, and counted.
+
+    Args:
+        trained: where the grey values of training images came from (`features.greys_of`); what differs is said.
+    """
+
+    def compute(numbers: torch.Tensor, batch: torch.Tensor, greys: torch.Tensor) -> list[torch.Tensor]:
+        return [greys, loading.encode(backbone.encode, batch)]
+
+    dataset = ImageList(images, view or eval_view(backbone.preprocess))
+    kept, greys, features = each_once(backbone.model, dataset, compute, loading, title)
+    if len(kept) < len(images):
+        log.warning(f"{len(images) - len(kept)} of {len(images)} images skipped")
+    own = [images[i] for i in kept.tolist()]
+    compare_greys(own, [SHOWN[kind] for kind in greys.tolist()], trained)
+    return features.numpy(), own
+
+
+def compare_greys(images: Sequence[Shown], greys: Sequence[str], trained: dict[str, int] | None) -> None:
+    """Say which images get their grey values from something that no training image got them from."""
+    foreign = [i for i, kind in enumerate(greys) if trained and kind not in trained]
+    if foreign:
+        first = foreign[0]
+        log.warning(
+            f"{len(foreign)} of {len(images)} images are shown otherwise than the training images were "
+            f"({', '.join(trained or ())}), the first, {images[first]}, by {greys[first]}: their greys differ, so the "
+            "answers may. --window CENTER WIDTH shows images of more than 8 bits through one window"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +237,7 @@ def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
     backbone.model.to(loading.device)
     preprocess = backbone.preprocess
     view = partial(linear_eval_view, preprocess) if about.get("view") == "linear" else eval_view(preprocess)
-    features, paths = passed(backbone, find_images(args.images), loading, "classify", view)
+    features, paths = passed(backbone, find_images(args), loading, "classify", view, about.get("greys"))
     distance = heads[0].distance(features)
     if names := about.get("findings"):  # of each image any number, each by a head of its own
         prob = np.stack([head(features)[:, 1] for head in heads], axis=1)
@@ -209,7 +274,7 @@ def classify_finetuned(args: argparse.Namespace) -> list[dict[str, Any]]:
     model, preprocess = network.model.to(loading.device), network.preprocess
     backbone = Backbone(model, model, preprocess, "logits", network.name)
     view = EvalView(preprocess, network.config.crop_pct)
-    logits, paths = passed(backbone, find_images(args.images), loading, "classify", view)
+    logits, paths = passed(backbone, find_images(args), loading, "classify", view, results.get("greys"))
     prob = torch.from_numpy(logits).double().softmax(-1).numpy()
     point = results.get("operating_point")
     rows = answers(paths, prob, classes, point)
@@ -252,7 +317,7 @@ def targets(prob: np.ndarray, classes: Sequence[str], operating_point: dict | No
 
 
 def draw_maps(
-    folder: Path, backbone: Backbone, heads: Sequence[Linear], view: Any, paths: Sequence[Path],
+    folder: Path, backbone: Backbone, heads: Sequence[Linear], view: Any, paths: Sequence[Shown],
     explained: Sequence[tuple[int, int]], rows: list[dict[str, Any]],
 ) -> None:  # fmt: skip
     """An image with its map for each answer, in `folder`; the answer's column `map` names it.
@@ -267,14 +332,14 @@ def draw_maps(
         own = [i for i, pair in enumerate(explained) if pair == (number, target)]
         for start in range(0, len(own), 8):
             part = own[start : start + 8]
-            images = torch.stack([view(read_image(paths[i]), None) for i in part])
+            images = torch.stack([view(paths[i].read()[0], None) for i in part])
             for i, image, heat in zip(part, images, explainer(images.to(device)), strict=True):
-                file = folder / f"{i:05d}_{utils.file_name(paths[i].stem)}.png"
+                file = folder / f"{i:05d}_{utils.file_name(paths[i].path.stem)}.png"
                 saliency.overlay(saliency.grey_view(image), heat).save(file)
                 rows[i]["map"] = str(file)
 
 
-def finding_answers(paths: Sequence[Path], prob: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+def finding_answers(paths: Sequence[Shown], prob: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each image: the probability (n, f) of each finding by itself."""
     return [
         {"image": str(path), **{f"prob_{name}": float(p) for name, p in zip(names, own, strict=True)}}
@@ -283,7 +348,7 @@ def finding_answers(paths: Sequence[Path], prob: np.ndarray, names: Sequence[str
 
 
 def answers(
-    paths: Sequence[Path], prob: np.ndarray, classes: Sequence[str], operating_point: dict | None
+    paths: Sequence[Shown], prob: np.ndarray, classes: Sequence[str], operating_point: dict | None
 ) -> list[dict[str, Any]]:
     """A row for each image: the class, the probabilities (n, k), and the decision at validation's threshold."""
     point, positive = None, positive_of(classes, operating_point)
@@ -326,13 +391,13 @@ def zero_shot(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def unit_vectors(loaded: models.Pretrained, args: argparse.Namespace, title: str) -> tuple[np.ndarray, list[Path]]:
+def unit_vectors(loaded: models.Pretrained, args: argparse.Namespace, title: str) -> tuple[np.ndarray, list[Shown]]:
     """Vectors (n, d) of length 1 of the readable images that the flags name, and their paths."""
     loading = loading_of(args)
     loaded.model.to(loading.device)
     encode, features = loaded.image_encoder()
     backbone = Backbone(encode, loaded.model, loaded.preprocess, features, loaded.source)
-    found, paths = passed(backbone, find_images(args.images), loading, title)
+    found, paths = passed(backbone, find_images(args), loading, title)
     return found / np.linalg.norm(found, axis=1, keepdims=True), paths
 
 

@@ -47,7 +47,7 @@ from datasets import GlobalBatchSampler
 from distributed import Processes
 from evaluation import downstream
 from evaluation.catalog import CATALOG
-from evaluation.features import Loading
+from evaluation.features import Loading, greys_of
 from evaluation.resamples import Bootstrap
 from inputs import cbis, loader
 from inputs.sizes import ImageSize
@@ -595,7 +595,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, writer: MetricWrit
                 if not train_one_epoch(run, stop):
                     return {"stopped_by": stop.name}
                 finish_epoch(run)
-    results = report(finished(run), run.evaluation)
+    results = report(finished(run), run.evaluation) | {"greys": greys_of(run.evaluation.sets.train)}
     if processes.is_main:
         utils.write_json(Path(args.output_dir) / "results.json", results)
     return results

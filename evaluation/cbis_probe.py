@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from evaluation import comparisons, metrics
+from evaluation.features import greys_of
 from evaluation.heads import PROTOCOLS, Choice, Samples, stratified_part
 from evaluation.predictions import Predictions, describe_results, macro_auroc, macro_f1
 from evaluation.probe import Fitting, Fractions, Probe
@@ -38,6 +39,7 @@ class Lesions:
     def __init__(self, probe: Probe, images: LesionImages):
         self.probe, self.images = probe, images
         self.skipped: dict[str, int] = {}  # by split: image missing or corrupt
+        self.greys: dict[str, int] = {}  # of training images, see `features.greys_of`
 
     def __call__(self, split: str) -> Samples:
         """A split's features, labels and rows."""
@@ -46,6 +48,8 @@ class Lesions:
             images.root, images.kind, split, images.image_kind, backbone.preprocess, images.skip_broken
         )  # fmt: skip
         features, kept = self.probe.features(lesions, f"{self.probe.dataset}_{images.image_kind}_{split}")
+        if split == "train":
+            self.greys = greys_of(lesions)
         self.skipped[split] = lesions.dropped + len(lesions) - len(kept)
         return Samples(features, np.array(lesions.labels)[kept], [lesions.rows[i] for i in kept])
 
@@ -85,7 +89,9 @@ def probe_cbis(probe: Probe, images: LesionImages, fitting: Fitting, fractions: 
         how = f"{probe.backbone.features} features, {fitting.protocol} protocol"
         log.info("\n".join([describe_results(results, how), *describe_lesion_fractions(results)]))
     point = results.get("operating_point")
-    probe.keep_heads([head.probabilities], (train + val).features, results.get("classes"), operating_point=point)
+    probe.keep_heads(
+        [head.probabilities], (train + val).features, results.get("classes"), operating_point=point, greys=lesions.greys
+    )
     return results
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,8 @@ from datasets import EvalPairs
 from evaluation import metrics
 from evaluation.downstream import ZeroShotSet
 from inputs import loader
-from inputs.images import UnreadableImage
+from inputs.display import AS_STORED
+from inputs.images import UnreadableImage, decode_shown, read_bytes
 from inputs.reader import Reader
 from inputs.sizes import Size, as_size
 from inputs.transforms import Preprocess, View
@@ -305,10 +307,32 @@ def identify(dataset: Any) -> Iterator[bytes]:
         yield f"{dataset.pixels.shape} {dataset.upsample}".encode()
         yield np.ascontiguousarray(dataset.pixels).tobytes()
         return
-    for i in range(len(dataset)):  # CbisLesions has whole paths, downstream.ImageFiles relative ones
-        path = Path(getattr(dataset, "root", ""), dataset.paths[i]).absolute()
+    for i in range(len(dataset)):
+        path = _path_of(dataset, i)
         status = path.stat() if path.exists() else None  # absent: the pass says so, or skips it
         yield f"{path} {status and (status.st_size, status.st_mtime_ns)}\n".encode()
+
+
+def greys_of(dataset: Any, most: int = 16) -> dict[str, int]:
+    """Where the grey values of a dataset's images come from, of `display.SHOWN`: counts of up to `most`, evenly spread.
+
+    It is kept beside what was trained on them: images that are shown otherwise look otherwise to the tower.
+    """
+    if hasattr(dataset, "pixels"):
+        return {AS_STORED: min(len(dataset), most)}
+    found: Counter = Counter()
+    for i in sorted({int(place) for place in np.linspace(0, len(dataset) - 1, min(len(dataset), most))}):
+        try:
+            path = _path_of(dataset, i)
+            found[decode_shown(read_bytes(path), str(path))[1]] += 1
+        except (UnreadableImage, FileNotFoundError):
+            continue  # the pass over the images says so, or skips it
+    return dict(found)
+
+
+def _path_of(dataset: Any, i: int) -> Path:
+    """CbisLesions has whole paths, downstream.ImageFiles relative ones."""
+    return Path(getattr(dataset, "root", ""), dataset.paths[i]).absolute()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

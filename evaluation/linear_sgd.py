@@ -23,7 +23,7 @@ import utils
 from datasets import GlobalBatchSampler
 from evaluation import downstream, metrics
 from evaluation.catalog import Catalog, metric_of
-from evaluation.features import extract
+from evaluation.features import extract, greys_of
 from evaluation.heads import Linear
 from evaluation.predictions import Predictions, report_rows
 from evaluation.probe import Probe
@@ -261,7 +261,7 @@ def keep_layer(run: LinearRun, train: downstream.Downstream) -> None:
     """head.safetensors of the trained layer, on features as they are."""
     weight, bias = run.head.weight.detach().cpu().numpy().T, run.head.bias.detach().cpu().numpy()  # (d, C), (C,)
     layer = Linear(np.zeros(len(weight), np.float32), np.ones(len(weight), np.float32), weight, bias)
-    run.probe.keep_heads([layer], None, train.classes, view="linear")
+    run.probe.keep_heads([layer], None, train.classes, view="linear", greys=greys_of(train))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class Probe:
         Args:
             features: of the training images (n, d), for the distance of new ones from them; None where there is none.
             classes: in the order of the layer's columns; None for findings.
-            about: what else belongs in the header: operating_point, the name of the view, findings.
+            about: what else belongs in the header: operating_point, the name of the view, findings, greys.
         """
         if not heads or not self.is_main:  # no finding has two images of either outcome
             return

@@ -16,6 +16,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 import utils
 from evaluation import downstream, metrics
 from evaluation.catalog import Catalog, entry_of, metric_of, read_catalog
+from evaluation.features import greys_of
 from evaluation.heads import Choice, Head, Linear, Samples, fit_logistic, knn_probabilities, stratified_part
 from evaluation.predictions import Predictions, check_baseline, report_rows
 from evaluation.probe import Fitting, Fractions, Probe
@@ -147,7 +148,14 @@ def probe_logistic(
         if probe.is_main:
             found.write(probe.output_dir / "predictions.csv")
     point = results.get("operating_point")
-    probe.keep_heads([head.probabilities], features.train.features, classes, view="linear", operating_point=point)
+    probe.keep_heads(
+        [head.probabilities],
+        features.train.features,
+        classes,
+        view="linear",
+        operating_point=point,
+        greys=greys_of(labelled.train),
+    )
     return results
 
 
@@ -185,7 +193,9 @@ def probe_findings(probe: Probe, labelled: LabelledSet, features: SetFeatures, f
         write_findings(probe.output_dir / "predictions.csv", names, features.test.rows, wanted, prob)
         log.info(describe_findings(probe.dataset, found, len(set(groups))))
     keep: list[Linear] = list(heads.values())
-    probe.keep_heads(keep, features.train.features, None, findings=list(heads), view="linear")
+    probe.keep_heads(
+        keep, features.train.features, None, findings=list(heads), view="linear", greys=greys_of(labelled.train)
+    )
     return {
         name: {key: asdict(interval) for key, interval in values.items()}
         | ({"chosen": chosen[name]} if name in chosen else {})

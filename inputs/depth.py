@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from inputs.display import AS_STORED, BY_HAND, STRETCHED
+
 WINDOW_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")  # DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3
 
 
@@ -39,11 +41,21 @@ def window_to_8bit(
     return np.rint(255 * (1 - fraction if invert else fraction)).astype(np.uint8)
 
 
-def to_8bit(values: np.ndarray) -> np.ndarray:
-    """Values of any depth to uint8, same shape: those of an 8-bit image as they are, others between percentiles.
+def to_8bit(values: np.ndarray, window: tuple[float, float] | None = None) -> tuple[np.ndarray, str]:
+    """Values of any depth to uint8, same shape, and which of `display.SHOWN` they come from.
 
-    An 8-bit image may be stored in 16 bits as it is, or spread over their range (times 257, as PNG does it, or 256).
+    Those of an 8-bit image are taken as they are: it may be stored in 16 bits, or spread over their range (times 257,
+    as PNG does it, or 256). Others go through `window` (center, width) where it is given, else between percentiles.
     """
+    if (stored := _of_8_bits(values)) is not None:
+        return stored, AS_STORED
+    if window is not None:
+        return window_to_8bit(values, *window), BY_HAND
+    return window_to_8bit(values), STRETCHED
+
+
+def _of_8_bits(values: np.ndarray) -> np.ndarray | None:
+    """The values as uint8 where they are those of an 8-bit image."""
     if values.dtype == np.uint8 or not values.size:
         return values.astype(np.uint8)
     low, high = values.min(), values.max()
@@ -53,4 +65,4 @@ def to_8bit(values: np.ndarray) -> np.ndarray:
         for factor in (257, 256):
             if not (values % factor).any():
                 return (values // factor).astype(np.uint8)
-    return window_to_8bit(values)
+    return None

@@ -10,12 +10,14 @@ import io
 import math
 import re
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from inputs.depth import to_8bit, window_to_8bit
+from inputs.display import BY_FILE, BY_HAND, DISPLAY, Display
 from runtime.limits import BYTES, PIXELS
 
 
@@ -24,12 +26,15 @@ def is_dicom(data: bytes, name: str) -> bool:
     return data[128:132] == b"DICM" or name.lower().endswith((".dcm", ".dicom"))
 
 
-def displayed(data: bytes) -> tuple[Image.Image, int]:
-    """The first frame as its file wants it displayed, in RGB with 8 bits, and how many frames there are.
+def displayed(data: bytes, display: Display = DISPLAY) -> tuple[Image.Image, str, int]:
+    """A frame as its file, or a person, wants it displayed, in RGB with 8 bits.
+
+    Returns:
+        the image, its pixels square; where its grey values come from, one of `display.SHOWN`; the number of frames.
 
     Raises:
         ImportError: without pydicom.
-        Exception: of any kind, on a damaged file.
+        Exception: of any kind, on a damaged file, or one without the frame.
     """
     import pydicom
     from pydicom.pixels import apply_color_lut, pixel_array
@@ -40,24 +45,39 @@ def displayed(data: bytes) -> tuple[Image.Image, int]:
     sides = (int(dataset.get(name, 1)) for name in ("Rows", "Columns", "SamplesPerPixel"))
     PIXELS.refuse(math.prod(sides), "it")
     frames = int(dataset.get("NumberOfFrames", 1))
-    frame = pixel_array(dataset, index=0)  # (H, W), or (H, W, 3) in RGB
+    number = display.index(frames)
+    _take_sign(dataset, number)
+    frame = pixel_array(dataset, index=number)  # (H, W), or (H, W, 3) in RGB
     if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
         frame = apply_color_lut(frame, dataset)[..., :3]
         frame = frame if frame.dtype == np.uint8 else (frame >> 8).astype(np.uint8)  # entries fill all 16 bits
-    if frame.ndim == 3:
-        return Image.fromarray(to_8bit(frame)), frames
-    _take_functional_groups(dataset, 0)
+    _take_functional_groups(dataset, number)
+    shown, how = _grey(frame, dataset, display.window) if frame.ndim == 2 else to_8bit(frame)
+    return _square(Image.fromarray(shown), dataset).convert("RGB"), how, frames
+
+
+def _grey(frame: np.ndarray, dataset: Any, window: tuple[float, float] | None) -> tuple[np.ndarray, str]:
+    """Stored values (H, W) to uint8, and where they come from."""
     padding = _padding(frame, dataset)
     values = _modality(frame, dataset)
-    grey = _windowed(values, dataset)
+    how = BY_HAND if window else BY_FILE
+    grey = window_to_8bit(values, *window) if window else _windowed(values, dataset)
     if grey is None:
         # No window: 8-bit values as they are, others between percentiles of what is not padding.
         grey = np.zeros(values.shape, np.uint8)
-        grey[~padding] = to_8bit(values[~padding])
+        grey[~padding], how = to_8bit(values[~padding])
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
         grey = 255 - grey
     grey[padding] = 0  # it is no part of the image, so black
-    return Image.fromarray(grey).convert("RGB"), frames
+    return grey, how
+
+
+def frames_of(path: str | Path) -> int:
+    """How many frames a file holds, by its header; raises as `displayed` does."""
+    import pydicom
+
+    header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["NumberOfFrames"])
+    return int(header.get("NumberOfFrames") or 1)
 
 
 def reason(error: Exception) -> str:
@@ -106,13 +126,33 @@ def _drop_empty(dataset: Any) -> None:
             del dataset[element.tag]
 
 
+def _take_sign(dataset: Any, number: int) -> None:
+    """Call the values signed where frame `number`'s JPEG 2000 codestream does and the header denies it.
+
+    Decoders differ there: of pydicom 3.0.2's, Pillow moves such values up by half their range, pylibjpeg and GDCM
+    wrap the negative ones to the top. Called signed, all three give the numbers that were encoded.
+    """
+    from pydicom.encaps import get_frame
+    from pydicom.pixels.utils import get_j2k_parameters
+    from pydicom.uid import JPEG2000TransferSyntaxes
+
+    if dataset.file_meta.get("TransferSyntaxUID") in JPEG2000TransferSyntaxes and not dataset.get(
+        "PixelRepresentation"
+    ):
+        code = get_frame(dataset.PixelData, number, number_of_frames=int(dataset.get("NumberOfFrames", 1)))
+        dataset.PixelRepresentation = int(get_j2k_parameters(code).get("is_signed", False))
+
+
 def _take_functional_groups(dataset: Any, number: int) -> None:
-    """Put what the groups say of frame `number`'s values into the data set (PS3.3, C.7.6.16); its own, then shared."""
+    """Put what the groups say of frame `number`'s values and pixels into the data set (PS3.3, C.7.6.16).
+
+    The frame's own group counts before the shared one.
+    """
     for name, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", number)):
         groups = dataset.get(name) or []
         if place >= len(groups):
             continue
-        for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+        for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
             for item in (groups[place].get(macro) or [])[:1]:
                 _drop_empty(item)
                 for element in item:
@@ -132,6 +172,24 @@ def _as_stored(value: int, dataset: Any) -> int:
     """A value that was written unsigned, of an image of signed ones: 63488 is -2048 there."""
     bits = int(dataset.BitsAllocated)
     return value - (1 << bits) if dataset.get("PixelRepresentation") == 1 and value >= 1 << (bits - 1) else value
+
+
+def _square(img: Image.Image, dataset: Any) -> Image.Image:
+    """The image as a screen with square pixels shows it: enlarged along the longer side of its own pixels.
+
+    Their sides, of a row and of a column, are the ratio that the file states, or the distances of their centres in mm.
+    """
+    names = ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+    pair = next((value for name in names if (value := dataset.get(name))), (1, 1))
+    if not hasattr(pair, "__len__") or len(pair) != 2:
+        return img
+    height, width = (float(value) for value in pair)  # of a pixel
+    if min(height, width) <= 0 or abs(height - width) <= 0.01 * width:  # spacings are rounded
+        return img
+    shorter = min(height, width)
+    size = round(img.width * width / shorter), round(img.height * height / shorter)
+    PIXELS.refuse(math.prod(size), "with square pixels it")
+    return img.resize(size, Image.Resampling.BILINEAR)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

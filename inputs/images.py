@@ -7,7 +7,6 @@ radiographs in 16-bit files, grey or in several equal channels) are windowed her
 from __future__ import annotations
 
 import io
-import logging
 import os
 import stat
 import struct
@@ -23,9 +22,9 @@ from torch import Tensor
 
 from inputs import dicom
 from inputs.depth import to_8bit
+from inputs.display import AS_STORED, DISPLAY, Display, say_first_of
 from runtime.limits import PIXELS
 
-log = logging.getLogger("medslip")
 # Pillow warns above this number and refuses twice of it, when a file is opened and before it is decoded.
 Image.MAX_IMAGE_PIXELS = PIXELS.most // 2
 
@@ -53,15 +52,20 @@ def to_rgb8(img: Image.Image) -> Image.Image:
     """
     if img.mode == "RGB":
         return img
-    if img.mode.startswith("I") or img.mode == "F":  # I;16, I;16B, I;16L, I, F
-        return Image.fromarray(to_8bit(np.asarray(img))).convert("RGB")
+    if _is_deep(img):
+        return Image.fromarray(to_8bit(np.asarray(img))[0]).convert("RGB")
     if img.has_transparency_data:  # RGBA, LA, PA, and palettes with a transparent entry
         img = img.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", img.size, "white"), img).convert("RGB")
     return img.convert("RGB")
 
 
-def _channels_of_16_bits(data: bytes) -> np.ndarray | None:
+def _is_deep(img: Image.Image) -> bool:
+    """Whether it has more than 8 bits: I;16, I;16B, I;16L, I, F."""
+    return img.mode.startswith("I") or img.mode == "F"
+
+
+def _channels_of_16_bits(data: bytes, frame: int) -> np.ndarray | None:
     """(H, W, C) uint16, C = 2 (grey and alpha), 3 or 4, of a file with several channels of 16 bits; None for others.
 
     Pillow keeps the first byte of two. Its unpackers for the other byte order keep the second, so that reading the file
@@ -69,6 +73,9 @@ def _channels_of_16_bits(data: bytes) -> np.ndarray | None:
     """
     other = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
     high, second = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(data))
+    if frame:
+        high.seek(frame)
+        second.seek(frame)
     raws = {_raw_mode(tile) for tile in high.tile}
     if len(raws) != 1 or high.mode not in ("RGB", "RGBA", "LA"):
         return None
@@ -92,14 +99,15 @@ def _with_raw_mode(tile: Any, raw_mode: str) -> Any:
     return tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:]))
 
 
-def _rgb8_of_channels(values: np.ndarray) -> Image.Image:
-    """(H, W, 2, 3 or 4) uint16, the last of two or four an alpha channel, to RGB with 8 bits."""
+def _rgb8_of_channels(values: np.ndarray, window: tuple[float, float] | None) -> tuple[Image.Image, str]:
+    """(H, W, 2, 3 or 4) uint16, the last of two or four an alpha channel, to RGB with 8 bits, and how it is shown."""
     alpha = values[..., -1:] if values.shape[-1] in (2, 4) else None
-    colours = to_8bit(values if alpha is None else values[..., :-1])  # one window for all, or the hue would change
+    # One window for all, or the hue would change.
+    colours, how = to_8bit(values if alpha is None else values[..., :-1], window)
     if alpha is not None:
         opaque = alpha.astype(np.float32) / 65535
         colours = np.rint(colours * opaque + 255 * (1 - opaque)).astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(colours, (*colours.shape[:2], 3))))
+    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(colours, (*colours.shape[:2], 3)))), how
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,61 +127,72 @@ def read_bytes(path: str | Path) -> bytes:
         raise UnreadableImage(f"cannot read the image {path}: {error}") from error
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, display: Display = DISPLAY) -> Image.Image:
     """The image at `path` as RGB with 8 bits; raises as `read_bytes` and `decode_image` do."""
-    return decode_image(read_bytes(path), str(path))
+    return decode_image(read_bytes(path), str(path), display)
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str, display: Display = DISPLAY) -> Image.Image:
     """The image in `data` (DICOM, by content or name, or anything that Pillow reads) as RGB with 8 bits.
 
     Raises:
         UnreadableImage: with `name` in the message.
     """
+    return decode_shown(data, name, display)[0]
+
+
+def decode_shown(data: bytes, name: str, display: Display = DISPLAY) -> tuple[Image.Image, str]:
+    """What `decode_image` gives, and where its grey values come from, one of `display.SHOWN`."""
     if dicom.is_dicom(data, name):
-        return _dicom_image(data, name)
+        return _dicom_image(data, name, display)
     try:
         img = Image.open(io.BytesIO(data))
-        if img.mode in ("RGB", "RGBA", "LA") and (deep := _channels_of_16_bits(data)) is not None:
-            return _rgb8_of_channels(deep)
-        img.load()
+        frame = 0
         if img.format == "TIFF":
-            say_first_of(getattr(img, "n_frames", 1), name)
-        if _white_is_zero(img):
-            return Image.fromarray(255 - to_8bit(np.asarray(img))).convert("RGB")
-        return to_rgb8(img)
+            frames = getattr(img, "n_frames", 1)
+            say_first_of(frames, name, display)
+            frame = display.index(frames)
+            img.seek(frame)
+        if img.mode in ("RGB", "RGBA", "LA") and (deep := _channels_of_16_bits(data, frame)) is not None:
+            return _rgb8_of_channels(deep, display.window)
+        img.load()
+        if not _is_deep(img):
+            return to_rgb8(img), AS_STORED
+        grey, how = to_8bit(np.asarray(img), display.window)
+        return Image.fromarray(255 - grey if _white_is_zero(img) else grey).convert("RGB"), how
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"cannot decode the image {name}: {error}{PIXELS.advice}") from error
     except _DECODE_ERRORS as error:
         raise UnreadableImage(f"cannot decode the image {name}: {error}") from error
 
 
-_said_first_of = False
-
-
-def say_first_of(frames: int, name: str) -> None:
-    """Log that of a file with several frames or pages the first is read: once a process, with the first such name."""
-    global _said_first_of
-    if frames > 1 and not _said_first_of:
-        _said_first_of = True
-        log.warning(f"{name} holds {frames} frames or pages: of such files the first is read")
-
-
 def _white_is_zero(img: Image.Image) -> bool:
-    """Whether a TIFF's low values are bright, as film digitisers write them; Pillow turns them round up to 8 bits."""
-    deep = img.mode.startswith("I") or img.mode == "F"
-    return deep and img.format == "TIFF" and getattr(img, "tag_v2", {}).get(262) == 0  # PhotometricInterpretation
+    """Whether a deep TIFF's low values are bright, as film digitisers write them; Pillow turns those of 8 bits."""
+    return img.format == "TIFF" and getattr(img, "tag_v2", {}).get(262) == 0  # PhotometricInterpretation
 
 
-def _dicom_image(data: bytes, name: str) -> Image.Image:
+def _dicom_image(data: bytes, name: str, display: Display) -> tuple[Image.Image, str]:
     try:
-        img, frames = dicom.displayed(data)
-        say_first_of(frames, name)
-        return img
+        img, how, frames = dicom.displayed(data, display)
+        say_first_of(frames, name, display)
+        return img, how
     except ImportError as error:
         raise ImportError(f"{name} is a DICOM file; to read it, install pydicom") from error
     except Exception as error:  # pydicom raises any kind on damaged files
         raise UnreadableImage(f"cannot decode the image {name}: {dicom.reason(error)}") from error
+
+
+def frames_of(path: str | Path) -> int:
+    """How many frames or pages a DICOM file or a TIFF holds, by its header; 1 for other images, and unreadable ones."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(132)
+        if dicom.is_dicom(start, str(path)):
+            return dicom.frames_of(path)
+        with Image.open(path) as img:
+            return getattr(img, "n_frames", 1) if img.format == "TIFF" else 1
+    except Exception:  # of any kind, on a damaged file; reading it says what is wrong
+        return 1
 
 
 def image_size(path: str | Path) -> tuple[int, int] | None:

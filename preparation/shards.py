@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from datasets import READERS, UnreadableImages, create_reader
-from inputs.images import UnreadableImage
+from inputs.dicom import is_dicom
+from inputs.display import DISPLAY, Display, add_frame_argument
+from inputs.images import UnreadableImage, decode_image
 from inputs.reader import Reader
 from preparation.processes import add_workers_argument, keep_settings, over_processes
 from preparation.shrink import check_short_side, encode, format_of, shrink
@@ -51,6 +53,9 @@ def add_parser(commands) -> None:
         help="shrink larger images to this short side, as JPEG of quality 95 (PNG stays PNG); twice the training "
         "size, 448, keeps what crops need. Default: copy",
     )
+    add_frame_argument(
+        parser, "which frame of DICOM files and TIFFs with several (a tomosynthesis): first, middle, or a number from 1"
+    )
     add_workers_argument(parser)
     parser.set_defaults(run=run)
 
@@ -59,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     """Open the source and write its shards."""
     reader = create_reader(args.dataset, args.root, args.metadata, args.split)
     log.info("\n".join(reader.log))
-    make_shards(reader, args.output, args.shard_size, args.short_side, args.workers)
+    make_shards(reader, args.output, args.shard_size, args.short_side, args.workers, args.frame)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Shards:
     size: int
     short_side: int | None
     unreadable: UnreadableImages
+    display: Display = DISPLAY
 
     def path(self, number: int) -> Path:
         """Of shard `number`."""
@@ -82,7 +88,12 @@ class Shards:
 
 
 def make_shards(
-    reader: Reader, output: str | Path, shard_size: int = 5000, short_side: int | None = None, workers: int = 1
+    reader: Reader,
+    output: str | Path,
+    shard_size: int = 5000,
+    short_side: int | None = None,
+    workers: int = 1,
+    frame: int | str = "first",
 ) -> int:
     """Writes the reader's pairs as shards, each complete or not there; returns how many images were skipped.
 
@@ -96,9 +107,10 @@ def make_shards(
     output.mkdir(parents=True, exist_ok=True)
     settings = {"reader": type(reader).__name__, "root": str(reader.root), "metadata": str(reader.files[0])}
     settings |= {"split": reader.split, "pairs": len(reader), "shard_size": shard_size, "short_side": short_side}
+    settings |= {} if frame == "first" else {"frame": frame}
     keep_settings(output / "shards.json", settings, "*.tar")
     unreadable = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
-    shards = Shards(reader, output, shard_size, short_side, unreadable)
+    shards = Shards(reader, output, shard_size, short_side, unreadable, Display(frame))
     numbers = range(math.ceil(len(reader) / shard_size))
     missing = [number for number in numbers if not shards.path(number).is_file()]
     there = len(reader) - sum(len(shards.rows(number)) for number in missing)
@@ -124,7 +136,7 @@ def write_shard(shards: Shards, number: int) -> int:
             for i in rows:
                 name, captions, key = reader.name(i), reader.captions(i), f"{i:09d}"
                 try:
-                    image, extension = pack(reader, i, shards.short_side)
+                    image, extension = pack(reader, i, shards.short_side, shards.display)
                 except (UnreadableImage, FileNotFoundError) as error:
                     shards.unreadable.add(name, str(error))
                     continue
@@ -136,14 +148,14 @@ def write_shard(shards: Shards, number: int) -> int:
     return len(rows)
 
 
-def pack(reader: Reader, i: int, short_side: int | None) -> tuple[bytes, str]:
+def pack(reader: Reader, i: int, short_side: int | None, display: Display = DISPLAY) -> tuple[bytes, str]:
     """An image's bytes for a shard and their extension; raises as `Reader.image` does."""
-    img = reader.image(i)
     data = reader.data(i)
-    file_format = "" if reader.name(i).lower().endswith(".dcm") else format_of(data)
+    img = decode_image(data, reader.name(i), display)
+    file_format = "DICOM" if is_dicom(data, reader.name(i)) else format_of(data)
     if short_side and (small := shrink(img, short_side)):
         return (encode(small, "PNG"), "png") if file_format == "PNG" else (encode(small, "JPEG"), "jpg")
-    if file_format in EXTENSIONS:
+    if file_format in EXTENSIONS and (display == DISPLAY or file_format != "TIFF"):
         return data, EXTENSIONS[file_format]
     return encode(img, "PNG"), "png"
 

@@ -47,7 +47,9 @@ def encode(img: Image.Image, file_format: str) -> bytes:
 
 
 def format_of(data: bytes) -> str:
-    """Pillow's name for the format of an image that can be decoded; the file's name may say another."""
+    """Pillow's name for the format of an image that can be decoded, DICOM for that; the file's name may say another."""
+    if data[128:132] == b"DICM":
+        return "DICOM"
     with Image.open(io.BytesIO(data)) as img:
         return img.format or ""
 

@@ -1,11 +1,15 @@
 """What a DICOM file says about its display, against windows and tables worked out here."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from inputs import images
+from inputs import display
 from inputs.depth import window_to_8bit
-from inputs.images import UnreadableImage, read_image
+from inputs.display import Display
+from inputs.images import UnreadableImage, frames_of, read_image
 
 
 def write_dicom(path, array, **values):
@@ -239,10 +243,76 @@ def test_an_empty_function_is_the_linear_one(tmp_path):
 
 
 def test_of_several_frames_the_first_is_read_and_that_is_said(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(images, "_said_first_of", False)
+    monkeypatch.setattr(display, "_said_first_of", False)
     write_dicom(tmp_path / "tomo.dcm", np.stack([LINE, LINE[::-1]]))
     assert np.array_equal(grey(tmp_path / "tomo.dcm"), window_to_8bit(LINE))
     assert "tomo.dcm holds 2 frames or pages" in caplog.text
+
+
+def test_a_frame_that_is_asked_for_has_its_own_window(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(display, "_said_first_of", False)
+    frames = np.stack([LINE // 2, LINE // 2 + 7, LINE // 2 + 90])
+    windows = [(500, 400), (1500, 400), (2500, 400)]
+    groups = sequence(
+        *(
+            {"FrameVOILUTSequence": sequence({"WindowCenter": center, "WindowWidth": width})}
+            for center, width in windows
+        )
+    )
+    write_dicom(tmp_path / "tomo.dcm", frames, PerFrameFunctionalGroupsSequence=groups)
+    assert frames_of(tmp_path / "tomo.dcm") == 3
+    for wanted, number in ((1, 0), ("middle", 1), (3, 2)):
+        got = read_image(tmp_path / "tomo.dcm", Display(frame=wanted))
+        assert np.array_equal(np.asarray(got)[..., 0], window_to_8bit(frames[number], *windows[number]))
+    assert not caplog.text  # it was asked for
+    with pytest.raises(UnreadableImage, match="tomo.dcm: it holds 3 frames, so there is none of number 4"):
+        read_image(tmp_path / "tomo.dcm", Display(frame=4))
+
+
+def test_a_given_window_is_in_what_the_device_measured(tmp_path):
+    values = {"RescaleSlope": 1, "RescaleIntercept": -1024, "WindowCenter": 2000, "WindowWidth": 10}
+    write_dicom(tmp_path / "a.dcm", LINE, **values)
+    got = np.asarray(read_image(tmp_path / "a.dcm", Display(window=(40, 400))))[..., 0]
+    assert np.array_equal(got, window_to_8bit(LINE - 1024.0, 40, 400))
+
+
+@pytest.mark.parametrize("sign_of_header", [0, 1])
+def test_the_codestream_of_jpeg_2000_says_what_is_signed(tmp_path, sign_of_header):
+    """pydicom's decoders disagree where the header denies it: one moves the values by half their range, two wrap."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import JPEG2000Lossless
+
+    array = np.linspace(-32000, 32000, 64 * 64).astype(np.int16).reshape(64, 64)
+    code = io.BytesIO()
+    Image.fromarray(array.view(np.uint16)).save(code, "JPEG2000", no_jp2=True, signed=True)
+    write_dicom(tmp_path / "a.dcm", array, BitsStored=16, HighBit=15)
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
+    dataset.PixelData = encapsulate([code.getvalue()])
+    dataset.PixelRepresentation = sign_of_header
+    dataset.WindowCenter, dataset.WindowWidth = 0, 20000
+    dataset.save_as(tmp_path / "a.dcm")
+    assert np.array_equal(grey(tmp_path / "a.dcm"), window_to_8bit(array, 0, 20000))
+
+
+@pytest.mark.parametrize(
+    "elements, size",
+    [
+        ({"PixelAspectRatio": [2, 1]}, (64, 128)),  # width and height; the ratio is of a pixel's height to its width
+        ({"PixelAspectRatio": [3, 4]}, (85, 64)),
+        ({"PixelSpacing": [0.1, 0.15]}, (96, 64)),
+        ({"ImagerPixelSpacing": [0.3, 0.1]}, (64, 192)),
+        ({"PixelSpacing": [0.1, 0.1002]}, (64, 64)),
+        ({"PixelSpacing": None, "PixelAspectRatio": [1, 1]}, (64, 64)),
+    ],
+)
+def test_pixels_that_are_no_squares_are_shown_as_long_as_they_are(tmp_path, elements, size):
+    write_dicom(tmp_path / "a.dcm", LINE.reshape(64, 64), WindowCenter=2048, WindowWidth=4096, **elements)
+    got = read_image(tmp_path / "a.dcm")
+    assert got.size == size
+    bright = np.asarray(got)[..., 0].mean()
+    assert abs(bright - window_to_8bit(LINE, 2048, 4096).mean()) < 1
 
 
 def test_a_missing_decoder_is_named_and_the_file_is_not_called_damaged(tmp_path):

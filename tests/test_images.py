@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from view_helpers import grainy, image, planes
 
-from inputs import images
+from inputs import display
 from inputs.depth import window_to_8bit
-from inputs.images import UnreadableImage, decode_image, decode_pixels, read_image, to_rgb8
+from inputs.display import AS_STORED, BY_HAND, STRETCHED, Display
+from inputs.images import UnreadableImage, decode_image, decode_pixels, decode_shown, frames_of, read_image, to_rgb8
 
 
 def test_percentile_window_maps_the_middle_99_percent():
@@ -217,10 +218,38 @@ def test_a_deep_tiff_whose_white_is_zero_is_no_negative(tmp_path, dtype, mode):
 
 
 def test_of_several_pages_the_first_is_read_and_that_is_said_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(images, "_said_first_of", False)
+    monkeypatch.setattr(display, "_said_first_of", False)
     pages = [Image.new("L", (8, 8), value) for value in (10, 20, 30)]
     for name in ("one.tif", "other.tif"):
         pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
         assert np.asarray(read_image(tmp_path / name)).max() == 10
     (line,) = caplog.messages
     assert "one.tif holds 3 frames or pages: of such files the first is read" in line
+
+
+@pytest.mark.parametrize("kind", ["L", "I;16", "RGB"])
+def test_a_page_that_is_asked_for_is_read(tmp_path, kind, caplog):
+    values = (10, 20, 30)
+    pages = [Image.fromarray(np.full((8, 8), value * 257, np.uint16)) if kind == "I;16" else
+             Image.new(kind, (8, 8), value if kind == "L" else (value,) * 3) for value in values]  # fmt: skip
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    assert frames_of(tmp_path / "a.tif") == 3
+    for wanted, value in (("middle", 20), (1, 10), (3, 30)):
+        assert (np.asarray(read_image(tmp_path / "a.tif", Display(frame=wanted))) == value).all()
+    with pytest.raises(UnreadableImage, match="a.tif: it holds 3 frames"):
+        read_image(tmp_path / "a.tif", Display(frame=4))
+
+
+def test_where_grey_values_come_from(tmp_path):
+    deep = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for name, array in {"eight": eight, "spread": eight.astype(np.uint16) * 257, "deep": deep}.items():
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    given = Display(window=(1000, 500))
+    for name, greys, by_hand in (("eight", AS_STORED, AS_STORED), ("spread", AS_STORED, AS_STORED),
+                                 ("deep", STRETCHED, BY_HAND)):  # fmt: skip
+        data = (tmp_path / f"{name}.png").read_bytes()
+        assert decode_shown(data, name)[1] == greys
+        image, how = decode_shown(data, name, given)
+        assert how == by_hand
+    assert np.array_equal(np.asarray(image)[..., 0], window_to_8bit(deep, 1000, 500))

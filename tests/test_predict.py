@@ -30,7 +30,7 @@ from evaluation.features import Backbone
 from evaluation.heads import load_heads
 from evaluation.saliency import Explainer, identity_head
 from inputs.cbis import CBIS_CLASSES
-from inputs.images import read_image
+from inputs.images import decode_shown, read_image
 from inputs.transforms import Preprocess, eval_view
 from preparation.cbis_tables import make_cbis
 
@@ -79,7 +79,7 @@ def test_no_answer_is_a_formula_to_a_spreadsheet(tmp_path):
     found = read_rows(tmp_path / "answers.csv")
     assert found[0] == {"image": "'=1+1.png", "predicted": "'@x", "prob_@x": "-0.5", "rank": "1"}
     assert found[1] == {"image": "a.png", "predicted": "'+y", "prob_@x": "", "rank": ""}
-    assert predict.find_images([tmp_path / "answers.csv"]) == [tmp_path / "=1+1.png", tmp_path / "a.png"]
+    assert predict.find_files([tmp_path / "answers.csv"]) == [tmp_path / "=1+1.png", tmp_path / "a.png"]
 
 
 def test_a_probe_is_its_head_and_its_weights(probed, tmp_path):
@@ -253,14 +253,14 @@ def test_images_are_held_one_batch_at_a_time(clip, tmp_path, monkeypatch, comman
     predict.main(["embed", str(clip), str(pictures(tmp_path / "images", 12)), "--output", str(bank)])
     alive, most = set(), []
 
-    def counted(path):
-        image = read_image(path)
+    def counted(*args):
+        image, greys = decode_shown(*args)
         alive.add(id(image))
         weakref.finalize(image, alive.discard, id(image))
         most.append(len(alive))
-        return image
+        return image, greys
 
-    monkeypatch.setattr(predict, "read_image", counted)
+    monkeypatch.setattr(predict, "decode_shown", counted)
     for n in (4, 12):
         most.clear()
         images = [str(tmp_path / "images" / f"{i}.png") for i in range(n)]
@@ -347,3 +347,39 @@ def test_the_folder_of_the_output_is_made_before_the_images_are_read(clip, tmp_p
     assert sorted(path.name for path in output.iterdir()) == ["a.csv", "a.npz"]
     with pytest.raises(ValueError, match="today is a folder: name a file in it"):
         predict.main(["embed", str(clip), str(folder), "--output", str(output)])
+
+
+def test_each_frame_is_an_answer_of_its_own(clip, tmp_path):
+    frames = [Image.fromarray(np.full((40, 40), value, np.uint8)) for value in (20, 120, 220)]
+    frames[0].save(tmp_path / "tomo.tif", save_all=True, append_images=frames[1:])
+    frames[1].save(tmp_path / "one.png")
+    words = ["zero-shot", str(clip), str(tmp_path / "tomo.tif"), str(tmp_path / "one.png"), "--labels", "a", "b"]
+    rows = predict.main([*words, "--frame", "all"])
+    assert [row["image"] for row in rows] == [*(f"{tmp_path}/tomo.tif#{n}" for n in (1, 2, 3)), f"{tmp_path}/one.png"]
+    first, middle = predict.main(words), predict.main([*words, "--frame", "middle"])
+    of = [row["prob_a"] for row in rows]
+    assert first[0]["prob_a"] == pytest.approx(of[0]) and middle[0]["prob_a"] == pytest.approx(of[1])
+    assert middle[1]["prob_a"] == pytest.approx(of[3]) and of[1] == pytest.approx(of[3]) and of[0] != of[1]
+    with pytest.raises(ValueError, match="none of number 4|missing or corrupt"):
+        predict.main([*words[:3], *words[4:], "--frame", "4"])
+
+
+def test_images_shown_otherwise_than_those_of_training_are_said(probed, tmp_path, caplog):
+    """The crops are 8-bit JPEGs; as more than 8 bits they are stretched, and through a window they are as they were."""
+    assert load_heads(probed / "run" / "head.safetensors")[1]["greys"] == {"8 bits as stored": 16}
+    crop = Image.open(next((probed / "cbis").rglob("*.jpg"))).convert("L")
+    crop.save(tmp_path / "eight.png")
+    deep = np.asarray(crop).astype(np.uint16) * 16 + 3  # as 12 bits
+    Image.fromarray(deep).save(tmp_path / "twelve.png")
+    run, images = str(probed / "run"), [str(tmp_path / "eight.png"), str(tmp_path / "twelve.png")]
+    predict.main(["classify", run, images[0]])
+    assert "shown otherwise" not in caplog.text
+    predict.main(["classify", run, *images])
+    said = (
+        f"1 of 2 images are shown otherwise than the training images were (8 bits as stored), the first, {images[1]},"
+    )
+    assert f"{said} by more than 8 bits between percentiles" in caplog.text
+    # A window over the whole of the 12 bits: the lowest value shown is 3, the highest 4083.
+    eight, twelve = predict.main(["classify", run, *images, "--window", "2043.5", "4081"])
+    for name in CBIS_CLASSES:
+        assert twelve[f"prob_{name}"] == pytest.approx(eight[f"prob_{name}"], abs=1e-6)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from source_tree import FILES, LARGE, grey_of, make_coco
+from test_dicom import write_dicom
 
 import make_dataset
 from datasets import create_reader
@@ -171,11 +172,11 @@ def test_interrupted_shards_are_continued_and_equal_those_of_many_processes(tabl
     shards.make_shards(reader, many, 2, 60, workers=3)
     pack, calls = shards.pack, []
 
-    def fails(reader, i, short_side):
+    def fails(reader, i, *how):
         calls.append(i)
         if i == 5:
             raise OSError("disk on fire")
-        return pack(reader, i, short_side)
+        return pack(reader, i, *how)
 
     monkeypatch.setattr(shards, "pack", fails)
     with pytest.raises(OSError, match="could not write .*00002.tar: disk on fire"):
@@ -210,3 +211,26 @@ def test_without_the_library_shards_say_what_to_install(table, tmp_path, monkeyp
     with pytest.raises(ImportError, match="pip install webdataset"):
         shards.make_shards(create_reader("csv", table), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_frame_that_is_asked_for_goes_into_the_shard(tmp_path):
+    pages = [Image.new("L", (8, 8), value) for value in (10, 20, 30)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    (tmp_path / "pairs.csv").write_text("image,caption\na.tif,a\n")
+    reader = create_reader("csv", tmp_path, "pairs.csv")
+    for frame, value in (("first", 10), ("middle", 20), (3, 30)):
+        shards.make_shards(reader, tmp_path / str(frame), frame=frame)
+        found = create_reader("webdataset", tmp_path / str(frame))
+        assert (np.asarray(found.image(0)) == value).all()
+
+
+def test_a_dicom_file_of_any_name_goes_into_a_shard(tmp_path):
+    array = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    write_dicom(tmp_path / "IM000001", array)
+    (tmp_path / "pairs.csv").write_text("image,caption\nIM000001,a\n")
+    reader = create_reader("csv", tmp_path, "pairs.csv")
+    for short_side in (None, 32):
+        shards.make_shards(reader, tmp_path / str(short_side), short_side=short_side)
+        found = create_reader("webdataset", tmp_path / str(short_side)).image(0)
+        expected = reader.image(0) if short_side is None else reader.image(0).resize((32, 32), Image.Resampling.LANCZOS)
+        assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 2
