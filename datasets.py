@@ -236,7 +236,8 @@ class Collate:
             if name == "text" and self.tokenizer is not None:
                 tokens = self.tokenizer(values)  # (B, L)
                 if self.trim:
-                    longest = int(tokens.any(0).nonzero().max()) + 1  # every caption has its start and end token
+                    real = tokens != getattr(self.tokenizer, "pad_id", 0)
+                    longest = int(real.any(0).nonzero().max()) + 1  # every caption has its start and end token
                     tokens = tokens[:, : longest + -longest % 8].contiguous()
                 batch[name] = tokens
             elif name in ("index", "identities"):

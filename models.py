@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from torch import Tensor, nn
 
 import losses
@@ -35,6 +35,7 @@ from inputs.transforms import Preprocess, eval_view
 from runtime.checkpoints import load_checkpoint, refuse_not_finite, strip_wrappers, training_progress, unfinished
 from runtime.integrity import check_sums
 from tokenizer import SimpleTokenizer, TokenizedTexts, Tokenizer, WordPieceTokenizer, create_tokenizer
+from towers import sources
 from towers.build import build_image_tower, build_text_tower, is_medclip_tower, preprocess_of
 from towers.weights import load_weights, require_finite, resize_position_embeddings
 
@@ -82,16 +83,22 @@ class ImageModel(nn.Module):
 
     def __init__(self, name: str, config: ModelConfig):
         super().__init__()
-        self.name, self.config, self.objective = name, asdict(config), objective_of(config)
+        self.name, self.config, self.objective = name, config.values(), objective_of(config)
         self.preprocess = preprocess_of(config.vision_tower, config.image_size)
         self.visual: Any
-        self.visual, self.feature_dim = build_image_tower(
+        if not config.vision_tower:
+            raise ValueError(f"{name} takes its towers from another library's model: name it, as --init does")
+        self.visual, self.feature_dim, projection = build_image_tower(
             config.vision_tower, config.vision_kwargs, config.image_size
         )  # fmt: skip
+        self.attach_projection(projection)
         self.frozen: tuple[str, ...] = ()
         self.batchnorm_held = False
         # BatchNorm in a tower sees each view as a batch of its own; without it, one pass over all views is the same.
         self.joint_views = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.visual.modules())
+
+    def attach_projection(self, projection: nn.Module | None) -> None:
+        """Keep the image tower's own projection to the space of captions, where the model has use for one."""
 
     def _views(self, *views: Tensor) -> tuple[Tensor, ...]:
         """Features (B, d) of several views (B, 3, H, W) that share the image tower."""
@@ -165,17 +172,31 @@ class CLIP(ImageModel):
     def __init__(self, name: str, config: ModelConfig):
         super().__init__(name, config)
         self.text = build_text_tower(
-            config.text_tower, config.text_pooling, context_length=config.context_length, vocab_size=config.vocab_size,
-            width=config.text_width, heads=config.text_heads, layers=config.text_layers,
+            config.text_tower, config.text_pooling, config.text_kwargs, context_length=config.context_length,
+            vocab_size=config.vocab_size, width=config.text_width, heads=config.text_heads, layers=config.text_layers,
         )  # fmt: skip
-        self.image_projection = nn.Parameter(torch.empty(self.feature_dim, config.embed_dim))
-        nn.init.normal_(self.image_projection, std=self.feature_dim**-0.5)
         self.text.attach(self, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_START))
+        # Of a sigmoid loss, which the probability of a pair needs; the softmax of CLIP's loss cancels it.
+        self.logit_bias = nn.Parameter(torch.tensor(0.0), requires_grad=False) if config.logit_bias else None
+
+    def attach_projection(self, projection: nn.Module | None) -> None:
+        """A library's own, or a matrix of fresh weights."""
+        self.image_projection: Any = projection
+        if projection is None:
+            embed_dim = self.config["embed_dim"]
+            self.image_projection = nn.Parameter(torch.empty(self.feature_dim, embed_dim))
+            nn.init.normal_(self.image_projection, std=self.feature_dim**-0.5)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features (B, d) to embeddings (B, embed_dim)."""
+        if isinstance(self.image_projection, nn.Module):
+            return self.image_projection(features)
+        return features @ self.image_projection
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Images (B, 3, H, W) to embeddings (B, embed_dim), not normalised."""
-        return self.visual(image) @ self.image_projection  # (B, d) to (B, embed_dim)
+        return self.project(self.visual(image))
 
     def encode_text(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids (B, L), zeros after the last one, to embeddings (B, embed_dim), not normalised.
@@ -192,7 +213,7 @@ class CLIP(ImageModel):
     def heads(self, features: Tensor, text_embed: Tensor) -> dict[str, Tensor]:
         """The same to embeddings of both sides (B, embed_dim) and the inverse temperature ()."""
         return {
-            "image_embed": features @ self.image_projection,  # (B, embed_dim)
+            "image_embed": self.project(features),  # (B, embed_dim)
             "text_embed": text_embed,  # (B, embed_dim)
             "logit_scale": self.logit_scale.exp(),  # ()
         }
@@ -304,19 +325,26 @@ class ModelConfig:
     """Everything that determines a model's parameters, as plain values: a checkpoint stores it."""
 
     objective: str  # one of OBJECTIVES
-    vision_tower: str  # a timm name, or medclip-swin, medclip-resnet50
+    vision_tower: str  # a timm name, medclip-swin, medclip-resnet50, or a name of towers/library.py
     vision_kwargs: dict = field(default_factory=dict)  # passed on to the tower's constructor
     image_size: Size = 224  # pixels: the side, or height and width
     embed_dim: int = 512  # the space of images and captions
-    text_tower: str = "clip"  # clip or bert
+    text_tower: str = "clip"  # clip, bert, or a name of towers/library.py
+    text_kwargs: dict = field(default_factory=dict)  # of such a one
     context_length: int = 77  # tokens
     vocab_size: int = 49408
     text_width: int = 512
     text_heads: int = 8
     text_layers: int = 12
+    logit_bias: bool = False  # whether a sigmoid loss has trained it
     text_pooling: str = "masked"  # bert only: masked leaves padding out of the mean, medclip averages over it
     ssl_mlp_dim: int = 4096  # hidden width of the SimCLR head
     ssl_emb_dim: int = 256  # output width of the SimCLR head
+
+    def values(self) -> dict[str, Any]:
+        """All of it as a checkpoint stores it; what only another library's towers have is left out of the others."""
+        found = asdict(self)
+        return {name: value for name, value in found.items() if value or name not in ("text_kwargs", "logit_bias")}
 
 
 BERT_VOCABULARY = 28996  # tokens of Bio_ClinicalBERT, which MedCLIP's text tower was trained with
@@ -343,6 +371,8 @@ MODELS: dict[str, ModelConfig] = {
     "MEDCLIP_RESNET": ModelConfig(objective="clip", vision_tower="medclip-resnet50", **_BERT_BASE),
     "MEDSLIP_VIT": ModelConfig(objective="slip", vision_tower="medclip-swin", **_BERT_BASE),
     "MEDSLIP_RESNET": ModelConfig(objective="slip", vision_tower="medclip-resnet50", **_BERT_BASE),
+    # Whose towers are another library's, which brings the settings.
+    **{name.upper(): ModelConfig(name, vision_tower="") for name in OBJECTIVES},
 }
 
 
@@ -391,7 +421,7 @@ def create_model(name: str, **overrides) -> ImageModel:
 
 
 # models.SLIP_VITB16(ssl_mlp_dim=..., ssl_emb_dim=...) and its sisters, as SLIP's users import them.
-globals().update({name: partial(create_model, name) for name in MODELS})
+globals().update({name: partial(create_model, name) for name in MODELS if name not in globals()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,7 +443,7 @@ def at_size(model: Any, size: Size) -> Any:
     resized = rebuilt(model, seed=0, image_size=size)
     weights = resize_position_embeddings(model.state_dict(), resized.visual, model.config["image_size"])
     load_weights(resized, weights, f"{model.name} at {size_text(size)} pixels")
-    resized.preprocess = replace(model.preprocess, size=size)
+    resized.preprocess = model.preprocess.at(size)
     return resized.train(model.training)
 
 
@@ -470,8 +500,10 @@ class Pretrained:
         model, tokenizer = self._reader()
         device = next(self.model.parameters()).device
         classifier = zeroshot_classifier(model, tokenizer, labels, templates, device).cpu().numpy()  # (d, k)
-        logits = float(model.logit_scale.detach().exp()) * (vectors @ classifier)  # (n, k)
-        return softmax(logits.astype(np.float64), axis=1)
+        logits = float(model.logit_scale.detach().exp()) * (vectors @ classifier).astype(np.float64)  # (n, k)
+        if model.logit_bias is not None:
+            return expit(logits + float(model.logit_bias.detach()))
+        return softmax(logits, axis=1)
 
     def image_encoder(self) -> tuple[Any, str]:
         """Images (B, 3, S, S) to features (B, d): where it shares a space with captions, and else the tower's own."""
@@ -543,8 +575,8 @@ def load_pretrained(
     """Load any weights this project reads, for evaluation.
 
     Args:
-        path: a checkpoint of ours, a folder of export.py --to safetensors, a published SLIP file, or MedCLIP's folder,
-            zip or `pytorch_model.bin`.
+        path: a checkpoint of ours, a folder of export.py --to safetensors, a published SLIP file, MedCLIP's folder, zip
+            or `pytorch_model.bin`, or a model of another library (towers/sources.py).
         model: name from MODELS, for a published file that does not say which model it holds.
         bert_vocab: `vocab.txt` of Bio_ClinicalBERT; only MedCLIP's own weights need it, and only to read text.
         text_pooling: masked or medclip; by default what the checkpoint says, and medclip for MedCLIP's own weights.
@@ -553,6 +585,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError, ValueError: no such file; unreadable; not one of the three kinds; keys that do not fit.
     """
+    if sources.is_source(path):
+        return _from_library(sources.read_source(path), path, image_size)
     state = read_pretrained(path)
     pooling = {} if text_pooling is None else {"text_pooling": text_pooling}
     if _is_medclip_state(state):
@@ -575,6 +609,20 @@ def load_pretrained(
     source = f"{loaded.name} from {kind} {path}" + (f", {remark}" if remark else "")
     training = state.get("training") or training_progress(state, path)
     return Pretrained(loaded, loaded.preprocess, tokenizer, source, training)
+
+
+def _from_library(found: sources.Found, path: str | Path, image_size: Size | None) -> Pretrained:
+    if not found.has_image:
+        raise ValueError(f"{path} is a text tower alone: it starts one in training (--text-weights)")
+    if found.has_text:
+        model = create_model("CLIP", **found.config)
+    else:
+        model = create_model("SIMCLR", **found.config, ssl_mlp_dim=1, ssl_emb_dim=1)  # the smallest head of its own
+    sources.load(found, model)
+    model.preprocess = found.preprocess or model.preprocess
+    if image_size is not None and as_size(image_size) != model.preprocess.size:
+        model = at_size(model, as_size(image_size))
+    return Pretrained(model.eval(), model.preprocess, found.tokenizer, found.name)
 
 
 def _from_ours(state: dict, path: str | Path, pooling: dict) -> tuple[ImageModel, Tokenizer | None, str]:

@@ -1,16 +1,17 @@
 """Captions to token ids, one tokenizer for each kind of text tower.
 
 Every tokenizer is called as `tok(texts, context_length=None)` and returns a LongTensor (n, L),
-two-dimensional also for a single text, padded with id 0 after the last real token. A text that is too long
-loses its tail, never its end token: the text towers read the position of that token, or everything up to
-it.
+two-dimensional also for a single text, padded after the last real token (with id 0, or the tokenizer's
+`pad_id` where it has one). A text that is too long loses its tail, never its end token: the text towers
+read the position of that token, or everything up to it.
 """
 
 from __future__ import annotations
 
 import gzip
 import html
-from collections.abc import Iterable, Sequence
+import string
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,11 +44,17 @@ class Tokenizer(Protocol):
         ...
 
 
-def _pad(rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:
-    tokens = torch.zeros(len(rows), length, dtype=torch.long)  # (n, L)
+def _pad(rows: Sequence[Sequence[int]], length: int, pad_id: int = 0) -> torch.Tensor:
+    tokens = torch.full((len(rows), length), pad_id, dtype=torch.long)  # (n, L)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = torch.as_tensor(ids, dtype=torch.long)
     return tokens
+
+
+def _length(row: np.ndarray, pad_id: int) -> int:
+    """Of a row of ids without its padding."""
+    real = np.flatnonzero(row != pad_id)
+    return int(real[-1]) + 1 if len(real) else 0
 
 
 class TokenizedTexts:
@@ -59,17 +66,18 @@ class TokenizedTexts:
 
     def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]):
         self.rows: list[np.ndarray] = []
+        self.pad_id = getattr(tokenizer, "pad_id", 0)
         self.width = 0  # L, that of all texts tokenized at once
         for start in range(0, len(texts), 256):
             ids = tokenizer(list(texts[start : start + 256])).numpy()  # (256, l)
             self.width = max(self.width, ids.shape[1])
-            self.rows += [np.trim_zeros(row, "b").astype(np.int32) for row in ids]
+            self.rows += [row[: _length(row, self.pad_id)].astype(np.int32) for row in ids]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, numbers: torch.Tensor) -> torch.Tensor:
-        return _pad([self.rows[number] for number in numbers.tolist()], self.width)
+        return _pad([self.rows[number] for number in numbers.tolist()], self.width, self.pad_id)
 
 
 def _check_length(length: int, longest: int | None = None) -> None:
@@ -246,11 +254,102 @@ class WordPieceTokenizer:
         return _pad(rows, max(map(len, rows), default=2))
 
 
+# ------------------------------------------------------------------------------------- those of other libraries
+CLEANS: dict[str, Callable[[str], str]] = {  # what open_clip does to a caption before its tokenizer
+    "none": lambda text: text,
+    "whitespace": lambda text: _unescaped(text),
+    "lower": lambda text: _unescaped(text).lower(),
+    "canonicalize": lambda text: _without_punctuation(_unescaped(text)),
+}
+
+
+def _unescaped(text: str) -> str:
+    """Without mojibake, HTML entities (twice, for `&amp;lt;`) and needless white space."""
+    return regex.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+def _without_punctuation(text: str) -> str:
+    """SigLIP's form (big_vision): underscores are spaces, other ASCII punctuation goes, lower case."""
+    text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation)).lower()
+    return regex.sub(r"\s+", " ", text).strip()
+
+
+class LibraryTokenizer:
+    """Any tokenizer that the tokenizers library holds, from the text of its `tokenizer.json`.
+
+    Args:
+        definition: that text; it names no file and no address.
+        context_length: tokens at most, special ones included; a longer caption loses its tail, never its end token.
+        pad_id: fills the rows.
+        pad_to: longest, the longest row, or context, the whole length, as SigLIP reads captions.
+        pad_side: right or left, of the ids.
+        clean: of CLEANS.
+    """
+
+    kind = "library"
+
+    def __init__(
+        self, definition: str, context_length: int, pad_id: int = 0, pad_to: str = "longest", pad_side: str = "right",
+        clean: str = "none",
+    ):  # fmt: skip
+        from tokenizers import Tokenizer
+
+        choices = {"pad_to": ("longest", "context"), "pad_side": ("right", "left"), "clean": tuple(CLEANS)}
+        for name, value in {"pad_to": pad_to, "pad_side": pad_side, "clean": clean}.items():
+            if value not in choices[name]:
+                raise ValueError(f"a tokenizer's {name} is one of {', '.join(choices[name])}, not {value!r}")
+        try:
+            self._backend = Tokenizer.from_str(definition)
+        except Exception as error:  # the library has no kind of its own
+            raise ValueError(f"the definition of the tokenizer cannot be read: {error}") from error
+        _check_length(context_length)
+        self._backend.no_padding()
+        self.definition, self.context_length = definition, context_length
+        self.pad_id, self.pad_to, self.pad_side, self.clean = pad_id, pad_to, pad_side, clean
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are."""
+        return self._backend.get_vocab_size()
+
+    def spec(self) -> dict:
+        """Plain values from which `create_tokenizer` makes it again."""
+        names = ("kind", "definition", "context_length", "pad_id", "pad_to", "pad_side", "clean")
+        return {name: getattr(self, name) for name in names}
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
+        """n texts to ids (n, L) with the special tokens of the library."""
+        length = self.context_length if context_length is None else context_length
+        _check_length(length)
+        self._backend.enable_truncation(length)
+        texts = [texts] if isinstance(texts, str) else texts
+        clean = CLEANS[self.clean]
+        # One text at a time: the library's batch call starts threads, which a forked worker does not have.
+        rows = [self._backend.encode(clean(text)).ids for text in texts]
+        width = length if self.pad_to == "context" else max(map(len, rows), default=2)
+        if self.pad_side == "left":
+            rows = [[self.pad_id] * (width - len(row)) + row for row in rows]
+        return _pad(rows, width, self.pad_id)
+
+
 # --------------------------------------------------------------------------------------------------- registry
-TOKENIZERS = {cls.kind: cls for cls in (SimpleTokenizer, WordPieceTokenizer)}
+AnyTokenizer = SimpleTokenizer | WordPieceTokenizer | LibraryTokenizer
+TOKENIZERS: dict[str, Any] = {cls.kind: cls for cls in (SimpleTokenizer, WordPieceTokenizer, LibraryTokenizer)}
+_SETTINGS = {  # of a tokenizer in a checkpoint, with their types
+    SimpleTokenizer.kind: {"context_length": int},
+    WordPieceTokenizer.kind: {"context_length": int, "vocab": list, "lowercase": bool},
+    LibraryTokenizer.kind: {
+        "definition": str,
+        "context_length": int,
+        "pad_id": int,
+        "pad_to": str,
+        "pad_side": str,
+        "clean": str,
+    },
+}
 
 
-def create_tokenizer(spec: dict) -> SimpleTokenizer | WordPieceTokenizer:
+def create_tokenizer(spec: dict) -> AnyTokenizer:
     """The tokenizer that `tok.spec()` described, from the plain values that a checkpoint stores.
 
     Raises:
@@ -261,7 +360,7 @@ def create_tokenizer(spec: dict) -> SimpleTokenizer | WordPieceTokenizer:
     if kind not in TOKENIZERS:
         raise ValueError(f"unknown tokenizer {kind!r}; choose from {', '.join(TOKENIZERS)}")
     given = {key: value for key, value in spec.items() if key != "kind"}
-    types = {"context_length": int} | ({"vocab": list, "lowercase": bool} if kind == WordPieceTokenizer.kind else {})
+    types = _SETTINGS[kind]
     if wrong := [key for key, value in given.items() if not isinstance(value, types.get(key, ()))]:
         raise ValueError(f"the tokenizer {kind} has no such setting {wrong[0]}: {str(given[wrong[0]])[:80]!r}")
     if not all(isinstance(token, str) for token in given.get("vocab", [])):

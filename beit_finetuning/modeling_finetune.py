@@ -12,7 +12,6 @@ The names beit_* are those of BEiT's fine-tuning code. timm has models of the sa
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import timm
@@ -318,7 +317,7 @@ def tower_classifier(
     weights = {k: v for k, v in model.state_dict().items() if k.startswith("visual.")}
     weights = resize_position_embeddings(weights, rebuilt.visual, model.config["image_size"])
     load_weights(rebuilt, weights, f"{model.name} at {size_text(size)} pixels", other_head=True)
-    preprocess = replace(model.preprocess, size=size)
+    preprocess = model.preprocess.at(size)
     return TowerClassifier(
         rebuilt.visual, rebuilt.feature_dim, num_classes, preprocess, tower, init_scale, freeze_batchnorm
     )

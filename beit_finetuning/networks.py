@@ -109,7 +109,7 @@ def rebuild(state: dict[str, Any], weights: str = "") -> Network:
         model: Any = create_beit(**config.beit, num_classes=config.num_classes)
     elif config.tower is not None:
         tower = config.tower
-        visual, width = build_image_tower(tower["vision_tower"], tower["vision_kwargs"], tower["image_size"])
+        visual, width, _ = build_image_tower(tower["vision_tower"], tower["vision_kwargs"], tower["image_size"])
         preprocess = Preprocess.from_dict(config.preprocess)
         model = TowerClassifier(visual, width, config.num_classes, preprocess, tower)
     else:

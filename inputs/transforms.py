@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 
 import numpy as np
@@ -32,7 +32,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _MEDCLIP = 0.5862785803043838, 0.27950088968644304  # of grey images
 MEDCLIP_MEAN = (_MEDCLIP[0], _MEDCLIP[0], _MEDCLIP[0])
 MEDCLIP_STD = (_MEDCLIP[1], _MEDCLIP[1], _MEDCLIP[1])
-PREPARES = ("slip", "medclip")
+PREPARES = ("slip", "medclip", "cover", "squash", "fit")
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}  # fmt: skip
 View = Callable[[Image.Image, np.random.Generator | None], Tensor]
 
 
@@ -47,17 +51,30 @@ class Preprocess:
 
     `prepare="slip"`: RGB; evaluation resizes an image until it covers `size` and takes the centre.
     `prepare="medclip"`: grey, centred on black of the shape of `size` and at least as large, in three equal channels.
+
+    Towers of other libraries are evaluated on images prepared as there: RGB, resized by `interpolation` to
+    `resize_to` (None: `size`), which they cover, are squashed to, or fit into, and then the centre of `size`, on `fill`
+    where they do not fill it. Of an odd margin transformers leaves the smaller part above and left (`floor`), the
+    others round to an even pixel.
     """
 
     size: Size = 224
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     prepare: str = "slip"
+    interpolation: str = "bilinear"
+    resize_to: Size | None = None
+    fill: int = 0
+    floor: bool = False
 
     def __post_init__(self) -> None:
         if self.prepare not in PREPARES:
             raise ValueError(f"unknown preparation {self.prepare!r}; choose from {', '.join(PREPARES)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"unknown interpolation {self.interpolation!r}; choose from {', '.join(INTERPOLATIONS)}")
         object.__setattr__(self, "size", as_size(self.size))
+        if self.resize_to is not None:
+            object.__setattr__(self, "resize_to", as_size(self.resize_to))
         for name in ("mean", "std"):  # a checkpoint brings lists
             values = tuple(float(value) for value in getattr(self, name))
             if len(values) != 3:
@@ -66,8 +83,11 @@ class Preprocess:
 
     def to_dict(self) -> dict:
         """Plain values for a checkpoint."""
-        size = self.size if isinstance(self.size, int) else list(self.size)
-        return {**asdict(self), "size": size, "mean": list(self.mean), "std": list(self.std)}
+        found = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if self.prepare in ("slip", "medclip"):
+            for name in ("interpolation", "resize_to", "fill", "floor"):
+                del found[name]
+        return found
 
     @classmethod
     def from_dict(cls, values: dict) -> Preprocess:
@@ -77,6 +97,14 @@ class Preprocess:
             raise ValueError(f"unknown preprocessing settings: {', '.join(sorted(unknown))}")
         return cls(**values)
 
+    def at(self, size: Size) -> Preprocess:
+        """The same for images of another size."""
+        if self.resize_to is None:
+            return replace(self, size=size)
+        pairs = zip(height_width(size), height_width(self.resize_to), height_width(self.size), strict=True)
+        height, width = (round(new * before / old) for new, before, old in pairs)
+        return replace(self, size=size, resize_to=(height, width))
+
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width in pixels."""
@@ -84,14 +112,14 @@ class Preprocess:
 
     def whole(self, img: Image.Image) -> Image.Image:
         """The whole image as the views take it: RGB ("slip") or grey and padded ("medclip"); idempotent."""
-        if self.prepare == "slip":
+        if self.prepare != "medclip":
             return to_rgb8(img)
         return pad_to_shape(img if img.mode == "L" else to_rgb8(img).convert("L"), self.size)
 
     def pixels(self, image: Image.Image | Tensor) -> Tensor:
         """`whole` for uint8 planes (1 or 3, H, W), which the training views take; idempotent."""
         pixels = pixels_of(to_rgb8(image)) if isinstance(image, Image.Image) else image
-        if self.prepare == "slip":
+        if self.prepare != "medclip":
             return pixels
         pixels = grey_if_equal(pixels)
         grey = pixels if len(pixels) == 1 else torch.from_numpy(luma(pixels.numpy()))
@@ -248,6 +276,7 @@ def centre_crop(
     size: Size,
     cover: Size | None = None,
     resample: Image.Resampling = Image.Resampling.BILINEAR,
+    floor: bool = False,
 ) -> Image.Image:
     """The image resized (antialiased) until it just covers `cover` (default: `size`), then the central `size`.
 
@@ -259,7 +288,7 @@ def centre_crop(
         height, width = tall, tall * img.width // img.height
     else:
         height, width = wide * img.height // img.width, wide
-    left, top = round((width - w) / 2), round((height - h) / 2)
+    left, top = ((width - w) // 2, (height - h) // 2) if floor else (round((width - w) / 2), round((height - h) / 2))
     if width * height <= EXTREME * tall * wide:
         return img.resize((width, height), resample).crop((left, top, left + w, top + h))
     x, y = img.width / width, img.height / height
@@ -271,4 +300,24 @@ def _eval(preprocess: Preprocess, img: Image.Image, rng: np.random.Generator | N
     img = preprocess.whole(img)
     if preprocess.prepare == "medclip":
         return preprocess.tensor(img.resize((preprocess.shape[1], preprocess.shape[0]), Image.Resampling.BICUBIC))
-    return preprocess.tensor(centre_crop(img, preprocess.size))
+    if preprocess.prepare == "slip":
+        return preprocess.tensor(centre_crop(img, preprocess.size))
+    resample, before = INTERPOLATIONS[preprocess.interpolation], preprocess.resize_to or preprocess.size
+    if preprocess.prepare == "cover":
+        return preprocess.tensor(centre_crop(img, preprocess.size, before, resample, preprocess.floor))
+    height, width = height_width(before)
+    if preprocess.prepare == "fit":
+        ratio = max(img.height / height, img.width / width)
+        height, width = round(img.height / ratio), round(img.width / ratio)
+    return preprocess.tensor(_central(img.resize((width, height), resample), preprocess.shape, preprocess.fill))
+
+
+def _central(img: Image.Image, shape: tuple[int, int], fill: int) -> Image.Image:
+    """The central (H, W) of an image, on grey `fill` where it is smaller; torchvision's rounding."""
+    height, width = shape
+    if img.width < width or img.height < height:
+        ground = Image.new("RGB", (max(img.width, width), max(img.height, height)), (fill, fill, fill))
+        ground.paste(img, ((ground.width - img.width) // 2, (ground.height - img.height) // 2))
+        img = ground
+    x, y = round((img.width - width) / 2), round((img.height - height) / 2)
+    return img.crop((x, y, x + width, y + height))

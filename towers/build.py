@@ -14,7 +14,10 @@ from torch import nn
 
 from inputs.sizes import Size, height_width
 from inputs.transforms import IMAGENET_MEAN, IMAGENET_STD, MEDCLIP_MEAN, MEDCLIP_STD, Preprocess
+from towers import library
 from towers.clip_text import CLIPText
+from towers.library import is_library_tower
+from towers.weights import refuse_margin
 
 
 def is_medclip_tower(name: str) -> bool:
@@ -22,24 +25,26 @@ def is_medclip_tower(name: str) -> bool:
     return name.startswith("medclip-")
 
 
-def build_image_tower(name: str, settings: dict[str, Any], size: Size) -> tuple[nn.Module, int]:
-    """The image tower and the width of its features.
+def build_image_tower(name: str, settings: dict[str, Any], size: Size) -> tuple[nn.Module, int, nn.Module | None]:
+    """The image tower, the width of its features, and a projection of its own to the space of captions, if it has one.
 
     Args:
-        name: timm's, or medclip-swin, medclip-resnet50.
+        name: timm's; medclip-swin, medclip-resnet50; or another library's (towers/library.py).
         settings: of the tower's constructor.
         size: of the images in pixels; a ViT's position embeddings follow.
 
     Raises:
         ValueError: unknown name, with those near it; settings or a size that the tower does not take.
     """
+    if is_library_tower(name):
+        return library.build_image_tower(name, settings, size)
     check_settings(name, settings)
     if is_medclip_tower(name):
         from towers import medclip  # transformers takes seconds to import, and only these models need it
 
-        return medclip.build_image_tower(name, settings, size)
+        return *medclip.build_image_tower(name, settings, size), None
     tower = build_timm_tower(name, settings, size)
-    return tower, getattr(tower, "head_hidden_size", None) or tower.num_features
+    return tower, getattr(tower, "head_hidden_size", None) or tower.num_features, None
 
 
 # Of a tower's constructor that are words: how tokens become one, and layers by their names in timm.
@@ -78,33 +83,22 @@ def build_timm_tower(name: str, settings: dict[str, Any], size: Size) -> Any:
         tower: Any = timm.create_model(name, num_classes=0, **given, **settings)
     except TypeError as error:
         raise ValueError(f"vision tower {name!r} does not take the settings {settings}: {error}") from error
-    _refuse_margin(name, tower, size)
+    embed: Any = getattr(tower, "patch_embed", None)
+    if hasattr(embed, "patch_size") and not getattr(embed, "dynamic_img_pad", False):
+        refuse_margin(name, height_width(embed.patch_size), size)
     if getattr(tower, "cls_token", None) is not None:
         # timm 0.5, which the published models were trained with; later releases start the class token at 1e-6.
         nn.init.trunc_normal_(tower.cls_token, std=0.02)
     return tower
 
 
-def _refuse_margin(name: str, tower: Any, size: Size) -> None:
-    """ValueError for a size that the tower's patches do not fill: it would never see the right and lower margin."""
-    embed = getattr(tower, "patch_embed", None)
-    if embed is None or not hasattr(embed, "patch_size") or getattr(embed, "dynamic_img_pad", False):
-        return
-    for side, patch in zip(height_width(size), height_width(embed.patch_size), strict=True):
-        if side % patch:
-            near = f"{side // patch * patch} or {-(-side // patch) * patch}" if side > patch else str(patch)
-            raise ValueError(
-                f"vision tower {name!r} takes patches of {patch} pixels, which {side} pixels are no multiple of: the "
-                f"margin would never be seen; choose {near}"
-            )
-
-
-def build_text_tower(kind: str, pooling: str, **sizes: int) -> Any:
-    """CLIP's or BERT's text tower, whose `attach` registers its parameters on a model.
+def build_text_tower(kind: str, pooling: str, settings: dict[str, Any], **sizes: int) -> Any:
+    """CLIP's, BERT's or another library's text tower, whose `attach` registers its parameters on a model.
 
     Args:
-        kind: clip or bert.
+        kind: clip, bert, or a name of towers/library.py.
         pooling: of bert.
+        settings: of another library's tower.
         sizes: context_length, vocab_size, width, heads and layers.
     """
     if kind == "clip":
@@ -113,6 +107,8 @@ def build_text_tower(kind: str, pooling: str, **sizes: int) -> Any:
         from towers import medclip
 
         return medclip.BertText(**sizes, pooling=pooling)
+    if is_library_tower(kind):
+        return library.LibraryText(kind, settings, sizes["context_length"])
     raise ValueError(f"unknown text tower {kind!r}: choose clip or bert")
 
 

@@ -76,7 +76,11 @@ def load_vision(model: Any, source: str | Path) -> None:
     Raises:
         FileNotFoundError, ValueError: nothing there; unreadable; tensors missing, left over or of another shape.
     """
-    name, tower = model.config["vision_tower"], model.visual
+    load_tower(model.visual, model.config["vision_tower"], source)
+
+
+def load_tower(tower: Any, name: str, source: str | Path) -> None:
+    """The same for timm's tower `name`."""
     if str(source) == FROM_TIMM:
         try:  # the constructor of the model has none of its settings: only the weights are taken
             weights = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
@@ -86,7 +90,7 @@ def load_vision(model: Any, source: str | Path) -> None:
                 "give --vision-weights a file"
             ) from error
     else:
-        weights = _read_state(_weights_file(Path(source)))
+        weights = read_state(_weights_file(Path(source)))
         # timm renames what older releases and other publishers wrote, family by family.
         rename = getattr(sys.modules[type(tower).__module__], "checkpoint_filter_fn", None)
         weights = rename(weights, tower) if rename else weights
@@ -165,7 +169,7 @@ def load_text(model: Any, folder: str | Path) -> None:
         FileNotFoundError, ValueError: as `load_vision`.
     """
     weights = {}
-    for key, value in _read_state(_weights_file(Path(folder))).items():
+    for key, value in read_state(_weights_file(Path(folder))).items():
         key = key.removeprefix("bert.")
         key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))
         if not key.startswith(_HEADS) and key != "embeddings.position_ids":
@@ -188,7 +192,7 @@ def _weights_file(path: Path) -> Path:
     return found[0]
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
     """Tensors by name: the file's own, or those under state_dict or model, without wrappers' prefixes."""
     if not path.is_file():
         raise FileNotFoundError(f"weights {path} do not exist")

@@ -69,6 +69,17 @@ class Mismatch:
         return "; ".join(f"{kind} ({len(names)}): {', '.join(names[:8]) or 'none'}" for kind, names in kinds.items())
 
 
+def refuse_margin(name: str, patches: tuple[int, int], size: Size) -> None:
+    """ValueError for a size that a tower's patches do not fill: it would never see the right and lower margin."""
+    for side, patch in zip(height_width(size), patches, strict=True):
+        if side % patch:
+            near = f"{side // patch * patch} or {-(-side // patch) * patch}" if side > patch else str(patch)
+            raise ValueError(
+                f"vision tower {name!r} takes patches of {patch} pixels, which {side} pixels are no multiple of: the "
+                f"margin would never be seen; choose {near}"
+            )
+
+
 def require_finite(features: Tensor, of: str = "an image") -> Tensor:
     """The features as they are; ValueError for NaN or infinity among them, from which any answer could be made."""
     if not features.isfinite().all():

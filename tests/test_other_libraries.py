@@ -1,0 +1,122 @@
+"""Models of open_clip, transformers and timm as towers: the same numbers as in their own library."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+import twins
+
+import models
+from inputs.transforms import eval_view
+from towers import library, sources
+
+LABELS = ["a mammogram of a mass", "chest radiograph"]
+VISION = ("vit", "dinov2", "dinov3_vit", "dinov3_convnext", "swin", "convnext")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Of each twin the folder, made once."""
+    folder, done = tmp_path_factory.mktemp("twins"), {}
+    makers = {"clip": twins.clip, "siglip": twins.siglip, "siglip2": twins.siglip2, "timm": twins.timm_tower}
+    makers |= {"open_clip": twins.open_clip_pair, "biomedclip": lambda path: twins.open_clip_pair(path, "bert")}
+    makers |= {kind: lambda path, kind=kind: twins.vision(kind, path) for kind in VISION}
+    makers |= {kind: lambda path, kind=kind: twins.text(kind, path) for kind in ("bert", "roberta", "modernbert")}
+
+    def of(kind):
+        if kind not in done:
+            done[kind] = makers[kind](folder / kind)
+        return done[kind]
+
+    return of
+
+
+def batch_of(loaded):
+    return torch.stack([eval_view(loaded.preprocess)(image, None) for image in twins.images()])
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2"])
+@torch.no_grad()
+def test_a_pair_of_transformers_computes_what_it_computes_there(made, kind):
+    loaded = models.load_pretrained(made(kind))
+    theirs = transformers.AutoModel.from_pretrained(made(kind), dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(made(kind))
+    padding = {"padding": True} if kind == "clip" else {"padding": "max_length", "max_length": 16}
+    texts = tokenizer(LABELS, truncation=True, return_tensors="pt", **padding)
+    texts = texts if kind == "clip" else {"input_ids": texts["input_ids"]}
+    images = batch_of(loaded)
+    seen = library.patches_of(images, 8) if kind == "siglip2" else {"pixel_values": images}
+    out = theirs(**texts, **seen)
+    expected = out.logits_per_image.softmax(-1) if kind == "clip" else out.logits_per_image.sigmoid()
+    got = loaded.zero_shot(twins.images(), LABELS, ["{}"])
+    assert np.abs(got - expected.double().numpy()).max() < 1e-5 and np.ptp(got) > 1e-3
+    image, text = loaded.embed_images(twins.images()), loaded.embed_captions(LABELS)
+    assert np.abs(image - out.image_embeds.numpy()).max() < 1e-5
+    assert np.abs(text - out.text_embeds.numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", VISION)
+@torch.no_grad()
+def test_an_image_tower_of_transformers_computes_what_it_computes_there(made, kind):
+    loaded = models.load_pretrained(made(kind))
+    theirs = transformers.AutoModel.from_pretrained(made(kind), dtype=torch.float32).eval()
+    images = batch_of(loaded)
+    out = theirs(pixel_values=images)
+    expected = out.last_hidden_state[:, 0] if kind == "vit" else out.pooler_output
+    got = loaded.model.visual(images)
+    assert got.shape == expected.shape and (got - expected).abs().max() < 1e-5
+    assert not loaded.model.objective.text and got.std(0).mean() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "biomedclip"])
+@torch.no_grad()
+def test_a_pair_of_open_clip_computes_what_it_computes_there(made, kind, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    folder = made(kind)
+    loaded = models.load_pretrained(folder)
+    if kind == "biomedclip":  # whose text tower is named by a hub's id, which open_clip asks for
+        folder = twins.with_text_config(folder, tmp_path / "named")
+    net, _, view = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    images = torch.stack([view(image) for image in twins.images()])
+    assert (images - batch_of(loaded)).abs().max() < 1e-6
+    image, text, scale = net.eval()(images, open_clip.get_tokenizer(f"local-dir:{folder}")(LABELS))[:3]
+    expected = (scale * image @ text.T).softmax(-1)
+    got = loaded.zero_shot(twins.images(), LABELS, ["{}"])
+    assert np.abs(got - expected.double().numpy()).max() < 1e-5 and np.ptp(got) > 1e-3
+    assert np.abs(loaded.embed_captions(LABELS) - text.numpy()).max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_tower_of_timm_computes_what_it_computes_there(made):
+    loaded = models.load_pretrained(made("timm"))
+    theirs = timm.create_model(f"local-dir:{made('timm')}", pretrained=True, num_classes=0).eval()
+    view = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs))
+    images = torch.stack([view(image) for image in twins.images()])
+    assert (images - batch_of(loaded)).abs().max() < 1e-6
+    assert (loaded.model.visual(images) - theirs(images)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "vit", "dinov2", "convnext"])
+def test_images_are_prepared_as_their_processor_does_it(made, kind):
+    """To two levels of 256: transformers resizes tensors, Pillow rounds in between."""
+    loaded = models.load_pretrained(made(kind))
+    theirs = transformers.AutoImageProcessor.from_pretrained(made(kind))
+    expected = theirs(twins.images(), return_tensors="pt")["pixel_values"]
+    apart = (batch_of(loaded) - expected).abs() * torch.tensor(loaded.preprocess.std).view(3, 1, 1) * 255
+    assert apart.max() < 2.01 and apart.mean() < 0.6
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+@torch.no_grad()
+def test_a_text_tower_is_the_mean_over_a_captions_own_tokens(made, kind):
+    found = sources.read_source(made(kind))
+    model = models.create_model("CLIP_VITT16", image_size=32, vision_kwargs={"depth": 1}, **found.config)
+    sources.load(found, model.eval())
+    theirs = transformers.AutoModel.from_pretrained(made(kind), dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(made(kind))
+    tokens = found.tokenizer(twins.CAPTIONS)
+    for i, caption in enumerate(twins.CAPTIONS):  # one by one: no padding at all
+        hidden = theirs(input_ids=torch.tensor([tokenizer(caption)["input_ids"][:24]])).last_hidden_state
+        expected = hidden.mean(1) @ model.text_projection
+        assert (model.encode_text(tokens)[i] - expected[0]).abs().max() < 1e-5

@@ -1,0 +1,542 @@
+"""What a folder or a hub's name of another library holds, read by that library: weights, preparation, tokenizer.
+
+    found = read_source("/path/to/biomedclip")      open_clip_config.json: a pair of open_clip
+    found = read_source("/path/to/medsiglip")       config.json with a model_type: a pair or a tower of transformers
+    found = read_source("timm:vit_small_patch16_224.dino")     or a folder that timm wrote
+    found = read_source("hf:google/siglip-base-patch16-224"), read_source("open-clip:ViT-B-32/laion2b_s34b_b79k")
+
+Names are looked up in the library's cache first, then at a hub, if one answers. No code of a folder is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import timm
+import torch
+from timm.data.config import resolve_data_config, resolve_model_data_config
+from torch import Tensor, nn
+
+import utils
+from inputs.sizes import as_size
+from inputs.transforms import Preprocess
+from runtime.checkpoints import refuse_not_finite
+from tokenizer import CONTEXT_LENGTH, LibraryTokenizer, SimpleTokenizer, Tokenizer
+from towers import library, pretrained
+from towers.build import build_timm_tower
+from towers.weights import Mismatch
+
+log = logging.getLogger("medslip")
+
+PREFIXES = ("timm:", "hf:", "open-clip:")
+HF, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+
+
+@dataclass
+class Found:
+    """A model of another library."""
+
+    name: str  # for people
+    config: dict[str, Any]  # fields of models.ModelConfig
+    preprocess: Preprocess | None = None  # None: a text tower alone
+    tokenizer: Tokenizer | None = None
+    weights: dict[str, Tensor] = field(default_factory=dict)  # by the names that they have in a model of models.py
+
+    @property
+    def has_image(self) -> bool:
+        """Whether there is an image tower."""
+        return "vision_tower" in self.config
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a text tower."""
+        return "text_tower" in self.config
+
+
+def is_source(path: str | Path) -> bool:
+    """Whether this names a model of another library; False for what nothing is known of, and for files of ours."""
+    if str(path).startswith(PREFIXES):
+        return True
+    folder = Path(path)
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        return True
+    if not (folder / HF).is_file():
+        return False
+    written = utils.read_json(folder / HF)
+    return "model_type" in written or "architecture" in written
+
+
+def read_source(path: str | Path) -> Found:
+    """The model that a source names, its weights whole and finite.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or no network where one is needed; a model that is none of the
+            library's known towers; weights that are missing, left over or of another shape.
+        ImportError: without open_clip, where it is open_clip's.
+    """
+    text = str(path)
+    if text.startswith("timm:"):
+        found = _timm(text.removeprefix("timm:"))
+    elif text.startswith("open-clip:"):
+        found = _open_clip_by_name(text.removeprefix("open-clip:"))
+    else:
+        folder = _hub_folder(text.removeprefix("hf:")) if text.startswith("hf:") else Path(path)
+        if (folder / OPEN_CLIP_CONFIG).is_file():
+            found = _open_clip(utils.read_json(folder / OPEN_CLIP_CONFIG), folder, text)
+        elif "architecture" in (written := utils.read_json(folder / HF)) and "model_type" not in written:
+            found = _timm(str(written["architecture"]), folder)
+        else:
+            found = _transformers(folder, written, text)
+    refuse_not_finite(found.weights, path)
+    return found
+
+
+def load(found: Found, model: Any) -> None:
+    """Copy what was found to a model that was made from its settings.
+
+    What the model has besides (a SimCLR head, a projection that the source lacks) stays as it is, and what the model
+    has no place for (the text side, of a model without one) is left out. Raises ValueError, naming them, for tensors of
+    a part that both have which do not fit.
+    """
+    own = model.state_dict()
+    parts = {name.partition(".")[0] for name in own} & {name.partition(".")[0] for name in found.weights}
+    place, given = ({k: v for k, v in some.items() if k.partition(".")[0] in parts} for some in (own, found.weights))
+    if differ := Mismatch.between(place, given):
+        raise ValueError(f"{found.name} does not fit {model.name}: {differ}")
+    model.load_state_dict({**own, **given})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# timm
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _timm(name: str, folder: Path | None = None) -> Found:
+    """A tower of timm with the weights that its name stands for, or those in a folder that timm wrote."""
+    if not timm.is_model(name.partition(".")[0]):
+        raise ValueError(f"timm has no model {name!r} (timm.list_models() names them)")
+    written = utils.read_json(folder / HF) if folder else {}
+    overlay = {key: value for key, value in written.get("pretrained_cfg", {}).items() if key != "url"}
+    settings = library.plain_settings(written.get("model_args") or {})
+    for name_of_data in ("num_classes", "img_size", "in_chans"):  # this project has its own words for them
+        settings.pop(name_of_data, None)
+    if folder:
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        data = {**(cfg.to_dict() if cfg else {}), **overlay}
+        data = resolve_data_config({}, pretrained_cfg=data)
+        tower = build_timm_tower(name, settings, as_size(list(data["input_size"][1:])))
+        pretrained.load_tower(tower, name, folder)
+    else:
+        try:
+            with _online("timm", name):
+                tower = timm.create_model(name, pretrained=True, num_classes=0)
+        except RuntimeError as error:  # timm's, without weights of that name
+            raise ValueError(f"timm has no weights of {name}: {error}") from error
+        data = resolve_model_data_config(tower)
+    preprocess = _timm_preprocess(data)
+    weights = {f"visual.{key}": value for key, value in tower.state_dict().items()}
+    config = {"vision_tower": name.partition(".")[0], "vision_kwargs": settings, "image_size": preprocess.size}
+    return Found(f"timm's {name}", config, preprocess, weights=weights)
+
+
+def _timm_preprocess(data: dict[str, Any]) -> Preprocess:
+    """timm's own evaluation transform of a tower, from its data configuration."""
+    modes = {"center": "cover", "squash": "squash", "border": "fit"}
+    mode, (_, *shape) = data.get("crop_mode") or "center", data["input_size"]
+    resize_to = as_size([int(side / data["crop_pct"]) for side in shape])
+    fill = round(255 * data["mean"][0]) if mode == "border" else 0
+    return Preprocess(
+        as_size(shape), data["mean"], data["std"], modes[mode], data["interpolation"], resize_to, fill
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _transformers(folder: Path, written: dict[str, Any], name: str) -> Found:
+    """A pair, an image tower or a text tower of transformers."""
+    import transformers
+
+    kind = written.get("model_type")
+    if kind in library.PAIRS:
+        cls, image, text = library.PAIRS[kind]
+        model = _from_pretrained(getattr(transformers, cls), folder)
+        return _hf_pair(model, image, text, folder, name)
+    if kind in library.VISION:
+        vision = library.VISION[kind]
+        model = _from_pretrained(getattr(transformers, vision.cls), folder, **dict(vision.extra))
+        preprocess = _hf_preprocess(folder)
+        settings = library.plain_settings(model.config.to_dict())
+        config = {"vision_tower": f"{library.TRANSFORMERS}{kind}", "vision_kwargs": settings}
+        config["image_size"] = preprocess.size
+        weights = {f"visual.model.{key}": value for key, value in model.state_dict().items()}
+        return Found(name, config, preprocess, weights=weights)
+    if kind in library.TEXT:
+        settings, cls = dict(written), getattr(transformers, library.TEXT[kind])
+        no_pooler = {} if kind.endswith("_text_model") or kind == "modernbert" else {"add_pooling_layer": False}
+        model = _from_pretrained(cls, folder, **no_pooler)
+        settings = library.plain_settings(model.config.to_dict())
+        tokenizer = _hf_tokenizer(folder, min(CONTEXT_LENGTH, _positions(model.config)))
+        config = _text_config(f"{library.TRANSFORMERS}{kind}", settings, tokenizer)
+        weights = {f"text_tower.model.{key}": value for key, value in model.state_dict().items()}
+        return Found(name, config, None, tokenizer, weights)
+    known = ", ".join([*library.PAIRS, *library.VISION, *library.TEXT])
+    raise ValueError(f"{folder} is a {kind} of transformers, which is none that can be a tower: {known}")
+
+
+def _hf_pair(model: Any, image: str, text: str, folder: Path, name: str) -> Found:
+    """CLIP or SigLIP of transformers."""
+    preprocess = _hf_preprocess(folder)
+    sides = {"vision": model.config.vision_config, "text": model.config.text_config}
+    settings = {side: library.plain_settings(config.to_dict()) for side, config in sides.items()}
+    settings["vision"]["model_type"], settings["text"]["model_type"] = image, text
+    weights = {f"visual.model.{key}": value for key, value in model.vision_model.state_dict().items()}
+    weights |= {f"text_tower.model.{key}": value for key, value in model.text_model.state_dict().items()}
+    weights["logit_scale"] = model.logit_scale.detach().reshape(())
+    siglip = hasattr(model, "logit_bias")
+    if siglip:
+        weights["logit_bias"] = model.logit_bias.detach().reshape(())
+        embed_dim = sides["vision"].hidden_size
+    else:
+        embed_dim = settings["vision"]["projection_dim_of_pair"] = model.config.projection_dim
+        weights["image_projection.weight"] = model.visual_projection.weight.detach()
+        weights["text_projection"] = model.text_projection.weight.detach().T.contiguous()
+    tokenizer = _hf_tokenizer(folder, sides["text"].max_position_embeddings, whole=siglip, causal=not siglip)
+    config = {
+        "vision_tower": f"{library.TRANSFORMERS}{image}", "vision_kwargs": settings["vision"],
+        "image_size": preprocess.size, "embed_dim": embed_dim, "logit_bias": siglip,
+        **_text_config(f"{library.TRANSFORMERS}{text}", settings["text"], tokenizer),
+    }  # fmt: skip
+    return Found(name, config, preprocess, tokenizer, weights)
+
+
+def _text_config(name: str, settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    length = tokenizer.context_length  # type: ignore[attr-defined]
+    return {
+        "text_tower": name, "text_kwargs": settings, "context_length": length, "vocab_size": tokenizer.vocab_size,
+    }  # fmt: skip
+
+
+def _positions(config: Any) -> int:
+    """The longest text that a model has positions for; RoBERTa's first stands behind its padding."""
+    longest = config.max_position_embeddings
+    return longest - config.pad_token_id - 1 if "roberta" in config.model_type else longest
+
+
+def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
+    """A model of transformers with all its weights, in float32; ValueError where the folder lacks some of them."""
+    with _quiet():
+        try:
+            model, report = cls.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32, **options
+            )
+        except Exception as error:  # of many kinds: no weights, another shape, a damaged file
+            why = str(error).strip().splitlines()
+            raise ValueError(f"transformers cannot read {folder}: {why[0] if why else type(error).__name__}") from error
+    if lacking := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(lacking)} tensors of a {cls.__name__}: {', '.join(lacking[:8])}")
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and reports that transformers prints; what is wrong is raised."""
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(theirs.CRITICAL)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def _hf_preprocess(folder: Path) -> Preprocess:
+    """What a folder's image processor does, with its library's defaults; ValueError for more than Preprocess knows."""
+    from transformers import AutoImageProcessor
+
+    with _quiet():
+        try:
+            theirs = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of many kinds
+            why = str(error).strip().splitlines()
+            raise ValueError(f"{folder} does not say how images are prepared ({why[0] if why else error})") from error
+    given = theirs.to_dict()
+    if not given.get("do_resize", True) or abs(given.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+        raise ValueError(f"{folder}: its images are not resized, or not scaled to 1: no preparation that is known")
+    normalised = given.get("do_normalize", True)
+    mean: Any = tuple(given["image_mean"]) if normalised else (0.0, 0.0, 0.0)
+    std: Any = tuple(given["image_std"]) if normalised else (1.0, 1.0, 1.0)
+    if side := given.get("max_num_patches"):  # SigLIP 2's towers of any shape: here all images become squares
+        size, how, resize_to = given["patch_size"] * int(side**0.5), "squash", None
+        log.warning(f"{folder}: its images keep their shape there; here all are squashed to {size} pixels a side")
+    else:
+        size, how, resize_to = _hf_shape(given, folder)
+    interpolation = _RESAMPLE.get(int(given.get("resample", 2)), "bilinear")
+    return Preprocess(size, mean, std, how, interpolation, resize_to, floor=True)
+
+
+def _hf_shape(given: dict[str, Any], folder: Path) -> tuple[Any, str, Any]:
+    """Of an image processor's settings: the size of an image, how it is brought to it, and by way of which size."""
+    size, crop = given["size"], given.get("crop_size")
+    short = size.get("shortest_edge")
+    if short and (fraction := given.get("crop_pct")):  # ConvNeXt's
+        return (short, "cover", int(short / fraction)) if short < 384 else (short, "squash", None)
+    if not (short or {"height", "width"} <= set(size)):
+        raise ValueError(f"{folder}: images are resized to {size}: no preparation that is known")
+    resized = short or as_size([size["height"], size["width"]])
+    how = "cover" if short else "squash"
+    if not given.get("do_center_crop"):
+        if short:
+            raise ValueError(f"{folder}: images are resized to {size} and not cropped: no one shape")
+        return resized, how, None
+    cropped = as_size([crop["height"], crop["width"]]) if crop else resized
+    return cropped, how, None if resized == cropped else resized
+
+
+def _hf_tokenizer(folder: Path, longest: int, whole: bool = False, causal: bool = False) -> LibraryTokenizer:
+    """The tokenizer that lies in a folder.
+
+    Args:
+        longest: tokens that the model has positions for.
+        whole: captions are padded to the whole length, and the padding is read (SigLIP).
+        causal: what follows the end token is never read, so that zeros do.
+
+    Raises:
+        ValueError: none there; one that does more than the tokenizers library alone.
+    """
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        try:
+            theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of many kinds
+            why = str(error).strip().splitlines()
+            raise ValueError(f"{folder} holds no tokenizer ({why[0] if why else type(error).__name__})") from error
+    length = int(min(longest, theirs.model_max_length))
+    return _own_tokenizer(theirs, folder, length, 0 if causal else theirs.pad_token_id or 0, whole)
+
+
+SENTENCES = ["a mammogram of a malignant mass", "CT, axial: 3 cm lesion (left) -- S/P biopsy_2 & follow-up.", ""]
+
+
+def _own_tokenizer(theirs: Any, folder: Path, length: int, pad_id: int, whole: bool, clean: str = "none") -> Any:
+    """A tokenizer of transformers as one of ours, compared on a few sentences."""
+    backend = getattr(theirs, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{folder}: its tokenizer, a {type(theirs).__name__}, is none of the tokenizers library")
+    pads = {"pad_to": "context" if whole else "longest", "pad_side": theirs.padding_side}
+    ours = LibraryTokenizer(backend.to_str(), length, pad_id, **pads, clean=clean)
+    for text in SENTENCES:
+        expected = theirs(text, truncation=True, max_length=length)["input_ids"]
+        got = [int(i) for i in ours(text)[0]]
+        if (got[-len(expected) :] if theirs.padding_side == "left" else got[: len(expected)]) != expected:
+            raise ValueError(
+                f"{folder}: its tokenizer, a {type(theirs).__name__}, does more than its definition says: {text!r} is "
+                f"{expected[:12]} there and {got[:12]} by it"
+            )
+    return ours
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# open_clip
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _open_clip(written: dict[str, Any], folder: Path, name: str, weights: Path | None = None) -> Found:
+    """A pair of open_clip from its configuration, and the weights beside it, or those that are named."""
+    settings, given = dict(written["model_cfg"]), written.get("preprocess_cfg", {})
+    if "multimodal_cfg" in settings:
+        raise ValueError(f"{name} is a CoCa of open_clip, which is no pair of towers")
+    text_name = settings["text_cfg"].get("hf_model_name")
+    tokenizer = _open_clip_tokenizer(settings["text_cfg"], folder, name)
+    config = library.plain_settings(settings)
+    file = weights or _open_clip_weights(folder)
+    if text_name:
+        config["text_config"] = library.plain_settings(_text_settings(str(text_name), folder, file))
+    net = library.open_clip_net(config)
+    from open_clip import load_checkpoint
+
+    try:
+        load_checkpoint(net, str(file), strict=True, weights_only=True)
+    except Exception as error:  # of many kinds
+        raise ValueError(f"open_clip cannot read {file}: {str(error).strip()[:600]}") from error
+    preprocess = _open_clip_preprocess(given, config["vision_cfg"])
+    tower = library.OpenCLIPImageTower(net.visual)
+    projection = tower.projection
+    tower.projection = nn.Identity()
+    found = {f"visual.{key}": value for key, value in tower.state_dict().items()}
+    found |= {f"image_projection.{key}": value for key, value in projection.state_dict().items()}
+    found |= {f"text_tower.model.{key}": value for key, value in net.text.state_dict().items()}
+    found["logit_scale"] = net.logit_scale.detach().reshape(())
+    if net.logit_bias is not None:
+        found["logit_bias"] = net.logit_bias.detach().reshape(())
+    fields = {
+        "vision_tower": library.OPEN_CLIP, "vision_kwargs": config, "image_size": preprocess.size,
+        "embed_dim": config["embed_dim"], "logit_bias": net.logit_bias is not None,
+        **_text_config(library.OPEN_CLIP, config, tokenizer),
+    }  # fmt: skip
+    return Found(name, fields, preprocess, tokenizer, found)
+
+
+def _open_clip_weights(folder: Path) -> Path:
+    names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors")
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}")
+    return found[0]
+
+
+def _open_clip_preprocess(given: dict[str, Any], vision: dict[str, Any]) -> Preprocess:
+    """open_clip's evaluation transform, with its defaults."""
+    from open_clip.transform import PreprocessCfg
+
+    filled = PreprocessCfg(**{"size": vision.get("image_size", 224), **given})
+    how = {"shortest": "cover", "squash": "squash", "longest": "fit"}[filled.resize_mode]
+    size = as_size(filled.size if isinstance(filled.size, int) else list(filled.size))
+    interpolation = "bilinear" if filled.interpolation == "bilinear" else "bicubic"
+    mean, std = (_of_channels(values) for values in (filled.mean, filled.std))
+    return Preprocess(size, mean, std, how, interpolation, None, filled.fill_color)
+
+
+def _of_channels(values: Any) -> tuple[float, float, float]:
+    """A value for each channel, of one for all or of three."""
+    red, green, blue = values if isinstance(values, (tuple, list)) else (values,) * 3
+    return float(red), float(green), float(blue)
+
+
+def _open_clip_tokenizer(text: dict[str, Any], folder: Path, name: str) -> Any:
+    """What open_clip reads captions with: CLIP's own, or one of transformers' in the folder."""
+    length = text.get("context_length", CONTEXT_LENGTH)
+    kwargs = text.get("tokenizer_kwargs") or {}
+    if not text.get("hf_tokenizer_name"):
+        if kwargs:
+            raise ValueError(f"{name}: CLIP's tokenizer with {', '.join(kwargs)} is not known here")
+        return SimpleTokenizer(context_length=length)
+    if other := set(kwargs) - {"clean"}:
+        raise ValueError(f"{name}: a tokenizer with {', '.join(sorted(other))} is not known here")
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        try:
+            theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of many kinds
+            raise ValueError(f"{folder} holds no tokenizer, where {text['hf_tokenizer_name']} belongs") from error
+    clean = kwargs.get("clean", "whitespace")
+    return _own_tokenizer(theirs, folder, length, theirs.pad_token_id or 0, True, clean)
+
+
+def _text_settings(name: str, folder: Path, weights: Path) -> dict[str, Any]:
+    """The configuration of a text tower of transformers that open_clip names by a hub's id.
+
+    Where neither the folder nor the hub's cache has it, a BERT's sizes are read off its tensors; its heads are 64 wide
+    then, as those of every published BERT.
+    """
+    for place in (folder, Path(name)):
+        if (place / HF).is_file() and "model_type" in (written := utils.read_json(place / HF)):
+            return written
+    from transformers import AutoConfig
+
+    with _quiet(), contextlib.suppress(Exception):  # it is not in the cache
+        return AutoConfig.from_pretrained(name, local_files_only=True).to_dict()
+    shapes = {key: tuple(value.shape) for key, value in pretrained.read_state(weights).items()}
+    prefix = "text.transformer."
+    words = shapes.get(f"{prefix}embeddings.word_embeddings.weight")
+    if words is None or f"{prefix}encoder.layer.0.attention.self.query.weight" not in shapes or words[1] % 64:
+        raise ValueError(f"{folder}: the configuration of its text tower, {name}, is neither there nor in a cache")
+    pattern = re.compile(rf"{re.escape(prefix)}encoder\.layer\.(\d+)\.")
+    layers = {int(found[1]) for key in shapes if (found := pattern.match(key))}
+    return {
+        "model_type": "bert", "vocab_size": words[0], "hidden_size": words[1], "num_attention_heads": words[1] // 64,
+        "num_hidden_layers": len(layers), "pad_token_id": 0,
+        "max_position_embeddings": shapes[f"{prefix}embeddings.position_embeddings.weight"][0],
+        "intermediate_size": shapes[f"{prefix}encoder.layer.0.intermediate.dense.weight"][0],
+        "type_vocab_size": shapes[f"{prefix}embeddings.token_type_embeddings.weight"][0],
+    }  # fmt: skip
+
+
+def _open_clip_by_name(name: str) -> Found:
+    """`NAME/TAG` of open_clip's own lists; the weights from its cache, or fetched."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(f"open-clip:{name} needs open_clip: pip install open_clip_torch") from error
+    model, _, tag = name.partition("/")
+    settings, cfg = open_clip.get_model_config(model), open_clip.get_pretrained_cfg(model, tag)
+    if settings is None:
+        raise ValueError(f"open_clip has no model {model!r}; open_clip.list_models() names them")
+    if not cfg:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+        raise ValueError(f"open_clip has no weights {tag!r} of {model}; choose from {tags}")
+    with _online("open_clip", name):
+        weights = Path(open_clip.pretrained.download_pretrained(cfg))
+    given = {key: value for key, value in cfg.items() if key in ("mean", "std", "interpolation", "resize_mode")}
+    return _open_clip({"model_cfg": settings, "preprocess_cfg": given}, weights.parent, f"open-clip:{name}", weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hubs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _online(owner: str, name: str) -> Iterator[None]:
+    """A block that takes weights from the hub's cache, or fetches them; at once an error where no hub answers."""
+    from huggingface_hub import constants
+
+    silent = not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT)
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or silent  # or it tries again for minutes
+    try:
+        yield
+    except Exception as error:  # of many kinds
+        host = urlsplit(constants.ENDPOINT).hostname
+        why = f"{host} does not answer" if silent else str(error).strip().splitlines()[0]
+        raise ValueError(f"{owner} has no weights of {name} in its cache and cannot fetch them: {why}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers(endpoint: str, seconds: float = 5) -> bool:
+    """Whether a hub takes a connection."""
+    parts = urlsplit(endpoint)
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True  # the proxy knows
+    try:
+        with socket.create_connection((parts.hostname, parts.port or 443), timeout=seconds):
+            return True
+    except OSError:
+        return False
+
+
+def _hub_folder(name: str) -> Path:
+    """Where a hub's repository lies, in its cache or fetched: configurations, tokenizers, one set of weights."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    with contextlib.suppress(Exception):  # it is not in the cache
+        folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+            return folder
+    with _online("the hub", name):
+        files = HfApi().list_repo_files(name)
+        if not any(file.endswith(".safetensors") for file in files):
+            wanted[-1] = "*.bin"
+        return Path(snapshot_download(name, allow_patterns=wanted))
