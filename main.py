@@ -67,6 +67,7 @@ from runtime.signals import StopRequest
 from runtime.versions import versions
 from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer
 from towers import pretrained as pretrained_towers
+from towers import sources
 
 log = logging.getLogger("medslip")
 HERE = Path(__file__).parent
@@ -261,14 +262,21 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
     for key in ("image_size", "vision_tower", "context_length", "text_pooling"):
         if getattr(args, key) is not None:
             overrides[key] = getattr(args, key)
-    bert = pretrained_towers.read_bert(args.text_weights) if args.text_weights else None
+    parts, given = other_libraries(args), {}
+    for part in parts:  # a single tower after the whole; flags of the run before both
+        given |= part.config
+    overrides = given | overrides
+    own_text, own_image = (any(getattr(part, f"has_{side}") for part in parts) for side in ("text", "image"))
+    bert = pretrained_towers.read_bert(args.text_weights) if args.text_weights and not own_text else None
     overrides |= (bert["config"] if bert else {}) | parse_overrides(args.override)
     expected = None
-    if args.vision_weights:
+    if args.vision_weights and not own_image:
         tower = models.resolve_config(args.model, **overrides).vision_tower
         expected = pretrained_towers.vision_data(tower, args.vision_weights)
         overrides.setdefault("image_size", expected["size"])
-    tokenizer = build_tokenizer(args, models.resolve_config(args.model, **overrides), bert and bert["tokenizer"])
+    own = next((part.tokenizer for part in parts if part.tokenizer is not None), None)
+    config = models.resolve_config(args.model, **overrides)
+    tokenizer = own or build_tokenizer(args, config, bert and bert["tokenizer"])
     if overrides.setdefault("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size={overrides['vocab_size']} does not fit the tokenizer, which has "
@@ -281,9 +289,12 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
             raise ValueError(f"--medclip-weights fits the MEDCLIP_* and MEDSLIP_* models, not {args.model}")
         models.initialise(model, args.medclip_weights)
         log.info(f"{args.model}: towers loaded from {args.medclip_weights}")
-    elif args.init:
+    elif args.init and not parts:
         models.initialise(model, args.init, tokenizer if model.objective.text else None)
         log.info(f"{args.model}: weights loaded from {args.init}")
+    for part in parts:
+        sources.load(part, model)
+        log.info(f"{args.model}: {part.name} loaded")
     if expected:
         pretrained_towers.load_vision(model, args.vision_weights)
         model.preprocess = replace(model.preprocess, mean=expected["mean"], std=expected["std"])
@@ -305,6 +316,25 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
     if args.grad_checkpointing:
         model.checkpoint_gradients()
     return model, tokenizer if model.objective.text else None
+
+
+def other_libraries(args: argparse.Namespace) -> list[sources.Found]:
+    """What the flags name of other libraries' models: one as a whole, and single towers of others."""
+    found = []
+    if args.init and sources.library_of(args.init):
+        if args.model.lower() not in models.OBJECTIVES:
+            generic = ", ".join(map(str.upper, models.OBJECTIVES))
+            raise ValueError(
+                f"--init {args.init} brings towers of its own: --model is one of {generic}, not {args.model}"
+            )
+        found.append(sources.read_source(args.init))
+    if sources.library_of(args.vision_weights) in ("open-clip", "transformers", "hub"):
+        found.append(sources.read_source(args.vision_weights).side("image"))
+    if args.text_weights and sources.library_of(args.text_weights) and not pretrained_towers.is_bert(args.text_weights):
+        found.append(sources.read_source(args.text_weights).side("text"))
+    if args.vision_tower and any(part.has_image for part in found):
+        raise ValueError(f"--vision-tower {args.vision_tower}: the image tower comes from the weights that are named")
+    return found
 
 
 def build_tokenizer(args: argparse.Namespace, config: models.ModelConfig, bert: dict | None = None) -> Tokenizer:

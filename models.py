@@ -585,7 +585,7 @@ def load_pretrained(
     Raises:
         FileNotFoundError, ValueError: no such file; unreadable; not one of the three kinds; keys that do not fit.
     """
-    if sources.is_source(path):
+    if sources.library_of(path):
         return _from_library(sources.read_source(path), path, image_size)
     state = read_pretrained(path)
     pooling = {} if text_pooling is None else {"text_pooling": text_pooling}
@@ -619,7 +619,6 @@ def _from_library(found: sources.Found, path: str | Path, image_size: Size | Non
     else:
         model = create_model("SIMCLR", **found.config, ssl_mlp_dim=1, ssl_emb_dim=1)  # the smallest head of its own
     sources.load(found, model)
-    model.preprocess = found.preprocess or model.preprocess
     if image_size is not None and as_size(image_size) != model.preprocess.size:
         model = at_size(model, as_size(image_size))
     return Pretrained(model.eval(), model.preprocess, found.tokenizer, found.name)

@@ -150,6 +150,12 @@ def read_bert(folder: str | Path) -> dict[str, Any]:
     }
 
 
+def is_bert(folder: str | Path) -> bool:
+    """Whether a folder's config.json calls it a BERT, or calls it nothing."""
+    file = Path(folder) / "config.json"
+    return not file.is_file() or utils.read_json(file).get("model_type", "bert") == "bert"
+
+
 def _bert_vocabulary(folder: Path) -> list[str]:
     """The tokens by id, of vocab.txt or, where there is none, of tokenizer.json."""
     file = folder / "tokenizer.json"

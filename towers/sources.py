@@ -16,7 +16,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,8 +37,13 @@ from towers.weights import Mismatch
 
 log = logging.getLogger("medslip")
 
-PREFIXES = ("timm:", "hf:", "open-clip:")
 HF, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+
+
+_FIELDS = {
+    "image": ("vision_tower", "vision_kwargs", "image_size"),
+    "text": ("text_tower", "text_kwargs", "context_length", "vocab_size"),
+}
 
 
 @dataclass
@@ -51,6 +56,18 @@ class Found:
     tokenizer: Tokenizer | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)  # by the names that they have in a model of models.py
 
+    def side(self, wanted: str) -> Found:
+        """Its `image` or its `text` tower alone, without the projections into the space of both."""
+        tower = {"image": "visual.", "text": "text_tower."}[wanted]
+        config = {name: value for name, value in self.config.items() if name in _FIELDS[wanted]}
+        weights = {name: value for name, value in self.weights.items() if name.startswith(tower)}
+        if not config:
+            raise ValueError(f"{self.name} has no {wanted} tower")
+        found = Found(f"the {wanted} tower of {self.name}", config, weights=weights)
+        return replace(
+            found, **{"image": {"preprocess": self.preprocess}, "text": {"tokenizer": self.tokenizer}}[wanted]
+        )
+
     @property
     def has_image(self) -> bool:
         """Whether there is an image tower."""
@@ -62,17 +79,16 @@ class Found:
         return "text_tower" in self.config
 
 
-def is_source(path: str | Path) -> bool:
-    """Whether this names a model of another library; False for what nothing is known of, and for files of ours."""
-    if str(path).startswith(PREFIXES):
-        return True
+def library_of(path: str | Path) -> str:
+    """Whose model this names: open-clip, transformers, timm, hub for one of unknown kind; "" for all else, and ours."""
+    for prefix, name in {"timm:": "timm", "hf:": "hub", "open-clip:": "open-clip"}.items():
+        if str(path).startswith(prefix):
+            return name
     folder = Path(path)
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        return True
-    if not (folder / HF).is_file():
-        return False
-    written = utils.read_json(folder / HF)
-    return "model_type" in written or "architecture" in written
+        return "open-clip"
+    written = utils.read_json(folder / HF) if str(path) and (folder / HF).is_file() else {}
+    return "transformers" if "model_type" in written else "timm" if "architecture" in written else ""
 
 
 def read_source(path: str | Path) -> Found:
@@ -101,7 +117,7 @@ def read_source(path: str | Path) -> Found:
 
 
 def load(found: Found, model: Any) -> None:
-    """Copy what was found to a model that was made from its settings.
+    """Copy what was found to a model that was made from its settings, its preparation too.
 
     What the model has besides (a SimCLR head, a projection that the source lacks) stays as it is, and what the model
     has no place for (the text side, of a model without one) is left out. Raises ValueError, naming them, for tensors of
@@ -113,6 +129,8 @@ def load(found: Found, model: Any) -> None:
     if differ := Mismatch.between(place, given):
         raise ValueError(f"{found.name} does not fit {model.name}: {differ}")
     model.load_state_dict({**own, **given})
+    if found.preprocess is not None:
+        model.preprocess = found.preprocess.at(as_size(model.config["image_size"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
