@@ -52,7 +52,7 @@ def open_sets(args: argparse.Namespace) -> Sets:
     entry = entry_of(name, catalog)
     if args.data_path:
         catalog[name] = {**entry, "path": args.data_path}
-    train, test = (downstream.create_downstream(name, split, None, catalog) for split in (True, False))
+    train, test = downstream.open_splits(name, catalog)
     if test.findings is not None:
         raise ValueError(f"{name} has several findings for each image; fine-tuning takes sets with one class each")
     for baseline in args.baseline:

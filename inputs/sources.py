@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inputs.columns import Row
+from inputs.conventions import SPLIT_NAMES, SPLIT_OF, left_out, split_key
 from inputs.metadata import Table, fields_of, inside, iter_json, read_pickle
 from inputs.reader import SPLITS, NoSplit, Reader, first_file, number_of
 
@@ -96,14 +97,6 @@ class RocoV2(Reader):
             yield Row(where, f"{self.images}/{inside(fields[image], where)}.jpg", [fields[caption]])
 
 
-SPLIT_NAMES = {
-    "train": ("train", "training", "restval"),  # restval: Karpathy's splits of COCO and Flickr30k
-    "validation": ("validation", "valid", "val", "validate", "dev"),
-    "test": ("test", "testing"),
-}
-SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
-
-
 class Csv(Reader):
     """Any table of captions and of image paths in the root; comma, semicolon or tab separated.
 
@@ -136,7 +129,7 @@ class Csv(Reader):
         for where, fields in table:
             path = fields[image].strip().removeprefix(f"{self.root}/")
             if split is not None:
-                name = SPLIT_OF.get(fields[split].strip().lower())
+                name = SPLIT_OF.get(split_key(fields[split]))
                 if name is None:
                     unknown[fields[split]] += 1
                 belongs = name == self.split
@@ -153,10 +146,7 @@ class Csv(Reader):
 
     def _remark(self, has_splits: bool, unknown: Counter) -> None:
         if unknown:
-            named = ", ".join(f"{name!r} {n}" for name, n in unknown.most_common(10))
-            self.remarks.append(
-                f"{unknown.total()} rows of unknown splits left out: {named}; known are {', '.join(SPLIT_OF)}"
-            )
+            self.remarks.append(left_out(unknown, "unknown splits", SPLIT_OF))
         if self.for_all_splits and not has_splits:
             self.remarks.append(
                 f"the table has no column split: {self.val_fraction:.0%} of the images, the same in every run, are "

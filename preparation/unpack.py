@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from inputs.archives import read_member
+from inputs.conventions import SPLIT_OF
 from inputs.images import UnreadableImage, decode_image, read_bytes
 from inputs.metadata import Table, inside
-from inputs.sources import SPLIT_OF
 from preparation.processes import add_workers_argument, keep_settings
 from preparation.shrink import check_short_side, encode, format_of, shrink
 from runtime.command_line import HelpFormatter
