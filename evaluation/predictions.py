@@ -56,6 +56,12 @@ def set_scheme(classes: Sequence[str], positive: str | None = None, unit: str = 
     return Scheme(tuple(classes), "image", "label", "group", ("image", "group", "label"), positive, unit)
 
 
+def scheme_of(path: str | Path) -> Scheme:
+    """That of a predictions.csv of any set but CBIS-DDSM, whose classes its columns name."""
+    names = map(utils.csv_value, Table(Path(path)).names)
+    return set_scheme([name.removeprefix("prob_") for name in names if name.startswith("prob_")])
+
+
 @dataclass
 class Predictions:
     """Probabilities (n, k) of n samples, which are told by their rows of the table."""
