@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from evaluation.set_tables import in_order, read_set_table
 from inputs import metadata
 from inputs.cbis import CBIS_CLASSES, CBIS_SETS, CbisLesions
 from inputs.columns import TextColumn
-from inputs.files import images_below, is_system
+from inputs.files import composed, images_below, is_system, on_disk
 from inputs.images import read_image
 from inputs.transforms import Preprocess, View, as_view
 
@@ -289,6 +290,7 @@ def _open(
 
 
 def _existing(name: str, path: Path) -> Path:
+    path = on_disk(path)
     if not path.exists():
         raise FileNotFoundError(f"{name}: {path} does not exist; set its path in the dataset catalog")
     return path
@@ -313,8 +315,9 @@ def image_folders(
     own = _class_folders(root)
     if not own:
         raise ValueError(f"{root} holds no class folders")
-    classes = in_order(own | (_class_folders(other) if other is not None and other.is_dir() else set()))
+    classes = in_order(own | (_class_folders(other) if other is not None and other.is_dir() else {}))
     if folders is not None:
+        folders = [composed(name) for name in folders]
         if set(folders) != set(classes):
             raise ValueError(f"{root}: class folders {', '.join(classes)}; must be {', '.join(folders)}")
         classes = list(folders)
@@ -324,7 +327,7 @@ def image_folders(
         for label, name in enumerate(classes):
             if name not in own:
                 continue
-            for path in images_below(root / name):
+            for path in images_below(root / own[name]):
                 labels.append(label)
                 yield path[len(os.path.join(root, "")) :]
             if not labels or labels[-1] != label:
@@ -334,8 +337,11 @@ def image_folders(
     return ImageFiles(root, column, classes, np.array(labels), transform)
 
 
-def _class_folders(root: Path) -> set[str]:
-    return {entry.name for entry in os.scandir(root) if entry.is_dir() and not is_system(entry.name)}
+def _class_folders(root: Path) -> dict[str, str]:
+    """{class: its folder}, which differ where a disk has decomposed accented letters."""
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_system(entry.name))
+    number = Counter(map(composed, names))
+    return {composed(name) if number[composed(name)] == 1 else name: name for name in names}
 
 
 def file_list(

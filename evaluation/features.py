@@ -28,6 +28,7 @@ from datasets import EvalPairs
 from evaluation import metrics
 from evaluation.downstream import ZeroShotSet
 from inputs import loader
+from inputs.files import on_disk
 from inputs.images import UnreadableImage
 from inputs.reader import Reader
 from inputs.sizes import Size, as_size
@@ -306,7 +307,7 @@ def identify(dataset: Any) -> Iterator[bytes]:
         yield np.ascontiguousarray(dataset.pixels).tobytes()
         return
     for i in range(len(dataset)):  # CbisLesions has whole paths, downstream.ImageFiles relative ones
-        path = Path(getattr(dataset, "root", ""), dataset.paths[i]).absolute()
+        path = on_disk(Path(getattr(dataset, "root", ""), dataset.paths[i]).absolute())
         status = path.stat() if path.exists() else None  # absent: the pass says so, or skips it
         yield f"{path} {status and (status.st_size, status.st_mtime_ns)}\n".encode()
 

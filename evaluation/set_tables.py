@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from evaluation.catalog import COUNT_AS
 from inputs import conventions, metadata
+from inputs.files import composed
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _refuse_shared(rows: Sequence[dict[str, Any]], table: Path, splits: Sequence
         splits_of[row["group"]].add(row["split"])
     if shared := sorted(group for group, names in splits_of.items() if len(names) > 1):
         raise ValueError(f"{table}: {len(shared)} groups are in both {' and '.join(splits)}, first {shared[0]!r}")
-    number = Counter(unicodedata.normalize("NFC", row["image"]) for row in rows)
+    number = Counter(composed(row["image"]) for row in rows)
     if twice := [image for image, n in number.items() if n > 1]:
         raise ValueError(f"{table}: the image {twice[0]} is there twice")
 
@@ -173,7 +173,7 @@ def one_spelling(labels: Iterable[str], table: Path) -> dict[str, str]:
     """
     number, alike = Counter(labels), defaultdict(set)
     for label in number:
-        plain = " ".join(unicodedata.normalize("NFC", conventions.whole_number(label)).casefold().split())
+        plain = " ".join(composed(conventions.whole_number(label)).casefold().split())
         alike[str(int(plain)) if plain.isdecimal() else plain].add(label)
     several = [group for group in alike.values() if len(group) > 1]
     for group in several:

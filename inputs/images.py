@@ -23,6 +23,7 @@ from torch import Tensor
 
 from inputs import dicom
 from inputs.depth import to_8bit
+from inputs.files import on_disk
 from runtime.limits import PIXELS
 
 log = logging.getLogger("medslip")
@@ -109,6 +110,7 @@ def _rgb8_of_channels(values: np.ndarray) -> Image.Image:
 
 def read_bytes(path: str | Path) -> bytes:
     """An image's file. Raises FileNotFoundError, or UnreadableImage where it cannot be read or is a pipe or device."""
+    path = on_disk(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
             raise UnreadableImage(f"cannot read the image {path}: it is no regular file")
@@ -178,6 +180,7 @@ def _dicom_image(data: bytes, name: str) -> Image.Image:
 
 def image_size(path: str | Path) -> tuple[int, int] | None:
     """(width, height) in pixels from a file's header alone; None where there is none that can be read."""
+    path = on_disk(path)
     try:
         if not dicom.is_dicom(read_bytes(path)[:132], str(path)):
             with Image.open(path) as img:

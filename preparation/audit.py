@@ -16,7 +16,6 @@ import argparse
 import io
 import json
 import logging
-import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from torch import Tensor
 from evaluation import metrics
 from evaluation.predictions import Predictions, scheme_of
 from inputs import metadata
-from inputs.files import IMAGE_SUFFIXES, images_below
+from inputs.files import IMAGE_SUFFIXES, composed, images_below
 from inputs.images import UnreadableImage, decode_image, read_bytes
 from preparation.processes import add_workers_argument, over_processes
 from runtime.command_line import HelpFormatter, UsageError
@@ -473,7 +472,7 @@ def without_copies(tested: Tested, pairs: Sequence[Pair]) -> str:
 
 def _parts(path: str | Path) -> tuple[str, ...]:
     """Of a path, its accented letters in one form."""
-    return Path(unicodedata.normalize("NFC", str(path))).parts
+    return Path(composed(str(path))).parts
 
 
 def predicted_set(images: Sequence[str], sets: dict[str, list[Path]], source: Path) -> tuple[str, list[Path]]:
