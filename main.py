@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -356,10 +356,27 @@ def build_reader(args: argparse.Namespace, split: str, caption_filter: str, quie
         caption_filter,
         cache_dir=args.cache_dir,
         val_fraction=args.val_fraction,
+        by_image=began_by_image(args),
     )
     for line in () if quiet else reader.log:
         log.info(f"{args.dataset} {split}: {line}")
     return reader
+
+
+def began_by_image(args: argparse.Namespace) -> bool:
+    """Whether the run that is continued or evaluated holds out images one by one, and not whole patients.
+
+    Runs of versions that knew no patients do, and those whose table had no column of them when they began.
+    """
+    if args.dataset != "csv":
+        return False
+    begun = [args.resume, args.init if args.evaluate else "", *sorted(Path(args.output_dir).glob("checkpoint*.pt"))]
+    for path in filter(None, begun):
+        with suppress(ValueError, FileNotFoundError):  # which is said where the weights are read
+            settings = load_checkpoint(path, mmap=True).get("settings")
+            if isinstance(settings, dict):
+                return not upgraded(settings)["held out by"]
+    return False
 
 
 @dataclass
@@ -576,6 +593,7 @@ def resume_settings(
         "global_batch": args.batch_size * processes.world_size,
         "pairs": len(reader),
         "images and captions": reader.fingerprint(),
+        "held out by": reader.held_out_by,
         **{f"model.{k}": v for k, v in model.config.items()},
         "tokenizer": hashlib.sha256(json.dumps(tokenizer.spec()).encode()).hexdigest() if tokenizer else None,
     }

@@ -104,8 +104,7 @@ class _Columns:
         if not self.several and conventions.no_value(label):
             label = None
         findings = {column: row[column] for column in self.labels} if self.several else {}
-        group = row.get(self.group, "")
-        group = image if conventions.no_value(group) else conventions.whole_number(group)
+        group = conventions.group_name(row.get(self.group, ""), alone=image)
         return {"image": image, "label": label, "group": group, "split": split, **findings}
 
 
@@ -145,7 +144,7 @@ def _of_groups(kept: Sequence[dict[str, Any]], table: Path, column: str) -> list
 
 def _unnamed_group(cells: Sequence[tuple[str, str]], table: Path, column: str, splits: Sequence[str]) -> str:
     """The line about a column of patients that the entry does not name."""
-    of = [{conventions.whole_number(cell) for cell, own in cells if own == split} - {""} for split in splits]
+    of = [{conventions.group_name(cell, "") for cell, own in cells if own == split} - {""} for split in splits]
     crossing = f" ({len(of[0] & of[1])} of its values are in both {' and '.join(splits)})" if of[0] & of[1] else ""
     return (
         f"{table} has a column {column!r} that the catalog entry does not name{crossing}, so splits and intervals are "

@@ -47,6 +47,11 @@ def no_value(cell: str) -> bool:
     return cell.strip().lower() in NO_VALUE
 
 
+def group_name(cell: str, alone: str) -> str:
+    """The group that a cell names, in one spelling of a number; `alone` where it names none."""
+    return alone if no_value(cell) else whole_number(cell.strip())
+
+
 def whole_number(cell: str) -> str:
     """`1.0` as 1, which a spreadsheet makes of a column with an empty cell; any other text as it is."""
     digits, point, zeros = cell.partition(".")

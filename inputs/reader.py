@@ -100,12 +100,15 @@ class Reader:
             matches.
         cache_dir: where an `indexed` reader keeps its index; "" for beside the metadata.
         val_fraction: of the images, held out where one table names no splits; see Csv.
+        by_image: hold out images one by one even where a column of patients tells what belongs together.
     """
 
     splits: tuple[str, ...] = SPLITS
     indexed = False  # whether reading the rows takes so long that the result is kept in a file
     numbered = False  # whether rows give an image by number
     files: list[Path]  # of captions, set by `locate`
+    held_out_by = ""  # the column whose values are whole where `val_fraction` decides
+    groups: frozenset[str] = frozenset()  # of patients or the like that the split's rows name
 
     def __init__(
         self,
@@ -115,13 +118,14 @@ class Reader:
         caption_filter: str = "all",
         cache_dir: str | Path = "",
         val_fraction: float = 0.1,
+        by_image: bool = False,
     ):
         if split not in self.splits:
             raise ValueError(f"this dataset has no split {split!r}; choose from {', '.join(self.splits)}")
         self.root = on_disk(os.path.abspath(root))
         if not self.root.is_dir():
             raise FileNotFoundError(f"the data root {self.root} is not a folder")
-        self.split, self.val_fraction = split, val_fraction
+        self.split, self.val_fraction, self.by_image = split, val_fraction, by_image
         self.remarks: list[str] = []  # of `rows`, about the metadata
         pattern = caption_pattern(caption_filter)
         self.locate(metadata)
