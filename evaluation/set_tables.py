@@ -36,8 +36,8 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str) -
     an accented letter alone are refused. A group, the patient, is whole in a split.
 
     Raises:
-        ValueError: no such column or split, an empty or unknown label, an image outside of its root, a group in both
-            splits, or one image twice; the message names file and row.
+        ValueError: no such column or split, an image outside of its root; or all of these at once: rows without a
+            label, labels that look alike, groups in both splits, an image twice. The message names file and row.
     """
     given, splits = entry.get("columns", {}), (entry["train"], entry["test"])
     columns = _Columns.of(given)
@@ -49,17 +49,19 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str) -
         found = ", ".join(sorted({row[columns.split] for row in rows}))
         raise ValueError(f"{table}: no row of the split {wanted!r}; its splits: {found}")
     kept = [columns.sample(row, split, f"{table}, row {number}") for number, row, split in numbered]
+    faults = _shared(kept, splits)
     if empty := [number for (number, _, _), row in zip(numbered, kept, strict=True) if row["label"] is None]:
         more = f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""
-        raise ValueError(f"{table}, row {empty[0]} has no {columns.labels[0]}{more}: leave such rows out")
+        faults.append(f"row {empty[0]} has no {columns.labels[0]}{more}")
     unit = "images"
     if rows and columns.group in rows[0]:
         unit = conventions.group_unit(columns.group)
         remarks += _of_groups(kept, table, columns.group)
     elif rows and (column := conventions.group_column(rows[0])):
         remarks.append(_unnamed_group([(row[column], split) for _, row, split in numbered], table, column, splits))
-    _refuse_shared(kept, table, splits)
-    one = {} if columns.several else one_spelling((row["label"] for row in kept), table)
+    one, alike = one_spelling(row["label"] for row in kept if row["label"])
+    if faults := faults + alike:
+        raise ValueError(f"{table}: {'; '.join(faults)}")
     if one:
         pairs = ", ".join(f"{label!r} as {plain!r}" for label, plain in sorted(one.items()))
         remarks.append(f"{table}: labels that are the same number are one class: {pairs}")
@@ -152,35 +154,35 @@ def _unnamed_group(cells: Sequence[tuple[str, str]], table: Path, column: str, s
     )
 
 
-def _refuse_shared(rows: Sequence[dict[str, Any]], table: Path, splits: Sequence[str]) -> None:
-    """A patient or an image in both splits would be tested on what was trained."""
+def _shared(rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> list[str]:
+    """What is wrong with groups and images: in both splits they would be tested on what was trained."""
+    faults = []
     splits_of = defaultdict(set)
     for row in rows:
         splits_of[row["group"]].add(row["split"])
     if shared := sorted(group for group, names in splits_of.items() if len(names) > 1):
-        raise ValueError(f"{table}: {len(shared)} groups are in both {' and '.join(splits)}, first {shared[0]!r}")
+        faults.append(f"{len(shared)} groups are in both {' and '.join(splits)}, first {shared[0]!r}")
     number = Counter(composed(row["image"]) for row in rows)
     if twice := [image for image, n in number.items() if n > 1]:
-        raise ValueError(f"{table}: the image {twice[0]} is there twice")
+        more = f", and so are {len(twice) - 1} more" if len(twice) > 1 else ""
+        faults.append(f"the image {twice[0]} is there twice{more}")
+    return faults
 
 
-def one_spelling(labels: Iterable[str], table: Path) -> dict[str, str]:
-    """{0.0: 0}: labels that are the same whole number as another one; nothing for a label that stands alone.
-
-    Raises:
-        ValueError: labels that look alike and are no such numbers, with how many rows have them.
-    """
+def one_spelling(labels: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """{0.0: 0}, labels that are whole numbers where some are the same; what is wrong with others that look alike."""
     number, alike = Counter(labels), defaultdict(set)
     for label in number:
         plain = " ".join(composed(conventions.whole_number(label)).casefold().split())
         alike[str(int(plain)) if plain.isdecimal() else plain].add(label)
     several = [group for group in alike.values() if len(group) > 1]
+    faults = []
     for group in several:
         if len({conventions.whole_number(label) for label in group}) > 1:
             rows = ", ".join(f"{label!r} ({number[label]} rows)" for label in sorted(group))
-            raise ValueError(f"{table}: labels that differ in case, blanks, accents or zeros alone: {rows}")
+            faults.append(f"labels that differ in case, blanks, accents or zeros alone: {rows}")
     plain = {label: conventions.whole_number(label) for label in number} if several else {}
-    return {label: text for label, text in plain.items() if text != label}
+    return {label: text for label, text in plain.items() if text != label}, faults
 
 
 def _finding(cell: str, entry: dict[str, Any], where: str) -> int:

@@ -22,6 +22,7 @@ from inputs.files import on_disk
 from inputs.images import image_size, read_image
 from inputs.metadata import read_table
 from runtime.command_line import HelpFormatter
+from runtime.logs import aligned
 from utils import atomic_write
 
 log = logging.getLogger("medslip")
@@ -290,8 +291,7 @@ def count_table(rows: list[dict[str, str]]) -> str:
         pathology = Counter(row["pathology"] for row in part)
         distinct = [len({row[column] for row in part} - {""}) for column in ("patient", *CBIS_IMAGES)]
         lines.append((title, len(part), *(pathology[name] for name in CBIS_CLASSES), *distinct))
-    widths = [max(len(str(line[i])) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(str(x).rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
+    return aligned(lines)
 
 
 def add_parser(commands) -> None:

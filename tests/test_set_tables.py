@@ -114,7 +114,7 @@ def test_labels_that_look_alike_are_refused_by_name(tmp_path, one, other):
 
 def test_rows_without_a_label_are_counted(tmp_path):
     catalog = write_table(tmp_path, ["a,train", "nan,train", "b,train", ",test", "a,test"])
-    with pytest.raises(ValueError, match=r"table.csv, row 2 has no label, nor have 1 more"):
+    with pytest.raises(ValueError, match=r"table.csv: row 2 has no label, nor have 1 more"):
         downstream.create_downstream("hospital", True, None, catalog)
 
 
