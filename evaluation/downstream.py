@@ -219,24 +219,25 @@ def open_splits(
     What is to be said of them, a class that a split lacks for one, is said here, before anything is computed.
     """
     parts = _read_set(name, True, train, catalog, False), _read_set(name, False, test, catalog, False)
-    for line in dict.fromkeys([*parts[0].remarks, *parts[1].remarks, *classes_of_one_split(name, *parts)]):
+    for line in dict.fromkeys([*parts[0].remarks, *parts[1].remarks]):
         log.warning(line)
+    name_missing_classes(name, {"training": parts[0], "test": parts[1]})
     return parts
 
 
-def classes_of_one_split(name: str, train: Downstream, test: Downstream) -> list[str]:
-    """A line for the classes, or findings, that have no training image, and one for those that have no test image."""
-    counts, lines = [part.images_of_classes() for part in (train, test)], []
-    kind = "classes" if train.findings is None else "findings"
-    for here, there, lacking, having in ((0, 1, "training", "test"), (1, 0, "test", "training")):
-        named = [
-            f"{train.classes[c]} ({counts[there][c]} {having})"
-            for c in range(len(train.classes)) if counts[there][c] and not counts[here][c]
-        ]  # fmt: skip
+def name_missing_classes(name: str, parts: dict[str, Downstream]) -> None:
+    """A warning for each part of a set that lacks images of classes, or of findings, which another part has."""
+    counts = {title: part.images_of_classes() for title, part in parts.items()}
+    first = next(iter(parts.values()))
+    kind = "classes" if first.findings is None else "findings"
+    for lacking, own in counts.items():
+        named = []
+        for c in [c for c, n in enumerate(own) if not n]:
+            there = [f"{number[c]} {title}" for title, number in counts.items() if number[c]]
+            named += [f"{first.classes[c]} ({', '.join(there)})"] if there else []
         if named:
             more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-            lines.append(f"{name}: {kind} without {lacking} images: {', '.join(named[:5])}{more}")
-    return lines
+            log.warning(f"{name}: {kind} without {lacking} images: {', '.join(named[:5])}{more}")
 
 
 # Images times classes of a test split, and images, up to which its rows are kept and its scores get intervals: the

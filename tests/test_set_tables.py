@@ -1,11 +1,13 @@
 """What the tables of labelled sets hold: splits, labels and patients as people and spreadsheets write them."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from beit_finetuning import sets
 from evaluation import downstream
 from evaluation.catalog import read_catalog
 from evaluation.predictions import Predictions, score_predictions
@@ -135,3 +137,12 @@ def test_a_class_of_one_split_is_named_before_anything_is_computed(tmp_path, cap
     kinds = "findings" if kind == "findings" else "classes"
     assert f"hospital: {kinds} without training images: rare (1 test)" in caplog.text
     assert f"hospital: {kinds} without test images: b ({2 if kind == 'findings' else 1} training)" in caplog.text
+
+
+def test_fine_tuning_names_them_too(tmp_path, caplog):
+    for place in ("train/a", "train/b", "test/a", "test/b", "test/rare"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / place / "0.png")
+    args = Namespace(data_set="image_folder", data_path=str(tmp_path / "train"), eval_data_path=str(tmp_path / "test"))
+    sets.open_sets(args)
+    assert "image_folder: classes without training images: rare (1 test)" in caplog.text
