@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
         if name in sets:
             raise UsageError(f"the set {name} is named twice")
         sets[name] = list_images(Path(path))
-    tested = Tested.read(args.predictions, sets) if args.predictions else None  # refused before the long work
+    tested = predicted_files(args.predictions, sets) if args.predictions else None  # refused before the long work
     pairs, unreadable = audit(sets, args.threshold, args.workers, args.pretrained)
     write_pairs(args.output, pairs)
     for name, paths in sets.items():
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     if unreadable:
         log.warning(f"{len(unreadable)} images cannot be decoded, first {unreadable[0]}")
     if tested:
-        log.info(without_copies(tested, pairs))
+        log.info(without_copies(*tested, pairs))
 
 
 def list_images(path: Path) -> list[Path]:
@@ -441,28 +441,12 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     atomic_write(path, lambda file: file.write(csv_text(lines).encode("utf-8", "surrogateescape")))
 
 
-@dataclass(frozen=True)
-class Tested:
-    """A run's predictions, and which files of which set they are about."""
-
-    predictions: Predictions
-    name: str
-    files: list[Path]
-
-    @classmethod
-    def read(cls, path: Path, sets: dict[str, list[Path]]) -> Tested:
-        """Of a predictions.csv; ValueError as `Predictions.read` and `predicted_set`."""
-        found = Predictions.read(path, scheme_of(path))
-        return cls(found, *predicted_set([row["image"] for row in found.rows], sets, path))
-
-
-def without_copies(tested: Tested, pairs: Sequence[Pair]) -> str:
-    """A run's metrics on all of its test images, and on those that no pair names."""
-    touched = {file for pair in pairs for own, file in zip(pair.sets, (pair.first, pair.second), strict=True)
-               if own == tested.name}  # fmt: skip
-    alone = np.flatnonzero([file not in touched for file in tested.files])
-    lines, classes = [], tested.predictions.scheme.classes
-    for title, part in (("all", tested.predictions), ("without copies", tested.predictions[alone])):
+def without_copies(tested: Predictions, files: Sequence[Path], pairs: Sequence[Pair]) -> str:
+    """A run's metrics on all of its test images, which lie in `files`, and on those that no pair names."""
+    touched = {file for pair in pairs for file in (pair.first, pair.second)}
+    alone = np.flatnonzero([file not in touched for file in files])
+    lines, classes = [], tested.scheme.classes
+    for title, part in (("all", tested), ("without copies", tested[alone])):
         present = len(part.rows) and len(set(part.labels)) == len(classes)
         scores = metrics.classification_metrics(part.labels, part.prob, classes, None) if present else {}
         values = {"images": len(part.rows), **{k: round(100 * v, 2) for k, v in scores.items()}}
@@ -475,11 +459,16 @@ def _parts(path: str | Path) -> tuple[str, ...]:
     return Path(composed(str(path))).parts
 
 
-def predicted_set(images: Sequence[str], sets: dict[str, list[Path]], source: Path) -> tuple[str, list[Path]]:
-    """The set that holds all of a run's test images, and their files; `test` where several do.
+def predicted_files(source: Path, sets: dict[str, list[Path]]) -> tuple[Predictions, list[Path]]:
+    """A predictions.csv, and the files of its images, all in one of the sets: in `test` where several have them.
 
     An image is named relative to a folder that need not be the set's: whole parts of its path decide, from the end.
+
+    Raises:
+        ValueError: no predictions.csv; its images are in no set, or in several; an image may be one of two files.
     """
+    found = Predictions.read(source, scheme_of(source))
+    images = [row["image"] for row in found.rows]
     wanted = [_parts(image) for image in images]
     lengths = {len(parts) for parts in wanted}
     holding, missing = {}, {}
@@ -499,4 +488,4 @@ def predicted_set(images: Sequence[str], sets: dict[str, list[Path]], source: Pa
     for image, files in zip(images, holding[whole[0]], strict=True):
         if len(files) > 1:
             raise ValueError(f"{source}: the image {image} may be {files[0]} or {files[1]}")
-    return whole[0], [files[0] for files in holding[whole[0]]]
+    return found, [files[0] for files in holding[whole[0]]]

@@ -189,8 +189,8 @@ def test_pairs_and_predictions_are_told_apart_from_formulas(tmp_path):
     rows = [{"image": name, "group": name, "label": label} for name, label in (("=a.png", "=x"), ("c.png", "y"))]
     scheme = Scheme(("=x", "y"), "image", "label", "group", ("image", "group", "label"))
     Predictions(rows, np.array([[0.9, 0.1], [0.2, 0.8]]), scheme).write(tmp_path / "predictions.csv")
-    tested = audit.Tested.read(tmp_path / "predictions.csv", {"=set": [first, Path("c.png")]})
-    lines = audit.without_copies(tested, [pair]).splitlines()
+    tested, files = audit.predicted_files(tmp_path / "predictions.csv", {"=set": [first, Path("c.png")]})
+    lines = audit.without_copies(tested, files, [pair]).splitlines()
     assert [json.loads(line.partition(": ")[2])["images"] for line in lines] == [2, 1]
     assert audit.list_images(tmp_path / "predictions.csv") == [tmp_path / "=a.png", tmp_path / "c.png"]
 
@@ -203,16 +203,16 @@ def test_predictions_meet_their_files_by_whole_parts_of_a_path(tmp_path):
     test = [Path(f"/d/test/x/{i}.png") for i in (1, 11, 21)]
     train = [Path(f"/d/train/x/{i}.png") for i in (1, 11, 21, 31)]
     sets = {"train": train, "test": test}
-    tested = audit.Tested.read(tmp_path / "p.csv", sets)
-    assert tested.files == test and tested.predictions.scheme.classes == classes
+    tested, files = audit.predicted_files(tmp_path / "p.csv", sets)
+    assert files == test and tested.scheme.classes == classes
     pair = audit.Pair(("train", "test"), train[0], test[1], 1.0, False)  # train's own x/1.png, a copy of x/11.png
-    assert json.loads(audit.without_copies(tested, [pair]).split("without copies: ")[1])["images"] == 2
+    assert json.loads(audit.without_copies(tested, files, [pair]).split("without copies: ")[1])["images"] == 2
     with pytest.raises(ValueError, match="one set must hold all of its 3 images.*a lacks 0, b lacks 0"):
-        audit.Tested.read(tmp_path / "p.csv", {"a": train, "b": test})
+        audit.predicted_files(tmp_path / "p.csv", {"a": train, "b": test})
     with pytest.raises(ValueError, match="one set must hold all of its 3 images.*a lacks 3"):
-        audit.Tested.read(tmp_path / "p.csv", {"a": [Path(f"/d/x1/{i}.png") for i in (1, 11, 21)]})
+        audit.predicted_files(tmp_path / "p.csv", {"a": [Path(f"/d/x1/{i}.png") for i in (1, 11, 21)]})
     with pytest.raises(ValueError, match="may be /d/test/x/1.png or /e/x/1.png"):
-        audit.Tested.read(tmp_path / "p.csv", {"a": [*test, Path("/e/x/1.png")]})
+        audit.predicted_files(tmp_path / "p.csv", {"a": [*test, Path("/e/x/1.png")]})
 
 
 def test_bad_sets_are_refused(tmp_path):
