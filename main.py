@@ -102,8 +102,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                       help="file of captions where the layout does not fix it; for csv the table of pairs, with a "
                       "column `split` or {split} in its name where there is a validation split")
     data.add_argument("--val-fraction", default=0.1, type=float, metavar="FRACTION",
-                      help="csv: of a table that names no splits, hold out this fraction for validation, of the patients "
-                      "where a column tells them, else of the images, the same ones in every run; 0 trains on all and does not validate")
+                      help="csv: of a table that names no splits, hold out this fraction for validation, of the "
+                      "patients where a column tells them, else of the images, the same ones in every run; 0 trains on "
+                      "all and does not validate")
     data.add_argument("--caption-filter", default="all", type=str, metavar="FILTER",
                       help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in "
                       "inputs/caption_filters.py), or a regular expression, matched without regard to case; validation "
