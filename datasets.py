@@ -44,6 +44,7 @@ def create_reader(
     caption_filter: str = "all",
     cache_dir: str | Path = "",
     val_fraction: float = 0.1,
+    by_image: bool = False,
 ) -> Reader:
     """The reader `name` of READERS; `Reader` explains the arguments.
 
@@ -52,7 +53,7 @@ def create_reader(
     """
     if name not in READERS:
         raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(READERS)}")
-    return READERS[name](root, metadata, split, caption_filter, cache_dir, val_fraction)
+    return READERS[name](root, metadata, split, caption_filter, cache_dir, val_fraction, by_image)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

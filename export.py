@@ -340,8 +340,8 @@ def measured(path: Path, result: dict) -> list[str]:
         for name, m in metrics.items()
     ]
     over = result.get("interval", {})
-    return [f"- {title}: {', '.join(cells)}; percent, {100 * over.get('level', 0.95):.0f}% intervals over patients, "
-            "one training seed unless the run says otherwise"]  # fmt: skip
+    return [f"- {title}: {', '.join(cells)}; percent, {100 * over.get('level', 0.95):.0f}% intervals over "
+            f"{over.get('over', 'patients')}, one training seed unless the run says otherwise"]  # fmt: skip
 
 
 def validation_of(log_file: Path) -> list[str]:

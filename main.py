@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -103,8 +103,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                       help="file of captions where the layout does not fix it; for csv the table of pairs, with a "
                       "column `split` or {split} in its name where there is a validation split")
     data.add_argument("--val-fraction", default=0.1, type=float, metavar="FRACTION",
-                      help="csv: of a table that names no splits, hold out this fraction of the images for validation, "
-                      "the same ones in every run; 0 trains on all and does not validate")
+                      help="csv: of a table that names no splits, hold out this fraction for validation, of the "
+                      "patients where a column tells them, else of the images, the same ones in every run; 0 trains on "
+                      "all and does not validate")
     data.add_argument("--caption-filter", default="all", type=str, metavar="FILTER",
                       help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in "
                       "inputs/caption_filters.py), or a regular expression, matched without regard to case; validation "
@@ -386,10 +387,27 @@ def build_reader(args: argparse.Namespace, split: str, caption_filter: str, quie
         caption_filter,
         cache_dir=args.cache_dir,
         val_fraction=args.val_fraction,
+        by_image=began_by_image(args),
     )
     for line in () if quiet else reader.log:
         log.info(f"{args.dataset} {split}: {line}")
     return reader
+
+
+def began_by_image(args: argparse.Namespace) -> bool:
+    """Whether the run that is continued or evaluated holds out images one by one, and not whole patients.
+
+    Runs of versions that knew no patients do, and those whose table had no column of them when they began.
+    """
+    if args.dataset != "csv":
+        return False
+    begun = [args.resume, args.init if args.evaluate else "", *sorted(Path(args.output_dir).glob("checkpoint*.pt"))]
+    for path in filter(None, begun):
+        with suppress(ValueError, FileNotFoundError):  # which is said where the weights are read
+            settings = load_checkpoint(path, mmap=True).get("settings")
+            if isinstance(settings, dict):
+                return not upgraded(settings)["held out by"]
+    return False
 
 
 @dataclass
@@ -606,6 +624,7 @@ def resume_settings(
         "global_batch": args.batch_size * processes.world_size,
         "pairs": len(reader),
         "images and captions": reader.fingerprint(),
+        "held out by": reader.held_out_by,
         **{f"model.{k}": v for k, v in model.config.items()},
         "tokenizer": hashlib.sha256(json.dumps(tokenizer.spec()).encode()).hexdigest() if tokenizer else None,
     }

@@ -45,6 +45,7 @@ def open_sets(args: argparse.Namespace) -> Sets:
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder} is not a folder of class folders")
         train, test = (downstream.image_folders(own, None, other=other) for own, other in (folders, folders[::-1]))
+        downstream.name_missing_classes(args.data_set, {"training": train, "test": test})
         return Sets(train, None, test, "top1")
     aliases = {"IMNET": "imagenet", "CIFAR": "cifar100"}
     name: str = aliases.get(args.data_set) or args.data_set
@@ -52,7 +53,7 @@ def open_sets(args: argparse.Namespace) -> Sets:
     entry = entry_of(name, catalog)
     if args.data_path:
         catalog[name] = {**entry, "path": args.data_path}
-    train, test = (downstream.create_downstream(name, split, None, catalog) for split in (True, False))
+    train, test = downstream.open_splits(name, catalog)
     if test.findings is not None:
         raise ValueError(f"{name} has several findings for each image; fine-tuning takes sets with one class each")
     for baseline in args.baseline:
@@ -70,6 +71,8 @@ def open_lesions(args: argparse.Namespace) -> Sets:
         lesions = cbis.CbisLesions(root, cbis.CBIS_SETS[args.data_set], split, args.image_kind, None, args.skip_broken)
         images[split] = downstream.lesion_images(lesions, None)
         rows[split], absent[split] = lesions.rows, lesions.dropped
+    parts = {"training": images["train"], "validation": images["val"], "test": images["test"]}
+    downstream.name_missing_classes(args.data_set, parts)
     for baseline in args.baseline:  # before hours of training
         predictions.check_baseline(baseline, rows["test"])
     return Sets(images["train"], images["val"], images["test"], "top1", rows, absent)

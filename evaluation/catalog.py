@@ -13,8 +13,9 @@ A set is one entry:
     images              filelist, csv: the folder of the images where they lie outside of path
     table               csv: the table's file in path (table.csv)
     columns             csv: the names of its columns image, label, split and, where there is one, group, where they are
-                        called otherwise. A group (the patient) is whole in a split and in a resample of the intervals.
-                        A list of names for label: several findings of 0 and 1 for each image
+                        called otherwise. A group (the patient) is whole in a split and in a resample of the intervals;
+                        without one each image counts by itself. A list of names for label: several findings of 0 and 1
+                        for each image
     positive            csv: the class that is looked for, which has columns of its own in results
     blank, uncertain    csv with several findings: what an empty cell and a -1 count as: negative, positive or skip
 

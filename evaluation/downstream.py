@@ -13,7 +13,7 @@ import logging
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
-from evaluation.catalog import CATALOG, COUNT_AS, entry_of, metric_of, prompts_of, read_catalog
-from evaluation.predictions import CBIS, Scheme
+from evaluation.catalog import CATALOG, entry_of, metric_of, prompts_of, read_catalog
+from evaluation.predictions import CBIS, Scheme, set_scheme
+from evaluation.set_tables import in_order, read_set_table
 from inputs import metadata
 from inputs.cbis import CBIS_CLASSES, CBIS_SETS, CbisLesions
 from inputs.columns import TextColumn
-from inputs.files import images_below, is_system
+from inputs.files import composed, images_below, is_system, on_disk
 from inputs.images import read_image
 from inputs.transforms import Preprocess, View, as_view
 
@@ -93,6 +94,7 @@ class Downstream(Dataset):
     def __init__(self, classes: list[str], labels: np.ndarray, transform: Transform | None):
         self.classes, self.labels, self.transform = classes, np.asarray(labels, dtype=np.int64), transform
         self.rows: list[dict[str, str]] = []
+        self.remarks: list[str] = []  # lines about the set that a reader of its figures should know
         self.scheme: Scheme | None = None  # what the rows are
         self.findings: np.ndarray | None = None  # (N, k) 0, 1, or -1 where nothing is known, of several findings
 
@@ -102,6 +104,12 @@ class Downstream(Dataset):
     def __getitem__(self, i: int) -> tuple[torch.Tensor | Image.Image, int]:
         image = self.image(i)
         return image if self.transform is None else self.transform(image), int(self.labels[i])
+
+    def images_of_classes(self) -> list[int]:
+        """How many images each class has; of several findings, how many are positive for each."""
+        if self.findings is not None:
+            return (self.findings == 1).sum(0).tolist()
+        return np.bincount(self.labels, minlength=len(self.classes)).tolist()
 
     def image(self, i: int) -> Image.Image:
         """Sample i as RGB with 8 bits."""
@@ -198,9 +206,38 @@ def create_downstream(
     FileNotFoundError that names it.
     """
     found = _read_set(name, train, transform, catalog, download)
-    if not train and found.scheme is None:
-        give_rows(found)
+    for line in found.remarks:
+        log.warning(line)
     return found
+
+
+def open_splits(
+    name: str, catalog: dict[str, dict[str, Any]], train: Transform | None = None, test: Transform | None = None
+) -> tuple[Downstream, Downstream]:
+    """Both splits of a set, for what is fitted on one and tested on the other; raises as create_downstream.
+
+    What is to be said of them, a class that a split lacks for one, is said here, before anything is computed.
+    """
+    parts = _read_set(name, True, train, catalog, False), _read_set(name, False, test, catalog, False)
+    for line in dict.fromkeys([*parts[0].remarks, *parts[1].remarks]):
+        log.warning(line)
+    name_missing_classes(name, {"training": parts[0], "test": parts[1]})
+    return parts
+
+
+def name_missing_classes(name: str, parts: dict[str, Downstream]) -> None:
+    """A warning for each part of a set that lacks images of classes, or of findings, which another part has."""
+    counts = {title: part.images_of_classes() for title, part in parts.items()}
+    first = next(iter(parts.values()))
+    kind = "classes" if first.findings is None else "findings"
+    for lacking, own in counts.items():
+        named = []
+        for c in [c for c, n in enumerate(own) if not n]:
+            there = [f"{number[c]} {title}" for title, number in counts.items() if number[c]]
+            named += [f"{first.classes[c]} ({', '.join(there)})"] if there else []
+        if named:
+            more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+            log.warning(f"{name}: {kind} without {lacking} images: {', '.join(named[:5])}{more}")
 
 
 # Images times classes of a test split, and images, up to which its rows are kept and its scores get intervals: the
@@ -226,10 +263,19 @@ def give_rows(found: Downstream) -> None:
         {"image": image, "group": image, "label": names[label], "split": "test"}
         for image, label in zip(images, found.labels, strict=True)
     ]
-    found.scheme = Scheme(tuple(names), "image", "label", "group", ("image", "group", "label"))
+    found.scheme = set_scheme(names)
 
 
 def _read_set(
+    name: str, train: bool, transform: Transform | None, catalog: dict[str, dict[str, Any]] | None, download: bool
+) -> Downstream:
+    found = _open(name, train, transform, catalog, download)
+    if not train and found.scheme is None:
+        give_rows(found)
+    return found
+
+
+def _open(
     name: str, train: bool, transform: Transform | None, catalog: dict[str, dict[str, Any]] | None, download: bool
 ) -> Downstream:
     entry = entry_of(name, read_catalog() if catalog is None else catalog)
@@ -238,13 +284,14 @@ def _read_set(
     path, split = _existing(name, Path(entry["path"])), entry["train" if train else "test"]
     others = entry["test" if train else "train"]
     if entry["type"] == "csv":
-        return csv_set(name, entry, path, split, others, transform)
+        return csv_set(name, entry, path, split, transform)
     if entry["type"] == "imagefolder":
         return image_folders(_existing(name, path / split), transform, entry.get("folders"), path / others)
     return file_list(name, path, split, others, transform, Path(entry.get("images", path)))
 
 
 def _existing(name: str, path: Path) -> Path:
+    path = on_disk(path)
     if not path.exists():
         raise FileNotFoundError(f"{name}: {path} does not exist; set its path in the dataset catalog")
     return path
@@ -269,8 +316,9 @@ def image_folders(
     own = _class_folders(root)
     if not own:
         raise ValueError(f"{root} holds no class folders")
-    classes = in_order(own | (_class_folders(other) if other is not None and other.is_dir() else set()))
+    classes = in_order(own | (_class_folders(other) if other is not None and other.is_dir() else {}))
     if folders is not None:
+        folders = [composed(name) for name in folders]
         if set(folders) != set(classes):
             raise ValueError(f"{root}: class folders {', '.join(classes)}; must be {', '.join(folders)}")
         classes = list(folders)
@@ -280,7 +328,7 @@ def image_folders(
         for label, name in enumerate(classes):
             if name not in own:
                 continue
-            for path in images_below(root / name):
+            for path in images_below(root / own[name]):
                 labels.append(label)
                 yield path[len(os.path.join(root, "")) :]
             if not labels or labels[-1] != label:
@@ -290,14 +338,11 @@ def image_folders(
     return ImageFiles(root, column, classes, np.array(labels), transform)
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Names of classes in the order of their numbers: sorted, as numbers where all are."""
-    names = list(names)
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
-
-
-def _class_folders(root: Path) -> set[str]:
-    return {entry.name for entry in os.scandir(root) if entry.is_dir() and not is_system(entry.name)}
+def _class_folders(root: Path) -> dict[str, str]:
+    """{class: its folder}, which differ where a disk has decomposed accented letters."""
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_system(entry.name))
+    number = Counter(map(composed, names))
+    return {composed(name) if number[composed(name)] == 1 else name: name for name in names}
 
 
 def file_list(
@@ -329,106 +374,23 @@ def file_list(
     return ImageFiles(path, column, classes, labels, transform)
 
 
-def csv_set(
-    name: str, entry: dict[str, Any], path: Path, split: str, others: str, transform: Transform | None
-) -> ImageFiles:
+def csv_set(name: str, entry: dict[str, Any], path: Path, split: str, transform: Transform | None) -> ImageFiles:
     """A table with the columns image, label, split and perhaps group; each row an image below `path` or `images`.
 
-    Classes are numbered in sorted order over both splits. With several label columns each is a finding of 0 and 1 and
-    the class a sample's only one: `findings` has them all, `labels` are 0.
-
-    Raises:
-        ValueError: no such column or split, an empty or unknown label, an image outside of its root, a group in both
-            splits, or one image twice; the message names file and row.
+    With several label columns each is a finding of 0 and 1 and the class a sample's only one: `findings` has them all,
+    `labels` are 0. Raises as set_tables.read_set_table.
     """
-    table, given = _existing(name, path / entry.get("table", "table.csv")), entry.get("columns", {})
-    columns = _Columns.of(given)
-    rows = metadata.read_table(table, [columns.image, columns.split, *columns.labels])
-    if "group" in given and rows and columns.group not in rows[0]:
-        raise ValueError(f"{table}: no column {columns.group}")
-    numbered = [(number, row) for number, row in enumerate(rows, 1) if row[columns.split] in (split, others)]
-    kept = [columns.sample(row, f"{table}, row {number}") for number, row in numbered]
-    _refuse_shared_groups(kept, table, split, others)
-    own = [row for row in kept if row["split"] == split]
-    if not own:
-        found = ", ".join(sorted({row[columns.split] for row in rows}))
-        raise ValueError(f"{table}: no row of the split {split!r}; its splits: {found}")
-    if twice := [image for image, n in Counter(row["image"] for row in own).items() if n > 1]:
-        raise ValueError(f"{table}: the image {twice[0]} is there twice")
-    # Over both splits: a class that one of them lacks must not shift the others.
-    classes = (
-        [str(column) for column in given["label"]] if columns.several else in_order({row["label"] for row in kept})
-    )
-    positive = entry.get("positive")
-    if positive is not None and positive not in classes:
-        raise ValueError(f"{name}: positive {positive!r} is no class; choose from {', '.join(classes)}")
-    number_of = {label: number for number, label in enumerate(classes)}
-    labels = np.array([0 if columns.several else number_of[row["label"]] for row in own])
-    paths = TextColumn.from_strings((row["image"] for row in own), paths=True)
-    found = ImageFiles(Path(entry.get("images", path)), paths, classes, labels, transform)
-    found.rows = own
-    found.scheme = Scheme(tuple(classes), "image", "label", "group", ("image", "group", "label"), positive)
-    if columns.several:
-        found.findings = np.array(
-            [[_finding(row[c], entry, f"{table}, {row['image']}, {c}") for c in columns.labels] for row in own]
-        )
+    table = read_set_table(name, entry, _existing(name, path / entry.get("table", "table.csv")), split)
+    own = [i for i, row in enumerate(table.rows) if row["split"] == split]
+    number_of = {label: number for number, label in enumerate(table.classes)}
+    labels = np.array([number_of.get(table.rows[i]["label"], 0) for i in own])
+    paths = TextColumn.from_strings((table.rows[i]["image"] for i in own), paths=True)
+    found = ImageFiles(Path(entry.get("images", path)), paths, table.classes, labels, transform)
+    found.rows, found.remarks = [table.rows[i] for i in own], table.remarks
+    found.scheme = set_scheme(table.classes, table.positive, table.unit)
+    if table.findings is not None:
+        found.findings = table.findings[own]
     return found
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Names in a csv set's table, as metadata.read_table spells them."""
-
-    image: str
-    split: str
-    group: str
-    labels: tuple[str, ...]  # one with class names, or one for each of several findings
-    several: bool
-
-    @classmethod
-    def of(cls, given: dict[str, Any]) -> _Columns:
-        """From the catalog entry's "columns"."""
-        labels = given.get("label", "label")
-        image, sets, group = (_column(given.get(role, role)) for role in ("image", "split", "group"))
-        several = isinstance(labels, list)
-        return cls(image, sets, group, tuple(map(_column, labels if several else [labels])), several)
-
-    def sample(self, row: dict[str, str], where: str) -> dict[str, str]:
-        """Image, label, group and split of a row, and its findings; an image without group is one by itself."""
-        image = metadata.inside(row[self.image], where)
-        label = "" if self.several else row[self.labels[0]]
-        if not label and not self.several:
-            raise ValueError(f"{where} has no {self.labels[0]}")
-        findings = {column: row[column] for column in self.labels} if self.several else {}
-        group = row.get(self.group, "") or image
-        return {"image": image, "label": label, "group": group, "split": row[self.split], **findings}
-
-
-def _refuse_shared_groups(rows: Sequence[dict[str, str]], table: Path, split: str, others: str) -> None:
-    """A patient in both splits would be tested on what was trained."""
-    splits_of: dict[str, set[str]] = {}
-    for row in rows:
-        splits_of.setdefault(row["group"], set()).add(row["split"])
-    if shared := sorted(group for group, splits in splits_of.items() if len(splits) > 1):
-        raise ValueError(f"{table}: {len(shared)} groups are in both {split} and {others}, first {shared[0]!r}")
-
-
-def _column(name: str) -> str:
-    """A column's name as metadata.read_table spells it."""
-    return name.strip().lower().replace(" ", "_")
-
-
-def _finding(cell: str, entry: dict[str, Any], where: str) -> int:
-    """0, 1, or -1 for what is to be skipped. CheXpert leaves blank what a report does not mention; -1 is uncertain."""
-    if cell == "":
-        return COUNT_AS[entry.get("blank", "skip")]
-    try:
-        value = float(cell)
-    except ValueError:
-        value = None
-    if value not in (0, 1, -1):
-        raise ValueError(f"{where}: {cell!r} is not 0, 1, -1 or empty")
-    return COUNT_AS[entry.get("uncertain", "skip")] if value == -1 else int(value)
 
 
 def _read_npy(path: Path, kinds: str) -> np.ndarray:

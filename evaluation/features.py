@@ -30,6 +30,7 @@ from evaluation import metrics
 from evaluation.downstream import ZeroShotSet
 from inputs import loader
 from inputs.display import AS_STORED
+from inputs.files import on_disk
 from inputs.images import UnreadableImage, decode_shown, read_bytes
 from inputs.reader import Reader
 from inputs.sizes import Size, as_size
@@ -332,7 +333,7 @@ def greys_of(dataset: Any, most: int = 16) -> dict[str, int]:
 
 def _path_of(dataset: Any, i: int) -> Path:
     """CbisLesions has whole paths, downstream.ImageFiles relative ones."""
-    return Path(getattr(dataset, "root", ""), dataset.paths[i]).absolute()
+    return on_disk(Path(getattr(dataset, "root", ""), dataset.paths[i]).absolute())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

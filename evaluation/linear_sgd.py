@@ -105,9 +105,9 @@ def train_sgd(probe: Probe, catalog: Catalog, recipe: Recipe) -> dict[str, Any]:
     The best is the best on the test split, as published, hence too good; the last epoch's score is the result. Where a
     signal comes first there is a checkpoint within the epoch, and only `stopped_by` in what is returned.
     """
-    train = downstream.create_downstream(probe.dataset, True, None, catalog)
-    view = partial(linear_eval_view, probe.backbone.preprocess)
-    test = downstream.create_downstream(probe.dataset, False, view, catalog)
+    train, test = downstream.open_splits(
+        probe.dataset, catalog, test=partial(linear_eval_view, probe.backbone.preprocess)
+    )
     if train.findings is not None:
         raise ValueError(f"{probe.dataset} has several findings for each image: add --cache-features")
     metric = metric_of(probe.dataset, catalog)

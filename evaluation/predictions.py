@@ -42,12 +42,24 @@ class Scheme:
     group: str  # column of what is kept whole in a split and a resample: the patient
     columns: tuple[str, ...]  # all that a predictions.csv repeats of a row
     positive: str | None = None  # the class that is looked for
+    unit: str = "patients"  # what a group is: patients, groups, or images that count by themselves
 
 
 CBIS = Scheme(
     CBIS_CLASSES, "lesion", "pathology", "patient",
     ("lesion", "patient", "side", "view", "abnormality", "pathology"), metrics.MALIGNANT,
 )  # fmt: skip
+
+
+def set_scheme(classes: Sequence[str], positive: str | None = None, unit: str = "images") -> Scheme:
+    """That of a set whose rows have the columns image, group and label, as all do but CBIS-DDSM."""
+    return Scheme(tuple(classes), "image", "label", "group", ("image", "group", "label"), positive, unit)
+
+
+def scheme_of(path: str | Path) -> Scheme:
+    """That of a predictions.csv of any set but CBIS-DDSM, whose classes its columns name."""
+    names = map(utils.csv_value, Table(Path(path)).names)
+    return set_scheme([name.removeprefix("prob_") for name in names if name.startswith("prob_")])
 
 
 @dataclass
@@ -150,7 +162,7 @@ def macro_f1(labels: np.ndarray, prob: np.ndarray, scheme: Scheme = CBIS) -> flo
 def score_predictions(
     predictions: Predictions, resamples: Resamples | None = None, point: OperatingPoint | None = None
 ) -> dict:
-    """What results.json says of a test table: every metric with its interval over patients, and the confusion.
+    """What results.json says of a test table: every metric with its interval over the scheme's unit, and the confusion.
 
     Args:
         resamples: of these samples; drawn here where they are of no further use.
@@ -160,9 +172,9 @@ def score_predictions(
     resamples = resamples or predictions.resamples()
     never = [name for c, name in enumerate(scheme.classes) if not (prob.argmax(1) == c).any()]
     results: dict[str, Any] = {
-        "test_patients": len(set(predictions.patients)),
+        f"test_{scheme.unit}": len(set(predictions.patients)),
         "unit": "fraction",
-        "interval": {"level": 0.95, "resamples": resamples.number, "over": "patients"},
+        "interval": {"level": 0.95, "resamples": resamples.number, "over": scheme.unit},
         "metrics": {name: asdict(interval) for name, interval in resamples.intervals(prob).items()},
         "classes": list(scheme.classes),
         "confusion": confusion_matrix(labels, prob.argmax(1), labels=range(len(scheme.classes))).tolist(),

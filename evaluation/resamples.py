@@ -106,8 +106,8 @@ class Resamples:
             counts[part], lacking[part] = drawn, ((drawn @ classes_of) == 0).any(1)
         if lacking.mean() > 0.5:
             raise ValueError(
-                f"{len(names)} patients are too few for a bootstrap: most resamples lack a class "
-                f"(patients with a lesion of each class: {(classes_of > 0).sum(0).tolist()})"
+                f"{len(names)} patients, groups or images that count by themselves are too few for a bootstrap: most "
+                f"resamples lack a class (how many have one of each class: {(classes_of > 0).sum(0).tolist()})"
             )
         while len(again := np.flatnonzero(lacking)):
             for part in blocks(len(again), len(names)):

@@ -71,7 +71,7 @@ class SetFeatures:
 def open_set(probe: Probe, catalog: Catalog, fitting: Fitting, fractions: Fractions, neighbours: int) -> LabelledSet:
     """The set, refused before an hour of features where it cannot answer what is asked of it."""
     view = partial(linear_eval_view, probe.backbone.preprocess)
-    train, test = (downstream.create_downstream(probe.dataset, part, view, catalog) for part in (True, False))
+    train, test = downstream.open_splits(probe.dataset, catalog, view, view)
     if fitting.folds and not train.rows:
         raise UsageError(f"--folds keeps groups whole: it needs CBIS-DDSM or a set of type csv, not {probe.dataset}")
     for baseline in probe.baselines:
@@ -176,6 +176,7 @@ def probe_neighbours(probe: Probe, labelled: LabelledSet, features: SetFeatures,
 
 def probe_findings(probe: Probe, labelled: LabelledSet, features: SetFeatures, fitting: Fitting) -> dict[str, Any]:
     """Logistic regression for each finding by itself, on the images whose finding is known."""
+    assert labelled.test.scheme is not None
     names, (known, wanted) = labelled.test.classes, (features.findings[split] for split in ("train", "test"))
     prob, chosen, heads = np.full(wanted.shape, 0.5), {}, {}
     for i, name in enumerate(names):
@@ -187,11 +188,11 @@ def probe_findings(probe: Probe, labelled: LabelledSet, features: SetFeatures, f
         head = fit_on(f"{probe.dataset}, {name}", train, 2, "roc_auc", fitting)
         prob[:, i], chosen[name] = head.probabilities(features.test.features)[:, 1], head.chosen
         heads[name] = head.probabilities
-    groups = [row["group"] for row in features.test.rows]
+    groups, unit = [row["group"] for row in features.test.rows], labelled.test.scheme.unit
     found = finding_intervals(wanted, prob, groups, names, probe.bootstrap)
     if probe.is_main:
         write_findings(probe.output_dir / "predictions.csv", names, features.test.rows, wanted, prob)
-        log.info(describe_findings(probe.dataset, found, len(set(groups))))
+        log.info(describe_findings(probe.dataset, found, f"{len(set(groups))} {unit}"))
     keep: list[Linear] = list(heads.values())
     probe.keep_heads(
         keep, features.train.features, None, findings=list(heads), view="linear", greys=greys_of(labelled.train)
@@ -287,9 +288,9 @@ def write_findings(
     utils.atomic_write(path, lambda file: file.write(utils.csv_text(lines).encode("utf-8", "surrogateescape")))
 
 
-def describe_findings(dataset: str, found: dict[str, dict[str, metrics.Interval]], groups: int) -> str:
-    """A table of all findings and their mean."""
-    lines = [f"{dataset}: percent, with 95% intervals over {groups} groups", ""]
+def describe_findings(dataset: str, found: dict[str, dict[str, metrics.Interval]], over: str) -> str:
+    """A table of all findings and their mean; `over`, such as "12 patients", is what the intervals are over."""
+    lines = [f"{dataset}: percent, with 95% intervals over {over}", ""]
     lines += ["| Finding | AUROC | Average precision |", "| --- | --- | --- |"]
     for name, values in found.items():
         lines.append(f"| {name} | {' | '.join(interval.percent() for interval in values.values())} |")
@@ -300,7 +301,7 @@ def describe_probes(results: dict[str, Any]) -> str:
     """A line for each result."""
     lines = []
     if "metrics" in results:
-        lines.append(f"{results['dataset']}, logistic: percent, with 95% intervals over groups")
+        lines.append(f"{results['dataset']}, logistic: percent, with 95% intervals over {results['interval']['over']}")
         lines += [
             f"  {metrics.METRICS[name]:<22} {metrics.Interval.of(value).percent()}"
             for name, value in results["metrics"].items()

@@ -1,12 +1,14 @@
-"""Which files of a folder are images, for every command that is given one."""
+"""Which files of a folder are images, and how the disk spells a name, for every command that is given one."""
 
 from __future__ import annotations
 
 import logging
 import os
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 log = logging.getLogger("medslip")
@@ -18,6 +20,36 @@ IMAGE_SUFFIXES = (
 def is_system(name: str) -> bool:
     """Whether a file or folder is hidden, or what an operating system or a disk station left there."""
     return name.startswith(".") or name in ("@eaDir", "__MACOSX", "#recycle", "Thumbs.db", "lost+found")
+
+
+def on_disk(path: str | Path) -> Path:
+    """`path`, or where it is absent the one that differs from it in the form of accented letters alone.
+
+    macOS decomposes them (NFD) in the names of files, tables mostly hold them composed (NFC), and both look alike. A
+    path that is absent in either form, or could be one of two, comes back as it is.
+    """
+    path = Path(path)
+    if str(path).isascii() or os.path.lexists(path):
+        return path
+    folder = on_disk(path.parent)
+    try:
+        names = _accented(folder, os.stat(folder).st_mtime_ns)
+    except OSError:
+        return path
+    return folder / names[name] if (name := composed(path.name)) in names else folder / path.name
+
+
+@lru_cache(maxsize=64)
+def _accented(folder: Path, _changed: int) -> dict[str, str]:
+    """{composed: name} of the names in a folder that are not plain ASCII; without two that are composed alike."""
+    names = [name for name in os.listdir(folder) if not name.isascii()]
+    number = Counter(map(composed, names))
+    return {key: name for name in names if number[key := composed(name)] == 1}
+
+
+def composed(name: str) -> str:
+    """A name with its accented letters in one form (NFC), to compare it."""
+    return unicodedata.normalize("NFC", name)
 
 
 def files_below(folder: Path, leave_out: Callable[[str], bool] = lambda name: False) -> Iterator[str]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from inputs import dicom
 from inputs.depth import to_8bit
 from inputs.display import AS_STORED, DISPLAY, Display, say_first_of
+from inputs.files import on_disk
 from runtime.limits import PIXELS
 
 # Pillow warns above this number and refuses twice of it, when a file is opened and before it is decoded.
@@ -117,6 +118,7 @@ def _rgb8_of_channels(values: np.ndarray, window: tuple[float, float] | None) ->
 
 def read_bytes(path: str | Path) -> bytes:
     """An image's file. Raises FileNotFoundError, or UnreadableImage where it cannot be read or is a pipe or device."""
+    path = on_disk(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
             raise UnreadableImage(f"cannot read the image {path}: it is no regular file")
@@ -184,6 +186,7 @@ def _dicom_image(data: bytes, name: str, display: Display) -> tuple[Image.Image,
 
 def frames_of(path: str | Path) -> int:
     """How many frames or pages a DICOM file or a TIFF holds, by its header; 1 for other images, and unreadable ones."""
+    path = on_disk(path)
     try:
         with open(path, "rb") as file:
             start = file.read(132)
@@ -197,6 +200,7 @@ def frames_of(path: str | Path) -> int:
 
 def image_size(path: str | Path) -> tuple[int, int] | None:
     """(width, height) in pixels from a file's header alone; None where there is none that can be read."""
+    path = on_disk(path)
     try:
         if not dicom.is_dicom(read_bytes(path)[:132], str(path)):
             with Image.open(path) as img:

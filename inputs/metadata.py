@@ -64,7 +64,8 @@ class Table:
                 raise ValueError(self._not_utf8("in its first lines", error)) from error
         self.delimiter = max("\t", ",", ";", key=line.count)
         fields = next(csv.reader([line], delimiter=self.delimiter), [])
-        self.header = [name.strip().lower() for name in fields]
+        self.names = [name.strip() for name in fields]  # as they are written
+        self.header = [name.lower() for name in self.names]
 
     def _open(self) -> TextIO:
         with open(self.path, "rb") as file:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from inputs.caption_filters import CAPTION_FILTERS, caption_pattern
 from inputs.columns import ABSENT_SAMPLE, Columns, Row, TextBuilder, TextColumn
+from inputs.files import on_disk
 from inputs.images import decode_image, decode_pixels, read_bytes
 from inputs.index import indexed_columns
 from inputs.metadata import inside
@@ -48,12 +49,12 @@ class Listing:
                     self.folders[folder] = {entry.name for entry in entries}
             except (FileNotFoundError, NotADirectoryError):
                 self.folders[folder] = set()
-        return name in self.folders[folder]
+        return name in self.folders[folder] or not path.isascii() and on_disk(self.root / path).exists()
 
 
 def first_file(choices: list[Path], split: str) -> Path:
     """The first that is there, else FileNotFoundError naming them."""
-    path = next((path for path in choices if path.is_file()), None)
+    path = next((path for path in map(on_disk, choices) if path.is_file()), None)
     if path is None:
         tried = " or ".join(map(str, choices[:4])) + (" or under its other names" if len(choices) > 4 else "")
         raise FileNotFoundError(f"no captions of the split {split!r} at {tried}")
@@ -99,12 +100,15 @@ class Reader:
             matches.
         cache_dir: where an `indexed` reader keeps its index; "" for beside the metadata.
         val_fraction: of the images, held out where one table names no splits; see Csv.
+        by_image: hold out images one by one even where a column of patients tells what belongs together.
     """
 
     splits: tuple[str, ...] = SPLITS
     indexed = False  # whether reading the rows takes so long that the result is kept in a file
     numbered = False  # whether rows give an image by number
     files: list[Path]  # of captions, set by `locate`
+    held_out_by = ""  # the column whose values are whole where `val_fraction` decides
+    groups: frozenset[str] = frozenset()  # of patients or the like that the split's rows name
 
     def __init__(
         self,
@@ -114,13 +118,14 @@ class Reader:
         caption_filter: str = "all",
         cache_dir: str | Path = "",
         val_fraction: float = 0.1,
+        by_image: bool = False,
     ):
         if split not in self.splits:
             raise ValueError(f"this dataset has no split {split!r}; choose from {', '.join(self.splits)}")
-        self.root = Path(os.path.abspath(root))
+        self.root = on_disk(os.path.abspath(root))
         if not self.root.is_dir():
             raise FileNotFoundError(f"the data root {self.root} is not a folder")
-        self.split, self.val_fraction = split, val_fraction
+        self.split, self.val_fraction, self.by_image = split, val_fraction, by_image
         self.remarks: list[str] = []  # of `rows`, about the metadata
         pattern = caption_pattern(caption_filter)
         self.locate(metadata)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from inputs.columns import Row
+from inputs.conventions import SPLIT_NAMES, SPLIT_OF, group_column, group_name, left_out, split_key
 from inputs.metadata import Table, fields_of, inside, iter_json, read_pickle
 from inputs.reader import SPLITS, NoSplit, Reader, first_file, number_of
 
@@ -96,20 +97,13 @@ class RocoV2(Reader):
             yield Row(where, f"{self.images}/{inside(fields[image], where)}.jpg", [fields[caption]])
 
 
-SPLIT_NAMES = {
-    "train": ("train", "training", "restval"),  # restval: Karpathy's splits of COCO and Flickr30k
-    "validation": ("validation", "valid", "val", "validate", "dev"),
-    "test": ("test", "testing"),
-}
-SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
-
-
 class Csv(Reader):
     """Any table of captions and of image paths in the root; comma, semicolon or tab separated.
 
     The columns are the first that the header holds of IMAGE and of CAPTION. The table is `metadata`, with {split} in
     its name where each split has its own, or `<root>/<split>.csv` or `.tsv`. In one table for all splits a column
-    `split` tells them apart; without one, `val_fraction` of the images are held out for validation, always the same.
+    `split` tells them apart; without one, `val_fraction` of the images are held out for validation, always the same:
+    with a column of conventions.GROUP_COLUMNS those of whole patients, unless `by_image`.
     """
 
     IMAGE = ("image", "image_path", "filepath", "file_path", "filename", "file_name", "path", "picture")
@@ -132,41 +126,75 @@ class Csv(Reader):
         table = Table(self.files[0])
         image, caption = table.column(*self.IMAGE), table.column(*self.CAPTION)
         split = table.column("split") if "split" in table.header else None
-        chosen, unknown = 0, Counter()
+        whole = group_column(table.header)
+        group = table.column(whole) if whole else None
+        held = self._held_out(table, image, group) if self.for_all_splits and split is None else set()
+        chosen, unknown, splits_of = 0, Counter(), defaultdict(set)
         for where, fields in table:
-            path = fields[image].strip().removeprefix(f"{self.root}/")
+            path = self._path(fields[image])
+            name = self.split
             if split is not None:
-                name = SPLIT_OF.get(fields[split].strip().lower())
+                name = SPLIT_OF.get(split_key(fields[split]))
                 if name is None:
                     unknown[fields[split]] += 1
-                belongs = name == self.split
             elif self.for_all_splits:
-                belongs = self.split != "test" and held_out(path, self.val_fraction) == (self.split == "validation")
-            else:
-                belongs = True
-            if belongs:
+                name = "validation" if path in held else "train"
+            if name is not None and group is not None and (named := group_name(fields[group], "")):
+                splits_of[named].add(name)
+            if name == self.split:
                 chosen += 1
                 yield Row(where, path, [fields[caption]])
-        self._remark(split is not None, unknown)
+        self.groups = frozenset(group for group, splits in splits_of.items() if self.split in splits)
+        self._remark(split is not None, unknown, whole, [g for g, splits in splits_of.items() if len(splits) > 1])
         if not chosen:
             raise NoSplit("; ".join([f"{table.path} has no rows of the split {self.split!r}", *self.remarks]))
 
-    def _remark(self, has_splits: bool, unknown: Counter) -> None:
+    def _path(self, cell: str) -> str:
+        return cell.strip().removeprefix(f"{self.root}/")
+
+    def _held_out(self, table: Table, image: int, group: int | None) -> set[str]:
+        """The images that are not trained on; with a column of groups those of whole ones, of one at least.
+
+        An image of several groups belongs to its first, one without a group is one by itself.
+        """
+        if group is None or self.by_image:
+            paths = {self._path(fields[image]) for _, fields in table}
+            return {path for path in paths if held_out(path, self.val_fraction)}
+        self.held_out_by = table.header[group]
+        group_of: dict[str, str] = {}
+        for _, fields in table:
+            path = self._path(fields[image])
+            group_of.setdefault(path, group_name(fields[group], alone=path))
+        groups = set(group_of.values())
+        held = {name for name in groups if held_out(name, self.val_fraction)}
+        if not held and self.val_fraction and len(groups) > 1:
+            held = {min(groups, key=_number)}
+        return {path for path, name in group_of.items() if name in held}
+
+    def _remark(self, has_splits: bool, unknown: Counter, whole: str | None, crossing: list[str]) -> None:
         if unknown:
-            named = ", ".join(f"{name!r} {n}" for name, n in unknown.most_common(10))
-            self.remarks.append(
-                f"{unknown.total()} rows of unknown splits left out: {named}; known are {', '.join(SPLIT_OF)}"
-            )
+            self.remarks.append(left_out(unknown, "unknown splits", SPLIT_OF))
+        if crossing and has_splits:
+            self.remarks.append(f"{len(crossing)} values of {whole} are in several splits, first {crossing[0]!r}")
         if self.for_all_splits and not has_splits:
+            what = f"values of {whole}, with all their images" if self.held_out_by else "images"
+            alone = "" if self.held_out_by else "; one by one, since " + (
+                f"this run began so: {len(crossing)} values of {whole} are on both sides" if whole else
+                "no column (patient, study, ...) tells what belongs together"
+            )  # fmt: skip
             self.remarks.append(
-                f"the table has no column split: {self.val_fraction:.0%} of the images, the same in every run, are "
-                "held out for validation (--val-fraction)"
+                f"the table has no column split: {self.val_fraction:.0%} of the {what}, the same in every run, are "
+                f"held out for validation (--val-fraction){alone}"
             )
 
 
-def held_out(path: str, fraction: float) -> bool:
-    """Whether an image belongs to the `fraction` that is not trained on: decided by its path alone."""
-    return number_of(path.encode("utf-8", "surrogateescape")) < fraction * 2**63
+def held_out(name: str, fraction: float) -> bool:
+    """Whether an image or group belongs to the `fraction` that is not trained on: decided by its name alone."""
+    return _number(name) < fraction * 2**63
+
+
+def _number(name: str) -> int:
+    return number_of(name.encode("utf-8", "surrogateescape"))
 
 
 class Coco(Reader):

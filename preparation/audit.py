@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,8 +30,9 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation import metrics
+from evaluation.predictions import Predictions, scheme_of
 from inputs import metadata
-from inputs.files import IMAGE_SUFFIXES, images_below
+from inputs.files import IMAGE_SUFFIXES, composed, images_below
 from inputs.images import UnreadableImage, decode_image, read_bytes
 from preparation.processes import add_workers_argument, over_processes
 from runtime.command_line import HelpFormatter, UsageError
@@ -88,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
         if name in sets:
             raise UsageError(f"the set {name} is named twice")
         sets[name] = list_images(Path(path))
+    tested = predicted_files(args.predictions, sets) if args.predictions else None  # refused before the long work
     pairs, unreadable = audit(sets, args.threshold, args.workers, args.pretrained)
     write_pairs(args.output, pairs)
     for name, paths in sets.items():
@@ -96,8 +99,8 @@ def run(args: argparse.Namespace) -> None:
     log.info(f"{len(pairs):,} pairs at a correlation of {args.threshold:g} or more: {args.output}")
     if unreadable:
         log.warning(f"{len(unreadable)} images cannot be decoded, first {unreadable[0]}")
-    if args.predictions:
-        log.info(without_copies(args.predictions, pairs))
+    if tested:
+        log.info(without_copies(*tested, pairs))
 
 
 def list_images(path: Path) -> list[Path]:
@@ -438,18 +441,51 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     atomic_write(path, lambda file: file.write(csv_text(lines).encode("utf-8", "surrogateescape")))
 
 
-def without_copies(predictions: Path, pairs: Sequence[Pair]) -> str:
-    """A run's metrics on all of its test images, and on those that no pair names."""
-    rows = metadata.read_table(predictions, ["image", "label", "predicted"])
-    classes = [name.removeprefix("prob_") for name in rows[0] if name.startswith("prob_")]
-    touched = {str(path) for pair in pairs for path in (pair.first, pair.second)}
-    prob = np.array([[float(row[f"prob_{name}"]) for name in classes] for row in rows])
-    lowered = [name.lower() for name in classes]
-    labels = np.array([lowered.index(csv_value(row["label"]).lower()) for row in rows])
-    alone = np.array([not any(path.endswith(csv_value(row["image"])) for path in touched) for row in rows])
-    found = {}
-    for title, index in (("all", np.ones(len(rows), bool)), ("without copies", alone)):
-        present = len(set(labels[index])) == len(classes)
-        scores = metrics.classification_metrics(labels[index], prob[index], classes, None) if present else {}
-        found[title] = {"images": int(index.sum()), **{k: round(100 * v, 2) for k, v in scores.items()}}
-    return "\n".join(f"{title}: {json.dumps(values)}" for title, values in found.items())
+def without_copies(tested: Predictions, files: Sequence[Path], pairs: Sequence[Pair]) -> str:
+    """A run's metrics on all of its test images, which lie in `files`, and on those that no pair names."""
+    touched = {file for pair in pairs for file in (pair.first, pair.second)}
+    alone = np.flatnonzero([file not in touched for file in files])
+    lines, classes = [], tested.scheme.classes
+    for title, part in (("all", tested), ("without copies", tested[alone])):
+        present = len(part.rows) and len(set(part.labels)) == len(classes)
+        scores = metrics.classification_metrics(part.labels, part.prob, classes, None) if present else {}
+        values = {"images": len(part.rows), **{k: round(100 * v, 2) for k, v in scores.items()}}
+        lines.append(f"{title}: {json.dumps(values)}")
+    return "\n".join(lines)
+
+
+def _parts(path: str | Path) -> tuple[str, ...]:
+    """Of a path, its accented letters in one form."""
+    return Path(composed(str(path))).parts
+
+
+def predicted_files(source: Path, sets: dict[str, list[Path]]) -> tuple[Predictions, list[Path]]:
+    """A predictions.csv, and the files of its images, all in one of the sets: in `test` where several have them.
+
+    An image is named relative to a folder that need not be the set's: whole parts of its path decide, from the end.
+
+    Raises:
+        ValueError: no predictions.csv; its images are in no set, or in several; an image may be one of two files.
+    """
+    found = Predictions.read(source, scheme_of(source))
+    images = [row["image"] for row in found.rows]
+    wanted = [_parts(image) for image in images]
+    lengths = {len(parts) for parts in wanted}
+    holding, missing = {}, {}
+    for name, paths in sets.items():
+        ends = defaultdict(list)
+        for path in paths:
+            for length in lengths:
+                ends[_parts(path)[-length:]].append(path)
+        holding[name] = [ends[parts] for parts in wanted]
+        missing[name] = sum(not files for files in holding[name])
+    whole = [name for name, number in missing.items() if not number]
+    if len(whole) > 1 and "test" in whole:
+        whole = ["test"]
+    if len(whole) != 1:
+        counts = ", ".join(f"{name} lacks {number}" for name, number in missing.items())
+        raise ValueError(f"{source}: one set must hold all of its {len(images)} images, or be called test; {counts}")
+    for image, files in zip(images, holding[whole[0]], strict=True):
+        if len(files) > 1:
+            raise ValueError(f"{source}: the image {image} may be {files[0]} or {files[1]}")
+    return found, [files[0] for files in holding[whole[0]]]

@@ -18,9 +18,11 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from inputs.cbis import CBIS_CLASSES, CBIS_COLUMNS, CBIS_IMAGES, CBIS_READING, CROP_SIZE
+from inputs.files import on_disk
 from inputs.images import image_size, read_image
 from inputs.metadata import read_table
 from runtime.command_line import HelpFormatter
+from runtime.logs import aligned
 from utils import atomic_write
 
 log = logging.getLogger("medslip")
@@ -188,7 +190,7 @@ def index_dicom(root: Path) -> dict[str, list[SeriesImage]]:
     folders = {folder.name: folder for folder in (root / "CBIS-DDSM").glob("*/*/*") if folder.is_dir()}
     if (root / "metadata.csv").is_file():
         for number, row in enumerate(read_table(root / "metadata.csv", ("series_uid", "file_location")), 1):
-            folder = root / row["file_location"].replace("\\", "/")
+            folder = on_disk(root / row["file_location"].replace("\\", "/"))
             if not folder.resolve().is_relative_to(root.resolve()):
                 raise ValueError(f"{root / 'metadata.csv'}, row {number}: {folder} is outside {root}")
             folders[row["series_uid"]] = folder
@@ -289,8 +291,7 @@ def count_table(rows: list[dict[str, str]]) -> str:
         pathology = Counter(row["pathology"] for row in part)
         distinct = [len({row[column] for row in part} - {""}) for column in ("patient", *CBIS_IMAGES)]
         lines.append((title, len(part), *(pathology[name] for name in CBIS_CLASSES), *distinct))
-    widths = [max(len(str(line[i])) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(str(x).rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
+    return aligned(lines)
 
 
 def add_parser(commands) -> None:

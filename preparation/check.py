@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections import Counter
+import os
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import datasets
 from evaluation import downstream
 from evaluation.catalog import CATALOG, read_catalog
+from inputs.columns import TextColumn
+from inputs.files import on_disk
 from inputs.images import UnreadableImage
 from inputs.reader import NoSplit, Reader
 from preparation.processes import add_workers_argument, over_processes
 from runtime.command_line import HelpFormatter, UsageError
-from runtime.logs import progress
+from runtime.logs import aligned, progress
 from utils import atomic_write
 
 log = logging.getLogger("medslip")
@@ -49,10 +52,14 @@ def run(args: argparse.Namespace) -> None:
     if bool(args.dataset) == bool(args.set):
         raise UsageError("check takes --dataset with --root, or --set, one of the two")
     bad: list[str] = []
-    for split, source in (open_pairs(args) if args.dataset else open_set(args)).items():
+    sources = open_pairs(args) if args.dataset else open_set(args)
+    for line in overview(sources):
+        log.info(line)
+    for split, source in sources.items():
         found = unreadable(source, args.workers, split)
         bad += found
-        log.info(f"{split}: {describe(source)}, {len(found):,} of them cannot be decoded")
+        kind = "images with captions" if args.dataset else "images"
+        log.info(f"{split}: {len(source):,} {kind}, {len(found):,} of them cannot be decoded")
     if bad:
         atomic_write(
             args.output,
@@ -79,20 +86,62 @@ def open_pairs(args: argparse.Namespace) -> dict[str, Any]:
 
 def open_set(args: argparse.Namespace) -> dict[str, Any]:
     """Both splits of a labelled set."""
-    catalog = read_catalog(args.catalog)
-    return {part: downstream.create_downstream(args.set, part == "train", None, catalog) for part in ("train", "test")}
+    return dict(zip(("train", "test"), downstream.open_splits(args.set, read_catalog(args.catalog)), strict=True))
 
 
-def describe(source: Any) -> str:
-    """How many images a split has, and of a labelled set their classes and groups."""
+MOST_CLASSES = 10  # that have a column each
+
+
+def overview(sources: dict[str, Any]) -> list[str]:
+    """A table of all splits, and a line for what they share and for names in another form than the disk's."""
+    tables = {split: counts_of(source) for split, source in sources.items()}
+    columns = list(dict.fromkeys(name for counts in tables.values() for name in counts))
+    rows = [[split, *(counts.get(name, "") for name in columns)] for split, counts in tables.items()]
+    lines = ["\n" + aligned([["", *columns], *rows])]
+    groups = {split: source.groups for split, source in sources.items() if isinstance(source, Reader)}
+    for one, other in combinations(groups, 2):  # a labelled set with such groups is refused when it is read
+        if shared := sorted(groups[one] & groups[other]):
+            lines.append(f"{len(shared):,} groups are in both {one} and {other}, first {shared[0]!r}")
+    for split, counts in tables.items():
+        if counts.get("other form"):
+            lines.append(
+                f"{split}: {counts['other form']:,} names differ from the disk's in the form of accented letters alone "
+                "(NFC, NFD) and are found"
+            )
+    return lines
+
+
+def counts_of(source: Any) -> dict[str, Any]:
+    """What a split's line of the table says, by column: images, groups, images of each class, names not found."""
+    counts: dict[str, Any] = {"images": f"{len(source):,}"}
     if isinstance(source, Reader):
-        return f"{len(source):,} images with captions"
-    of_class = Counter(source.labels.tolist())
-    fewest, most = min(of_class.values()), max(of_class.values())
-    groups = len({row["group"] for row in source.rows if row.get("group")})
-    return f"{len(source):,} images, {len(source.classes):,} classes of {fewest:,} to {most:,}" + (
-        f", {groups:,} groups" if groups else ""
-    )
+        if source.groups:
+            counts["groups"] = f"{len(source.groups):,}"
+        counts["not found"] = f"{source.dropped:,}"
+        images = source.images
+        files = type(source).data is Reader.data  # no members of archives
+        _, other = names_of(source.root, images if files and isinstance(images, TextColumn) else [])
+    else:
+        if source.scheme is not None and source.scheme.unit != "images":
+            counts[source.scheme.unit] = f"{len({row[source.scheme.group] for row in source.rows}):,}"
+        number = source.images_of_classes()
+        if len(number) <= MOST_CLASSES:
+            counts |= {str(name): f"{n:,}" for name, n in zip(source.classes, number, strict=True)}
+        else:
+            counts["classes"] = f"{sum(map(bool, number)):,} of {min(filter(None, number)):,} to {max(number):,}"
+        absent, other = names_of(getattr(source, "root", Path()), getattr(source, "paths", []))
+        counts["not found"] = f"{absent:,}"
+    return counts | ({"other form": other} if other else {})
+
+
+def names_of(root: Path, paths: TextColumn | list[str]) -> tuple[int, int]:
+    """How many paths are not there, and how many only in another form of their accented letters."""
+    absent = other = 0
+    for i in range(len(paths)):
+        if not os.path.lexists(path := root / paths[i]):
+            there = on_disk(path).exists()
+            absent, other = absent + (not there), other + there
+    return absent, other
 
 
 def unreadable(source: Any, workers: int, title: str) -> list[str]:

@@ -108,6 +108,7 @@ def make_shards(
     settings = {"reader": type(reader).__name__, "root": str(reader.root), "metadata": str(reader.files[0])}
     settings |= {"split": reader.split, "pairs": len(reader), "shard_size": shard_size, "short_side": short_side}
     settings |= {} if frame == "first" else {"frame": frame}
+    settings |= {"held_out_by": reader.held_out_by} if reader.held_out_by else {}
     keep_settings(output / "shards.json", settings, "*.tar")
     unreadable = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
     shards = Shards(reader, output, shard_size, short_side, unreadable, Display(frame))

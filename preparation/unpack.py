@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from inputs.archives import read_member
+from inputs.conventions import SPLIT_OF
+from inputs.files import composed, on_disk
 from inputs.images import UnreadableImage, decode_image, read_bytes
 from inputs.metadata import Table, inside
-from inputs.sources import SPLIT_OF
 from preparation.processes import add_workers_argument, keep_settings
 from preparation.shrink import check_short_side, encode, format_of, shrink
 from runtime.command_line import HelpFormatter
@@ -243,21 +244,23 @@ def zenodo_samples(captions: Path) -> Iterator[Sample]:
         except zipfile.BadZipFile as error:
             raise ValueError(f"{archive_path} is torn or no zip file: {error}") from error
         # By the file's own name: nothing is written to a path that an archive names.
-        members = {Path(member).stem: member for member in archive.namelist() if not member.endswith("/")}
+        members = {composed(Path(member).stem): member for member in archive.namelist() if not member.endswith("/")}
 
     def read(key: str, where: str) -> bytes:
         if archive is None:
             assert folder is not None
-            found = [path for suffix in (".jpg", ".jpeg", ".png") if (path := folder / f"{key}{suffix}").is_file()]
+            paths = (on_disk(folder / f"{key}{suffix}") for suffix in (".jpg", ".jpeg", ".png"))
+            found = [path for path in paths if path.is_file()]
             if not found:
                 raise FileNotFoundError(f"{where}: no image {folder / key}.jpg")
             return read_bytes(found[0])
-        if key not in members:
+        member = members.get(composed(key))
+        if member is None:
             raise FileNotFoundError(f"{where}: no image {key} in {archive_path}")
         try:
-            return read_member(archive, members[key])
+            return read_member(archive, member)
         except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, ValueError) as error:
-            raise UnreadableImage(f"{archive_path}/{members[key]}: {error}") from error
+            raise UnreadableImage(f"{archive_path}/{member}: {error}") from error
 
     for where, fields in table:
         key = inside(fields[id].strip(), where)

@@ -15,8 +15,7 @@ Answer = Callable[[Facts], str | None] | None
 
 
 def _sizes(facts: Facts) -> str | None:
-    parts = [f"{title}: {n} test lesions of {p} patients" for title, (n, p) in facts["tables"].items() if n]
-    return "; ".join(parts) or None
+    return "; ".join(f"{title}: {size}" for title, size in facts["tables"].items()) or None
 
 
 def _when(name: str, text: str) -> Callable[[Facts], str | None]:
@@ -59,7 +58,7 @@ def _uncertainty(facts: Facts) -> str | None:
     seeds = (
         f"{facts['seeds']} training seeds and " if facts["seeds"] > 1 else "one training seed (its chance left out), "
     )
-    return f"95% intervals over {seeds}bootstrap resamples of the patients"
+    return f"95% intervals over {seeds}bootstrap resamples of the {facts['over']}"
 
 
 def _comparisons(facts: Facts) -> str | None:
@@ -67,9 +66,9 @@ def _comparisons(facts: Facts) -> str | None:
         return None
     named = facts["primary"]
     if not named:
-        return "paired over patients; no comparison was named as primary"
+        return f"paired over {facts['over']}; no comparison was named as primary"
     late = "after results were there" if named["after_results"] else "before any result"
-    return f"paired over patients; primary ({named['table']}, {named['row']}) named {late}; Holm over the others"
+    return f"paired over {facts['over']}; primary ({named['table']}, {named['row']}) named {late}; Holm over the others"
 
 
 _SPLIT = _when(

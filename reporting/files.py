@@ -9,7 +9,7 @@ _INTERVAL, _SUBGROUP = ("value", "low", "high"), ("by", "value", "lesions", "pat
 # What the page and the tables take from a results.json that has metrics. `*` is each of a list or an object; what
 # follows a `?` is wanted only where it is there.
 RESULT = (
-    "classes", "confusion", "test_patients", "metrics.*.value", "operating_point?.temperature",
+    "classes", "confusion", "interval.over", "metrics.*.value", "operating_point?.temperature",
     "operating_point?.threshold", "two_class?.metrics.auroc.value", "differences?.*.baseline", "fractions?.*.fraction",
     *(f"detection?.*.{name}" for name in _INTERVAL),
     *(f"differences?.*.difference.auroc.{name}" for name in (*_INTERVAL, "p_value")),
@@ -20,7 +20,7 @@ TABLES = (
     *(f"tables.*.{name}" for name in ("lesions", "patients", "comparisons", "absent", "published", "rows")),
     *(f"tables.*.rows.*.{name}" for name in ("name", "kind", "metrics", "files", "leaves_out")),
 )  # fmt: skip
-ZEROSHOT_ROWS = ("classes", "confusion", "test_patients", "metrics", "never_predicted")
+ZEROSHOT_ROWS = ("classes", "confusion", "interval.over", "metrics", "never_predicted")
 
 
 def require(found: dict[str, Any], where: str | Path, keys: tuple[str, ...]) -> None:

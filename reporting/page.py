@@ -98,7 +98,7 @@ def build_page(
         rows = lesions.get(kind)
         sections.append({
             "kind": kind, "anchor": anchor(kind), "title": TABLES.get(kind, kind), "lesion": kind in cbis.CBIS_KINDS,
-            "lesions": table.lesions, "patients": table.patients,
+            "size": table.size(), "unit": table.unit,
             "rows": table_rows(table), "comparisons": comparison_rows(table, runs), "absent": table.absent,
             "two_class": two_class_rows(table),
             "detection": detection_rows(table), "units": unit_rows(table), "subgroups": subgroup_rows(table),
@@ -188,7 +188,8 @@ def facts_of(runs: Runs, sections: list[dict[str, Any]]) -> dict[str, Any]:
     models = [row for table in runs.tables.values() for row in table.rows if row.kind == "measured"]
     derived = [settings.get("derived", {}) for _, settings in runs.settings]
     return {
-        "tables": {s["title"]: (s["lesions"], s["patients"]) for s in sections},
+        "tables": {TABLES.get(kind, kind): table.size() for kind, table in runs.tables.items() if table.lesions},
+        "over": " and ".join(sorted({table.unit for table in runs.tables.values()})),
         "splits": any(s["splits"] for s in sections),
         "flow": any(s["flow"] for s in sections),
         "rows": len(models),

@@ -69,7 +69,8 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
         for found_difference in table.comparisons:
             pair = f"{short(found_difference['row'])} − {short(found_difference['baseline'], table.kind)}"
             pairs.append((pair, metrics.Interval.of(found_difference["difference"]["auroc"])))
-        svg = figures.forest(pairs, name, "percentage points, paired over patients, 95% interval", synthetic, zero=0.0)
+        axis = f"percentage points, paired over {table.unit}, 95% interval"
+        svg = figures.forest(pairs, name, axis, synthetic, zero=0.0)
         compared = [row for row in models if row.name in {c["row"] for c in table.comparisons}]
         found["overview"].append(gallery.add(f"{file}_differences", name, svg, sources(compared)))
     each = [(row, read_predictions(row, runs)) for row in models] if table.classes == cbis.CBIS_CLASSES else []

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,20 @@ class ResultTable:
     comparisons: list[dict] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     lesions: int | None = None
-    patients: int | None = None
+    patients: int | None = None  # or how many there are of `unit`
+    unit: str = "patients"  # what is drawn as a whole: Scheme.unit
+
+    def size(self) -> str:
+        """How many samples of how many patients were tested, in words."""
+        samples = "lesions" if self.kind in cbis.CBIS_KINDS else "images"
+        lesions, patients = (MISSING if n is None else n for n in (self.lesions, self.patients))
+        return f"{lesions} test {samples}" + (f" of {patients} {self.unit}" if self.unit != samples else "")
+
+    def tested(self, found: dict[str, Any], where: str | Path) -> None:
+        """Take the numbers of samples and patients from what score_predictions wrote; ValueError as `require`."""
+        self.unit = found["interval"]["over"]
+        require(found, where, (f"test_{self.unit}",))
+        self.lesions, self.patients = int(np.sum(found["confusion"])), found[f"test_{self.unit}"]
 
     def last(self, *files: str) -> ResultRow | None:
         """The last model whose first run wrote all of `files`: what the page shows of one model is this one's."""
@@ -188,7 +202,7 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
     kind = str(cbis.CBIS_SETS.get(dataset, dataset))
     table = runs.tables.setdefault(kind, ResultTable(kind, tuple(result["classes"])))
     name = row_name(path.parent, folder, kind)
-    table.lesions, table.patients = int(np.sum(result["confusion"])), result["test_patients"]
+    table.tested(result, path)
     runs.skipped.setdefault(kind, result.get("lesions_skipped", {}))
     untrained = result.get("weights", {}).get("untrained")
     table.rows.append(
@@ -217,7 +231,7 @@ def add_zeroshot(path: Path, folder: Path, runs: Runs) -> None:
         require(found, f"{path}, {dataset}, rows", files.ZEROSHOT_ROWS)
         table = runs.tables.setdefault(kind, ResultTable(kind, tuple(found["classes"])))
         if table.lesions is None:
-            table.lesions, table.patients = int(np.sum(found["confusion"])), found["test_patients"]
+            table.tested(found, f"{path}, {dataset}, rows")
         name = f"zero-shot, {named(path.parent, folder)}"
         row = ResultRow(name, "measured", found["metrics"], str(path), confusion=found["confusion"])
         row.never_predicted = found["never_predicted"]

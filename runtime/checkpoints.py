@@ -263,8 +263,8 @@ def differences(theirs: dict, ours: dict) -> list[str]:
 # Settings of earlier versions
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Flags of a training that came later, and what a run did before there was one.
-ADDED_LATER = {"mask_duplicates": False, "hold_batchnorm": False}
+# Settings of a training that came later, and what a run did before there was one.
+ADDED_LATER = {"mask_duplicates": False, "hold_batchnorm": False, "held out by": ""}
 
 
 def upgraded(settings: dict[str, Any]) -> dict[str, Any]:

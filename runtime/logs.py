@@ -68,6 +68,13 @@ def start_logging(output_dir: str | Path | None = None, is_main: bool = True) ->
             handler.close()
 
 
+def aligned(lines: Iterable[Iterable[object]]) -> str:
+    """Rows of cells as columns of text, ranged right."""
+    rows = [[str(cell) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+
+
 ROWS_FILE = "log.jsonl"
 
 

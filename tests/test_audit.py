@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import make_dataset
-from evaluation.predictions import Predictions, Scheme
+from evaluation.predictions import Predictions, Scheme, set_scheme
 from preparation import audit
 
 
@@ -189,9 +189,30 @@ def test_pairs_and_predictions_are_told_apart_from_formulas(tmp_path):
     rows = [{"image": name, "group": name, "label": label} for name, label in (("=a.png", "=x"), ("c.png", "y"))]
     scheme = Scheme(("=x", "y"), "image", "label", "group", ("image", "group", "label"))
     Predictions(rows, np.array([[0.9, 0.1], [0.2, 0.8]]), scheme).write(tmp_path / "predictions.csv")
-    lines = audit.without_copies(tmp_path / "predictions.csv", [pair]).splitlines()
+    tested, files = audit.predicted_files(tmp_path / "predictions.csv", {"=set": [first, Path("c.png")]})
+    lines = audit.without_copies(tested, files, [pair]).splitlines()
     assert [json.loads(line.partition(": ")[2])["images"] for line in lines] == [2, 1]
     assert audit.list_images(tmp_path / "predictions.csv") == [tmp_path / "=a.png", tmp_path / "c.png"]
+
+
+def test_predictions_meet_their_files_by_whole_parts_of_a_path(tmp_path):
+    """1.png is neither 11.png nor another set's 1.png; classes have any name."""
+    classes = ("not seen", "A, b", "a")
+    rows = [{"image": f"x/{i}.png", "group": str(i), "label": classes[i % 3]} for i in (1, 11, 21)]
+    Predictions(rows, np.eye(3), set_scheme(classes)).write(tmp_path / "p.csv")
+    test = [Path(f"/d/test/x/{i}.png") for i in (1, 11, 21)]
+    train = [Path(f"/d/train/x/{i}.png") for i in (1, 11, 21, 31)]
+    sets = {"train": train, "test": test}
+    tested, files = audit.predicted_files(tmp_path / "p.csv", sets)
+    assert files == test and tested.scheme.classes == classes
+    pair = audit.Pair(("train", "test"), train[0], test[1], 1.0, False)  # train's own x/1.png, a copy of x/11.png
+    assert json.loads(audit.without_copies(tested, files, [pair]).split("without copies: ")[1])["images"] == 2
+    with pytest.raises(ValueError, match="one set must hold all of its 3 images.*a lacks 0, b lacks 0"):
+        audit.predicted_files(tmp_path / "p.csv", {"a": train, "b": test})
+    with pytest.raises(ValueError, match="one set must hold all of its 3 images.*a lacks 3"):
+        audit.predicted_files(tmp_path / "p.csv", {"a": [Path(f"/d/x1/{i}.png") for i in (1, 11, 21)]})
+    with pytest.raises(ValueError, match="may be /d/test/x/1.png or /e/x/1.png"):
+        audit.predicted_files(tmp_path / "p.csv", {"a": [*test, Path("/e/x/1.png")]})
 
 
 def test_bad_sets_are_refused(tmp_path):

@@ -551,6 +551,33 @@ def test_a_table_without_splits_holds_images_out(table):
     assert "val_candidates" not in everything
 
 
+def test_a_run_that_held_out_images_goes_on_so(table, monkeypatch):
+    """Whether its version knew no patients, or its table had no column of them when it began."""
+    rows = (table / "train.csv").read_text().splitlines()[1:]
+    (table / "pairs.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    argv = csv_command(table, "--metadata", "pairs.csv", "--val-fraction", "0.25", "--batch-size", "4")
+    began = main.main([*argv, "--eval-freq", "1"])["val_candidates"]
+    lines = [f"{row},P{i // 8}" for i, row in enumerate(rows)]
+    (table / "pairs.csv").write_text("\n".join(["image,caption,patient", *lines]) + "\n")
+    args = main.get_args_parser().parse_args(argv)
+    assert main.began_by_image(args) and len(main.build_reader(args, "validation", "all")) == began
+    checkpoint = next((table / "out").glob("checkpoint*.pt"))
+    state = torch.load(checkpoint, weights_only=True)
+    del state["settings"]["held out by"]  # as an earlier version wrote it
+    for path in (table / "out").glob("checkpoint*.pt"):
+        torch.save(state, path)
+    main.main(argv)  # finished, and not refused for another split
+    assert main.began_by_image(args)
+    new = main.get_args_parser().parse_args([*argv, "--output-dir", str(table / "new")])
+    held = main.build_reader(new, "validation", "all")
+    assert not main.began_by_image(new) and len(held) == 8 and held.held_out_by == "patient"
+    main.main([*argv, "--output-dir", str(table / "new")])
+    assert not main.began_by_image(new)
+    (table / "pairs.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    with pytest.raises(ValueError, match="its settings differ.*held out by: .?patient.? there"):
+        main.main([*argv, "--output-dir", str(table / "new")])
+
+
 @pytest.mark.parametrize("accumulation", ["micro", "full"])
 def test_duplicates_are_no_negatives_in_training(table, accumulation, monkeypatch):
     """Two images with the same bytes, and two captions that are equal: the loss of the formula with a mask."""

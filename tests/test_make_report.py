@@ -251,8 +251,9 @@ def test_names_cannot_break_the_page(runs):
 
 
 @pytest.mark.parametrize("key", [
-    "confusion", "classes", "test_patients", "metrics.f1.value", "operating_point.threshold", "differences.0.baseline",
-    "differences.0.difference.auroc.p_value", "detection.brier.low", "units.breast.number", "subgroups.0.patients",
+    "confusion", "classes", "test_patients", "interval.over", "metrics.f1.value", "operating_point.threshold",
+    "differences.0.baseline", "differences.0.difference.auroc.p_value", "detection.brier.low", "units.breast.number",
+    "subgroups.0.patients",
 ])  # fmt: skip
 def test_a_key_that_a_file_lacks_is_named_with_it(tmp_path, probed, key):
     shutil.copytree(probed / "runs" / "probe" / "calc_trained", tmp_path / "run")

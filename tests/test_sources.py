@@ -1,5 +1,6 @@
 """Readers of image files in their publishers' layouts, on small trees in those layouts."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -369,3 +370,46 @@ def test_captions_of_one_image_are_not_compared_with_each_other_in_pairs():
         assert row.captions == texts[: n // 2] and row.rows == n
         counts.append(Compared.count)
     assert counts[1] < 2.5 * counts[0] < 2.5 * 3 * 500 + 500
+
+
+def parts_of(root, table, **arguments):
+    """The names of the images of training and validation, and what the first says."""
+    readers = [create_reader("csv", root, table, split, **arguments) for split in ("train", "validation")]
+    return [{Path(reader.name(i)).name for i in range(len(reader))} for reader in readers], " ".join(readers[0].log)
+
+
+@pytest.mark.parametrize("column", ["patient", "Patient ID", "study", "group"])
+def test_the_held_out_tenth_keeps_patients_whole(tmp_path, column):
+    for i in range(60):
+        save_jpeg(tmp_path / f"{i}.jpg", i)
+    rows = [(f"{i}.jpg", f"P{i // 3}" if i < 57 else "") for i in range(60)]
+    rows[1] = ("1.jpg", "P0")
+    lines = [f"{image},text {k},{group}" for k in (0, 1) for image, group in rows]
+    (tmp_path / "pairs.csv").write_text("\n".join([f"image,caption,{column}", *lines]) + "\n")
+    (train, held), said = parts_of(tmp_path, "pairs.csv", val_fraction=0.2)
+    assert len(train) + len(held) == 60 and not train & held and held
+    patients = [{group for image, group in rows if image in part and group} for part in (train, held)]
+    assert not patients[0] & patients[1] and len(patients[0] | patients[1]) == 19
+    # The rule by itself: a blake2b of the patient, or of the image that has none.
+    wanted = {image for image, group in rows if hash63(group or image) < 0.2 * 2**63}
+    assert held == wanted and f"20% of the values of {column.lower()}, with all their images" in said
+    (apart, single), said = parts_of(tmp_path, "pairs.csv", val_fraction=0.2, by_image=True)
+    assert single == {image for image, _ in rows if hash63(image) < 0.2 * 2**63} != held and "began so" in said
+
+
+def hash63(name):
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def test_one_of_few_patients_is_held_out_and_a_table_without_them_says_so(tmp_path):
+    for i in range(9):
+        save_jpeg(tmp_path / f"{i}.jpg", i)
+    (tmp_path / "a.csv").write_text("image,caption,case\n" + "".join(f"{i}.jpg,x,{i // 3}\n" for i in range(9)))
+    (train, held), _ = parts_of(tmp_path, "a.csv", val_fraction=1e-9)
+    assert (len(train), len(held)) == (6, 3) and len({int(name[0]) // 3 for name in held}) == 1
+    (tmp_path / "b.csv").write_text("image,caption\n" + "".join(f"{i}.jpg,x\n" for i in range(9)))
+    _, said = parts_of(tmp_path, "b.csv", val_fraction=0.5)
+    assert "no column (patient, study, ...) tells what belongs together" in said
+    (tmp_path / "c.csv").write_text("image,caption,split,patient\n0.jpg,x,train,7\n1.jpg,x,val,7.0\n2.jpg,x,val,8\n")
+    _, said = parts_of(tmp_path, "c.csv")
+    assert "1 values of patient are in several splits, first '7'" in said

@@ -1,0 +1,198 @@
+"""The table of a labelled set of type csv: its rows, classes and groups, or one line about what is wrong with it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.catalog import COUNT_AS
+from inputs import conventions, metadata
+from inputs.files import composed
+
+
+@dataclass(frozen=True)
+class SetTable:
+    """Both splits of a set's table."""
+
+    rows: list[dict[str, str]]  # image, label, group, split (as the entry calls it), and the cells of several findings
+    classes: list[str]  # in the order of their numbers; the findings' columns where there are several
+    findings: np.ndarray | None  # (rows, k) 0, 1, or -1 where nothing is known
+    positive: str | None  # the class that is looked for
+    unit: str  # what a group is: patients or groups; images where the table tells nothing of the kind
+    remarks: list[str]  # lines about rows left out and what else a reader should know
+
+
+def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str) -> SetTable:
+    """The rows of the two splits of a catalog entry, which are matched in any case and without blanks around them.
+
+    `wanted` is the one that must be there.
+
+    Labels that are the same whole number (0 and 0.0) are one class; labels that differ in case, blanks or the form of
+    an accented letter alone are refused. A group, the patient, is whole in a split.
+
+    Raises:
+        ValueError: no such column or split, an image outside of its root; or all of these at once: rows without a
+            label, labels that look alike, groups in both splits, an image twice. The message names file and row.
+    """
+    given, splits = entry.get("columns", {}), (entry["train"], entry["test"])
+    columns = _Columns.of(given)
+    rows = metadata.read_table(table, [columns.image, columns.split, *columns.labels])
+    if "group" in given and rows and columns.group not in rows[0]:
+        raise ValueError(f"{table}: no column {columns.group}")
+    numbered, remarks = _of_splits(rows, columns.split, splits, table)
+    if not any(split == wanted for _, _, split in numbered):
+        found = ", ".join(sorted({row[columns.split] for row in rows}))
+        raise ValueError(f"{table}: no row of the split {wanted!r}; its splits: {found}")
+    kept = [columns.sample(row, split, f"{table}, row {number}") for number, row, split in numbered]
+    faults = _shared(kept, splits)
+    if empty := [number for (number, _, _), row in zip(numbered, kept, strict=True) if row["label"] is None]:
+        more = f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""
+        faults.append(f"row {empty[0]} has no {columns.labels[0]}{more}")
+    unit = "images"
+    if rows and columns.group in rows[0]:
+        unit = conventions.group_unit(columns.group)
+        remarks += _of_groups(kept, table, columns.group)
+    elif rows and (column := conventions.group_column(rows[0])):
+        remarks.append(_unnamed_group([(row[column], split) for _, row, split in numbered], table, column, splits))
+    one, alike = one_spelling(row["label"] for row in kept if row["label"])
+    if faults := faults + alike:
+        raise ValueError(f"{table}: {'; '.join(faults)}")
+    if one:
+        pairs = ", ".join(f"{label!r} as {plain!r}" for label, plain in sorted(one.items()))
+        remarks.append(f"{table}: labels that are the same number are one class: {pairs}")
+    kept: list[dict[str, str]] = [row | {"label": one.get(row["label"], row["label"])} for row in kept]
+    # Over both splits: a class that one of them lacks must not shift the others.
+    classes = [str(c) for c in given["label"]] if columns.several else in_order({row["label"] for row in kept})
+    positive = one.get(entry.get("positive", ""), entry.get("positive"))
+    if positive is not None and positive not in classes:
+        raise ValueError(f"{name}: positive {positive!r} is no class; choose from {', '.join(classes)}")
+    findings = None
+    if columns.several:
+        cells = [[_finding(row[c], entry, f"{table}, {row['image']}, {c}") for c in columns.labels] for row in kept]
+        findings = np.array(cells).reshape(-1, len(columns.labels))
+    return SetTable(kept, classes, findings, positive, unit, remarks)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Names in a csv set's table, as metadata.read_table spells them."""
+
+    image: str
+    split: str
+    group: str
+    labels: tuple[str, ...]  # one with class names, or one for each of several findings
+    several: bool
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> _Columns:
+        """From the catalog entry's "columns"."""
+        labels = given.get("label", "label")
+        image, split, group = (_column(given.get(role, role)) for role in ("image", "split", "group"))
+        several = isinstance(labels, list)
+        return cls(image, split, group, tuple(map(_column, labels if several else [labels])), several)
+
+    def sample(self, row: dict[str, str], split: str, where: str) -> dict[str, Any]:
+        """Image, label (None for an empty one), group and split of a row, and its findings.
+
+        An image without a group is one by itself.
+        """
+        image = metadata.inside(row[self.image], where)
+        label = "" if self.several else row[self.labels[0]]
+        if not self.several and conventions.no_value(label):
+            label = None
+        findings = {column: row[column] for column in self.labels} if self.several else {}
+        group = conventions.group_name(row.get(self.group, ""), alone=image)
+        return {"image": image, "label": label, "group": group, "split": split, **findings}
+
+
+def _column(name: str) -> str:
+    """A column's name as metadata.read_table spells it."""
+    return name.strip().lower().replace(" ", "_")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes in the order of their numbers: sorted, as numbers where all are."""
+    names = list(names)
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+
+def _of_splits(
+    rows: Sequence[dict[str, str]], column: str, splits: Sequence[str], table: Path
+) -> tuple[list[tuple[int, dict[str, str], str]], list[str]]:
+    """(number, row, split) of the rows of the entry's splits, and a line about the others."""
+    key = conventions.split_key
+    if key(splits[0]) == key(splits[1]):  # the entry itself tells them apart by case
+        key = str
+    named = {key(split): split for split in splits}
+    kept, others = [], Counter()
+    for number, row in enumerate(rows, 1):
+        if (split := named.get(key(row[column]))) is None:
+            others[row[column]] += 1
+        else:
+            kept.append((number, row, split))
+    return kept, [f"{table}: {conventions.left_out(others, 'other splits', splits)}"] if others else []
+
+
+def _of_groups(kept: Sequence[dict[str, Any]], table: Path, column: str) -> list[str]:
+    """A line about images that have no group."""
+    alone = sum(row["group"] == row["image"] for row in kept)
+    return [f"{table}: {alone} images have no {column}, and count by themselves"] if alone else []
+
+
+def _unnamed_group(cells: Sequence[tuple[str, str]], table: Path, column: str, splits: Sequence[str]) -> str:
+    """The line about a column of patients that the entry does not name."""
+    of = [{conventions.group_name(cell, "") for cell, own in cells if own == split} - {""} for split in splits]
+    crossing = f" ({len(of[0] & of[1])} of its values are in both {' and '.join(splits)})" if of[0] & of[1] else ""
+    return (
+        f"{table} has a column {column!r} that the catalog entry does not name{crossing}, so splits and intervals are "
+        f'over images; where it tells patients apart, add "columns": {{"group": "{column}"}}'
+    )
+
+
+def _shared(rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> list[str]:
+    """What is wrong with groups and images: in both splits they would be tested on what was trained."""
+    faults = []
+    splits_of = defaultdict(set)
+    for row in rows:
+        splits_of[row["group"]].add(row["split"])
+    if shared := sorted(group for group, names in splits_of.items() if len(names) > 1):
+        faults.append(f"{len(shared)} groups are in both {' and '.join(splits)}, first {shared[0]!r}")
+    number = Counter(composed(row["image"]) for row in rows)
+    if twice := [image for image, n in number.items() if n > 1]:
+        more = f", and so are {len(twice) - 1} more" if len(twice) > 1 else ""
+        faults.append(f"the image {twice[0]} is there twice{more}")
+    return faults
+
+
+def one_spelling(labels: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """{0.0: 0}, labels that are whole numbers where some are the same; what is wrong with others that look alike."""
+    number, alike = Counter(labels), defaultdict(set)
+    for label in number:
+        plain = " ".join(composed(conventions.whole_number(label)).casefold().split())
+        alike[str(int(plain)) if plain.isdecimal() else plain].add(label)
+    several = [group for group in alike.values() if len(group) > 1]
+    faults = []
+    for group in several:
+        if len({conventions.whole_number(label) for label in group}) > 1:
+            rows = ", ".join(f"{label!r} ({number[label]} rows)" for label in sorted(group))
+            faults.append(f"labels that differ in case, blanks, accents or zeros alone: {rows}")
+    plain = {label: conventions.whole_number(label) for label in number} if several else {}
+    return {label: text for label, text in plain.items() if text != label}, faults
+
+
+def _finding(cell: str, entry: dict[str, Any], where: str) -> int:
+    """0, 1, or -1 for what is to be skipped. CheXpert leaves blank what a report does not mention; -1 is uncertain."""
+    if conventions.no_value(cell):
+        return COUNT_AS[entry.get("blank", "skip")]
+    try:
+        value = float(cell)
+    except ValueError:
+        value = None
+    if value not in (0, 1, -1):
+        raise ValueError(f"{where}: {cell!r} is not 0, 1, -1 or empty")
+    return COUNT_AS[entry.get("uncertain", "skip")] if value == -1 else int(value)

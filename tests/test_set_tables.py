@@ -1,0 +1,148 @@
+"""What the tables of labelled sets hold: splits, labels and patients as people and spreadsheets write them."""
+
+import json
+from argparse import Namespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit_finetuning import sets
+from evaluation import downstream
+from evaluation.catalog import read_catalog
+from evaluation.predictions import Predictions, score_predictions
+from reporting.runs import ResultTable
+
+SPLITS = [" Train", "train", "TRAIN ", "val", "test", "Test"]
+
+
+def write_table(root, rows, header="image,label,split", **entry):
+    """A set whose images are named by their row; returns the catalog."""
+    root.mkdir(exist_ok=True)
+    for i in range(len(rows)):
+        Image.fromarray(np.full((8, 8), 10 * i, np.uint8)).save(root / f"{i}.png")
+    lines = [header, *(f"{i}.png,{row}" for i, row in enumerate(rows))]
+    (root / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    entry = {"path": str(root), "type": "csv", "train": "train", "test": "test"} | entry
+    (root / "catalog.json").write_text(json.dumps({"hospital": entry}))
+    return read_catalog(root / "catalog.json")
+
+
+def names(part):
+    return [row["image"] for row in part.rows]
+
+
+def test_splits_are_read_in_any_case_and_others_are_named(tmp_path, caplog):
+    catalog = write_table(tmp_path, [f"{'ab'[i % 2]},{split}" for i, split in enumerate(SPLITS)])
+    train, test = downstream.open_splits("hospital", catalog)
+    assert names(train) == ["0.png", "1.png", "2.png"] and names(test) == ["4.png", "5.png"]
+    assert caplog.text.count("1 rows of other splits left out: 'val' 1; known are train, test") == 1
+    for part in (True, False):  # whoever reads one split alone hears it too
+        caplog.clear()
+        downstream.create_downstream("hospital", part, None, catalog)
+        assert "left out: 'val' 1" in caplog.text
+
+
+def test_splits_that_the_entry_tells_apart_by_case_stay_apart(tmp_path):
+    catalog = write_table(tmp_path, ["a,A", "b,A", "a,a", "b,a"], train="A", test="a")
+    assert [names(part) for part in downstream.open_splits("hospital", catalog)] == [
+        ["0.png", "1.png"],
+        ["2.png", "3.png"],
+    ]
+
+
+@pytest.mark.parametrize("column", ["patient_id", "PatientID", "Patient ID", "subject", "study", "case"])
+def test_a_column_of_patients_that_the_entry_does_not_name_is_said(tmp_path, caplog, column):
+    rows = ["a,train,P1", "b,train,P2", "a,test,P1", "b,test,P3"]
+    catalog = write_table(tmp_path, rows, f"image,label,split,{column}")
+    _, test = downstream.open_splits("hospital", catalog)
+    spelled = column.lower().replace(" ", "_")
+    assert "1 of its values are in both train and test" in caplog.text
+    assert f'add "columns": {{"group": "{spelled}"}}' in caplog.text and test.scheme.unit == "images"
+    catalog["hospital"]["columns"] = {"group": spelled}
+    with pytest.raises(ValueError, match="1 groups are in both train and test, first 'P1'"):
+        downstream.open_splits("hospital", catalog)
+
+
+def test_images_without_patients_are_called_images(tmp_path):
+    rows = [f"{'ab'[i % 2]},{'train' if i < 2 else 'test'}" for i in range(12)]
+    _, test = downstream.open_splits("hospital", write_table(tmp_path, rows))
+    found = Predictions(test.rows, np.full((10, 2), 0.5), test.scheme)
+    scores = score_predictions(found) | {"metrics": {}}
+    assert scores["test_images"] == 10 and scores["interval"]["over"] == "images" and "test_patients" not in scores
+    table = ResultTable("hospital")
+    table.tested(scores, "results.json")
+    assert table.size() == "10 test images"
+    table.tested(scores | {"test_patients": 4, "interval": {"over": "patients"}}, "results.json")
+    assert table.size() == "10 test images of 4 patients"
+
+
+def test_a_patient_whose_number_became_a_float_is_one_patient(tmp_path, caplog):
+    rows = ["a,train,12", "b,train,7", "a,test,12.0", "b,test,"]
+    with pytest.raises(ValueError, match="1 groups are in both train and test, first '12'"):
+        downstream.open_splits("hospital", write_table(tmp_path, rows, "image,label,split,group"))
+    rows[2] = "a,test,nan"
+    _, test = downstream.open_splits("hospital", write_table(tmp_path, rows, "image,label,split,group"))
+    assert [row["group"] for row in test.rows] == ["2.png", "3.png"] and "2 images have no group" in caplog.text
+    assert test.scheme.unit == "groups"
+
+
+def test_one_image_under_two_patients_is_refused(tmp_path):
+    catalog = write_table(tmp_path, ["a,train,P1", "b,test,P2"], "image,label,split,group")
+    (tmp_path / "table.csv").write_text("image,label,split,group\nx.png,a,train,P1\nx.png,b,test,P2\n")
+    with pytest.raises(ValueError, match="the image x.png is there twice"):
+        downstream.open_splits("hospital", catalog)
+
+
+def test_labels_that_are_one_number_are_one_class(tmp_path, caplog):
+    labels = ["0", "1.0", "0.0", "1"]
+    catalog = write_table(tmp_path, [f"{label},{'train' if i < 2 else 'test'}" for i, label in enumerate(labels)],
+                          positive="1.0")  # fmt: skip
+    train, test = downstream.open_splits("hospital", catalog)
+    assert train.classes == ["0", "1"] and train.labels.tolist() == test.labels.tolist() == [0, 1]
+    assert test.scheme.positive == "1" and "'0.0' as '0', '1.0' as '1'" in caplog.text
+    alone = write_table(tmp_path, ["0.0,train", "1.0,train", "0.0,test"])  # nothing to be made one
+    assert downstream.create_downstream("hospital", True, None, alone).classes == ["0.0", "1.0"]
+
+
+@pytest.mark.parametrize("one, other", [("TRUE", "True"), ("Benign", "benign"), ("not  seen", "not seen"), ("01", "1"),
+                                        ("Zähne", "Za\u0308hne")])  # fmt: skip
+def test_labels_that_look_alike_are_refused_by_name(tmp_path, one, other):
+    catalog = write_table(tmp_path, [f"{one},train", f"{other},train", "x,train", f"{one},test"])
+    with pytest.raises(ValueError, match="differ in case, blanks, accents or zeros alone") as error:
+        downstream.create_downstream("hospital", False, None, catalog)
+    assert f"{one!r} (2 rows)" in str(error.value) and f"{other!r} (1 rows)" in str(error.value)
+
+
+def test_rows_without_a_label_are_counted(tmp_path):
+    catalog = write_table(tmp_path, ["a,train", "nan,train", "b,train", ",test", "a,test"])
+    with pytest.raises(ValueError, match=r"table.csv: row 2 has no label, nor have 1 more"):
+        downstream.create_downstream("hospital", True, None, catalog)
+
+
+@pytest.mark.parametrize("kind", ["csv", "imagefolder", "findings"])
+def test_a_class_of_one_split_is_named_before_anything_is_computed(tmp_path, caplog, kind):
+    if kind == "imagefolder":
+        for place in ("train/a", "train/b", "test/a", "test/rare"):
+            (tmp_path / place).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / place / "0.png")
+        entry = {"path": str(tmp_path), "type": "imagefolder", "train": "train", "test": "test"}
+        catalog = {"hospital": entry}
+    elif kind == "csv":
+        catalog = write_table(tmp_path, ["a,train", "b,train", "a,test", "rare,test"])
+    else:
+        rows = ["1,0,1,train", "1,,1,train", "0,1,0,test", "1,-1,0,test"]
+        catalog = write_table(tmp_path, rows, "image,a,rare,b,split", columns={"label": ["a", "rare", "b"]})
+    downstream.open_splits("hospital", catalog)
+    kinds = "findings" if kind == "findings" else "classes"
+    assert f"hospital: {kinds} without training images: rare (1 test)" in caplog.text
+    assert f"hospital: {kinds} without test images: b ({2 if kind == 'findings' else 1} training)" in caplog.text
+
+
+def test_fine_tuning_names_them_too(tmp_path, caplog):
+    for place in ("train/a", "train/b", "test/a", "test/b", "test/rare"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / place / "0.png")
+    args = Namespace(data_set="image_folder", data_path=str(tmp_path / "train"), eval_data_path=str(tmp_path / "test"))
+    sets.open_sets(args)
+    assert "image_folder: classes without training images: rare (1 test)" in caplog.text
