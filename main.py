@@ -62,7 +62,7 @@ from runtime.command_line import (
 )
 from runtime.logs import MetricWriter, format_seconds, start_logging
 from runtime.meeting import meet, meeting_due
-from runtime.one_run import one_run
+from runtime.one_run import SETTINGS, one_run, own_folder
 from runtime.signals import StopRequest
 from runtime.versions import versions
 from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer
@@ -550,7 +550,7 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
     }
     if run.processes.is_main:
         settings = {"args": vars(args), "derived": derived, "versions": versions()}
-        utils.write_json(Path(args.output_dir) / "settings.json", settings)
+        utils.write_json(Path(args.output_dir) / SETTINGS, settings)
     log.info(json.dumps(vars(args), default=str))
     log.info(", ".join(f"{k} {v}" for k, v in versions().items()))
     log.info(f"weight decay: {utils.describe_groups(run.optimizer.param_groups)}")
@@ -1063,12 +1063,14 @@ def main(argv: list[str] | None = None) -> dict:
     if args.evaluate:  # which writes nothing
         with start_logging(is_main=processes.is_main), distributed.ending_together(processes):
             return evaluate(args, processes)
-    with (
-        one_run(args.output_dir, processes),
-        start_logging(args.output_dir, processes.is_main),
-        distributed.ending_together(processes),
-    ):
-        with closing(MetricWriter(Path(args.output_dir), processes.is_main, args.wandb, vars(args))) as writer:
+    with start_logging(is_main=processes.is_main):
+        own_folder(args, "training")
+        with (
+            one_run(args.output_dir, processes),
+            start_logging(args.output_dir, processes.is_main),
+            distributed.ending_together(processes),
+            closing(MetricWriter(Path(args.output_dir), processes.is_main, args.wandb, vars(args))) as writer,
+        ):
             return train(args, processes, writer)
 
 

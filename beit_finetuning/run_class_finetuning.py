@@ -62,7 +62,7 @@ from runtime.command_line import (
 )
 from runtime.logs import MetricWriter, start_logging
 from runtime.meeting import meet, meeting_due
-from runtime.one_run import one_run
+from runtime.one_run import SETTINGS, one_run, own_folder
 from runtime.signals import StopRequest
 from runtime.versions import versions
 
@@ -389,7 +389,7 @@ def record_settings(run: Run) -> None:
     }
     if run.processes.is_main:
         settings = {"args": vars(args), "derived": derived, "versions": versions()}
-        utils.write_json(Path(args.output_dir) / "settings.json", settings)
+        utils.write_json(Path(args.output_dir) / SETTINGS, settings)
     log.info(json.dumps(vars(args), default=str))
     scales = sorted({group["lr_scale"] for group in run.optimizer.param_groups})
     log.info(f"{run.network.name}: {derived['parameters']:,} parameters")
@@ -605,12 +605,14 @@ def main(argv: list[str] | None = None) -> dict:
     """Fine-tune as the command line says; returns what results.json holds, or `stopped_by` after a signal."""
     args = parse_with_config(get_args_parser(), argv)
     processes = distributed.init_distributed(args)
-    with (
-        one_run(args.output_dir, processes),
-        start_logging(args.output_dir, processes.is_main),
-        distributed.ending_together(processes),
-    ):
-        with closing(MetricWriter(Path(args.output_dir), processes.is_main)) as writer:
+    with start_logging(is_main=processes.is_main):
+        own_folder(args, "finetuned")
+        with (
+            one_run(args.output_dir, processes),
+            start_logging(args.output_dir, processes.is_main),
+            distributed.ending_together(processes),
+            closing(MetricWriter(Path(args.output_dir), processes.is_main)) as writer,
+        ):
             return fine_tune(args, processes, writer)
 
 
