@@ -47,6 +47,7 @@ from runtime.checkpoints import (
     differences,
     find_training_checkpoint,
     load_checkpoint,
+    refuse_finetuned,
     refuse_full_disk,
     save_checkpoint,
     save_training_checkpoint,
@@ -638,7 +639,8 @@ def resume(run: Run) -> None:
             log.info(f"resuming from {source}")
     if state is None:
         return
-    if "settings" not in state:
+    refuse_finetuned(state, run.args.resume or output_dir / "checkpoint.pt")
+    if "settings" not in state or "preprocess" not in state:
         raise ValueError(
             f"{source} was not written by this code and cannot be continued; --init starts a new run from its weights"
         )

@@ -81,7 +81,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("-j", "--workers", default=64, type=int,
                       help="loader processes of this node; no more than it has cores are started")
     data.add_argument("--output-dir", default="./", type=str,
-                      help="results, features and checkpoints go here; to its subfolder linear where the folder holds a "
+                      help="results, features and checkpoints go here; to its subfolder linear where it holds a "
                       "training or a fine-tuning")
 
 

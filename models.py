@@ -32,7 +32,15 @@ from inputs.depth import to_8bit
 from inputs.images import read_image, to_rgb8
 from inputs.sizes import Size, as_size, size_text
 from inputs.transforms import Preprocess, eval_view
-from runtime.checkpoints import load_checkpoint, refuse_not_finite, strip_wrappers, training_progress, unfinished
+from runtime.checkpoints import (
+    load_checkpoint,
+    refuse_finetuned,
+    refuse_not_finite,
+    strip_wrappers,
+    take_average,
+    training_progress,
+    unfinished,
+)
 from runtime.integrity import check_sums
 from tokenizer import SimpleTokenizer, TokenizedTexts, Tokenizer, WordPieceTokenizer, create_tokenizer
 from towers.build import build_image_tower, build_text_tower, is_medclip_tower, preprocess_of
@@ -501,7 +509,11 @@ def _is_medclip_state(state: dict) -> bool:
 
 
 def read_pretrained(path: str | Path) -> dict:
-    """The contents of a checkpoint of ours, a published SLIP file, or MedCLIP's weights (folder, zip or .bin)."""
+    """The contents of a checkpoint of ours, a published SLIP file, or MedCLIP's weights (folder, zip or .bin).
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there; unreadable; a fine-tuned classifier.
+    """
     path = Path(path)
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return _read_exported(path)
@@ -510,6 +522,8 @@ def read_pretrained(path: str | Path) -> dict:
 
         return medclip.read_weights(path)
     state = load_checkpoint(path)
+    refuse_finetuned(state, path)
+    state = take_average(state, path)
     bare = state and all(isinstance(value, Tensor) for value in state.values()) and not _is_medclip_state(state)
     return {"state_dict": state} if bare else state
 

@@ -51,7 +51,13 @@ from evaluation.features import Loading
 from evaluation.resamples import Bootstrap
 from inputs import cbis, loader
 from inputs.sizes import ImageSize
-from runtime.checkpoints import differences, find_training_checkpoint, refuse_full_disk, save_training_checkpoint
+from runtime.checkpoints import (
+    differences,
+    find_training_checkpoint,
+    is_finetuned,
+    refuse_full_disk,
+    save_training_checkpoint,
+)
 from runtime.command_line import (
     HelpFormatter,
     UsageError,
@@ -103,7 +109,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="the weights to start from: a published SLIP file, a checkpoint of ours, BEiT's; with "
                        "--model tower also MedCLIP's folder, zip or pytorch_model.bin")
     model.add_argument("--model_key", default="model|module|state_dict", type=str,
-                       help="where a file keeps its weights; with | between several, the first that is there")
+                       help="where a file keeps its weights; with | between several, the first that is there, or its "
+                       "moving average (the name with _ema)")
     model.add_argument("--model_prefix", default="", type=str,
                        help="what the tower's names begin with, module.visual. in SLIP's files; extra or missing "
                        "`module.` does not matter")
@@ -538,7 +545,7 @@ def resume(run: Run) -> None:
     state = find_training_checkpoint(output_dir)
     if state is None:
         return
-    if "settings" not in state or "data_set" not in state["settings"]:
+    if not is_finetuned(state):
         raise ValueError(f"{output_dir} holds the checkpoints of another kind of run: choose another --output_dir")
     if differ := differences(state["settings"], run.settings):
         raise ValueError(

@@ -89,6 +89,35 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     return state
 
 
+def is_finetuned(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of run_class_finetuning.py."""
+    return isinstance(state.get("settings"), dict) and "data_set" in state["settings"]
+
+
+def refuse_finetuned(state: Mapping[str, Any], path: str | Path) -> None:
+    """ValueError for a checkpoint of run_class_finetuning.py where a pre-trained model is wanted: what takes it."""
+    if not is_finetuned(state):
+        return
+    args = state.get("args")
+    start = args.get("finetune") if isinstance(args, dict) else ""
+    raise ValueError(
+        f"{path} is a fine-tuned classifier and no pre-trained model: `python predict.py classify {Path(path).parent} "
+        "IMAGES` answers with it" + (f"; it was fine-tuned from {start}, which is one" if start else "")
+    )
+
+
+def take_average(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """A training checkpoint, as `state_dict` the moving average of its weights where it holds one; the log says so.
+
+    The names are timm's, in the order of its own loader (timm.models.load_state_dict), which takes the average too.
+    """
+    for name in ("state_dict_ema", "model_ema"):
+        if isinstance(state.get(name), dict) and state[name]:
+            log.info(f"{path} holds weights and their moving average: the average, {name}, is taken")
+            return {**state, "state_dict": state[name]}
+    return state
+
+
 def refuse_not_finite(weights: Mapping[Any, Any], source: str | Path) -> None:
     """ValueError naming a tensor, also in dictionaries within, that holds NaN or infinity.
 
