@@ -241,7 +241,7 @@ def load_medclip(model: Any, state: dict[str, Tensor], source: str = "the file")
         raise ValueError(f"{source} does not fit {model.name} ({model.config['vision_tower']}): {differ}")
     with torch.no_grad():
         for theirs, value in own.items():
-            value.copy_(state[theirs])
+            value.copy_(state.get(theirs, value))
 
 
 def _as_theirs(ours: str, value: Tensor) -> Tensor:
