@@ -533,6 +533,7 @@ SAFETENSORS_FORMAT = "medslip 1"  # of config.json beside model.safetensors, whi
 
 def _read_exported(folder: Path) -> dict:
     """A folder that export.py wrote, as the checkpoint it came from."""
+    utils.refuse_lfs_pointer(folder / "model.safetensors")
     try:
         for name in ("config.json", "model.safetensors"):
             check_sums(folder / name)

@@ -22,6 +22,7 @@ from inputs.metadata import inside
 from inputs.reader import Reader
 from inputs.sources import read_list
 from runtime.limits import BYTES
+from utils import refuse_lfs_pointer
 
 
 class ArchivePool:
@@ -55,10 +56,19 @@ def read_member(archive: zipfile.ZipFile, member: str) -> bytes:
     return archive.read(member)
 
 
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """A zip archive; ValueError names one that is torn, or none."""
+    refuse_lfs_pointer(path)
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is torn or no zip file, fetch it again or delete it: {error}") from error
+
+
 class ZipPool(ArchivePool):
     """Members of zip archives by name."""
 
-    opener = staticmethod(zipfile.ZipFile)
+    opener = staticmethod(open_zip)
 
     def read(self, path: Path, member: str) -> bytes:
         """A member's bytes; FileNotFoundError for an absent archive, UnreadableImage for a damaged one."""
@@ -150,11 +160,8 @@ class Yfcc15m(Reader):
                 listed[archive] = True
                 path = self._archive(archive)
                 if path.is_file():
-                    try:
-                        with zipfile.ZipFile(path) as file:
-                            names = file.namelist()
-                    except zipfile.BadZipFile as error:
-                        raise ValueError(f"{path} is damaged: fetch it again or delete it") from error
+                    with open_zip(path) as file:
+                        names = file.namelist()
                     found = members_by_name(names)
                     numbers = [
                         int(n[:3])
@@ -278,6 +285,7 @@ def shard_samples(path: Path, file: BinaryIO) -> dict[str, dict[str, tuple[int, 
     Raises ValueError, naming the member, for one that a shard has no use for (a link, a device, a path that
     leaves the folder, a second file of the same name), and for a compressed or damaged archive.
     """
+    refuse_lfs_pointer(path)
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         while True:  # archives one after the other (cat a.tar b.tar): each has its end mark

@@ -24,6 +24,7 @@ from torch import Tensor
 from inputs import dicom
 from inputs.depth import to_8bit
 from runtime.limits import PIXELS
+from utils import lfs_pointer
 
 log = logging.getLogger("medslip")
 # Pillow warns above this number and refuses twice of it, when a file is opened and before it is decoded.
@@ -145,7 +146,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"cannot decode the image {name}: {error}{PIXELS.advice}") from error
     except _DECODE_ERRORS as error:
-        raise UnreadableImage(f"cannot decode the image {name}: {error}") from error
+        raise UnreadableImage(f"cannot decode the image {name}: {lfs_pointer(data) or error}") from error
 
 
 _said_first_of = False
@@ -173,7 +174,7 @@ def _dicom_image(data: bytes, name: str) -> Image.Image:
     except ImportError as error:
         raise ImportError(f"{name} is a DICOM file; to read it, install pydicom") from error
     except Exception as error:  # pydicom raises any kind on damaged files
-        raise UnreadableImage(f"cannot decode the image {name}: {dicom.reason(error)}") from error
+        raise UnreadableImage(f"cannot decode the image {name}: {lfs_pointer(data) or dicom.reason(error)}") from error
 
 
 def image_size(path: str | Path) -> tuple[int, int] | None:

@@ -21,7 +21,7 @@ from inputs.cbis import CBIS_CLASSES, CBIS_COLUMNS, CBIS_IMAGES, CBIS_READING, C
 from inputs.images import image_size, read_image
 from inputs.metadata import read_table
 from runtime.command_line import HelpFormatter
-from utils import atomic_write
+from utils import atomic_write, refuse_lfs_pointer
 
 log = logging.getLogger("medslip")
 
@@ -153,6 +153,7 @@ def dicom_description(path: Path) -> str:
         from pydicom.errors import InvalidDicomError
     except ImportError as error:
         raise ImportError(f"{path} is a DICOM file: pip install pydicom") from error
+    refuse_lfs_pointer(path)
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesDescription"])
     except InvalidDicomError as error:

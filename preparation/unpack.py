@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from inputs.archives import read_member
+from inputs.archives import open_zip, read_member
 from inputs.images import UnreadableImage, decode_image, read_bytes
 from inputs.metadata import Table, inside
 from inputs.sources import SPLIT_OF
@@ -35,7 +35,7 @@ from preparation.shrink import check_short_side, encode, format_of, shrink
 from runtime.command_line import HelpFormatter
 from runtime.limits import BYTES
 from runtime.logs import progress
-from utils import atomic_write, refuse_full, write_json
+from utils import atomic_write, refuse_full, refuse_lfs_pointer, write_json
 
 log = logging.getLogger("medslip")
 
@@ -199,6 +199,7 @@ def open_parquet(path: Path, given: dict[str, str]) -> tuple[Any, dict[str, str 
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ImportError("reading parquet files needs pyarrow: pip install pyarrow") from error
+    refuse_lfs_pointer(path)
     try:
         file = parquet.ParquetFile(path)
     except Exception as error:  # pyarrow raises many kinds for a torn or foreign file
@@ -238,10 +239,7 @@ def zenodo_samples(captions: Path) -> Iterator[Sample]:
         raise FileNotFoundError(f"no {archive_path.name} and no folder {name}_images beside {captions}")
     archive, members = None, {}
     if folder is None:
-        try:
-            archive = zipfile.ZipFile(archive_path)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{archive_path} is torn or no zip file: {error}") from error
+        archive = open_zip(archive_path)
         # By the file's own name: nothing is written to a path that an archive names.
         members = {Path(member).stem: member for member in archive.namelist() if not member.endswith("/")}
 

@@ -74,6 +74,7 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    utils.refuse_lfs_pointer(path)
     # Of a mapped file no more than the plain values is read here, and no more is looked at.
     check_archive(path, (lambda name: "/data/" not in name) if mmap else (lambda name: True))
     try:
@@ -148,7 +149,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     for mark, kind in kinds.items():
         if start.startswith(mark):
             return f"it is {kind}"
-    if start.lstrip()[:1] in (b"{", b"<") or b"git-lfs" in start:
+    if start.lstrip()[:1] in (b"{", b"<"):
         return f"it is text that begins {start.lstrip()[:40]!r}, perhaps a failed download"
     if named := re.search(r"(?:GLOBAL|type|global) (\S+) (?:was not|is not|that)", str(error)):
         return f"it holds {named[1]}, which is neither a tensor nor a plain value and would be code to run"

@@ -183,6 +183,7 @@ def _bert_vocabulary(folder: Path) -> list[str]:
     """The tokens by id, of vocab.txt or, where there is none, of tokenizer.json."""
     file = folder / "tokenizer.json"
     if (folder / "vocab.txt").is_file() or not file.is_file():
+        utils.refuse_lfs_pointer(folder / "vocab.txt")
         return read_vocab(folder / "vocab.txt")
     model = utils.read_json(file).get("model", {})
     ids = model.get("vocab")
@@ -228,6 +229,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights {path} do not exist")
+    utils.refuse_lfs_pointer(path)
     if path.suffix == ".safetensors":
         check_sums(path)
         try:
