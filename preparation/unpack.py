@@ -23,10 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from inputs.archives import open_zip, read_member
+from inputs.files import IMAGE_SUFFIXES
 from inputs.images import UnreadableImage, decode_image, read_bytes
 from inputs.metadata import Table, inside
 from inputs.sources import SPLIT_OF
@@ -165,7 +166,7 @@ def parquet_samples(path: Path, given: dict[str, str], called: str = "") -> Iter
             if column["id"]:
                 id = row[column["id"]]
             else:
-                id = f"{called}{number}" if called else Path(image["path"]).stem
+                id = f"{called}{number}" if called else name_in(image["path"])
             caption = caption[0] if isinstance(caption, list) and caption else caption
             yield Sample(where, str(id), str(caption or ""), partial(_bytes_of, image, where))
             number += 1
@@ -183,7 +184,13 @@ def parquet_names(path: Path, given: dict[str, str]) -> Iterator[str | None]:
     for batch in file.iter_batches(columns=[f"{column['image']}.path"]):
         for row in batch.to_pylist():
             name = (row[column["image"]] or {}).get("path")
-            yield Path(name).stem if name else None
+            yield name_in(name) if name else None
+
+
+def name_in(path: str) -> str:
+    """An image's name without its folder and ending; a UID, which holds dots, has none."""
+    name = PurePath(path)
+    return name.stem if name.suffix.lower() in IMAGE_SUFFIXES else name.name
 
 
 def open_parquet(path: Path, given: dict[str, str]) -> tuple[Any, dict[str, str | None]]:

@@ -71,6 +71,17 @@ def test_the_hubs_parquet_becomes_roco_with_its_subsets(tmp_path):
     assert min(datasets.create_reader("roco", str(tmp_path / "s"), "", "train", "all").image(0).size) == 16
 
 
+def test_images_that_uids_name_keep_all_of_their_name(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    images = [{"bytes": jpeg(i), "path": name} for i, name in enumerate(("a/1.2.840.1", "a/1.2.840.2.png", "x.dcm"))]
+    pq.write_table(pa.table({"image": images, "caption": CAPTIONS[:3]}), tmp_path / "train.parquet")
+    run(tmp_path, tmp_path / "roco")
+    written = {path.name for path in (tmp_path / "roco").rglob("*.jpg")}
+    assert written == {"1.2.840.1.jpg", "1.2.840.2.jpg", "x.jpg"}
+
+
 def test_an_interrupted_copy_goes_on_and_a_finished_one_is_verified(tmp_path, monkeypatch):
     source, output = hub(tmp_path / "hub"), tmp_path / "roco"
     write, seen = unpack.write_image, []
