@@ -117,7 +117,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("-j", "--workers", default=10, type=int,
                       help="loader processes for each training process; never more than the cores it may use")
     data.add_argument("--output-dir", default="./", type=str,
-                      help="checkpoints, logs and settings go here; a run found here is continued")
+                      help="checkpoints, logs and settings go here, to the subfolder training where it holds another "
+                      "command's run; a run found here is continued")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

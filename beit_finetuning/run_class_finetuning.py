@@ -226,7 +226,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Evaluation, checkpoints and logging."""
     run = parser.add_argument_group("evaluation, checkpoints, logging")
     run.add_argument("--output_dir", "--output-dir", default="./", type=str,
-                     help="checkpoints, logs and results go here; a run found here is continued")
+                     help="checkpoints, logs and results go here, to the subfolder finetuned where it holds another "
+                     "command's run; a run found here is continued")
     run.add_argument("--disable_eval_during_finetuning", action="store_true",
                      help="evaluate after the last epoch alone; a validation split is always evaluated")
     run.add_argument("--eval", "--evaluate", "-e", dest="evaluate", action="store_true",
