@@ -135,6 +135,10 @@ def test_what_does_not_fit_is_named(weights, tmp_path):
     torch.save(state, tmp_path / "torn.pt")
     with pytest.raises(ValueError, match=r"missing \(1\): conv_stem.weight; unexpected \(1\): spare.weight"):
         build("--vision-tower", TOWER, "--vision-weights", str(tmp_path / "torn.pt"))
+    whole = torch.load(weights, weights_only=True)
+    torch.save({f"copy.{key}": value + 1 for key, value in whole.items()} | whole, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match=r"missing \(0\): none; unexpected \(\d+\): copy.conv_stem.weight"):
+        build("--vision-tower", TOWER, "--vision-weights", str(tmp_path / "twice.pt"))
     with pytest.raises(ValueError, match="add --vision-tower"):
         build("--vision-weights", str(weights), model="MEDSLIP_VIT")
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):

@@ -108,8 +108,8 @@ def _without_prefix(weights: dict[str, Tensor], tower: Any) -> dict[str, Tensor]
     What that network has beside it keeps its names, and is left over.
     """
     own = list(tower.state_dict())
-    prefixes = [key.removesuffix(own[0]) for key in weights if key.endswith(own[0])]
-    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in weights for name in own), default="")
+    prefixes = ["", *(key.removesuffix(own[0]) for key in weights if key.endswith(own[0]))]
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in weights for name in own))  # of equals the first
     return {key.removeprefix(prefix): value for key, value in weights.items()}
 
 
