@@ -35,6 +35,7 @@ from runtime.checkpoints import save_checkpoint
 from runtime.command_line import HelpFormatter, run_script
 from runtime.integrity import write_sums
 from runtime.logs import read_rows, start_logging
+from runtime.one_run import KINDS, SETTINGS
 from synthetic.world import is_synthetic
 from tokenizer import BPE_PATH, SimpleTokenizer
 from towers import medclip
@@ -280,7 +281,9 @@ def written(path: Path) -> dict:
 def card(loaded: models.Pretrained, checkpoint: Path, form: str, folder: Path, results: list[Path]) -> str:
     """README.md, every figure of it from a file of the run."""
     run = checkpoint.parent
-    settings = written(run / "settings.json")
+    settings = written(run / SETTINGS)
+    if KINDS["training"] not in settings.get("args", {}):  # of a probe, that earlier versions wrote over it
+        settings = {}
     args, derived = settings.get("args", {}), settings.get("derived", {})
     found = {path: written(path if path.suffix == ".json" else path / "results.json") for path in results}
     if empty := [str(path) for path, result in found.items() if not result]:

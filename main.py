@@ -47,6 +47,7 @@ from runtime.checkpoints import (
     differences,
     find_training_checkpoint,
     load_checkpoint,
+    refuse_finetuned,
     refuse_full_disk,
     save_checkpoint,
     save_training_checkpoint,
@@ -62,7 +63,7 @@ from runtime.command_line import (
 )
 from runtime.logs import MetricWriter, format_seconds, start_logging
 from runtime.meeting import meet, meeting_due
-from runtime.one_run import one_run
+from runtime.one_run import SETTINGS, one_run, own_folder
 from runtime.signals import StopRequest
 from runtime.versions import versions
 from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer
@@ -118,7 +119,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("-j", "--workers", default=10, type=int,
                       help="loader processes for each training process; never more than the cores it may use")
     data.add_argument("--output-dir", default="./", type=str,
-                      help="checkpoints, logs and settings go here; a run found here is continued")
+                      help="checkpoints, logs and settings go here, to the subfolder training where it holds another "
+                      "command's run; a run found here is continued")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -598,7 +600,7 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
     }
     if run.processes.is_main:
         settings = {"args": vars(args), "derived": derived, "versions": versions()}
-        utils.write_json(Path(args.output_dir) / "settings.json", settings)
+        utils.write_json(Path(args.output_dir) / SETTINGS, settings)
     log.info(json.dumps(vars(args), default=str))
     log.info(", ".join(f"{k} {v}" for k, v in versions().items()))
     log.info(f"weight decay: {utils.describe_groups(run.optimizer.param_groups)}")
@@ -687,7 +689,8 @@ def resume(run: Run) -> None:
             log.info(f"resuming from {source}")
     if state is None:
         return
-    if "settings" not in state:
+    refuse_finetuned(state, run.args.resume or output_dir / "checkpoint.pt")
+    if "settings" not in state or "preprocess" not in state:
         raise ValueError(
             f"{source} was not written by this code and cannot be continued; --init starts a new run from its weights"
         )
@@ -1112,12 +1115,14 @@ def main(argv: list[str] | None = None) -> dict:
     if args.evaluate:  # which writes nothing
         with start_logging(is_main=processes.is_main), distributed.ending_together(processes):
             return evaluate(args, processes)
-    with (
-        one_run(args.output_dir, processes),
-        start_logging(args.output_dir, processes.is_main),
-        distributed.ending_together(processes),
-    ):
-        with closing(MetricWriter(Path(args.output_dir), processes.is_main, args.wandb, vars(args))) as writer:
+    with start_logging(is_main=processes.is_main):
+        own_folder(args, "training")
+        with (
+            one_run(args.output_dir, processes),
+            start_logging(args.output_dir, processes.is_main),
+            distributed.ending_together(processes),
+            closing(MetricWriter(Path(args.output_dir), processes.is_main, args.wandb, vars(args))) as writer,
+        ):
             return train(args, processes, writer)
 
 

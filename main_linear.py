@@ -46,7 +46,7 @@ from runtime.command_line import (
     run_script,
 )
 from runtime.logs import start_logging
-from runtime.one_run import one_run
+from runtime.one_run import SETTINGS, one_run, own_folder
 from runtime.versions import versions
 
 log = logging.getLogger("medslip")
@@ -80,7 +80,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                       "on fewer; by default an error")
     data.add_argument("-j", "--workers", default=64, type=int,
                       help="loader processes of this node; no more than it has cores are started")
-    data.add_argument("--output-dir", default="./", type=str, help="results, features and checkpoints go here")
+    data.add_argument("--output-dir", default="./", type=str,
+                      help="results, features and checkpoints go here; to its subfolder linear where it holds a "
+                      "training or a fine-tuning")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,12 +167,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     given = vars(parse_with_config(get_args_parser(), argv))
     args = argparse.Namespace(**{**given, "seed": given["seed"] or 0})  # published without a number
     processes = distributed.init_distributed(args)
-    with (
-        one_run(args.output_dir, processes),
-        start_logging(is_main=processes.is_main),
-        distributed.ending_together(processes),
-    ):
-        return evaluate(args, processes)
+    with start_logging(is_main=processes.is_main):
+        own_folder(args, "linear")
+        with one_run(args.output_dir, processes), distributed.ending_together(processes):
+            return evaluate(args, processes)
 
 
 def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def record_settings(args: argparse.Namespace, backbone: Backbone, processes: dis
     settings = {
         "args": vars(args), "derived": derived, "versions": {**versions(), "scikit-learn": sklearn.__version__},
     }  # fmt: skip
-    utils.write_json(Path(args.output_dir) / "settings.json", settings)
+    utils.write_json(Path(args.output_dir) / SETTINGS, settings)
     log.info(f"{args.dataset}: {backbone.name}, {backbone.features} features")
 
 

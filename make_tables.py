@@ -23,7 +23,7 @@ import models
 import utils
 from beit_finetuning import run_class_finetuning
 from inputs import cbis
-from preparation.cbis_tables import index_series, read_case_tables
+from preparation.cbis_tables import read_case_tables, refuse_without_images
 from reporting.plan import INPUTS, TABLES, Plan, PlannedRow, read_plan
 from reporting.steps import Step, folder_of, plan_steps, run_steps
 from reporting.tables import collect, describe, name_primary
@@ -84,7 +84,7 @@ def check(plan: Plan, args: argparse.Namespace, out: Path) -> list[str]:
                 raise FileNotFoundError(f"{root / kind}.csv: {len(absent)} lesions have no crop, first {absent[0]}")
             found.append(f"{kind}: {len(rows)} lesions of {len({row['patient'] for row in rows})} patients")
         else:
-            index_series(root)
+            refuse_without_images(root)
             found.append(f"{kind}: {len(read_case_tables(root, kind))} lesions, to be prepared")
     for name in sorted({row.weights for row in plan.rows if row.weights}):
         found.append(f"weights {models.load_pretrained(name).source}")

@@ -32,7 +32,15 @@ from inputs.depth import to_8bit
 from inputs.images import read_image, to_rgb8
 from inputs.sizes import Size, as_size, size_text
 from inputs.transforms import Preprocess, eval_view
-from runtime.checkpoints import load_checkpoint, refuse_not_finite, strip_wrappers, training_progress, unfinished
+from runtime.checkpoints import (
+    load_checkpoint,
+    refuse_finetuned,
+    refuse_not_finite,
+    strip_wrappers,
+    take_average,
+    training_progress,
+    unfinished,
+)
 from runtime.integrity import check_sums
 from tokenizer import SimpleTokenizer, TokenizedTexts, Tokenizer, WordPieceTokenizer, create_tokenizer
 from towers import sources
@@ -533,7 +541,11 @@ def _is_medclip_state(state: dict) -> bool:
 
 
 def read_pretrained(path: str | Path) -> dict:
-    """The contents of a checkpoint of ours, a published SLIP file, or MedCLIP's weights (folder, zip or .bin)."""
+    """The contents of a checkpoint of ours, a published SLIP file, or MedCLIP's weights (folder, zip or .bin).
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there; unreadable; a fine-tuned classifier.
+    """
     path = Path(path)
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return _read_exported(path)
@@ -542,6 +554,8 @@ def read_pretrained(path: str | Path) -> dict:
 
         return medclip.read_weights(path)
     state = load_checkpoint(path)
+    refuse_finetuned(state, path)
+    state = take_average(state, path)
     bare = state and all(isinstance(value, Tensor) for value in state.values()) and not _is_medclip_state(state)
     return {"state_dict": state} if bare else state
 
@@ -551,6 +565,7 @@ SAFETENSORS_FORMAT = "medslip 1"  # of config.json beside model.safetensors, whi
 
 def _read_exported(folder: Path) -> dict:
     """A folder that export.py wrote, as the checkpoint it came from."""
+    utils.refuse_lfs_pointer(folder / "model.safetensors")
     try:
         for name in ("config.json", "model.safetensors"):
             check_sums(folder / name)

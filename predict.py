@@ -41,7 +41,7 @@ from inputs.files import IMAGE_SUFFIXES, images_below
 from inputs.images import decode_shown, frames_of, read_bytes
 from inputs.metadata import Table
 from inputs.transforms import eval_view, linear_eval_view
-from runtime.checkpoints import load_checkpoint
+from runtime.checkpoints import is_finetuned, load_checkpoint
 from runtime.command_line import HelpFormatter, UsageError, positive_int, run_script
 from runtime.integrity import read_arrays
 from runtime.logs import start_logging
@@ -264,7 +264,7 @@ def classify_finetuned(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     best = args.run / "checkpoint_best.pt"
     state = load_checkpoint(best if best.is_file() else args.run / "checkpoint.pt")
-    if "data_set" not in state.get("settings", {}):
+    if not is_finetuned(state):
         raise ValueError(f"{args.run} is neither a probe (no head.safetensors) nor a fine-tuned classifier")
     classes = state["settings"]["classes"]
     network = networks.rebuild(state, args.weights)

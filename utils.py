@@ -193,8 +193,25 @@ def write_json(path: str | Path, value: object) -> None:
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
+def lfs_pointer(data: bytes) -> str:
+    """What to say of a file's first bytes where they are those of a pointer of Git LFS; "" for any other file."""
+    return _LFS_POINTER if data.startswith(b"version https://git-lfs.github.com/spec/") else ""
+
+
+_LFS_POINTER = "it is a Git LFS pointer in place of the file: `git lfs pull` in its folder brings the file"
+
+
+def refuse_lfs_pointer(path: str | Path) -> None:
+    """ValueError where a file is a pointer that a clone without Git LFS has left in its place; an absent one passes."""
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            if pointer := lfs_pointer(file.read(64)):
+                raise ValueError(f"{path} cannot be read: {pointer}")
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """A file's JSON object; a ValueError names one that holds none."""
+    refuse_lfs_pointer(path)
     try:
         found = json.loads(Path(path).read_text(encoding="utf8"))
     except (ValueError, RecursionError) as error:

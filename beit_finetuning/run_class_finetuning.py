@@ -51,7 +51,13 @@ from evaluation.features import Loading, greys_of
 from evaluation.resamples import Bootstrap
 from inputs import cbis, loader
 from inputs.sizes import ImageSize
-from runtime.checkpoints import differences, find_training_checkpoint, refuse_full_disk, save_training_checkpoint
+from runtime.checkpoints import (
+    differences,
+    find_training_checkpoint,
+    is_finetuned,
+    refuse_full_disk,
+    save_training_checkpoint,
+)
 from runtime.command_line import (
     HelpFormatter,
     UsageError,
@@ -62,7 +68,7 @@ from runtime.command_line import (
 )
 from runtime.logs import MetricWriter, start_logging
 from runtime.meeting import meet, meeting_due
-from runtime.one_run import one_run
+from runtime.one_run import SETTINGS, one_run, own_folder
 from runtime.signals import StopRequest
 from runtime.versions import versions
 
@@ -103,7 +109,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="the weights to start from: a published SLIP file, a checkpoint of ours, BEiT's; with "
                        "--model tower also MedCLIP's folder, zip or pytorch_model.bin")
     model.add_argument("--model_key", default="model|module|state_dict", type=str,
-                       help="where a file keeps its weights; with | between several, the first that is there")
+                       help="where a file keeps its weights; with | between several, the first that is there, or its "
+                       "moving average (the name with _ema)")
     model.add_argument("--model_prefix", default="", type=str,
                        help="what the tower's names begin with, module.visual. in SLIP's files; extra or missing "
                        "`module.` does not matter")
@@ -219,7 +226,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Evaluation, checkpoints and logging."""
     run = parser.add_argument_group("evaluation, checkpoints, logging")
     run.add_argument("--output_dir", "--output-dir", default="./", type=str,
-                     help="checkpoints, logs and results go here; a run found here is continued")
+                     help="checkpoints, logs and results go here, to the subfolder finetuned where it holds another "
+                     "command's run; a run found here is continued")
     run.add_argument("--disable_eval_during_finetuning", action="store_true",
                      help="evaluate after the last epoch alone; a validation split is always evaluated")
     run.add_argument("--eval", "--evaluate", "-e", dest="evaluate", action="store_true",
@@ -389,7 +397,7 @@ def record_settings(run: Run) -> None:
     }
     if run.processes.is_main:
         settings = {"args": vars(args), "derived": derived, "versions": versions()}
-        utils.write_json(Path(args.output_dir) / "settings.json", settings)
+        utils.write_json(Path(args.output_dir) / SETTINGS, settings)
     log.info(json.dumps(vars(args), default=str))
     scales = sorted({group["lr_scale"] for group in run.optimizer.param_groups})
     log.info(f"{run.network.name}: {derived['parameters']:,} parameters")
@@ -538,7 +546,7 @@ def resume(run: Run) -> None:
     state = find_training_checkpoint(output_dir)
     if state is None:
         return
-    if "settings" not in state or "data_set" not in state["settings"]:
+    if not is_finetuned(state):
         raise ValueError(f"{output_dir} holds the checkpoints of another kind of run: choose another --output_dir")
     if differ := differences(state["settings"], run.settings):
         raise ValueError(
@@ -605,12 +613,14 @@ def main(argv: list[str] | None = None) -> dict:
     """Fine-tune as the command line says; returns what results.json holds, or `stopped_by` after a signal."""
     args = parse_with_config(get_args_parser(), argv)
     processes = distributed.init_distributed(args)
-    with (
-        one_run(args.output_dir, processes),
-        start_logging(args.output_dir, processes.is_main),
-        distributed.ending_together(processes),
-    ):
-        with closing(MetricWriter(Path(args.output_dir), processes.is_main)) as writer:
+    with start_logging(is_main=processes.is_main):
+        own_folder(args, "finetuned")
+        with (
+            one_run(args.output_dir, processes),
+            start_logging(args.output_dir, processes.is_main),
+            distributed.ending_together(processes),
+            closing(MetricWriter(Path(args.output_dir), processes.is_main)) as writer,
+        ):
             return fine_tune(args, processes, writer)
 
 

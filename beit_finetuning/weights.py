@@ -56,8 +56,8 @@ def read_tower(
     """The tower's tensors in a file, under the names that the network gives them.
 
     Args:
-        model_key: where the weights lie in the file; of several names with | between them the first that is there. A
-            file that is a state dictionary itself needs none.
+        model_key: where the weights lie in the file; of several names with | between them the first that is there, or
+            its moving average (the name with _ema), as timm takes it. A file that is a state dictionary needs none.
         model_prefix: what the tower's names begin with. Wrappers (`module.`, `_orig_mod.`) may be missing or extra on
             either side, and a file that holds a tower alone may lack the prefix.
 
@@ -79,9 +79,18 @@ def read_tower(
 
 
 def _weights_of(state: dict, path: str | Path, model_key: str) -> dict[str, Tensor]:
-    for key in model_key.split("|"):
-        if _is_weights(state.get(key)):
+    keys = model_key.split("|")
+    for key in keys:
+        average = f"{key}_ema"
+        if not _is_weights(state.get(key)):
+            continue
+        if not _is_weights(state.get(average)):
             return state[key]
+        if len(keys) == 1:  # that one was asked for
+            log.info(f"{path} holds a moving average too: --model_key {average} takes it in place of {key}")
+            return state[key]
+        log.info(f"{path} holds weights and their moving average: the average, {average}, is taken")
+        return state[average]
     if _is_weights(state):
         return state
     candidates = [key for key, value in state.items() if _is_weights(value)]

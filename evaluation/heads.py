@@ -137,6 +137,7 @@ def save_heads(path: Path, heads: Sequence[Linear], about: dict[str, Any]) -> No
 
 def load_heads(path: Path) -> tuple[list[Linear], dict[str, Any]]:
     """(heads, about) of a file that `save_heads` wrote; ValueError for another or a damaged one."""
+    utils.refuse_lfs_pointer(path)
     check_seal(path)
     try:
         with safetensors.safe_open(path, "np") as file:

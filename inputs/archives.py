@@ -22,6 +22,7 @@ from inputs.metadata import inside
 from inputs.reader import Reader
 from inputs.sources import read_list
 from runtime.limits import BYTES
+from utils import refuse_lfs_pointer
 
 
 class ArchivePool:
@@ -55,10 +56,19 @@ def read_member(archive: zipfile.ZipFile, member: str) -> bytes:
     return archive.read(member)
 
 
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """A zip archive; ValueError names one that is torn, or none."""
+    refuse_lfs_pointer(path)
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is torn or no zip file, fetch it again or delete it: {error}") from error
+
+
 class ZipPool(ArchivePool):
     """Members of zip archives by name."""
 
-    opener = staticmethod(zipfile.ZipFile)
+    opener = staticmethod(open_zip)
 
     def read(self, path: Path, member: str) -> bytes:
         """A member's bytes; FileNotFoundError for an absent archive, UnreadableImage for a damaged one."""
@@ -150,11 +160,8 @@ class Yfcc15m(Reader):
                 listed[archive] = True
                 path = self._archive(archive)
                 if path.is_file():
-                    try:
-                        with zipfile.ZipFile(path) as file:
-                            names = file.namelist()
-                    except zipfile.BadZipFile as error:
-                        raise ValueError(f"{path} is damaged: fetch it again or delete it") from error
+                    with open_zip(path) as file:
+                        names = file.namelist()
                     found = members_by_name(names)
                     numbers = [
                         int(n[:3])
@@ -196,7 +203,8 @@ class WebDataset(Reader):
     The root is a folder of `*.tar` (of another split than train: in its folder `validation` or `test`), or
     the shards themselves: a brace pattern such as `shards/{00000..00331}.tar`, or several joined by `::`.
     With a folder as root, `metadata` may hold a pattern relative to it, or name a `.txt` of one shard a line.
-    Captions are the list `captions` of the JSON, else the text, else `caption` of the JSON.
+    Captions are the list `captions` of the JSON, else the text, else `caption` of the JSON. A name is cut
+    at its first dot, or at the last in a shard where the first makes an image of none.
 
     The members' places are indexed once and a sample is read at its place, not in the stream's order: so
     shards are sources like all others, whose global batches do not depend on the number of processes and
@@ -240,6 +248,8 @@ class WebDataset(Reader):
                 for key, members in shard_samples(path, file).items():
                     where = f"{path} sample {key!r}"
                     kind = next((kind for kind in SHARD_IMAGES if kind in members), "")
+                    if not kind and (cut := next((k for k in members if _cut(k, True)[1] in SHARD_IMAGES), "")):
+                        where += f": its name goes on with {cut!r}, and the format cuts names at their first dot"
                     place = f"{number} {' '.join(map(str, members[kind]))} {key}.{kind}" if kind else ""
                     yield Row(where, place, shard_captions(file, members, where))
 
@@ -278,34 +288,54 @@ def shard_samples(path: Path, file: BinaryIO) -> dict[str, dict[str, tuple[int, 
     Raises ValueError, naming the member, for one that a shard has no use for (a link, a device, a path that
     leaves the folder, a second file of the same name), and for a compressed or damaged archive.
     """
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    refuse_lfs_pointer(path)
+    members: dict[str, tuple[int, int]] = {}
     try:
         while True:  # archives one after the other (cat a.tar b.tar): each has its end mark
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
-                    _take_member(member, samples, f"{path} member {member.name!r}")
+                    _take_member(member, members, f"{path} member {member.name!r}")
                 file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # a damaged header ends the loop in silence
                 raise tarfile.ReadError(f"it breaks off at byte {archive.offset}")
             if not _skip_zeros(file):
-                return samples
+                return _by_sample(path, members)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is no complete, uncompressed tar archive: {error}") from error
 
 
-def _take_member(member: tarfile.TarInfo, samples: dict[str, dict[str, tuple[int, int]]], where: str) -> None:
+def _take_member(member: tarfile.TarInfo, members: dict[str, tuple[int, int]], where: str) -> None:
     name = inside(member.name, where).removeprefix("./")
     if member.isdir():
         return
     if not member.isreg() or member.issparse() or member.size < 0:
         raise ValueError(f"{where} is no plain file (type {member.type!r}): refused")
-    folder, slash, last = name.rpartition("/")
-    if last.startswith("._"):  # what macOS's tar adds beside each file
+    if name.rpartition("/")[2].startswith("._"):  # what macOS's tar adds beside each file
         return
-    stem, _, kind = last.partition(".")
-    kinds = samples.setdefault(folder + slash + stem, {})
-    if kinds.setdefault(kind.lower(), place := (member.offset_data, member.size)) != place:
+    if members.setdefault(name, place := (member.offset_data, member.size)) != place:
         raise ValueError(f"{where} is there twice")
+
+
+def _by_sample(path: Path, members: dict[str, tuple[int, int]]) -> dict[str, dict[str, tuple[int, int]]]:
+    """A shard's files by key and extension.
+
+    The format cuts a name at its first dot. Where that makes an image of no file, but the last dot does, as of files
+    that are named by DICOM's UIDs, all of the shard are cut at the last one.
+    """
+    at_last = not any(_cut(name)[1] in SHARD_IMAGES for name in members)
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, place in members.items():
+        key, kind = _cut(name, at_last)
+        if samples.setdefault(key, {}).setdefault(kind, place) != place:
+            raise ValueError(f"{path} member {name!r} is there twice")
+    return samples
+
+
+def _cut(name: str, at_last: bool = False) -> tuple[str, str]:
+    """The key in a name, and the extension in lower case."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, kind = last.rpartition(".") if at_last and "." in last else last.partition(".")
+    return folder + slash + stem, kind.lower()
 
 
 def _skip_zeros(file: BinaryIO) -> bool:

@@ -25,6 +25,7 @@ from inputs.depth import to_8bit
 from inputs.display import AS_STORED, DISPLAY, Display, say_first_of
 from inputs.files import on_disk
 from runtime.limits import PIXELS
+from utils import lfs_pointer
 
 # Pillow warns above this number and refuses twice of it, when a file is opened and before it is decoded.
 Image.MAX_IMAGE_PIXELS = PIXELS.most // 2
@@ -165,7 +166,7 @@ def decode_shown(data: bytes, name: str, display: Display = DISPLAY) -> tuple[Im
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"cannot decode the image {name}: {error}{PIXELS.advice}") from error
     except _DECODE_ERRORS as error:
-        raise UnreadableImage(f"cannot decode the image {name}: {error}") from error
+        raise UnreadableImage(f"cannot decode the image {name}: {lfs_pointer(data) or error}") from error
 
 
 def _white_is_zero(img: Image.Image) -> bool:
@@ -181,7 +182,7 @@ def _dicom_image(data: bytes, name: str, display: Display) -> tuple[Image.Image,
     except ImportError as error:
         raise ImportError(f"{name} is a DICOM file; to read it, install pydicom") from error
     except Exception as error:  # pydicom raises any kind on damaged files
-        raise UnreadableImage(f"cannot decode the image {name}: {dicom.reason(error)}") from error
+        raise UnreadableImage(f"cannot decode the image {name}: {lfs_pointer(data) or dicom.reason(error)}") from error
 
 
 def frames_of(path: str | Path) -> int:

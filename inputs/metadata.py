@@ -19,6 +19,7 @@ from typing import BinaryIO, TextIO
 
 import numpy as np
 
+import utils
 from runtime.limits import memory_for
 from runtime.logs import progress
 
@@ -68,6 +69,7 @@ class Table:
         self.header = [name.lower() for name in self.names]
 
     def _open(self) -> TextIO:
+        utils.refuse_lfs_pointer(self.path)
         with open(self.path, "rb") as file:
             start = file.read(4096)
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start:
@@ -197,6 +199,7 @@ def read_pickle(path: str | Path) -> object:
     Raises RefusedPickle, naming it, for anything else that the file asks for, and ValueError for a damaged
     file.
     """
+    utils.refuse_lfs_pointer(path)
     with open(path, "rb") as file, memory_for(path):
         try:
             if file.peek(6)[:6] == np.lib.format.MAGIC_PREFIX:
@@ -230,6 +233,7 @@ def iter_json(path: str | Path, key: str = "") -> Iterator[object]:
     Memory holds one element and the other values of the object. Raises ValueError, naming file and byte,
     where the file is damaged or holds no such list.
     """
+    utils.refuse_lfs_pointer(path)
     with open(path, encoding="utf-8-sig") as file:
         stream = _JsonStream(file)
         try:

@@ -10,6 +10,7 @@ from inputs.columns import Row
 from inputs.conventions import SPLIT_NAMES, SPLIT_OF, group_column, group_name, left_out, split_key
 from inputs.metadata import Table, fields_of, inside, iter_json, read_pickle
 from inputs.reader import SPLITS, NoSplit, Reader, first_file, number_of
+from utils import refuse_lfs_pointer
 
 
 class Roco(Reader):
@@ -52,6 +53,7 @@ class Roco(Reader):
     def rows(self) -> Iterator[Row]:
         """A row for each line: the id, white space, the caption."""
         for path in self.files:
+            refuse_lfs_pointer(path)
             images = (path.parent.relative_to(self.root) / "images").as_posix()
             with open(path, "rb") as lines:  # text mode would split a caption at a carriage return inside
                 for number, line in enumerate(lines, 1):

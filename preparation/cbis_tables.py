@@ -9,6 +9,7 @@ import argparse
 import csv
 import io
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from inputs.cbis import CBIS_CLASSES, CBIS_COLUMNS, CBIS_IMAGES, CBIS_READING, CROP_SIZE
-from inputs.files import on_disk
+from inputs.files import files_below, is_system, on_disk
 from inputs.images import image_size, read_image
 from inputs.metadata import read_table
 from runtime.command_line import HelpFormatter
-from runtime.logs import aligned
-from utils import atomic_write
+from runtime.logs import aligned, progress
+from utils import atomic_write, refuse_lfs_pointer
 
 log = logging.getLogger("medslip")
 
@@ -50,20 +51,32 @@ DESCRIPTIONS = {"cropped images": "crop", "full mammogram images": "full", "ROI 
 def make_cbis(root: str | Path, val_folds: int = 5, seed: int = 0, merge_types: bool = False) -> dict[Path, list[str]]:
     """Writes the lesion tables under `root`; prints their counts and each row that lacks an image.
 
-    Returns the lines about missing images of each table. Nothing is written before all tables are complete.
-    Raises FileNotFoundError for a missing table or tree, ValueError for a table that is not CBIS-DDSM's, for
-    patients in both training and test, and for too few patients to split off a validation set.
+    Returns the lines about missing images of each table. Nothing is written before all tables are complete, and no
+    table without one image. Raises FileNotFoundError for a missing table or tree or no image at all, ValueError for
+    a table that is not CBIS-DDSM's, for patients in both training and test, and for too few patients to split off a
+    validation set.
     """
     root = Path(root)
-    images = index_series(root)
+    refuse_without_images(root)
     tables = {kind: read_case_tables(root, kind) for kind in CASE_TABLES}
     if merge_types:
         tables = {"both": [lesion for lesions in tables.values() for lesion in lesions]}
+    images = index_series(root, {uid for lesions in tables.values() for own in lesions for uid in own.series.values()})
     unresolved = {}
     for kind, lesions in tables.items():
         refuse_shared_patients(lesions, f"{root / kind}.csv")
         split_off_validation(lesions, val_folds, seed)
         unresolved[kind] = [line for lesion in lesions for line in lesion.resolve(images, root)]
+    empty = [
+        kind for kind, own in tables.items() if not any(lesion.cells[image] for lesion in own for image in CBIS_IMAGES)
+    ]
+    if len(empty) == len(tables):
+        raise FileNotFoundError(
+            f"of the series that the case tables name none is in {root}, so no table is written; read are {LAYOUTS}"
+        )
+    for kind in empty:  # the other type was downloaded alone
+        log.warning(f"no image of any lesion of {kind} is in {root}: {kind}.csv is not written")
+        del tables[kind], unresolved[kind]
     for kind, lesions in tables.items():
         rows = [lesion.cells for lesion in lesions]
         write_table(root / f"{kind}.csv", rows)
@@ -135,7 +148,7 @@ def tell_crop_from_mask(images: list[SeriesImage], root: Path) -> dict[str, Seri
 def described_kind(image: SeriesImage, root: Path) -> str:
     """crop, full, mask, or '' where nothing describes the image."""
     text = image.description
-    if not text and image.path.suffix == ".dcm":
+    if not text and image.path.suffix.lower() == ".dcm":
         text = dicom_description(root / image.path)
     return DESCRIPTIONS.get(text, "")
 
@@ -150,26 +163,51 @@ def nearly_binary(path: Path) -> bool:
 
 def dicom_description(path: Path) -> str:
     """SeriesDescription in the file's own header; metadata.csv has but one for a crop and its mask."""
+    return _dicom_element(path, "SeriesDescription")
+
+
+def _dicom_element(path: Path, name: str) -> str:
+    """A text of a DICOM file's header, "" where it has none; ImportError, ValueError name the file."""
     try:
         import pydicom
         from pydicom.errors import InvalidDicomError
     except ImportError as error:
         raise ImportError(f"{path} is a DICOM file: pip install pydicom") from error
+    refuse_lfs_pointer(path)
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesDescription"])
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[name])
     except InvalidDicomError as error:
         raise ValueError(f"{path} is not a DICOM file: {error}") from error
-    return str(header.get("SeriesDescription", "")).strip()
+    return str(header.get(name, "")).strip()
 
 
-def index_series(root: Path) -> dict[str, list[SeriesImage]]:
-    """SeriesInstanceUID -> its images on disk. Where both editions are there, the JPEG one is used."""
-    if not (root / "jpeg").is_dir() and not (root / "CBIS-DDSM").is_dir():
+LAYOUTS = (
+    "jpeg/<series UID>/*.jpg (JPEG edition), or DICOM files below CBIS-DDSM/, whose series is told by metadata.csv "
+    "(NBIA), by their folder's name (<series UID>, MG_<series UID>) or by their headers"
+)
+
+
+def dicom_root(root: Path) -> Path | None:
+    """The folder of the DICOM edition, as TCIA's or as IDC's downloader calls it; None where there is none."""
+    return next((folder for name in ("CBIS-DDSM", "cbis_ddsm") if (folder := root / name).is_dir()), None)
+
+
+def refuse_without_images(root: Path) -> None:
+    """FileNotFoundError where a root holds neither edition."""
+    if not (root / "jpeg").is_dir() and dicom_root(root) is None:
         raise FileNotFoundError(
-            f"{root} has neither jpeg/ (JPEG edition) nor CBIS-DDSM/ (DICOM edition): "
-            "--root is the folder that holds one of them"
+            f"{root} has neither jpeg/ nor CBIS-DDSM/: --root is the folder that holds one of them, {LAYOUTS}"
         )
-    return index_dicom(root) | index_jpeg(root)
+
+
+def index_series(root: Path, wanted: set[str]) -> dict[str, list[SeriesImage]]:
+    """SeriesInstanceUID -> its images on disk. Where both editions are there, the JPEG one is used.
+
+    Args:
+        wanted: UIDs that the case tables name.
+    """
+    found = index_jpeg(root)
+    return index_dicom(root, wanted - set(found)) | found
 
 
 def index_jpeg(root: Path) -> dict[str, list[SeriesImage]]:
@@ -185,19 +223,46 @@ def index_jpeg(root: Path) -> dict[str, list[SeriesImage]]:
     return dict(series)
 
 
-def index_dicom(root: Path) -> dict[str, list[SeriesImage]]:
-    """Series folders are named by UID, or by date and description; then metadata.csv tells the UID."""
-    folders = {folder.name: folder for folder in (root / "CBIS-DDSM").glob("*/*/*") if folder.is_dir()}
+_UID_FOLDER = re.compile(r"(?:[A-Z]{2}_)?([0-9]+(?:\.[0-9]+)+)")  # IDC's downloader puts the modality before it
+
+
+def index_dicom(root: Path, wanted: set[str]) -> dict[str, list[SeriesImage]]:
+    """Series to their images, of the DICOM edition as any downloader lays it, see LAYOUTS.
+
+    Headers are read of those folders alone of which neither metadata.csv nor the name tells a wanted UID.
+    """
+    files: dict[Path, list[Path]] = defaultdict(list)
+    if wanted and (top := dicom_root(root)) is not None:
+        for path in map(Path, files_below(top, leave_out=is_system)):
+            if path.suffix.lower() == ".dcm":
+                files[path.parent].append(path)
+    series: dict[str, list[Path]] = {}
+    for uid, folder in folders_of_metadata(root).items():
+        if own := files.pop(folder, None) or sorted(folder.glob("*.dcm")):
+            series[uid] = own
+    for folder in list(files):
+        named = _UID_FOLDER.fullmatch(folder.name)
+        if named and named[1] in wanted - set(series):
+            series[named[1]] = files.pop(folder)
+    if not wanted <= set(series):
+        by_header: dict[str, list[Path]] = defaultdict(list)
+        untold = [path for own in files.values() for path in own]
+        for path in progress(untold, "series by their headers", unit=" files"):
+            by_header[_dicom_element(path, "SeriesInstanceUID")].append(path)
+        series = by_header | series
+    return {uid: [SeriesImage(path.relative_to(root)) for path in own] for uid, own in series.items()}
+
+
+def folders_of_metadata(root: Path) -> dict[str, Path]:
+    """SeriesInstanceUID -> folder, as NBIA's metadata.csv says; ValueError names a row that leaves the root."""
+    folders = {}
     if (root / "metadata.csv").is_file():
         for number, row in enumerate(read_table(root / "metadata.csv", ("series_uid", "file_location")), 1):
             folder = on_disk(root / row["file_location"].replace("\\", "/"))
             if not folder.resolve().is_relative_to(root.resolve()):
                 raise ValueError(f"{root / 'metadata.csv'}, row {number}: {folder} is outside {root}")
             folders[row["series_uid"]] = folder
-    return {
-        uid: [SeriesImage(path.relative_to(root)) for path in sorted(folder.glob("*.dcm"))]
-        for uid, folder in folders.items()
-    }
+    return folders
 
 
 def read_case_tables(root: Path, kind: str) -> list[Lesion]:
@@ -300,7 +365,8 @@ def add_parser(commands) -> None:
         "cbis",
         help="join CBIS-DDSM's case tables with its images",
         description="Joins the four case tables of CBIS-DDSM with the images of its JPEG edition (csv/ and "
-        "jpeg/) or DICOM edition (CBIS-DDSM/ and metadata.csv) and writes calc.csv and mass.csv into --root: "
+        "jpeg/) or DICOM edition (CBIS-DDSM/, as NBIA, tcia_utils or idc-index lay it) and writes calc.csv and "
+        "mass.csv into --root: "
         f"one row a lesion with the columns {', '.join(CBIS_COLUMNS)}. The last three are paths relative to "
         "--root, empty where no image was found; those rows are named. Behind them stand what the radiologist noted "
         "(density, assessment, subtlety, descriptors) and the crop's size in pixels.",

@@ -23,12 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from inputs.archives import read_member
+from inputs.archives import open_zip, read_member
 from inputs.conventions import SPLIT_OF
-from inputs.files import composed, on_disk
+from inputs.files import IMAGE_SUFFIXES, composed, on_disk
 from inputs.images import UnreadableImage, decode_image, read_bytes
 from inputs.metadata import Table, inside
 from preparation.processes import add_workers_argument, keep_settings
@@ -36,7 +36,7 @@ from preparation.shrink import check_short_side, encode, format_of, shrink
 from runtime.command_line import HelpFormatter
 from runtime.limits import BYTES
 from runtime.logs import progress
-from utils import atomic_write, refuse_full, write_json
+from utils import atomic_write, refuse_full, refuse_lfs_pointer, write_json
 
 log = logging.getLogger("medslip")
 
@@ -95,6 +95,7 @@ class Sample:
     id: str
     caption: str
     data: Callable[[], bytes]  # FileNotFoundError, UnreadableImage
+    further: int = 0  # captions of the row beside the one, for which ROCO's layout has no place
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,10 @@ def parquet_samples(path: Path, given: dict[str, str], called: str = "") -> Iter
             if column["id"]:
                 id = row[column["id"]]
             else:
-                id = f"{called}{number}" if called else Path(image["path"]).stem
-            caption = caption[0] if isinstance(caption, list) and caption else caption
-            yield Sample(where, str(id), str(caption or ""), partial(_bytes_of, image, where))
+                id = f"{called}{number}" if called else name_in(image["path"])
+            texts = caption if isinstance(caption, list) else [caption]
+            read = partial(_bytes_of, image, where)
+            yield Sample(where, str(id), (texts or [""])[0] or "", read, further=max(len(texts) - 1, 0))
             number += 1
 
 
@@ -184,7 +186,13 @@ def parquet_names(path: Path, given: dict[str, str]) -> Iterator[str | None]:
     for batch in file.iter_batches(columns=[f"{column['image']}.path"]):
         for row in batch.to_pylist():
             name = (row[column["image"]] or {}).get("path")
-            yield Path(name).stem if name else None
+            yield name_in(name) if name else None
+
+
+def name_in(path: str) -> str:
+    """An image's name without its folder and ending; a UID, which holds dots, has none."""
+    name = PurePath(path)
+    return name.stem if name.suffix.lower() in IMAGE_SUFFIXES else name.name
 
 
 def open_parquet(path: Path, given: dict[str, str]) -> tuple[Any, dict[str, str | None]]:
@@ -194,12 +202,13 @@ def open_parquet(path: Path, given: dict[str, str]) -> tuple[Any, dict[str, str 
         given: the columns of roles, where they are none of the usual.
 
     Raises:
-        ImportError, ValueError: without pyarrow; no readable file; no such column.
+        ImportError, ValueError: without pyarrow; no readable file; no such column, or one of another type.
     """
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ImportError("reading parquet files needs pyarrow: pip install pyarrow") from error
+    refuse_lfs_pointer(path)
     try:
         file = parquet.ParquetFile(path)
     except Exception as error:  # pyarrow raises many kinds for a torn or foreign file
@@ -212,7 +221,38 @@ def open_parquet(path: Path, given: dict[str, str]) -> tuple[Any, dict[str, str 
         if column[role] is None and role != "id":
             raise ValueError(f"{path} has no column {' or '.join(wanted)}: name one of {', '.join(names)} with "
                              f"--{role}-column")  # fmt: skip
+        if name := column[role]:
+            refuse_type(path, role, name, file.schema_arrow.field(name).type)
     return file, column
+
+
+def refuse_type(path: Path, role: str, name: str, kind: Any) -> None:
+    """ValueError where a column of a parquet file cannot be what it is taken for, by its type of Arrow's."""
+    from pyarrow import types
+
+    def bare(kind: Any) -> Any:
+        return kind.value_type if types.is_dictionary(kind) else kind
+
+    def is_bytes(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+
+    def is_text(kind: Any) -> bool:
+        return types.is_string(kind) or types.is_large_string(kind)
+
+    kind = bare(kind)
+    several = bare(kind.value_type) if types.is_list(kind) or types.is_large_list(kind) else kind
+    index = kind.get_field_index("bytes") if types.is_struct(kind) else -1
+    fits = {
+        "image": is_bytes(bare(kind.field(index).type if index >= 0 else kind)),
+        "caption": is_text(several),
+        "id": is_text(kind) or types.is_integer(kind),
+    }
+    wanted = {"image": "the images' bytes", "caption": "text", "id": "text or whole numbers"}
+    if not fits[role]:
+        held = "text" if is_text(kind) else "bytes" if is_bytes(kind) else str(kind)
+        raise ValueError(
+            f"{path}: the column {name!r} holds {held}, and not {wanted[role]}: name another by --{role}-column"
+        )
 
 
 def _bytes_of(image: Any, where: str) -> bytes:
@@ -239,10 +279,7 @@ def zenodo_samples(captions: Path) -> Iterator[Sample]:
         raise FileNotFoundError(f"no {archive_path.name} and no folder {name}_images beside {captions}")
     archive, members = None, {}
     if folder is None:
-        try:
-            archive = zipfile.ZipFile(archive_path)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{archive_path} is torn or no zip file: {error}") from error
+        archive = open_zip(archive_path)
         # By the file's own name: nothing is written to a path that an archive names.
         members = {composed(Path(member).stem): member for member in archive.namelist() if not member.endswith("/")}
 
@@ -282,7 +319,7 @@ def unpack(
 
     Raises:
         FileNotFoundError, ValueError: as `find_sources`; an id with white space or a path in it; a copy of another
-            source or size.
+            source or size; at the end, a split without one image that can be read.
     """
 
     check_short_side(short_side)
@@ -315,11 +352,14 @@ def unpack(
         text = "".join(f"{row}\n" for row in rows).encode("utf-8", "surrogateescape")
         atomic_write(output / split / "radiology" / "captions.txt", lambda file, text=text: file.write(text))
         log.info(f"{split}: {len(rows):,} pairs; " + ", ".join(f"{n:,} {what}" for what, n in counts[split].items()))
+    empty = [split for split, rows in lines.items() if not rows]
     bad = [line for split in unreadable.values() for line in split]
     if bad:
         text = "".join(f"{line}\n" for line in bad).encode("utf-8", "surrogateescape")
         atomic_write(output / "bad_samples.txt", lambda file: file.write(text))
         log.warning(f"{len(bad)} images cannot be decoded or are missing: see {output / 'bad_samples.txt'}")
+    if empty:
+        raise ValueError(f"{source} gave no pair of {', '.join(empty)}: no image of theirs can be read")
     return counts
 
 
@@ -351,6 +391,8 @@ def unpack_part(
                     found["unreadable"].append(f"{sample.where}\t{outcome.removeprefix('unreadable: ')}")
                     continue
                 found["counts"][outcome] += 1
+                if sample.further:
+                    found["counts"]["further captions left out"] += sample.further
                 found["lines"].append(f"{sample.id}\t {' '.join(sample.caption.split())}")
             bar.update(len(batch))
     record.parent.mkdir(exist_ok=True)

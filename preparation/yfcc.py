@@ -19,7 +19,7 @@ from datasets import create_reader
 from inputs.index import RawFile, rows_index, write_index
 from runtime.command_line import HelpFormatter
 from runtime.logs import progress
-from utils import atomic_write
+from utils import atomic_write, refuse_lfs_pointer
 
 log = logging.getLogger("medslip")
 YFCC_ROWS = 10**8  # numbers have at most 8 digits
@@ -119,6 +119,7 @@ def make_yfcc(ids: Path, subset: Path, table: Path, output_dir: Path) -> tuple[i
 
 def read_ids(path: Path) -> np.ndarray:
     """(YFCC_ROWS,) bool: which numbers the array lists. A hundredth of what a set of Python's integers takes."""
+    refuse_lfs_pointer(path)
     try:
         numbers = np.load(path, "r", allow_pickle=False)
     except ValueError as error:
@@ -134,6 +135,7 @@ def read_ids(path: Path) -> np.ndarray:
 
 def read_subset(path: Path) -> np.ndarray:
     """(YFCC_ROWS,) bool: which numbers the subset's table has a row for."""
+    refuse_lfs_pointer(path)
     wanted = np.zeros(YFCC_ROWS, dtype=bool)
     with open(path, "rb") as file:
         for line_number, line in enumerate(file, 1):
@@ -151,6 +153,7 @@ def row_number(line: bytes, path: Path, line_number: int) -> int:
 
 def wanted_rows(path: Path, wanted: np.ndarray) -> Iterator[tuple[int, list[bytes]]]:
     """(number, [title, description]) of the table's wanted rows, with a progress bar over its bytes."""
+    refuse_lfs_pointer(path)
     with (
         open(path, "rb") as file,
         progress(total=path.stat().st_size, desc=path.name, unit="B") as bar,

@@ -74,6 +74,7 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    utils.refuse_lfs_pointer(path)
     # Of a mapped file no more than the plain values is read here, and no more is looked at.
     check_archive(path, (lambda name: "/data/" not in name) if mmap else (lambda name: True))
     try:
@@ -86,6 +87,35 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     if not mmap:
         refuse_not_finite({key: value for key, value in state.items() if key != "optimizer"}, path)
+    return state
+
+
+def is_finetuned(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of run_class_finetuning.py."""
+    return isinstance(state.get("settings"), dict) and "data_set" in state["settings"]
+
+
+def refuse_finetuned(state: Mapping[str, Any], path: str | Path) -> None:
+    """ValueError for a checkpoint of run_class_finetuning.py where a pre-trained model is wanted: what takes it."""
+    if not is_finetuned(state):
+        return
+    args = state.get("args")
+    start = args.get("finetune") if isinstance(args, dict) else ""
+    raise ValueError(
+        f"{path} is a fine-tuned classifier and no pre-trained model: `python predict.py classify {Path(path).parent} "
+        "IMAGES` answers with it" + (f"; it was fine-tuned from {start}, which is one" if start else "")
+    )
+
+
+def take_average(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """A training checkpoint, as `state_dict` the moving average of its weights where it holds one; the log says so.
+
+    The names are timm's, in the order of its own loader (timm.models.load_state_dict), which takes the average too.
+    """
+    for name in ("state_dict_ema", "model_ema"):
+        if isinstance(state.get(name), dict) and state[name]:
+            log.info(f"{path} holds weights and their moving average: the average, {name}, is taken")
+            return {**state, "state_dict": state[name]}
     return state
 
 
@@ -119,7 +149,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     for mark, kind in kinds.items():
         if start.startswith(mark):
             return f"it is {kind}"
-    if start.lstrip()[:1] in (b"{", b"<") or b"git-lfs" in start:
+    if start.lstrip()[:1] in (b"{", b"<"):
         return f"it is text that begins {start.lstrip()[:40]!r}, perhaps a failed download"
     if named := re.search(r"(?:GLOBAL|type|global) (\S+) (?:was not|is not|that)", str(error)):
         return f"it holds {named[1]}, which is neither a tensor nor a plain value and would be code to run"

@@ -21,6 +21,7 @@ from typing import BinaryIO
 import numpy as np
 
 import distributed
+import utils
 from runtime.limits import BYTES
 
 SEAL = "medslip_crc32"  # the header's key
@@ -92,6 +93,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    utils.refuse_lfs_pointer(path)
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no .npz file, or was cut off")
     check_archive(path)

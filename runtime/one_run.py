@@ -1,8 +1,13 @@
-"""One folder, one run: a second command that would write into a run's folder is refused while the first one lives."""
+"""One folder, one run: a second command that would write into a run's folder is refused while the first one lives.
+
+A command of another kind has a folder of its own in it, also afterwards.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import os
 import shlex
 import socket
@@ -15,7 +20,9 @@ from datetime import datetime
 from pathlib import Path
 
 import distributed
+import utils
 
+log = logging.getLogger("medslip")
 try:
     import fcntl
 except ImportError:  # Windows
@@ -25,8 +32,42 @@ LOCK = ".lock"  # in the folder, while a run is in it; it holds who that is
 BEAT = 5.0  # s between two signs of life, where the file system has no locks
 
 
+SETTINGS = "settings.json"
+# Kinds of commands that write SETTINGS, and a flag by which it is known whose it is.
+KINDS = {"training": "ssl_scale", "linear": "cache_features", "finetuned": "finetune"}
+
+
 class FolderInUse(ValueError):
     """Another run writes into the folder."""
+
+
+def own_folder(args: argparse.Namespace, kind: str) -> None:
+    """Point `args.output_dir` at the folder `kind` in it where another kind of command has written its settings there.
+
+    All of them have ./ by default, and what they call settings.json and log.jsonl would be overwritten or mixed.
+
+    Args:
+        kind: one of KINDS.
+
+    Raises:
+        ValueError: a settings.json that is not JSON; the folder in the folder is another's too.
+    """
+    given = Path(args.output_dir)
+    if not (theirs := _not_ours(given, kind)):
+        return
+    if _not_ours(own := given / kind, kind):
+        raise ValueError(f"{given} and {own} hold the runs of other commands: choose another --output-dir")
+    log.info(f"{given} holds {theirs}, which stays as it is: this run is in {own}")
+    args.output_dir = str(own)
+
+
+def _not_ours(folder: Path, kind: str) -> str:
+    """Whose SETTINGS a folder holds, for people; "" where there is none or it is of `kind`."""
+    if not (file := folder / SETTINGS).is_file():
+        return ""
+    args = utils.read_json(file).get("args")
+    found = [name for name, flag in KINDS.items() if isinstance(args, dict) and flag in args]
+    return "" if kind in found else f"a run of another command ({', '.join(found) or f'whose {SETTINGS} is not ours'})"
 
 
 @contextmanager

@@ -98,6 +98,71 @@ def test_dicom_edition(tmp_path, by_uid):
     assert pixels.shape == (3, 16, 16) and CBIS_CLASSES[label] == row["pathology"]
 
 
+def small_dicom_edition(root: Path) -> None:
+    for i, kind in enumerate(("calc", "mass")):
+        cbis_tree.write_case_table(root, kind, "train", cbis_tree.make_lesions(10, 1 + 2000 * i), apart=2)
+        cbis_tree.write_case_table(root, kind, "test", cbis_tree.make_lesions(3, 1001 + 2000 * i))
+    cbis_tree.make_dicom_edition(root)
+
+
+LAYOUTS = {  # of a file in CBIS-DDSM/<case>/<study>/<series>/
+    "case/study/uid": lambda case, study, uid, name: Path("CBIS-DDSM", case, study, uid, name),
+    "tcia_utils": lambda case, study, uid, name: Path("CBIS-DDSM", uid, name),
+    "idc-index": lambda case, study, uid, name: Path("cbis_ddsm", case, study, f"MG_{uid}", name),
+    "a folder a study": lambda case, study, uid, name: Path("CBIS-DDSM", study, f"{uid}_{name}"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")  # the small trees have zeros in front
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_downloaders_layouts_need_no_metadata(tmp_path, layout):
+    """The tables are those that NBIA's metadata.csv gives, each path at its new place."""
+    pydicom = pytest.importorskip("pydicom")
+    small_dicom_edition(tmp_path)
+    cbis_tables.make_cbis(tmp_path, val_folds=2)
+    expected = {kind: read_table(tmp_path, kind) for kind in ("calc", "mass")}
+    (tmp_path / "metadata.csv").unlink()
+    moved = {"": ""}
+    (tmp_path / "CBIS-DDSM").rename(tmp_path / "nbia")
+    for path in (tmp_path / "nbia").rglob("*.dcm"):
+        case, study, uid, name = path.relative_to(tmp_path / "nbia").parts
+        new = LAYOUTS[layout](case, study, uid, name)
+        (tmp_path / new).parent.mkdir(parents=True, exist_ok=True)
+        dataset = pydicom.dcmread(path)
+        dataset.SeriesInstanceUID = uid
+        dataset.save_as(tmp_path / new)
+        moved[f"CBIS-DDSM/{case}/{study}/{uid}/{name}"] = new.as_posix()
+    cbis_tables.make_cbis(tmp_path, val_folds=2)
+    for kind, rows in expected.items():
+        assert all(row["crop"] and row["full"] and row["mask"] for row in rows)
+        new = [row | {image: moved[row[image]] for image in ("crop", "full", "mask")} for row in rows]
+        assert read_table(tmp_path, kind) == new
+
+
+def test_no_table_is_written_without_one_image(tmp_path, caplog):
+    pytest.importorskip("pydicom")
+    small_dicom_edition(tmp_path)
+    (tmp_path / "metadata.csv").unlink()
+    for path in [*tmp_path.rglob("*.dcm")]:
+        if cases_of(tmp_path, "mass") & set(path.parts):
+            path.unlink()
+    cbis_tables.make_cbis(tmp_path, val_folds=2)
+    assert (tmp_path / "calc.csv").is_file() and not (tmp_path / "mass.csv").exists()
+    assert "no image of any lesion of mass is in" in caplog.text
+    (tmp_path / "calc.csv").unlink()
+    for path in [*tmp_path.rglob("*.dcm")]:
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="none is in .*no table is written; read are jpeg/<series UID>.*MG_"):
+        cbis_tables.make_cbis(tmp_path, val_folds=2)
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def cases_of(root: Path, kind: str) -> set[str]:
+    columns = ("cropped image file path", "image file path")
+    tables = [cbis_tree.read_case_table(root / "csv" / cbis_tree.TABLES[kind, split]) for split in ("train", "test")]
+    return {row[column].split("/")[0] for table in tables for row in table for column in columns}
+
+
 @pytest.mark.skipif("CBIS_TABLES" not in os.environ, reason="CBIS_TABLES names the folder of the published tables")
 def test_published_tables(tmp_path, capsys):
     cbis_tree.copy_published_tables(tmp_path, Path(os.environ["CBIS_TABLES"]))

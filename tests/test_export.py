@@ -18,6 +18,7 @@ from roco_tree import make_roco
 
 import export
 import main
+import main_linear
 import models
 from runtime import checkpoints
 from towers import medclip
@@ -241,8 +242,12 @@ def test_the_card_says_what_the_run_says_and_no_more(tmp_path):
     assert "fresh weights" in text and "SYNTHETIC" not in text and "Retrieval on the validation pairs" in text
     bare = tmp_path / "alone.pt"
     bare.write_bytes((tmp_path / "run" / "checkpoint.pt").read_bytes())
-    text = (export.main([str(bare), "--to", "safetensors", "--output", str(tmp_path / "b")]) / "README.md").read_text()
-    assert "| Data | not recorded |" in text and "Probes: not recorded." in text
+    for name, settings in {"b": None, "b2": {"args": vars(main_linear.get_args_parser().parse_args([]))}}.items():
+        if settings:  # a probe's, that an earlier version wrote over those of the training
+            (tmp_path / "settings.json").write_text(json.dumps(settings))
+        command_line = [str(bare), "--to", "safetensors", "--output", str(tmp_path / name)]
+        text = (export.main(command_line) / "README.md").read_text()
+        assert "| Data | not recorded |" in text and "Probes: not recorded." in text
     with pytest.raises(ValueError, match="holds no results.json"):
         export.main([*out, str(tmp_path / "c"), "--results", str(tmp_path / "roco")])
     (root.parent / "README.txt").write_text("SYNTHETIC drawings\n")

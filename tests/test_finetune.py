@@ -29,7 +29,7 @@ import utils
 from beit_finetuning import optim, results, run_class_finetuning
 from beit_finetuning.modeling_finetune import Beit, create_beit
 from beit_finetuning.views import Augmentation, Criterion, TrainView, beit_preprocess, operations
-from beit_finetuning.weights import load_weights, resize_positions
+from beit_finetuning.weights import load_weights, read_tower, resize_positions
 from evaluation import downstream, predictions, set_probes
 from evaluation.features import Loading, extract, load_backbone
 from evaluation.heads import Samples
@@ -284,6 +284,18 @@ def test_what_a_published_file_brings(tmp_path):
     with pytest.raises(ValueError, match="blocks.1"):
         load_weights(create_beit("beit_small_patch16_224", **{**options, "depth": 2}), path, "state_dict",
                      "module.visual.")  # fmt: skip
+
+
+def test_of_weights_and_their_average_the_average_is_taken_unless_one_is_named(tmp_path, caplog):
+    raw, average = {"patch_embed.proj.weight": torch.zeros(2)}, {"patch_embed.proj.weight": torch.ones(2)}
+    torch.save({"model": raw, "model_ema": average, "state_dict": raw}, tmp_path / "beit.pth")
+    torch.save({"model": raw, "model_ema": None}, tmp_path / "without.pth")
+    with caplog.at_level("INFO"):
+        assert torch.equal(read_tower(tmp_path / "beit.pth")["patch_embed.proj.weight"], torch.ones(2))
+        assert "the average, model_ema, is taken" in caplog.text
+        assert torch.equal(read_tower(tmp_path / "beit.pth", "model")["patch_embed.proj.weight"], torch.zeros(2))
+        assert "--model_key model_ema takes it" in caplog.text
+    assert torch.equal(read_tower(tmp_path / "without.pth")["patch_embed.proj.weight"], torch.zeros(2))
 
 
 def fine_tune(folder: Path, tmp_path: Path, *extra: str) -> dict:

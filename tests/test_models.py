@@ -1,6 +1,7 @@
 """Models against the published constructors and the reference implementation's outputs and gradients."""
 
 import gzip
+import importlib
 import json
 import math
 import re
@@ -16,6 +17,7 @@ import losses
 import models
 import utils
 from runtime import checkpoints
+from towers import pretrained
 
 PUBLISHED = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes()))
 
@@ -216,6 +218,52 @@ def test_published_full_size_file_is_recognised(tmp_path):
     assert loaded.preprocess.size == 224
     x = torch.randn(1, 3, 224, 224)
     torch.testing.assert_close(loaded.model.encode_image(x), model.eval().encode_image(x))
+
+
+def test_of_published_weights_and_their_average_the_average_is_taken(tmp_path):
+    model = models.SIMCLR_VITT16(ssl_mlp_dim=8, ssl_emb_dim=4)
+    raw = {f"module.{key}": value for key, value in model.state_dict().items()}
+    average = {key: value + 0.25 if value.is_floating_point() else value for key, value in raw.items()}
+    old = {key: value for key, value in average.items() if "num_batches" not in key}  # of before PyTorch 0.4.1
+    args = Namespace(model="SIMCLR_VITT16")
+    torch.save({"state_dict": raw, "state_dict_ema": old, "args": args}, tmp_path / "c.pt")
+    other = models.SIMCLR_VITT16(ssl_mlp_dim=8, ssl_emb_dim=4)
+    models.initialise(other, tmp_path / "c.pt")
+    for found in (models.load_pretrained(tmp_path / "c.pt").model, other):
+        assert all(torch.equal(value, average[f"module.{key}"]) for key, value in found.state_dict().items())
+
+
+FINETUNED = {  # the flags of each reader of pre-trained weights, {} for a fine-tuned checkpoint
+    "export": ["--to", "timm", "--output", "out", "{}"],
+    "predict": ["embed", "{}", "images", "--output", "bank.npz"],
+    "main_linear": ["--dataset", "digits", "--pretrained", "{}"],
+    "eval_zeroshot": ["--resume", "{}"],
+    "main": ["--evaluate", "--init", "{}"],
+    "beit_finetuning.run_class_finetuning": ["--data_set", "digits", "--model", "tower", "--finetune", "{}"],
+}
+
+
+@pytest.mark.parametrize("script", FINETUNED)
+def test_a_fine_tuned_classifier_is_refused_by_what_takes_it(script, tmp_path, monkeypatch):
+    state = {"settings": {"data_set": "digits"}, "args": {"finetune": "start.pt"}, "state_dict": {}, "network": {}}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    monkeypatch.chdir(tmp_path)
+    flags = [part.format("checkpoint.pt") for part in FINETUNED[script]]
+    message = r"fine-tuned classifier and no pre-trained model: `python predict.py classify .*from start.pt"
+    with pytest.raises(ValueError, match=message):
+        importlib.import_module(script).main(flags)
+
+
+def test_weights_to_start_or_go_on_from_are_no_fine_tuned_classifier(tmp_path):
+    import main
+
+    torch.save({"settings": {"data_set": "digits"}, "state_dict": {}, "preprocess": {}}, tmp_path / "checkpoint.pt")
+    for out, checkpoint in ((tmp_path, ""), (tmp_path / "new", str(tmp_path / "checkpoint.pt"))):
+        with pytest.raises(ValueError, match="checkpoint.pt is a fine-tuned classifier"):
+            main.resume(Namespace(args=Namespace(output_dir=str(out), resume=checkpoint)))
+    model = models.create_model("CLIP_VITT16", vision_tower="test_vit")
+    with pytest.raises(ValueError, match="checkpoint.pt is a fine-tuned classifier"):
+        pretrained.load_vision(model, tmp_path / "checkpoint.pt")
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):

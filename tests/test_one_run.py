@@ -152,6 +152,36 @@ def test_every_command_that_writes_a_run_is_refused_and_writes_nothing(tmp_path,
         assert {path: path.read_bytes() for path in run.rglob("*")} == before
 
 
+PARSERS = {"training": main, "linear": main_linear, "finetuned": run_class_finetuning}
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+@pytest.mark.parametrize("theirs", PARSERS)
+def test_another_kind_of_run_gets_a_folder_of_its_own_inside(tmp_path, monkeypatch, capsys, kind, theirs):
+    """All kinds have ./ by default; the command writes where the first statement under its lock is told to."""
+
+    def stop(folder, *_):
+        raise RuntimeError(f"would write to {folder}")
+
+    settings = json.dumps({"args": vars(PARSERS[theirs].get_args_parser().parse_args([]))}, default=str)
+    (tmp_path / "settings.json").write_text(settings)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PARSERS[kind], "one_run", stop)
+    for _ in range(2):  # the second time it finds its own
+        expected = "." if kind == theirs else kind
+        with pytest.raises(RuntimeError, match=rf"would write to {expected}/?$"):
+            PARSERS[kind].main([])
+        assert ("stays as it is" in capsys.readouterr().out) == (kind != theirs)
+        (tmp_path / kind).mkdir(exist_ok=True)
+        own = vars(PARSERS[kind].get_args_parser().parse_args([]))
+        (tmp_path / kind / "settings.json").write_text(json.dumps({"args": own}, default=str))
+    assert (tmp_path / "settings.json").read_text() == settings
+    (tmp_path / kind / "settings.json").write_text('{"editor": 1}')
+    (tmp_path / "settings.json").write_text('{"editor": 1}')
+    with pytest.raises(ValueError, match="choose another --output-dir"):
+        PARSERS[kind].main([])
+
+
 def test_a_longer_name_of_an_earlier_holder_does_not_show(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["\N{GRINNING FACE}" * 300])
     lock = one_run._Lock(tmp_path)

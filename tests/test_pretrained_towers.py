@@ -1,12 +1,14 @@
 """Towers that start from others' weights, against timm and transformers themselves."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from helpers import command
 from PIL import Image
 from roco_tree import make_roco
@@ -85,6 +87,47 @@ def test_a_vits_position_embeddings_follow_the_image_size(tmp_path):
     torch.testing.assert_close(model.eval().visual(x), expected)
 
 
+def old_names(state: dict, prefix: str = "") -> dict:
+    """A DenseNet's weights as torchvision published them in 2017, and as CheXNet's authors hold them in a network."""
+    renamed = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): value for key, value in state.items()}
+    return {prefix + key: value for key, value in renamed.items() if not key.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.densenet121.", "densenet121."])
+def test_a_densenet_of_old_names_is_loaded_as_timm_loads_it(wrapper, tmp_path):
+    torch.manual_seed(0)
+    state = old_names(torchvision.models.densenet121(num_classes=14).state_dict())
+    assert "features.denseblock1.denselayer1.norm.1.weight" in state
+    torch.save(state, tmp_path / "published.pth")
+    source = dict(file=str(tmp_path / "published.pth"), num_classes=14)
+    theirs = timm.create_model("densenet121", num_classes=14, pretrained=True, pretrained_cfg_overlay=source)
+    file = tmp_path / "chexnet.pth.tar"
+    torch.save({"state_dict": {wrapper + key.replace("classifier", "classifier.0"): state[key] for key in state}}, file)
+    flags = ("--vision-tower", "densenet121", "--image-size", "32", "--vision-weights", str(file))
+    own = build(*flags)[0].visual.state_dict()
+    assert own and all(torch.equal(own[key], theirs.state_dict()[key]) for key in own)
+    lacking = {key: value for key, value in state.items() if key != "features.denseblock1.denselayer1.norm.1.weight"}
+    torch.save({wrapper + key: value for key, value in lacking.items()}, file)
+    with pytest.raises(ValueError, match=r"missing \(1\): features.denseblock1.denselayer1.norm1.weight; unexp.*none"):
+        build(*flags)
+
+
+@pytest.mark.parametrize(("raw", "average"), [("state_dict", "state_dict_ema"), ("model", "model_ema")])
+def test_of_weights_and_their_average_the_average_is_taken_as_timm_does(raw, average, weights, tmp_path, caplog):
+    state = torch.load(weights, weights_only=True)
+    mean = {f"module.{k}": v + 0.25 if v.is_floating_point() else v for k, v in state.items()}
+    file = tmp_path / "model_best.pth.tar"
+    torch.save({"arch": TOWER, raw: state, average: mean}, file)
+    theirs = timm.models.load_state_dict(str(file))
+    with caplog.at_level("INFO"):
+        model, _ = build("--vision-tower", TOWER, "--vision-weights", str(file), "--image-size", "64")
+    assert all(torch.equal(value, theirs[key]) for key, value in model.visual.state_dict().items())
+    assert f"the average, {average}, is taken" in caplog.text
+    torch.save({"arch": TOWER, raw: state, average: None}, file)
+    model, _ = build("--vision-tower", TOWER, "--vision-weights", str(file), "--image-size", "64")
+    assert torch.equal(model.visual.conv_stem.weight, state["conv_stem.weight"])
+
+
 def test_what_does_not_fit_is_named(weights, tmp_path):
     state = torch.load(weights, weights_only=True)
     state["spare.weight"] = torch.zeros(2)
@@ -92,6 +135,10 @@ def test_what_does_not_fit_is_named(weights, tmp_path):
     torch.save(state, tmp_path / "torn.pt")
     with pytest.raises(ValueError, match=r"missing \(1\): conv_stem.weight; unexpected \(1\): spare.weight"):
         build("--vision-tower", TOWER, "--vision-weights", str(tmp_path / "torn.pt"))
+    whole = torch.load(weights, weights_only=True)
+    torch.save({f"copy.{key}": value + 1 for key, value in whole.items()} | whole, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match=r"missing \(0\): none; unexpected \(\d+\): copy.conv_stem.weight"):
+        build("--vision-tower", TOWER, "--vision-weights", str(tmp_path / "twice.pt"))
     with pytest.raises(ValueError, match="add --vision-tower"):
         build("--vision-weights", str(weights), model="MEDSLIP_VIT")
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):

@@ -71,6 +71,66 @@ def test_the_hubs_parquet_becomes_roco_with_its_subsets(tmp_path):
     assert min(datasets.create_reader("roco", str(tmp_path / "s"), "", "train", "all").image(0).size) == 16
 
 
+TYPES = [  # column, values of two rows, what the message says it holds; "" where it is taken
+    ("image", ["{'bytes': b'x', 'path': None}"] * 2, "text"),
+    ("image", [[1, 2], [3]], "list<.*>"),
+    ("image", [{"path": "a.png"}, {"path": "b.png"}], "struct<path: string>"),
+    ("image", [{"bytes": "text"}] * 2, "struct<bytes: string>"),
+    ("image", [None, None], "null"),
+    ("image", [jpeg(0), jpeg(1)], ""),
+    ("caption", [b"a", b"b"], "bytes"),
+    ("caption", [[b"a"], [b"b"]], "list<.*binary>"),
+    ("caption", [1, 2], "int64"),
+    ("caption", [["a", "more"], ["b"]], ""),
+    ("image_id", [b"a", b"b"], "bytes"),
+    ("image_id", [7, 8], ""),
+]
+
+
+@pytest.mark.parametrize(("column", "values", "held"), TYPES)
+def test_a_column_of_another_type_is_refused_before_an_image_is_written(tmp_path, caplog, column, values, held):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    images = [{"bytes": jpeg(i), "path": None} for i in range(2)]
+    table = {"image": images, "caption": ["a", "b"], "image_id": ["7", "8"], column: values}
+    pq.write_table(pa.table(table), tmp_path / "train.parquet")
+    if held:
+        with pytest.raises(ValueError, match=rf"train.parquet: the column '{column}' holds {held}, and .*-column"):
+            run(tmp_path, tmp_path / "roco")
+        assert not (tmp_path / "roco").exists()
+        return
+    with caplog.at_level("INFO"):
+        run(tmp_path, tmp_path / "roco")
+    reader = datasets.create_reader("roco", str(tmp_path / "roco"))
+    found = [(reader.name(i)[-5:], reader.data(i), reader.captions(i)) for i in range(len(reader))]
+    assert found == [("7.jpg", jpeg(0), ["a"]), ("8.jpg", jpeg(1), ["b"])]
+    assert ("1 further captions left out" in caplog.text) == (column == "caption")
+
+
+def test_a_split_without_one_readable_image_is_an_error(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"image": [b"torn"], "caption": ["a"], "id": ["7"]}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": [jpeg(0)], "caption": ["a"], "id": ["8"]}), tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match="gave no pair of train: no image of theirs can be read"):
+        run(tmp_path, tmp_path / "roco")
+    assert (tmp_path / "roco" / "bad_samples.txt").read_text().startswith(f"{tmp_path}/train.parquet row 0\t")
+    assert (tmp_path / "roco" / "test" / "radiology" / "captions.txt").read_text() == "8\t a\n"
+
+
+def test_images_that_uids_name_keep_all_of_their_name(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    images = [{"bytes": jpeg(i), "path": name} for i, name in enumerate(("a/1.2.840.1", "a/1.2.840.2.png", "x.dcm"))]
+    pq.write_table(pa.table({"image": images, "caption": CAPTIONS[:3]}), tmp_path / "train.parquet")
+    run(tmp_path, tmp_path / "roco")
+    written = {path.name for path in (tmp_path / "roco").rglob("*.jpg")}
+    assert written == {"1.2.840.1.jpg", "1.2.840.2.jpg", "x.jpg"}
+
+
 def test_an_interrupted_copy_goes_on_and_a_finished_one_is_verified(tmp_path, monkeypatch):
     source, output = hub(tmp_path / "hub"), tmp_path / "roco"
     write, seen = unpack.write_image, []

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
+import utils
 from inputs.sizes import Size, height_width, size_text
 from runtime.limits import BYTES
 from towers.weights import Mismatch
@@ -183,6 +184,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         path = found[0]
     if not path.is_file():
         raise FileNotFoundError(f"MedCLIP weights {path} do not exist")
+    utils.refuse_lfs_pointer(path)
     source: Path | io.BytesIO = path
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -241,7 +243,7 @@ def load_medclip(model: Any, state: dict[str, Tensor], source: str = "the file")
         raise ValueError(f"{source} does not fit {model.name} ({model.config['vision_tower']}): {differ}")
     with torch.no_grad():
         for theirs, value in own.items():
-            value.copy_(state[theirs])
+            value.copy_(state.get(theirs, value))
 
 
 def _as_theirs(ours: str, value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Every tensor of a tower must come from the file, whose classifier and pre-traini
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import sys
@@ -21,7 +22,13 @@ from torch import Tensor
 
 import utils
 from inputs.sizes import as_size
-from runtime.checkpoints import load_checkpoint, refuse_not_finite, strip_wrappers
+from runtime.checkpoints import (
+    load_checkpoint,
+    refuse_finetuned,
+    refuse_not_finite,
+    strip_wrappers,
+    take_average,
+)
 from runtime.integrity import check_sums
 from tokenizer import read_vocab
 from towers.weights import Mismatch, resize_position_embeddings
@@ -90,16 +97,42 @@ def load_tower(tower: Any, name: str, source: str | Path) -> None:
                 "give --vision-weights a file"
             ) from error
     else:
-        weights = read_state(_weights_file(Path(source)))
-        # timm renames what older releases and other publishers wrote, family by family.
-        rename = getattr(sys.modules[type(tower).__module__], "checkpoint_filter_fn", None)
-        weights = rename(weights, tower) if rename else weights
+        weights = _in_timms_names(_without_prefix(read_state(_weights_file(Path(source))), tower), name, tower)
     weights = resize_position_embeddings(weights, tower, vision_data(name, source)["size"], prefix="")
     own, heads = tower.state_dict(), _classifiers(name)
     spare = sorted(key for key in weights if key not in own and key.startswith(heads))
     _copy(tower, {k: v for k, v in weights.items() if k not in spare}, f"{source} as {name}")
     if spare:
         log.info(f"{source}: {', '.join(spare)} not used")
+
+
+def _without_prefix(weights: dict[str, Tensor], tower: Any) -> dict[str, Tensor]:
+    """The tower's names as they are where it was a part of another network, whose name for it was before each.
+
+    What that network has beside it keeps its names, and is left over.
+    """
+    own = list(tower.state_dict())
+    prefixes = ["", *(key.removesuffix(own[0]) for key in weights if key.endswith(own[0]))]
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in weights for name in own))  # of equals the first
+    return {key.removeprefix(prefix): value for key, value in weights.items()}
+
+
+# What timm calls the function of a family that renames what older releases and other publishers wrote.
+_TIMMS_FILTERS = ("checkpoint_filter_fn", "_filter_torchvision_pretrained", "_filter_fn")
+
+
+def _in_timms_names(weights: dict[str, Tensor], name: str, tower: Any) -> dict[str, Tensor]:
+    """By the filter of the tower's family, where this release of timm has one by a name that we know.
+
+    Names that are not changed are refused as missing, one by one, when they are copied.
+    """
+    homes = [sys.modules[timm.models.model_entrypoint(name).__module__], sys.modules[type(tower).__module__]]
+    filters = [getattr(home, called, None) for home in homes for called in _TIMMS_FILTERS]
+    rename: Any = next(filter(None, filters), None)
+    if rename is None:
+        return weights
+    takes_tower = len(inspect.signature(rename).parameters) > 1
+    return rename(dict(weights), tower) if takes_tower else rename(dict(weights))
 
 
 def _classifiers(name: str) -> tuple[str, ...]:
@@ -160,6 +193,7 @@ def _bert_vocabulary(folder: Path) -> list[str]:
     """The tokens by id, of vocab.txt or, where there is none, of tokenizer.json."""
     file = folder / "tokenizer.json"
     if (folder / "vocab.txt").is_file() or not file.is_file():
+        utils.refuse_lfs_pointer(folder / "vocab.txt")
         return read_vocab(folder / "vocab.txt")
     model = utils.read_json(file).get("model", {})
     ids = model.get("vocab")
@@ -199,9 +233,13 @@ def _weights_file(path: Path) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors by name: the file's own, or those under state_dict or model, without wrappers' prefixes."""
+    """Tensors by name: the file's own, or those under state_dict or model, without wrappers' prefixes.
+
+    Of a training checkpoint with a moving average of its weights, that.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"weights {path} do not exist")
+    utils.refuse_lfs_pointer(path)
     if path.suffix == ".safetensors":
         check_sums(path)
         try:
@@ -211,6 +249,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         refuse_not_finite(weights, path)
         return weights
     state: Any = load_checkpoint(path)
+    refuse_finetuned(state, path)
+    state = take_average(state, path)
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]

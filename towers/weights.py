@@ -52,13 +52,18 @@ class Mismatch:
 
     @classmethod
     def between(cls, own: dict[str, Tensor], given: dict[str, Tensor]) -> Mismatch:
-        """Of what a network has and what is to go onto it."""
+        """Of what a network has and what is to go onto it.
+
+        BatchNorm's count of batches is no weight: files from before PyTorch 0.4.1 have none, and a network that is
+        loaded keeps its own (torch.nn.BatchNorm2d's load_state_dict does the same).
+        """
         shapes = [
             f"{name} {tuple(given[name].shape)} instead of {tuple(value.shape)}"
             for name, value in own.items()
             if name in given and given[name].shape != value.shape
         ]
-        return cls([name for name in own if name not in given], [name for name in given if name not in own], shapes)
+        missing = [name for name in own if name not in given and not name.endswith(".num_batches_tracked")]
+        return cls(missing, [name for name in given if name not in own], shapes)
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.shapes)
@@ -100,11 +105,9 @@ def load_weights(model: Any, state_dict: dict[str, Tensor], source: str, other_h
     """
     own = model.state_dict()
     if other_head:
-        head = {k: v for k, v in own.items() if k.startswith("image_mlp.")}
-        same = all(k in state_dict and state_dict[k].shape == v.shape for k, v in head.items())
-        state_dict = {k: v for k, v in state_dict.items() if not k.startswith("image_mlp.")} | (
-            {k: state_dict[k] for k in head} if same else head
-        )
+        head, theirs = ({k: v for k, v in part.items() if k.startswith("image_mlp.")} for part in (own, state_dict))
+        rest = {k: v for k, v in state_dict.items() if k not in theirs}
+        state_dict = rest | (head if Mismatch.between(head, theirs) else theirs)
     if differ := Mismatch.between(own, state_dict):
         raise ValueError(f"{source} does not fit {model.name}: {differ}")
-    model.load_state_dict(state_dict)
+    model.load_state_dict(dict(state_dict))  # without torch's note of its version, by which a count is no must
