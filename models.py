@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -632,7 +632,9 @@ def _from_library(found: sources.Found, path: str | Path, image_size: Size | Non
     if found.has_text:
         model = create_model("CLIP", **found.config)
     else:
-        model = create_model("SIMCLR", **found.config, ssl_mlp_dim=1, ssl_emb_dim=1)  # the smallest head of its own
+        model = create_model("SIMCLR", **found.config, ssl_mlp_dim=1, ssl_emb_dim=1)
+        for value in cast(Any, model).image_mlp.parameters():  # the smallest of heads, and the same each time
+            nn.init.zeros_(value)
     sources.load(found, model)
     if image_size is not None and as_size(image_size) != model.preprocess.size:
         model = at_size(model, as_size(image_size))

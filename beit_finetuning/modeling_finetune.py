@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import models
 from inputs.sizes import Size, height_width, size_text
 from inputs.transforms import Preprocess
+from towers.library import is_library_tower
 from towers.weights import load_weights, resize_position_embeddings
 
 # ViT-Small as in MoCo v3: 12 heads, where timm and DeiT have 6.
@@ -333,6 +334,11 @@ def tower_settings(model: models.ImageModel, image_size: Size | None, drop_path:
     if drop_path is not None and config["vision_tower"] == "medclip-resnet50":
         if drop_path > 0:
             raise ValueError(f"medclip-resnet50 has no stochastic depth: --drop_path 0, not {drop_path:g}")
+    elif drop_path is not None and is_library_tower(config["vision_tower"]):
+        if "drop_path_rate" in settings:
+            settings["drop_path_rate"] = drop_path
+        elif drop_path > 0:
+            raise ValueError(f"{config['vision_tower']} has no stochastic depth: --drop_path 0, not {drop_path:g}")
     elif drop_path is not None:
         settings["drop_path_rate"] = drop_path
     size = image_size or config["image_size"]

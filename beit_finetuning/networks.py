@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import timm
 
 import models
 from beit_finetuning.modeling_finetune import (
@@ -19,6 +21,7 @@ from beit_finetuning.views import beit_preprocess
 from beit_finetuning.weights import load_weights
 from inputs.transforms import Preprocess
 from runtime.command_line import UsageError
+from towers import pretrained
 from towers.build import build_image_tower, check_settings
 
 
@@ -59,17 +62,40 @@ def build_network(args: argparse.Namespace, num_classes: int) -> Network:
         config = NetworkConfig(num_classes, preprocess.to_dict(), args.crop_pct, beit=settings)
         return Network(model, f"{args.model}{source}, fine-tuned", config)
     options = dict(init_scale=args.init_scale, freeze_batchnorm=not args.train_batchnorm, drop_path=args.drop_path)
-    if args.model != "tower":
+    if args.model != "tower" and not args.finetune:
         tower = create_tower(args.model, num_classes, args.input_size or 224, **options)
         name = f"{args.model}, fresh weights"
     elif not args.finetune:
         raise UsageError("--model tower needs --finetune, or --model a name whose weights start afresh")
     else:
-        loaded = models.load_pretrained(args.finetune)
-        tower = tower_classifier(loaded.model, num_classes, image_size=args.input_size, **options)
-        name = loaded.source
+        start, name = named_tower(args.model, args.finetune)
+        tower = tower_classifier(start, num_classes, image_size=args.input_size, **options)
     config = NetworkConfig(num_classes, tower.preprocess.to_dict(), args.crop_pct, tower=tower.tower)
     return Network(tower, f"{name}, fine-tuned", config)
+
+
+def named_tower(model: str, weights: str) -> tuple[models.ImageModel, str]:
+    """The model whose image tower starts a run, with its weights, and what it is for people.
+
+    Args:
+        model: tower for what the weights say themselves, or a name of models.MODELS or timm, which they must be of.
+
+    Raises:
+        FileNotFoundError, ValueError: no such weights; those of another model.
+    """
+    if timm.is_model(model):
+        expected = pretrained.vision_data(model, weights)
+        around = dict(vision_tower=model, image_size=expected["size"], ssl_mlp_dim=1, ssl_emb_dim=1)
+        start = models.create_model("SIMCLR", **around)
+        pretrained.load_vision(start, weights)
+        start.preprocess = replace(start.preprocess, mean=expected["mean"], std=expected["std"])
+        return start, f"{model} from {weights}"
+    loaded = models.load_pretrained(weights, model=None if model == "tower" else model)
+    if model not in ("tower", loaded.model.name):
+        raise ValueError(
+            f"--finetune {weights} holds a {loaded.model.name}, not --model {model}: --model tower takes it"
+        )
+    return loaded.model, loaded.source
 
 
 def beit_settings(args: argparse.Namespace) -> dict[str, Any]:

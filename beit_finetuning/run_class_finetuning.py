@@ -104,7 +104,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="tower", type=str, metavar="NAME",
                        help=f"{', '.join(BEIT_MODELS)}: BEiT's architecture as the published commands name it. tower: "
-                       "that of --finetune with its own preprocessing. A name of models.MODELS or timm: fresh weights")
+                       "that of --finetune with its own preprocessing. A name of models.MODELS or timm: that tower, "
+                       "with the weights of --finetune or fresh ones")
     model.add_argument("--finetune", default="", type=str, metavar="CKPT",
                        help="the weights to start from: a published SLIP file, a checkpoint of ours, BEiT's; with "
                        "--model tower also MedCLIP's folder, zip or pytorch_model.bin")

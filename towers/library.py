@@ -350,11 +350,13 @@ class LibraryText:
 
     @property
     def reads_padding(self) -> bool:
-        """SigLIP was trained on captions padded to the full length, which its attention sees and its read-out is at."""
+        """Whether a shorter row of ids gives another embedding, or none.
+
+        SigLIP was trained on captions padded to the full length, which its attention sees and its read-out is at.
+        """
         if self.name.startswith(TRANSFORMERS):
             return self.settings["model_type"].startswith("siglip")
-        text = self.settings["text_cfg"]
-        return "text_config" not in self.settings and text.get("pool_type", "argmax") != "argmax"
+        return "text_config" not in self.settings  # its own text tower has a mask of the whole length
 
     def attach(self, model: Any, embed_dim: int) -> None:
         """Register the tower on `model`, and a projection (width, embed_dim) where it does not end in that space."""
