@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,11 @@ class Sets:
     metric: str  # one of metrics.SET_METRICS; CBIS-DDSM reports its own
     lesions: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # CBIS: rows of each split
     absent: dict[str, int] = field(default_factory=dict)  # CBIS: lesions without an image, where they are skipped
+
+    @cached_property
+    def unlearnt(self) -> list[int]:
+        """Numbers of the classes that no training image has, which the log names when it is first asked."""
+        return predictions.unlearnt_classes(self.classes, self.train.labels, "training split")
 
     @property
     def classes(self) -> list[str]:
