@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -76,16 +77,19 @@ def open_lesions(args: argparse.Namespace) -> Sets:
         lesions = cbis.CbisLesions(root, cbis.CBIS_SETS[args.data_set], split, args.image_kind, None, args.skip_broken)
         images[split] = downstream.lesion_images(lesions, None)
         rows[split], absent[split] = lesions.rows, lesions.dropped
+    if lacking := np.setdiff1d(images["train"].labels, images["val"].labels).tolist():
+        raise ValueError(f"{args.data_set}: the validation split, which chooses the epoch, has no lesion of "
+                         f"{images['train'].classes[lacking[0]]}")  # fmt: skip
     for baseline in args.baseline:  # before hours of training
         predictions.check_baseline(baseline, rows["test"])
     return Sets(images["train"], images["val"], images["test"], "top1", rows, absent)
 
 
-def class_weights(args: argparse.Namespace, labels: np.ndarray, num_classes: int) -> Tensor | None:
+def class_weights(args: argparse.Namespace, labels: np.ndarray, classes: Sequence[str]) -> Tensor | None:
     """(classes,), of mean 1 over the training images; None where all weigh the same."""
     if args.class_weights == "none":
         return None
-    counts = np.bincount(labels, minlength=num_classes)
+    counts = np.bincount(labels, minlength=len(classes))
     if (counts == 0).any():
-        raise ValueError(f"--class_weights balanced: class {int(counts.argmin())} has no training images")
-    return torch.from_numpy(len(labels) / (num_classes * counts)).float()
+        raise ValueError(f"--class_weights balanced: class {classes[int(counts.argmin())]} has no training images")
+    return torch.from_numpy(len(labels) / (len(classes) * counts)).float()

@@ -71,7 +71,7 @@ def misread(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs) -> l
     target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
     missed = missed_cancers(found)
     wrong = np.flatnonzero(found.prob.argmax(1) != found.labels)
-    confident = wrong[np.argsort(-found.prob[wrong].max(1), kind="stable")][:SHOWN]
+    confident = wrong[np.argsort(-metrics.ranked(found.prob)[wrong].max(1), kind="stable")][:SHOWN]
     groups = []
     for title, index in (("Cancers with the lowest malignant probability", missed),
                          ("The most confident errors", confident)):  # fmt: skip

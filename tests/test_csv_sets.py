@@ -314,12 +314,20 @@ def test_the_class_that_is_looked_for_is_called_by_its_own_name(checkpoint, tmp_
     assert read_rows(tmp_path / "report" / "tables.csv")[0]["positive class"].lstrip("'") == positive
 
 
-@pytest.mark.parametrize("flags", [("--cache-features", "--knn", "3"), ("--epochs", "1", "--batch-size", "32")])
+@pytest.mark.parametrize(
+    "flags", [("--cache-features", "--knn", "3"), ("--epochs", "1", "--batch-size", "32"), "fine-tuning"]
+)
 def test_a_class_without_training_images_is_named_and_in_no_mean(checkpoint, tmp_path, caplog, flags):
     catalog = write_set(tmp_path / "set")
     change_rows(catalog, lambda i, row: row.update(part="other") if (row["diagnosis"], row["part"]) == (
         "malignant", "train") else None)  # fmt: skip
-    found = probe(catalog, tmp_path / "out", checkpoint, *flags)
+    if flags == "fine-tuning":
+        found = run_class_finetuning.main([
+            "--data_set", "hospital", "--catalog", str(catalog), "--finetune", str(checkpoint), *SMALL, "--epochs", "1",
+            "--output_dir", str(tmp_path / "out"), "--resamples", "50", "--layer_decay", "0.75",
+        ])  # fmt: skip
+    else:
+        found = probe(catalog, tmp_path / "out", checkpoint, *flags)
     assert (
         found["unlearnt"] == ["malignant"] and found["positive"] is None and "recall_malignant" not in found["metrics"]
     )
