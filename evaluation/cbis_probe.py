@@ -78,7 +78,7 @@ def probe_cbis(probe: Probe, images: LesionImages, fitting: Fitting, fractions: 
     }
     results |= report_lesions(predictions, head.held_out, probe.baselines, probe.settings, probe.bootstrap)
     results["two_class"] = score_two_classes(test)
-    if fractions.wanted:
+    if fractions.wanted and "metrics" in results:
         results["fractions"] = [
             lesion_fraction(probe, fitting, scheme, train + val, test, fraction, fractions.draws if fraction < 1 else 1)
             for fraction in fractions.wanted
@@ -112,8 +112,12 @@ def refuse_lacking(dataset: str, train: Samples, val: Samples) -> None:
             )
 
 
-def fit_without_callback(probe: Probe, fitting: Fitting, train: Samples, val: Samples) -> Callable[[Samples], dict]:
+def fit_without_callback(
+    probe: Probe, fitting: Fitting, train: Samples, val: Samples
+) -> Callable[[Samples], dict | None]:
     """Benign or malignant, without the lesions that needed neither biopsy nor further films: test samples -> scores.
+
+    None where the test samples are of one class.
 
     The radiologist dismissed these at a glance, so telling them from the others is another question than the biopsy's.
     """
@@ -127,8 +131,10 @@ def fit_without_callback(probe: Probe, fitting: Fitting, train: Samples, val: Sa
     choice = Choice(partial(two_class_auroc, classes), fitting.class_weights, None, fitting.folds, seed=fitting.seed)
     head = PROTOCOLS[fitting.protocol](two_classes(train), two_classes(val), 2, choice)
 
-    def score(test: Samples) -> dict:
+    def score(test: Samples) -> dict | None:
         test = two_classes(test)
+        if len(np.unique(test.labels)) < 2:  # said with the other metrics
+            return None
         resamples = probe.bootstrap.of(test.labels, [row["patient"] for row in test.rows], classes)
         intervals = resamples.intervals(head.probabilities(test.features))
         values = {name: interval.plain() for name, interval in intervals.items()}

@@ -197,7 +197,7 @@ class Resamples:
             sides = [(f"one patient of class {self.classes[c]}", self.labels == c) for c in self.over]
         else:
             target = self.labels == self.classes.index(self.positive)
-            sides = [(f"one positive patient ({self.positive})", target), ("one negative patient", ~target)]
+            sides = [("one positive patient", target), ("one negative patient", ~target)]
             sides = {"specificity": sides[1:], "sensitivity": sides[:1], "recall_malignant": sides[:1]}.get(name, sides)
         return next((words for words, own in sides if len(set(self.patients[own])) == 1), self.too_few)
 

@@ -270,6 +270,9 @@ def write_tex(page: dict[str, Any]) -> str:
         lines.append("% SYNTHETIC data: these numbers say nothing about patients.")
     for section in page["sections"]:
         caption = f"{section['title']}" + (" (SYNTHETIC data)" if page["synthetic"] else "")
+        caption += "".join(
+            f". {row['name']}: {never_seen(row['unlearnt'])}" for row in section["rows"] if row["unlearnt"]
+        )
         heads, shape = ["Model", *map(tex, section["columns"])], "l" + "c" * len(section["columns"])
         lines += [r"\begin{table}", rf"\caption{{{tex(caption)}}}", rf"\begin{{tabular}}{{{shape}}}"]
         lines += [r"\toprule", " & ".join(heads) + r" \\", r"\midrule"]

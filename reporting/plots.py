@@ -105,7 +105,7 @@ def curve_figures(
     file: str, title: str, each: list[tuple[ResultRow, list[Predictions]]], runs: Runs, gallery: Gallery
 ) -> Iterator[str]:
     """ROC, precision-recall and calibration of malignant against the rest; bands over patients (and seeds' mean)."""
-    roc, precision, calibration = [], [], []
+    roc, precision, calibration, banded = [], [], [], False
     target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
     for row, group in each:
         first = group[0]
@@ -123,7 +123,8 @@ def curve_figures(
         if row.point is not None:
             x, y = figures.reliability(positive, row.point.calibrated(first.prob)[:, target])
             calibration.append((row.name, x, y, np.array([]), np.array([])))
-    source, band = "predictions.csv of each row", "95% bands over patients"
+    source = "predictions.csv of each row"
+    band = "95% bands over patients" if banded else "no bands: too few patients"
     name = f"{title}: ROC, malignant against the rest ({band})"
     yield gallery.add(f"{file}_roc", name, figures.curves(
         roc, name, ("1 − specificity", "sensitivity"), runs.synthetic, diagonal=True), source)  # fmt: skip

@@ -32,6 +32,7 @@ import models
 from evaluation import cbis_probe, downstream, heads, linear_sgd
 from evaluation import features as passes
 from evaluation.downstream import create_downstream
+from evaluation.heads import Samples
 from evaluation.metrics import METRICS
 from inputs.cbis import CBIS_CLASSES, CbisLesions
 from inputs.transforms import Preprocess, eval_view, linear_eval_view, linear_train_view
@@ -620,6 +621,21 @@ def test_label_fractions_on_lesions_are_fractions_of_the_patients(cbis, checkpoi
     assert len(small["values"]["auroc"]) == 2 and inside(small["metrics"]["auroc"])
     with pytest.raises(ValueError, match="at most 1"):
         probe(cbis, tmp_path / "bad", *flags[:2], "--fraction", "1.5")
+
+
+def test_a_pathology_that_one_of_two_splits_lacks_is_named_with_its_patients():
+    def samples(*lesions):
+        labels = np.array([label for _, label in lesions])
+        return Samples(np.zeros((len(lesions), 2)), labels, [{"patient": patient} for patient, _ in lesions])
+
+    train, val = samples(("A", 0), ("A", 2), ("A", 2), ("B", 1)), samples(("C", 0), ("C", 1))
+    with pytest.raises(
+        ValueError, match="cbis_calc: the validation split has no lesion of MALIGNANT, of which 1 patient"
+    ):
+        cbis_probe.refuse_lacking("cbis_calc", train, val)
+    with pytest.raises(ValueError, match="the training split has no lesion of MALIGNANT"):
+        cbis_probe.refuse_lacking("cbis_calc", val, train)
+    cbis_probe.refuse_lacking("cbis_calc", val, val)
 
 
 def test_two_classes_without_the_dismissed_lesions(run, cbis):
