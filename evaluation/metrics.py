@@ -217,7 +217,13 @@ class OperatingPoint:
     """What the validation samples fixed before the test table was read."""
 
     temperature: float  # probabilities become softmax(log(p) / temperature)
-    threshold: float  # probability of the positive class, before the temperature, from which on a sample is called
+    # What `ranked` has of the positive class, its probability before the temperature up to 1 - 1e-6, from which on a
+    # sample is called.
+    threshold: float
+
+    def called(self, prob: np.ndarray, positive: int) -> np.ndarray:
+        """Which samples (n,) of probabilities (n, k) are called class `positive`."""
+        return ranked(prob)[:, positive] >= self.threshold
 
     def calibrated(self, prob: np.ndarray) -> np.ndarray:
         """Probabilities (n, k) at the temperature (Guo et al. 2017, section 4.2)."""
@@ -243,7 +249,7 @@ def operating_point(
         return float(-log_softmax(logs / np.exp(log_temperature), axis=1)[rows, labels].mean())
 
     found: Any = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
-    others = np.sort(prob[labels != positive, positive])
+    others = np.sort(ranked(prob)[labels != positive, positive])
     if not len(others):
         raise ValueError("a threshold needs validation samples of another class than the positive one")
     allowed = int(np.floor((1 - specificity) * len(others) + 1e-9))  # of the others may be called

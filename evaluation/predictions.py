@@ -41,7 +41,7 @@ class Scheme:
     group: str  # column of what is kept whole in a split and a resample: the patient
     columns: tuple[str, ...]  # all that a predictions.csv repeats of a row
     positive: str | None = None  # the class that is looked for
-    unlearnt: tuple[str, ...] = ()  # classes that no training sample had (`learnt_from`)
+    unlearnt: tuple[str, ...] = ()  # classes that no training sample had (`without`)
 
     def without(self, unlearnt: Sequence[int]) -> Scheme:
         """The same for a model that has not seen these classes, by number: means over classes leave them out.

@@ -282,7 +282,7 @@ def choosing_part(name: str, train: Samples, classes: Sequence[str], seed: int) 
         return stratified_part(train.labels, 0.1, 1, np.random.default_rng(seed))
     names, place = np.unique([row["group"] for row in train.rows], return_inverse=True)
     for c, n in zip(present, counts, strict=True):
-        if len(own := np.unique(place[train.labels == c])) == 1 and own[0] < len(names):
+        if len(own := np.unique(place[train.labels == c])) == 1:
             log.warning(
                 f"{name}: all {n} training images of class {classes[c]} are of one group ({names[own[0]]}): to choose "
                 "the penalty, its images are divided between what is fitted and what is held out"

@@ -40,7 +40,7 @@ def weighted_detection(
 ) -> dict[str, np.ndarray]:
     """DETECTION for each row of weights (R, n) -> (R,), balanced accuracy over the classes `over`."""
     positive, score = labels == target, ranked(prob)[:, target]
-    called, calibrated = prob[:, target] >= point.threshold, point.calibrated(prob)[:, target]
+    called, calibrated = point.called(prob, target), point.calibrated(prob)[:, target]
     of_class = np.stack([labels == c for c in over])  # (k, n)
     recalls = (weights @ (of_class & (prob.argmax(1) == labels)).T) / (weights @ of_class.T)  # (R, k)
     slope, intercept = _recalibration(positive, logit(calibrated.clip(1e-12, 1 - 1e-12)), weights)

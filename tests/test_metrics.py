@@ -66,6 +66,8 @@ def test_logits_far_apart_are_ranked_as_they_stand(dtype, scale):
     assert found == pytest.approx(expected, abs=1e-9 if dtype is np.float64 else 1e-3)
     assert scale == 1 or roc_auc_score(labels, prob[:, 1]) < expected - 0.02
     point = operating_point(labels, prob.astype(np.float64), 1)
+    called = point.called(prob.astype(np.float64), 1)
+    assert 0.9 <= (~called[labels == 0]).mean() < 0.92 and called[labels == 1].mean() > 0.2
     fast = weighted_detection(labels, prob, np.ones((1, 400)), 1, point, range(2))
     assert fast["auroc_malignant"][0] == pytest.approx(found)
     assert fast["average_precision_malignant"][0] == pytest.approx(
