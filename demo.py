@@ -149,17 +149,21 @@ def probe(args: argparse.Namespace, world: Path, kind: str, checkpoint: Path, ou
 
 def summary(args: argparse.Namespace, results: dict[str, dict[str, dict]]) -> str:
     """The rows of the published tables for both towers, and what training has added, as Markdown."""
-    from evaluation.metrics import METRICS, Difference, Interval
+    from evaluation.metrics import MALIGNANT, METRICS, Difference, Interval, headings
 
     lines = [f"**{NOTICE}** Percent, with 95% intervals over resampled patients."]
     for kind, pair in results.items():
         title = {"calc": "Calcification", "mass": "Mass"}[kind]
-        lines += ["", f"| {title} | {' | '.join(METRICS.values())} |", "| --- |" + " --- |" * len(METRICS)]
+        lines += [
+            "",
+            f"| {title} | {' | '.join(headings(METRICS, MALIGNANT).values())} |",
+            "| --- |" + " --- |" * len(METRICS),
+        ]
         for name in ("untrained", "trained"):
             cells = (Interval.of(pair[name]["metrics"][metric]).percent() for metric in METRICS)
             label = "untrained" if name == "untrained" else f"trained ({args.objective.upper()})"
             lines.append(f"| {label} | {' | '.join(cells)} |")
-        gain = Difference(**pair["trained"]["difference"]["auroc"])
+        gain = Difference.of(pair["trained"]["difference"]["auroc"])
         lines += ["", f"{title}: AUROC, trained minus untrained, paired over patients: {gain.percent()}"]
     return "\n".join(lines)
 

@@ -24,7 +24,7 @@ from evaluation import downstream, metrics
 from evaluation.catalog import CATALOG, read_catalog
 from evaluation.downstream import ZeroShotSet
 from evaluation.features import Loading, classify_zeroshot, embed_pairs, zeroshot_probabilities
-from evaluation.predictions import Predictions, score_predictions
+from evaluation.predictions import Predictions, score_predictions, without_metrics
 from evaluation.run_folder import count_reading
 from inputs.reader import Reader
 from inputs.sizes import ImageSize
@@ -254,14 +254,13 @@ def score_labelled(
         count_reading(file.parent, {"zero_shot": file.stem})
     numbers, prob = zeroshot_probabilities(model, tokenizer, source, loading, cache)
     found = Predictions([source.dataset.rows[i] for i in numbers], prob, scheme)
-    scores = metrics.percent(metrics.score_outputs(found.labels, prob, source.metric))
+    scores = metrics.percent(metrics.score_outputs(found.labels, metrics.log_prob(prob), source.metric))
     if loading.processes.is_main:
         found.write(file)
     try:
         return scores | {"rows": score_predictions(found)}
-    except ValueError as error:  # a class without samples, or too few groups
-        log.info(f"no intervals: {error}")
-        return scores
+    except ValueError as error:  # a class without samples
+        return scores | without_metrics(error)
 
 
 def score_pairs(loaded: models.Pretrained, reader: Reader, loading: Loading) -> metrics.Scores:

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 import models
 import utils
-from evaluation.metrics import METRICS
+from evaluation.metrics import METRICS, Interval, headings
+from evaluation.predictions import positive_class
 from inputs.sizes import as_size, size_text
 from runtime.checkpoints import save_checkpoint
 from runtime.command_line import HelpFormatter, run_script
@@ -338,10 +339,8 @@ def measured(path: Path, result: dict) -> list[str]:
         scores = result.get("logistic") or result.get("knn") or {}
         figures = ", ".join(f"{k} {v:.2f}" for k, v in scores.items() if isinstance(v, float))
         return [f"- {title}: {figures or ABSENT}"]
-    cells = [
-        f"{METRICS.get(name, name)} {unit * m['value']:.2f} ({unit * m['low']:.1f} to {unit * m['high']:.1f})"
-        for name, m in metrics.items()
-    ]
+    titles = headings(METRICS, positive_class(result))
+    cells = [f"{titles.get(name, name)} {Interval.of(m).shown('.2f', '.1f', unit)}" for name, m in metrics.items()]
     over = result.get("interval", {})
     return [f"- {title}: {', '.join(cells)}; percent, {100 * over.get('level', 0.95):.0f}% intervals over "
             f"{over.get('over', 'patients')}, one training seed unless the run says otherwise"]  # fmt: skip

@@ -360,7 +360,7 @@ def answers(
         row |= {f"prob_{name}": float(p) for name, p in zip(classes, prob[i], strict=True)}
         if point is not None and positive is not None:
             column, name = list(classes).index(positive), positive.lower()
-            row[f"called_{name}"] = int(prob[i, column] >= point.threshold)
+            row[f"called_{name}"] = int(point.called(prob[i : i + 1], column)[0])
             row[f"calibrated_{name}"] = float(point.calibrated(prob[i : i + 1])[0, column])
         rows.append(row)
     return rows

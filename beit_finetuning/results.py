@@ -16,7 +16,7 @@ from beit_finetuning.sets import Sets
 from beit_finetuning.views import EvalView
 from evaluation import downstream, metrics, predictions, subgroups
 from evaluation.features import Loading, each_once
-from evaluation.predictions import Predictions
+from evaluation.predictions import CBIS, Predictions
 from evaluation.resamples import Bootstrap
 from evaluation.run_folder import count_reading
 from runtime.checkpoints import load_checkpoint
@@ -45,7 +45,7 @@ class Evaluation:
     def validation_score(self, model: nn.Module) -> float:
         """Macro AUROC on the validation split, which chooses the epoch."""
         labels, prob = self.held_out(model)
-        return predictions.macro_auroc(labels, prob)
+        return predictions.macro_auroc(labels, prob, CBIS.without(self.sets.unlearnt))
 
     def held_out(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
         """Labels (n,) and probabilities (n, k) of the validation split."""
@@ -61,7 +61,8 @@ class Evaluation:
         """The same from logits (n, k) of the test images `kept` (n,)."""
         test = self.sets.test
         skipped = {"samples_skipped": len(test) - len(kept)} if len(kept) < len(test) else {}
-        return {**metrics.percent(metrics.score_outputs(test.labels[kept], logits, self.sets.metric)), **skipped}
+        scores = metrics.score_outputs(test.labels[kept], logits, self.sets.metric, self.sets.unlearnt)
+        return {**metrics.percent(scores), **skipped}
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -88,6 +89,8 @@ class Finished:
 def report(run: Finished, evaluation: Evaluation) -> dict[str, Any]:
     """The results: of the last epoch, or of the best on the validation split where there is one."""
     results = {"model": run.name, "dataset": run.dataset, "protocol": "fine-tuning", "settings": run.settings}
+    if evaluation.sets.unlearnt:
+        results["unlearnt"] = [str(evaluation.sets.classes[c]) for c in evaluation.sets.unlearnt]
     of_split = report_last if evaluation.sets.val is None else report_lesions
     return results | of_split(run, evaluation)
 
@@ -99,7 +102,8 @@ def report_last(run: Finished, evaluation: Evaluation) -> dict[str, Any]:
     scores = evaluation.scores_of(logits, kept)
     results: dict[str, Any] = {"unit": "percent", **scores}
     if test.scheme is not None:
-        found = Predictions([test.rows[i] for i in kept], probabilities(logits), test.scheme)
+        scheme = test.scheme.without(evaluation.sets.unlearnt)
+        found = Predictions([test.rows[i] for i in kept], probabilities(logits), scheme)
         if evaluation.loading.processes.is_main:
             found.write(run.output_dir / "predictions.csv")
         results |= predictions.report_rows(found, None, run.baselines, run.compared, run.bootstrap)
@@ -119,7 +123,8 @@ def report_lesions(run: Finished, evaluation: Evaluation) -> dict[str, Any]:
     # The test table is read here for the first time.
     readings = count_reading(run.output_dir, run.compared) if is_main else 0
     logits, kept = evaluation.logits(run.model, sets.test, "test")
-    found = Predictions([sets.lesions["test"][i] for i in kept], probabilities(logits))
+    scheme = CBIS.without(sets.unlearnt)
+    found = Predictions([sets.lesions["test"][i] for i in kept], probabilities(logits), scheme)
     epochs = run.settings["epochs"]
     results: dict[str, Any] = {
         "image_kind": run.compared["image_kind"],
@@ -136,7 +141,7 @@ def report_lesions(run: Finished, evaluation: Evaluation) -> dict[str, Any]:
     if run.average is not None:
         run.average.load_state_dict(best["state_dict_ema"])
         averaged, _ = evaluation.logits(run.average, sets.test, "test, averaged weights")
-        average = Predictions(found.rows, probabilities(averaged))
+        average = Predictions(found.rows, probabilities(averaged), scheme)
         results["ema"] = predictions.score_predictions(average, average.resamples(run.bootstrap))
     if is_main:
         found.write(run.output_dir / "predictions.csv")

@@ -322,7 +322,7 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: MetricWrit
         args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount, args.hflip
     )
     sampler = GlobalBatchSampler(len(sets.train), args.batch_size, processes.rank, processes.world_size, args.seed)
-    criterion = Criterion(args.smoothing, class_weights(args, sets.train.labels, num_classes)).to(processes.device)
+    criterion = Criterion(args.smoothing, class_weights(args, sets.train.labels, sets.classes)).to(processes.device)
     if args.enable_deepspeed and distributed.wanted_precision(args) == "auto" and processes.device.type == "cuda":
         processes = replace(processes, precision="fp16")
     utils.seed_everything(args.seed + processes.rank)  # dropout differs between ranks

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,11 @@ class Sets:
     metric: str  # one of metrics.SET_METRICS; CBIS-DDSM reports its own
     lesions: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # CBIS: rows of each split
     absent: dict[str, int] = field(default_factory=dict)  # CBIS: lesions without an image, where they are skipped
+
+    @cached_property
+    def unlearnt(self) -> list[int]:
+        """Numbers of the classes that no training image has, which the log names when it is first asked."""
+        return predictions.unlearnt_classes(self.classes, self.train.labels, "training split")
 
     @property
     def classes(self) -> list[str]:
@@ -73,16 +80,19 @@ def open_lesions(args: argparse.Namespace) -> Sets:
         rows[split], absent[split] = lesions.rows, lesions.dropped
     parts = {"training": images["train"], "validation": images["val"], "test": images["test"]}
     downstream.name_missing_classes(args.data_set, parts)
+    if lacking := np.setdiff1d(images["train"].labels, images["val"].labels).tolist():
+        raise ValueError(f"{args.data_set}: the validation split, which chooses the epoch, has no lesion of "
+                         f"{images['train'].classes[lacking[0]]}")  # fmt: skip
     for baseline in args.baseline:  # before hours of training
         predictions.check_baseline(baseline, rows["test"])
     return Sets(images["train"], images["val"], images["test"], "top1", rows, absent)
 
 
-def class_weights(args: argparse.Namespace, labels: np.ndarray, num_classes: int) -> Tensor | None:
+def class_weights(args: argparse.Namespace, labels: np.ndarray, classes: Sequence[str]) -> Tensor | None:
     """(classes,), of mean 1 over the training images; None where all weigh the same."""
     if args.class_weights == "none":
         return None
-    counts = np.bincount(labels, minlength=num_classes)
+    counts = np.bincount(labels, minlength=len(classes))
     if (counts == 0).any():
-        raise ValueError(f"--class_weights balanced: class {int(counts.argmin())} has no training images")
-    return torch.from_numpy(len(labels) / (num_classes * counts)).float()
+        raise ValueError(f"--class_weights balanced: class {classes[int(counts.argmin())]} has no training images")
+    return torch.from_numpy(len(labels) / (len(classes) * counts)).float()

@@ -94,8 +94,10 @@ def simulate(seeds: int, draws: int, resamples: int, noise: float, silent: bool,
             rows.append(comparisons.draw_rows(drawn, [t.probabilities(table, rng) for t in trainings]))
         for name in metrics.METRICS:
             found = comparisons.interval(rows[0][name])
+            compared = comparisons.difference(rows[0][name], rows[1][name])
+            assert found.low is not None and found.high is not None and compared.p_value is not None
             covered[name] += found.low <= expected[name] <= found.high
-            rejected[name] += comparisons.difference(rows[0][name], rows[1][name]).p_value <= 0.05
+            rejected[name] += compared.p_value <= 0.05
     return {
         "seeds": seeds,
         "draws": draws,

@@ -49,6 +49,7 @@ from evaluation import comparisons
 from evaluation.downstream import create_downstream
 from evaluation.features import Loading, extract, load_backbone
 from evaluation.heads import Choice, Samples, fit_logistic
+from evaluation.metrics import Interval
 from evaluation.predictions import CBIS, Predictions, Scheme, macro_auroc
 from evaluation.resamples import Bootstrap
 from inputs.cbis import CbisLesions
@@ -480,7 +481,7 @@ def correct(table: dict, names: list[str]) -> None:
 
 def markdown(args: argparse.Namespace, table: dict, report: dict) -> str:
     def cell(c: dict) -> str:
-        return f"{100 * c['value']:.1f} ({100 * c['low']:.1f} to {100 * c['high']:.1f})"
+        return Interval.of(c).shown(".1f", ".1f", 100)
 
     lines = [common.describe(common.choose_device(False), len(args.seeds)).replace("runs, median", "seeds"), ""]
     for dataset, rows in table.items():

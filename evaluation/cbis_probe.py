@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from evaluation import comparisons, metrics
 from evaluation.features import greys_of
 from evaluation.heads import PROTOCOLS, Choice, Samples, stratified_part
-from evaluation.predictions import Predictions, describe_results, macro_auroc, macro_f1
+from evaluation.predictions import CBIS, Predictions, Scheme, describe_results, macro_auroc, macro_f1, unlearnt_classes
 from evaluation.probe import Fitting, Fractions, Probe
 from evaluation.run_folder import count_reading
 from evaluation.subgroups import SEVERITY, report_lesions
@@ -58,13 +58,16 @@ def probe_cbis(probe: Probe, images: LesionImages, fitting: Fitting, fractions: 
     """Fit one linear layer and evaluate it on the test table; prints, writes predictions, returns the results."""
     lesions = Lesions(probe, images)
     train, val = lesions("train"), lesions("val")
-    choice = Choice(macro_auroc, fitting.class_weights, macro_f1, fitting.folds, seed=fitting.seed)
+    scheme = CBIS.without(unlearnt_classes(CBIS_CLASSES, (train + val).labels, probe.dataset))
+    if not fitting.folds:
+        refuse_lacking(probe.dataset, train, val)
+    choice = choice_of(fitting, scheme, fitting.folds)
     head = PROTOCOLS[fitting.protocol](train, val, len(CBIS_CLASSES), choice)
     score_two_classes = fit_without_callback(probe, fitting, train, val)
     # The test table is read here for the first time, after everything is chosen.
     readings = count_reading(probe.output_dir, probe.settings) if probe.is_main else 0
     test = lesions("test")
-    predictions = Predictions(test.rows, head.probabilities(test.features))
+    predictions = Predictions(test.rows, head.probabilities(test.features), scheme)
     results = {
         **probe.described(),
         "image_kind": images.image_kind,
@@ -79,9 +82,9 @@ def probe_cbis(probe: Probe, images: LesionImages, fitting: Fitting, fractions: 
     }
     results |= report_lesions(predictions, head.held_out, probe.baselines, probe.settings, probe.bootstrap)
     results["two_class"] = score_two_classes(test)
-    if fractions.wanted:
+    if fractions.wanted and "metrics" in results:
         results["fractions"] = [
-            lesion_fraction(probe, fitting, train + val, test, fraction, fractions.draws if fraction < 1 else 1)
+            lesion_fraction(probe, fitting, scheme, train + val, test, fraction, fractions.draws if fraction < 1 else 1)
             for fraction in fractions.wanted
         ]
     if probe.is_main:
@@ -95,8 +98,32 @@ def probe_cbis(probe: Probe, images: LesionImages, fitting: Fitting, fractions: 
     return results
 
 
-def fit_without_callback(probe: Probe, fitting: Fitting, train: Samples, val: Samples) -> Callable[[Samples], dict]:
+def choice_of(fitting: Fitting, scheme: Scheme, folds: int) -> Choice:
+    """The setting with the best macro AUROC, and the class weights with the best macro F1, on held-out lesions."""
+    score, decide = partial(macro_auroc, scheme=scheme), partial(macro_f1, scheme=scheme)
+    return Choice(score, fitting.class_weights, decide, folds, seed=fitting.seed, classes=CBIS_CLASSES)
+
+
+def refuse_lacking(dataset: str, train: Samples, val: Samples) -> None:
+    """ValueError where only one of the two splits has lesions of a class: a setting cannot be chosen between them."""
+    for own, other, name in ((train, val, "validation"), (val, train, "training")):
+        if len(lacking := np.setdiff1d(own.labels, other.labels)):
+            pathology = CBIS_CLASSES[lacking[0]]
+            patients = len(
+                {row["patient"] for row, label in zip(own.rows, own.labels, strict=True) if label == lacking[0]}
+            )
+            raise ValueError(
+                f"{dataset}: the {name} split has no lesion of {pathology}, of which {patients} patient(s) have one in "
+                "the other: --folds 5 chooses on all of them"
+            )
+
+
+def fit_without_callback(
+    probe: Probe, fitting: Fitting, train: Samples, val: Samples
+) -> Callable[[Samples], dict | None]:
     """Benign or malignant, without the lesions that needed neither biopsy nor further films: test samples -> scores.
+
+    None where the test samples are of one class.
 
     The radiologist dismissed these at a glance, so telling them from the others is another question than the biopsy's.
     """
@@ -110,11 +137,13 @@ def fit_without_callback(probe: Probe, fitting: Fitting, train: Samples, val: Sa
     choice = Choice(partial(two_class_auroc, classes), fitting.class_weights, None, fitting.folds, seed=fitting.seed)
     head = PROTOCOLS[fitting.protocol](two_classes(train), two_classes(val), 2, choice)
 
-    def score(test: Samples) -> dict:
+    def score(test: Samples) -> dict | None:
         test = two_classes(test)
+        if len(np.unique(test.labels)) < 2:  # said with the other metrics
+            return None
         resamples = probe.bootstrap.of(test.labels, [row["patient"] for row in test.rows], classes)
         intervals = resamples.intervals(head.probabilities(test.features))
-        values = {name: asdict(interval) for name, interval in intervals.items()}
+        values = {name: interval.plain() for name, interval in intervals.items()}
         return {"classes": list(classes), "lesions": len(test.rows), "chosen": head.chosen, "metrics": values}
 
     return score
@@ -126,7 +155,7 @@ def two_class_auroc(classes: tuple[str, str], labels: np.ndarray, prob: np.ndarr
 
 
 def lesion_fraction(
-    probe: Probe, fitting: Fitting, known: Samples, test: Samples, fraction: float, draws: int
+    probe: Probe, fitting: Fitting, scheme: Scheme, known: Samples, test: Samples, fraction: float, draws: int
 ) -> dict[str, Any]:
     """The probe on a fraction of the training patients: each metric over draws of them and over the test patients.
 
@@ -142,19 +171,20 @@ def lesion_fraction(
     for draw in range(draws):
         part = names[stratified_part(np.array(gravest), fraction, 2, np.random.default_rng((fitting.seed, draw)))]
         samples = known[np.flatnonzero(np.isin(patients, part))]
-        choice = Choice(macro_auroc, fitting.class_weights, macro_f1, min(5, len(part)), seed=fitting.seed)
+        choice = choice_of(fitting, scheme, min(5, len(part)))
         head = PROTOCOLS[fitting.protocol](samples, samples[np.arange(0)], len(CBIS_CLASSES), choice)
         probabilities.append(head.probabilities(test.features))
         sizes.append(len(samples.rows))
         drawn.append(len(part))
-    resamples = probe.bootstrap.of(test.labels, [row["patient"] for row in test.rows], CBIS_CLASSES)
+    patients_of_test = [row["patient"] for row in test.rows]
+    resamples = probe.bootstrap.of(test.labels, patients_of_test, CBIS_CLASSES, scheme.positive, scheme.unlearnt)
     found = comparisons.draw_rows(resamples, probabilities, trained=fraction < 1)
     return {
         "fraction": fraction,
         "patients": drawn,
         "lesions": sizes,
         "values": {name: row.values.tolist() for name, row in found.items()},
-        "metrics": {name: asdict(comparisons.interval(row)) for name, row in found.items()},
+        "metrics": {name: comparisons.interval(row).plain() for name, row in found.items()},
     }
 
 

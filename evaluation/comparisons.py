@@ -20,7 +20,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from evaluation.metrics import Difference, Interval
-from evaluation.resamples import Drawn, Resamples, two_sided
+from evaluation.resamples import Drawn, Resamples, interval_of, two_sided
 
 # Said beside every interval and p-value of a trained row with one seed.
 ONE_SEED = "one training seed: leaves out how another training would have gone"
@@ -34,6 +34,8 @@ class Draws:
     resampled: np.ndarray
     patients: int  # that have a sample of the rarest class
     trained: bool = True  # whether a seed had a part in it; a published model as it is has none
+    of: float = 0.0  # as a Drawn's: of a proportion, its effective number of samples
+    why: str = ""  # no interval can be given
 
     @property
     def mean(self) -> float:
@@ -57,21 +59,22 @@ def draw_rows(resamples: Resamples, probs: Sequence[np.ndarray], trained: bool =
     Rows drawn from one Resamples, or from equal ones, can be compared in pairs.
 
     Raises:
-        ValueError: as Resamples; a class has a single patient, so that what another one would do cannot be known.
+        ValueError: as Resamples.
     """
-    if resamples.rarest < 2:
-        raise ValueError("a class has a single patient, so that no interval over patients can be given")
     return together([resamples.draw(prob) for prob in probs], resamples, trained)
 
 
 def together(seeds: Sequence[dict[str, Drawn]], resamples: Resamples, trained: bool = True) -> dict[str, Draws]:
-    """What was drawn of each seed, as the row of all of them."""
+    """What was drawn of each seed, as the row of all of them; no interval where a class has a single patient."""
+    lone = "a class has a single patient" if resamples.rarest < 2 else ""
     return {
         name: Draws(
             np.array([drawn[name].value for drawn in seeds]),
             np.stack([drawn[name].draws for drawn in seeds]),
             resamples.rarest,
             trained,
+            min(drawn[name].of for drawn in seeds),
+            seeds[0][name].why or lone,
         )
         for name in seeds[0]
     }
@@ -80,18 +83,23 @@ def together(seeds: Sequence[dict[str, Drawn]], resamples: Resamples, trained: b
 def interval(row: Draws, level: float = 0.95, bounded: bool = True) -> Interval:
     """The mean over seeds. One seed: percentiles of the patient bootstrap. Several: a t interval of both variances.
 
-    `bounded`: the metric lies between 0 and 1, and so does its interval.
+    `bounded`: the metric lies between 0 and 1, and so does its interval. Where neither patients nor seeds vary it is
+    that of `interval_of`.
     """
+    if row.why:
+        return Interval(row.mean, None, None, why=row.why)
     if len(row.values) == 1:
-        return Interval(row.mean, *_percentiles(row.resampled[0], row.patients, level))
+        return interval_of(row.mean, _percentiles(row.resampled[0], row.patients, level), row.of, level)
     half = _half_width(_parts(row.resampled.mean(0), [row]), level)
     low, high = row.mean - half, row.mean + half
-    return Interval(row.mean, max(0.0, low), min(1.0, high)) if bounded else Interval(row.mean, low, high)
+    return interval_of(row.mean, (max(0.0, low), min(1.0, high)) if bounded else (low, high), row.of, level)
 
 
 def difference(row: Draws, baseline: Draws, level: float = 0.95) -> Difference:
     """Row minus baseline, paired over patients; the seeds of the two are independent trainings."""
     value = row.mean - baseline.mean
+    if why := row.why or baseline.why:
+        return Difference(value, None, None, None, why=why)
     draws = row.resampled.mean(0) - baseline.resampled.mean(0)
     if len(row.values) == len(baseline.values) == 1:
         z = stats.norm.isf(two_sided(draws) / 2)

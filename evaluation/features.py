@@ -234,7 +234,7 @@ def each_once(
             if len(numbers):
                 columns = compute(numbers, images.to(loading.device, non_blocking=True), targets)
                 # On the host, where they are waited for in any case.
-                rows.append([numbers, *(require_finite(column.cpu()) for column in columns)])
+                rows.append([numbers, *(finite(column.cpu(), numbers, dataset, title) for column in columns)])
     if skipped > NAMED:
         log.warning(f"skipped: {skipped - NAMED} more")
     own = [torch.cat(column) for column in zip(*rows, strict=True)]  # (n_r, ...); empty where this rank has no samples
@@ -250,6 +250,17 @@ def each_once(
 # ---------------------------------------------------------------------------------------------------------------------
 # Image features, kept on disk
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def finite(column: Tensor, numbers: Tensor, dataset: Any, title: str) -> Tensor:
+    """The column (B, ...) of samples (B,) as it is; ValueError naming the first image with NaN or infinity in it."""
+    sound = column.isfinite().reshape(len(column), -1).all(1)
+    if not sound.all():
+        number = int(numbers[~sound][0])
+        paths = getattr(dataset, "paths", None)
+        image = f"image {number}" if paths is None else Path(getattr(dataset, "root", ""), paths[number])
+        require_finite(column, f"{image}{f' ({title})' if title else ''}")
+    return column
 
 
 def extract(backbone: Backbone, dataset: Any, title: str, loading: Loading) -> tuple[np.ndarray, np.ndarray]:
@@ -427,6 +438,7 @@ def _zeroshot_pass(
         if (out_of_range := (targets < 0) | (targets >= len(names))).any():
             raise ValueError(f"label {int(targets[out_of_range][0])} in the data, but {len(names)} class names")
         features = loading.encode(model.encode_image, images)  # (B, d)
-        return compute(require_finite((F.normalize(features, dim=-1) @ classifier).cpu()), targets)
+        cosines = (F.normalize(features, dim=-1) @ classifier).cpu()
+        return compute(finite(cosines, numbers, labelled.dataset, "zero-shot"), targets)
 
     return each_once(model, labelled.dataset, of_batch, loading, "zero-shot")

@@ -93,7 +93,7 @@ class Linear:
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Features (n, d) to probabilities (n, k)."""
         standard = (features.astype(self.mean.dtype) - self.mean) / self.scale
-        return softmax(standard @ self.weight + self.bias, axis=1)
+        return softmax((standard @ self.weight + self.bias).astype(np.float64), axis=1)
 
     def knowing(self, features: np.ndarray) -> Linear:
         """The same head with what `distance` takes from the training features (n, d)."""
@@ -169,6 +169,7 @@ class Choice:
     folds: int = 0
     group: str = "patient"  # column of a sample's row
     seed: int = 0
+    classes: Sequence[str] = ()  # their names, for messages
 
 
 def score_setting(labels: np.ndarray, prob: np.ndarray, score: Score) -> dict[str, float]:
@@ -188,7 +189,14 @@ def folds_of(samples: Samples, choice: Choice) -> list[tuple[Samples, Samples]]:
     if choice.folds < 2 or len(set(groups)) < choice.folds:
         raise ValueError(f"{choice.folds} folds: choose 2 to {len(set(groups))}, the number of {choice.group}s")
     splitter = StratifiedGroupKFold(choice.folds, shuffle=True, random_state=choice.seed)
-    parts = splitter.split(samples.labels, samples.labels, groups)
+    parts = list(splitter.split(samples.labels, samples.labels, groups))
+    for fitted, _ in parts:
+        if len(left := np.unique(samples.labels[fitted])) < 2:
+            only = choice.classes[left[0]] if choice.classes else left[0]
+            raise ValueError(
+                f"{choice.folds} folds of whole {choice.group}s: without one of them class {only} alone is left, "
+                f"for a single {choice.group} has the others"
+            )
     return [(samples[fitted], samples[held_out]) for fitted, held_out in parts]
 
 

@@ -25,7 +25,7 @@ from evaluation import downstream, metrics
 from evaluation.catalog import Catalog, metric_of
 from evaluation.features import extract, greys_of
 from evaluation.heads import Linear
-from evaluation.predictions import Predictions, report_rows
+from evaluation.predictions import Predictions, report_rows, unlearnt_classes
 from evaluation.probe import Probe
 from evaluation.set_probes import score_set
 from inputs import loader
@@ -87,6 +87,7 @@ class LinearRun:
     step_in_epoch: int = 0
     best: float = -math.inf  # score on the test split
     last_save: float = field(default_factory=time.monotonic)
+    unlearnt: list[int] = field(default_factory=list)  # classes that no training image has
 
     @property
     def processes(self) -> distributed.Processes:
@@ -112,6 +113,7 @@ def train_sgd(probe: Probe, catalog: Catalog, recipe: Recipe) -> dict[str, Any]:
         raise ValueError(f"{probe.dataset} has several findings for each image: add --cache-features")
     metric = metric_of(probe.dataset, catalog)
     run = build_linear_run(probe, recipe, train)
+    run.unlearnt = unlearnt_classes(train.classes, train.labels, probe.dataset)
     resume_sgd(run)
     if recipe.evaluate:
         run.epoch = recipe.epochs
@@ -127,7 +129,7 @@ def train_sgd(probe: Probe, catalog: Catalog, recipe: Recipe) -> dict[str, Any]:
             is_best, outputs = False, None
             if run.epoch == recipe.epochs or run.epoch % recipe.eval_freq == 0:
                 outputs = pass_test(run, test)
-                scores = score_test(test, metric, *outputs)
+                scores = score_test(run, test, metric, *outputs)
                 is_best, run.best = scores["score"] > run.best, max(run.best, scores["score"])
                 run.writer.row("test", run.step, {k: v for k, v in scores.items() if k != "metric"})
                 log.info(f"epoch {run.epoch}: test {scores['metric']} {scores['score']:.2f} (best {run.best:.2f})")
@@ -135,7 +137,7 @@ def train_sgd(probe: Probe, catalog: Catalog, recipe: Recipe) -> dict[str, Any]:
     outputs = outputs or pass_test(run, test)
     if probe.backbone.fingerprint() != run.settings["weights_sha256"]:
         raise RuntimeError("the frozen tower has changed; its features and this result are not those of --pretrained")
-    scores = score_test(test, metric, *outputs)
+    scores = score_test(run, test, metric, *outputs)
     log.info(f"{probe.dataset}: {scores['metric']} {scores['score']:.2f} after {recipe.epochs} epochs")
     keep_layer(run, train)
     return {
@@ -143,6 +145,7 @@ def train_sgd(probe: Probe, catalog: Catalog, recipe: Recipe) -> dict[str, Any]:
         "protocol": "sgd",
         "unit": "percent",
         "settings": run.settings,
+        **({"unlearnt": [str(train.classes[c]) for c in run.unlearnt]} if run.unlearnt else {}),
         **scores,
         **report_test(run, test, *outputs),
         "best_score_on_test": run.best,
@@ -241,17 +244,20 @@ def pass_test(run: LinearRun, test: downstream.Downstream) -> tuple[np.ndarray, 
     return extract(whole, test, f"{run.probe.dataset} test", run.probe.loading)
 
 
-def score_test(test: downstream.Downstream, metric: str, logits: np.ndarray, kept: np.ndarray) -> metrics.Scores:
+def score_test(
+    run: LinearRun, test: downstream.Downstream, metric: str, logits: np.ndarray, kept: np.ndarray
+) -> metrics.Scores:
     """All metrics of the set in percent, of what `pass_test` returned."""
     skipped = {"samples_skipped": len(test) - len(kept)} if len(kept) < len(test) else {}
-    return {**score_set(test.labels[kept], logits, metric), **skipped}
+    return {**score_set(test.labels[kept], logits, metric, run.unlearnt), **skipped}
 
 
 def report_test(run: LinearRun, test: downstream.Downstream, logits: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
     """What known rows allow: predictions.csv and intervals over groups."""
     if test.scheme is None:
         return {}
-    found = Predictions([test.rows[i] for i in kept], softmax(logits.astype(np.float64), axis=1), test.scheme)
+    prob, scheme = softmax(logits.astype(np.float64), axis=1), test.scheme.without(run.unlearnt)
+    found = Predictions([test.rows[i] for i in kept], prob, scheme)
     if run.probe.is_main:
         found.write(run.probe.output_dir / "predictions.csv")
     return report_rows(found, None, [], run.settings, run.probe.bootstrap)

@@ -9,8 +9,9 @@ are written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 import numpy as np
@@ -24,27 +25,29 @@ from torch import Tensor
 Scores = dict[str, Any]  # numbers by name, and names (the metric, the split)
 Labels = Sequence[int] | np.ndarray
 MALIGNANT = "MALIGNANT"
-# The columns of the published results tables: key -> heading.
+# The columns of the published results tables: key -> heading, {} being the class that is looked for (`headings`).
 METRICS = {
     "auroc": "AUROC",
     "f1": "F1-Score",
     "precision": "Precision",
     "recall": "Recall",
-    "precision_malignant": "Precision (Malignant)",
-    "recall_malignant": "Recall (Malignant)",
+    "precision_malignant": "Precision ({})",
+    "recall_malignant": "Recall ({})",
 }
-# What else is said of one class, the positive one, against all others: key -> heading. The thresholds and the
-# temperature behind them are the validation samples' (`operating_point`).
+# What else is said of that class against all others, likewise. The thresholds and the temperature behind them are the
+# validation samples' (`operating_point`).
 DETECTION = {
-    "auroc_malignant": "AUROC (malignant)",
-    "average_precision_malignant": "Average precision (malignant)",
+    "auroc_malignant": "AUROC ({})",
+    "average_precision_malignant": "Average precision ({})",
     "balanced_accuracy": "Balanced accuracy",
-    "sensitivity": "Sensitivity (malignant) at validation's threshold",
+    "sensitivity": "Sensitivity ({}) at validation's threshold",
     "specificity": "Specificity reached there",
-    "brier": "Brier score (malignant)",
-    "calibration_slope": "Calibration slope (malignant)",
-    "calibration_intercept": "Calibration intercept (malignant)",
+    "brier": "Brier score ({})",
+    "calibration_slope": "Calibration slope ({})",
+    "calibration_intercept": "Calibration intercept ({})",
 }
+# Those that are a fraction of samples, each right or wrong.
+PROPORTIONS = ("precision_malignant", "recall_malignant", "sensitivity", "specificity")
 SPECIFICITY = 0.9  # on validation, at the threshold of "sensitivity"
 # What a labelled set of the catalog can report; CLIP's evaluation uses these four.
 SET_METRICS = ("top1", "mean_per_class", "mean_top1_top5", "roc_auc")
@@ -55,27 +58,89 @@ _FRACTIONS = {*SET_METRICS, *RECALLS, "top5", "score"}
 
 @dataclass(frozen=True)
 class Interval:
-    """A point value with the bounds of its bootstrap interval, all fractions."""
+    """A point value with the bounds of its interval, all fractions; `why` says what None stands for."""
 
-    value: float
-    low: float
-    high: float
+    value: float | None
+    low: float | None
+    high: float | None
+    why: str = field(default="", kw_only=True)  # there is no value, or no interval
 
     @classmethod
     def of(cls, value: dict[str, Any]) -> Self:
         """From what a results file holds of it, which may say more beside the value and its bounds."""
-        return cls(**{field.name: value[field.name] for field in fields(cls)})
+        return cls(**{name: value[name] for name in (f.name for f in fields(cls)) if name != "why" or name in value})
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it: what is not defined is null, and `why` stands only where there is a reason."""
+        found = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+        return found if self.why else {name: value for name, value in found.items() if name != "why"}
+
+    def shown(self, whole: str, bound: str, unit: float) -> str:
+        """For people: `unit` times the value and its bounds in these formats, or why there are none."""
+        if self.value is None:
+            return f"no figure: {self.why}" if self.why else "not defined"
+        value = format(unit * self.value, whole)
+        if self.low is None or self.high is None:
+            return f"{value} (no interval: {self.why})" if self.why else "not defined"
+        return f"{value} ({format(unit * self.low, bound)} to {format(unit * self.high, bound)})"
 
     def percent(self) -> str:
         """The value in percent with its bounds, for people."""
-        return f"{100 * self.value:.2f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+        return self.shown(".2f", ".1f", 100)
 
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """A paired difference with its interval and two-sided bootstrap p-value."""
+    """A paired difference with its interval and two-sided bootstrap p-value, which is None where no interval is."""
 
-    p_value: float
+    p_value: float | None
+
+    def p_text(self) -> str:
+        """The p-value for people."""
+        return "no p-value" if self.p_value is None else f"p = {self.p_value:.4f}"
+
+
+def headings(titles: dict[str, str], positive: str | None) -> dict[str, str]:
+    """METRICS or DETECTION with the name of the class that is looked for; without its columns where there is none."""
+    named = (
+        titles.items() if positive is not None else [(key, title) for key, title in titles.items() if "{" not in title]
+    )
+    return {key: title.format(class_title(positive)) for key, title in named}
+
+
+def class_title(name: str | None) -> str:
+    """A class as headings have it: by its own name, CBIS-DDSM's as the published tables write it."""
+    return "Malignant" if name == MALIGNANT else str(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What samples are ranked by
+# ---------------------------------------------------------------------------------------------------------------------
+
+_TINY = np.nextafter(0.0, 1.0)
+
+
+def log_prob(prob: np.ndarray) -> np.ndarray:
+    """Logarithms of probabilities (n, k), those of 0 finite."""
+    return np.log(np.maximum(np.asarray(prob, dtype=np.float64), _TINY))
+
+
+def ranked(prob: np.ndarray) -> np.ndarray:
+    """What each class's samples are ranked by, from softmax probabilities (n, k): in their order, without ties at 1.
+
+    From a difference of 37 between logits on (17 in float32) the larger probability is 1.0 whatever they are. What it
+    lacks to 1 is the sum of the others, which are told apart up to a difference of 745: above 1 - 1e-6 a sample stands
+    by that sum.
+    """
+    score = np.array(prob, dtype=np.float64)
+    rows, top = np.arange(len(score)), score.argmax(1)
+    highest, others = score[rows, top], score.copy()
+    others[rows, top] = 0
+    score[rows, top] = np.where(highest > 1 - 1e-6, 1 - np.log(np.maximum(others.sum(1), _TINY)), highest)
+    return score
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,25 +149,30 @@ class Difference(Interval):
 
 
 def classification_metrics(
-    y_true: Labels, prob: np.ndarray, classes: Sequence[str], malignant: str | None = MALIGNANT
+    y_true: Labels,
+    prob: np.ndarray,
+    classes: Sequence[str],
+    malignant: str | None = MALIGNANT,
+    unlearnt: Sequence[str] = (),
 ) -> dict[str, float]:
     """The six columns of the published tables, through scikit-learn.
 
-    y_true (n,) holds indices into `classes`, prob (n, k) softmax probabilities. AUROC is one-vs-rest;
-    it, F1, precision and recall are plain means over classes. The prediction is the most probable class; the
-    precision of a class that is never predicted counts as 0. The last two columns are missing where no class is
-    `malignant` (None).
+    y_true (n,) holds indices into `classes`, prob (n, k) softmax probabilities. AUROC is one-vs-rest, its samples
+    as `ranked`; it, F1, precision and recall are plain means over classes but those that are `unlearnt`, whose
+    samples count among the others. The prediction is the most probable class; the precision of a class that is never
+    predicted counts as 0. The last two columns are missing where no class is `malignant` (None).
 
     Raises ValueError for logits in place of probabilities, labels out of range, and a class without samples,
     for which neither recall nor AUROC exists.
     """
-    labels, prob = checked(y_true, prob, classes)
-    auroc = [roc_auc_score(labels == c, prob[:, c]) for c in range(len(classes))]
+    labels, prob = checked(y_true, prob, classes, unlearnt)
+    over, score = [c for c, name in enumerate(classes) if name not in unlearnt], ranked(prob)
+    auroc = [roc_auc_score(labels == c, score[:, c]) for c in over]
     averaging: dict[str, Any] = dict(average=None, zero_division=0)  # scikit-learn's annotations know only "macro"
     per_class = precision_recall_fscore_support(labels, prob.argmax(1), labels=range(len(classes)), **averaging)
     precision, recall, f1 = map(np.asarray, per_class[:3])  # (k,) each
     target = _class_index(malignant, classes)
-    values = [np.mean(auroc), f1.mean(), precision.mean(), recall.mean()]
+    values = [np.mean(auroc), f1[over].mean(), precision[over].mean(), recall[over].mean()]
     values += [precision[target], recall[target]] if target is not None else []
     return {name: float(value) for name, value in zip(METRICS, values, strict=False)}
 
@@ -115,8 +185,10 @@ def _class_index(name: str | None, classes: Sequence[str]) -> int | None:
     return list(classes).index(name)
 
 
-def checked(y_true: Labels, prob: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (n,) and probabilities (n, k) as arrays; raises as `classification_metrics` does."""
+def checked(
+    y_true: Labels, prob: np.ndarray, classes: Sequence[str], unlearnt: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) and probabilities (n, k) as arrays; arguments and errors as of `classification_metrics`."""
     labels, prob = np.asarray(y_true), np.asarray(prob, dtype=np.float64)
     if prob.shape != (len(labels), len(classes)):
         raise ValueError(
@@ -129,7 +201,7 @@ def checked(y_true: Labels, prob: np.ndarray, classes: Sequence[str]) -> tuple[n
         raise ValueError(f"labels must lie in 0..{len(classes) - 1}; found {sorted(set(labels.tolist()))}")
     if not (np.isfinite(prob).all() and (prob >= 0).all() and np.allclose(prob.sum(1), 1, atol=1e-4)):
         raise ValueError("probabilities must be finite, not negative and sum to 1: pass softmax outputs")
-    empty = [name for c, name in enumerate(classes) if not (labels == c).any()]
+    empty = [name for c, name in enumerate(classes) if name not in unlearnt and not (labels == c).any()]
     if empty:
         raise ValueError(f"no sample of class {', '.join(empty)}: its recall and AUROC are undefined")
     return labels, prob
@@ -145,7 +217,13 @@ class OperatingPoint:
     """What the validation samples fixed before the test table was read."""
 
     temperature: float  # probabilities become softmax(log(p) / temperature)
-    threshold: float  # probability of the positive class, before the temperature, from which on a sample is called
+    # What `ranked` has of the positive class, its probability before the temperature up to 1 - 1e-6, from which on a
+    # sample is called.
+    threshold: float
+
+    def called(self, prob: np.ndarray, positive: int) -> np.ndarray:
+        """Which samples (n,) of probabilities (n, k) are called class `positive`."""
+        return ranked(prob)[:, positive] >= self.threshold
 
     def calibrated(self, prob: np.ndarray) -> np.ndarray:
         """Probabilities (n, k) at the temperature (Guo et al. 2017, section 4.2)."""
@@ -171,7 +249,7 @@ def operating_point(
         return float(-log_softmax(logs / np.exp(log_temperature), axis=1)[rows, labels].mean())
 
     found: Any = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
-    others = np.sort(prob[labels != positive, positive])
+    others = np.sort(ranked(prob)[labels != positive, positive])
     if not len(others):
         raise ValueError("a threshold needs validation samples of another class than the positive one")
     allowed = int(np.floor((1 - specificity) * len(others) + 1e-9))  # of the others may be called
@@ -200,7 +278,12 @@ def binary_margins(logits: Tensor) -> Tensor:
 
 
 def classification_scores(
-    targets: Tensor, ranks: Tensor, margins: Tensor, n_classes: int, metric: str = "top1"
+    targets: Tensor,
+    ranks: Tensor,
+    margins: Tensor,
+    n_classes: int,
+    metric: str = "top1",
+    unlearnt: Sequence[int] = (),
 ) -> Scores:
     """All metrics of a labelled set, as fractions, from one row a sample.
 
@@ -209,6 +292,8 @@ def classification_scores(
         ranks: (N,) how many classes came before the right one, as `target_ranks` counts them.
         margins: (N,) score of class 1 minus score of class 0; only ROC-AUC reads it.
         metric: one of SET_METRICS, the one that the set reports.
+        unlearnt: classes without training samples, which the mean over classes leaves out; elsewhere their samples
+            count as they come, which is wrong.
 
     Returns:
         top1, mean_per_class (over the classes that have samples), top5 where there are more than five classes, and
@@ -225,9 +310,11 @@ def classification_scores(
     correct = ranks == 0
     seen = targets.bincount(minlength=n_classes)  # (C,)
     hits = targets[correct].bincount(minlength=n_classes).double()
+    counted = seen > 0
+    counted[list(unlearnt)] = False
     scores: Scores = {
         "top1": correct.double().mean().item(),
-        "mean_per_class": (hits / seen)[seen > 0].mean().item(),
+        "mean_per_class": (hits / seen)[counted].mean().item(),
     }
     if n_classes > 5:
         scores["top5"] = (ranks < 5).double().mean().item()
@@ -241,11 +328,13 @@ def classification_scores(
     return {"metric": metric, "score": scores[metric], **scores, **counts}
 
 
-def score_outputs(labels: np.ndarray, outputs: np.ndarray, metric: str = "top1") -> Scores:
-    """`classification_scores` of labels (n,) and logits or probabilities (n, k)."""
+def score_outputs(
+    labels: np.ndarray, outputs: np.ndarray, metric: str = "top1", unlearnt: Sequence[int] = ()
+) -> Scores:
+    """`classification_scores` of labels (n,) and logits or log-probabilities (n, k)."""
     targets, values = torch.as_tensor(labels), torch.as_tensor(outputs)
     ranks, margins = target_ranks(values, targets), binary_margins(values)
-    return classification_scores(targets, ranks, margins, values.shape[1], metric)
+    return classification_scores(targets, ranks, margins, values.shape[1], metric, unlearnt)
 
 
 def percent(scores: Scores) -> Scores:

@@ -7,10 +7,9 @@ for each sample; from here on they are treated alike, and any two of them can be
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,27 @@ class Scheme:
     columns: tuple[str, ...]  # all that a predictions.csv repeats of a row
     positive: str | None = None  # the class that is looked for
     unit: str = "patients"  # what a group is: patients, groups, or images that count by themselves
+    unlearnt: tuple[str, ...] = ()  # classes that no training sample had (`without`)
+
+    def without(self, unlearnt: Sequence[int]) -> Scheme:
+        """The same for a model that has not seen these classes, by number: means over classes leave them out.
+
+        Their test samples stay, as samples of another class than any that can be called. If the class that is looked
+        for is one of them, none is.
+        """
+        names = tuple(self.classes[c] for c in unlearnt)
+        return replace(self, unlearnt=names, positive=None if self.positive in names else self.positive)
+
+
+def unlearnt_classes(classes: Sequence[str], labels: np.ndarray, dataset: str) -> list[int]:
+    """Numbers of the classes that the training labels (n,) lack, which the log names."""
+    found = np.setdiff1d(np.arange(len(classes)), labels).tolist()
+    if found:
+        names = ", ".join(str(classes[c]) for c in found)
+        log.warning(
+            f"{dataset}: NO TRAINING IMAGE of class {names}: no mean over classes has it, its images count wrong"
+        )
+    return found
 
 
 CBIS = Scheme(
@@ -70,6 +90,12 @@ class Predictions:
     prob: np.ndarray
     scheme: Scheme = field(default=CBIS)
 
+    def __post_init__(self) -> None:
+        if len(bad := np.flatnonzero(~np.isfinite(self.prob).all(1))):
+            raise ValueError(
+                f"the {self.scheme.sample} {self.rows[bad[0]][self.scheme.sample]} has a score of no number"
+            )
+
     @property
     def labels(self) -> np.ndarray:
         """(n,) indices into the scheme's classes."""
@@ -82,13 +108,17 @@ class Predictions:
 
     def resamples(self, bootstrap: Bootstrap = BOOTSTRAP) -> Resamples:
         """Draws of these samples' patients, from which all that is said of them comes."""
-        return bootstrap.of(self.labels, self.patients, self.scheme.classes, self.scheme.positive)
+        scheme = self.scheme
+        return bootstrap.of(self.labels, self.patients, scheme.classes, scheme.positive, scheme.unlearnt)
 
     def __getitem__(self, index: np.ndarray) -> Predictions:
         return Predictions([self.rows[i] for i in index], self.prob[index], self.scheme)
 
     def write(self, path: Path) -> None:
-        """One line a sample: who it is, its class, the predicted one and the probabilities."""
+        """One line a sample: who it is, its class, the predicted one and the probabilities.
+
+        All of their digits: what `metrics.ranked` ranks by is the sum of the others where one rounds to 1.
+        """
         classes, columns = self.scheme.classes, self.scheme.columns
         lines = [[*columns, "predicted", *(f"prob_{name}" for name in classes)]]
         for row, p in zip(self.rows, self.prob.tolist(), strict=True):
@@ -119,7 +149,10 @@ class Predictions:
                 raise ValueError(f"{path}, row {number}: {scheme.label} {row[scheme.label]!r} is no class of this set")
         if twice := [name for name, n in Counter(row[scheme.sample] for row in rows).items() if n > 1]:
             raise ValueError(f"{path}: the {scheme.sample} {twice[0]} is there twice")
-        return cls(rows, np.array(prob).reshape(-1, len(scheme.classes)), scheme)
+        try:
+            return cls(rows, np.array(prob).reshape(-1, len(scheme.classes)), scheme)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def in_order_of(self, rows: Sequence[dict[str, str]], name: str | Path) -> Predictions:
         """The same predictions in the order of a table's rows; ValueError where they are not of these samples."""
@@ -151,12 +184,17 @@ def check_baseline(path: str | Path, rows: Sequence[dict[str, str]], scheme: Sch
 
 def macro_auroc(labels: np.ndarray, prob: np.ndarray, scheme: Scheme = CBIS) -> float:
     """One-vs-rest AUROC, the mean over classes: labels (n,), probabilities (n, k)."""
-    return metrics.classification_metrics(labels, prob, scheme.classes, scheme.positive)["auroc"]
+    return _metric("auroc", labels, prob, scheme)
 
 
 def macro_f1(labels: np.ndarray, prob: np.ndarray, scheme: Scheme = CBIS) -> float:
     """F1 of the most probable class, the mean over classes: labels (n,), probabilities (n, k)."""
-    return metrics.classification_metrics(labels, prob, scheme.classes, scheme.positive)["f1"]
+    return _metric("f1", labels, prob, scheme)
+
+
+def _metric(name: str, labels: np.ndarray, prob: np.ndarray, scheme: Scheme) -> float:
+    found = metrics.classification_metrics(labels, prob, scheme.classes, scheme.positive, scheme.unlearnt)
+    return found[name]
 
 
 def score_predictions(
@@ -175,29 +213,27 @@ def score_predictions(
         f"test_{scheme.unit}": len(set(predictions.patients)),
         "unit": "fraction",
         "interval": {"level": 0.95, "resamples": resamples.number, "over": scheme.unit},
-        "metrics": {name: asdict(interval) for name, interval in resamples.intervals(prob).items()},
+        "metrics": {name: interval.plain() for name, interval in resamples.intervals(prob).items()},
         "classes": list(scheme.classes),
+        "positive": scheme.positive,
         "confusion": confusion_matrix(labels, prob.argmax(1), labels=range(len(scheme.classes))).tolist(),
         "never_predicted": never,
     }
+    if scheme.unlearnt:
+        results["unlearnt"] = list(scheme.unlearnt)
     if point is not None and scheme.positive is not None:
         results["operating_point"] = {
             **asdict(point), "specificity_on_validation": metrics.SPECIFICITY, "positive": scheme.positive,
         }  # fmt: skip
-        results["detection"] = {name: plain(value) for name, value in resamples.detection(prob, point).items()}
+        results["detection"] = {name: value.plain() for name, value in resamples.detection(prob, point).items()}
     return results
-
-
-def plain(interval: metrics.Interval) -> dict[str, float | None]:
-    """As JSON holds it: what is not defined is null."""
-    return {name: value if math.isfinite(value) else None for name, value in asdict(interval).items()}
 
 
 def score_difference(predictions: Predictions, baseline: Predictions, name: str, resamples: Resamples) -> dict:
     """What results.json says of the paired difference to another run on the same samples."""
     theirs = baseline.in_order_of(predictions.rows, name).prob
     differences = resamples.difference(predictions.prob, theirs)
-    return {"baseline": name, "difference": {key: asdict(value) for key, value in differences.items()}}
+    return {"baseline": name, "difference": {key: value.plain() for key, value in differences.items()}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,9 +241,25 @@ def score_difference(predictions: Predictions, baseline: Predictions, name: str,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def positive_class(results: dict[str, Any]) -> str | None:
+    """The class that is looked for, of what results.json says of rows; earlier versions did not always name it."""
+    if "positive" in results:
+        return results["positive"]
+    if metrics.MALIGNANT in results.get("classes", ()):
+        return metrics.MALIGNANT
+    named = (results.get("operating_point") or {}).get("positive")
+    return named or ("positive class" if "precision_malignant" in results.get("metrics", ()) else None)
+
+
 def beside_percent(scores: dict[str, Any]) -> dict[str, Any]:
     """`score_predictions` beside scores in percent: that its own are fractions is said under another name."""
     return {"metrics_unit" if name == "unit" else name: value for name, value in scores.items()}
+
+
+def without_metrics(error: ValueError) -> dict[str, str]:
+    """What results.json says in place of the metrics of rows, which is logged too."""
+    log.warning(f"no metrics of the test rows: {error}")
+    return {"no_metrics": str(error)}
 
 
 def report_rows(
@@ -230,11 +282,10 @@ def report_rows(
     resamples = predictions.resamples(bootstrap)
     try:
         results = beside_percent(score_predictions(predictions, resamples, point))
-    except ValueError as error:  # a class without samples, or too few groups
+    except ValueError as error:  # a class without samples
         if baselines:
             raise
-        log.info(f"no intervals: {error}")
-        return {}
+        return without_metrics(error)
     differences = []
     for path in baselines:
         theirs = Predictions.read(path, scheme)
@@ -257,7 +308,10 @@ def describe_results(results: dict, how: str) -> str:
         how: what was done with the lesions, in words.
     """
     skipped = results["lesions_skipped"]["test"]
+    if "metrics" not in results:
+        return f"{results['dataset']}: no metrics, {results['no_metrics']}"
     intervals = {name: metrics.Interval.of(value) for name, value in results["metrics"].items()}
+    titles = metrics.headings(metrics.METRICS, results["positive"])
     lines = [
         f"{results['dataset']}: {results['lesions']['test']} test lesions of {results['test_patients']} "
         + ("patients" if not skipped else f"patients ({skipped} MORE SKIPPED, image missing or corrupt)")
@@ -265,7 +319,7 @@ def describe_results(results: dict, how: str) -> str:
         + (f"; reading {results['test_readings']} of the test table here" if "test_readings" in results else ""),
         f"Percent, with 95% intervals from {results['interval']['resamples']} resamples of the patients.",
         "",
-        f"| Model | {' | '.join(metrics.METRICS[name] for name in intervals)} |",
+        f"| Model | {' | '.join(titles[name] for name in intervals)} |",
         "| --- |" + " --- |" * len(intervals),
         f"| {results['model']} | {' | '.join(interval.percent() for interval in intervals.values())} |",
         "",
@@ -278,25 +332,36 @@ def describe_results(results: dict, how: str) -> str:
         lines.append(f"{name.rjust(width)}  " + "  ".join(cells))
     if results.get("never_predicted"):
         lines.append(f"NEVER PREDICTED: {', '.join(results['never_predicted'])}")
-    if "detection" in results:
-        lines += ["", "Malignant against the rest; threshold and temperature from validation:"]
-        for name, value in results["detection"].items():
-            lines.append(f"  {metrics.DETECTION[name]:<48} {describe_interval(name, value)}")
+    if unlearnt := results.get("unlearnt"):
+        lines.append(f"NO TRAINING IMAGE, and in no mean over classes: {', '.join(unlearnt)}")
+    lines += describe_detection(results)
     for comparison in results.get("differences", [results] if "difference" in results else []):
         lines += ["", f"Difference to {comparison['baseline']}, percentage points, paired over patients:"]
         for name, there_and_here in comparison.get("settings_differ", {}).items():
             lines.append(f"  NOT THE WEIGHTS ALONE: {name} is {there_and_here[0]} there and {there_and_here[1]} here")
         for name, value in comparison["difference"].items():
             difference = metrics.Difference.of(value)
-            lines.append(f"  {metrics.METRICS[name]:<22} {difference.percent()}, p = {difference.p_value:.4f}")
+            lines.append(f"  {titles[name]:<22} {difference.percent()}, {difference.p_text()}")
     return "\n".join(lines)
 
 
-def describe_interval(name: str, value: dict[str, float | None]) -> str:
+def describe_detection(results: dict[str, Any]) -> list[str]:
+    """The positive class against the rest, as lines; none where no class is that."""
+    if "detection" not in results:
+        return []
+    titles = metrics.headings(metrics.DETECTION, results["positive"])
+    lines = [
+        "",
+        f"{metrics.class_title(results['positive'])} against the rest; threshold and temperature from validation:",
+    ]
+    return lines + [
+        f"  {titles[name]:<48} {describe_interval(name, value)}" for name, value in results["detection"].items()
+    ]
+
+
+def describe_interval(name: str, value: dict[str, Any]) -> str:
     """Percent, but for the calibration, whose ideal slope is 1 and intercept 0, and the Brier score."""
-    numbers = [value[key] for key in ("value", "low", "high")]
-    if any(number is None for number in numbers):
-        return "not defined"
+    interval = metrics.Interval.of(value)
     if name in ("brier", "calibration_slope", "calibration_intercept"):
-        return "{:.3f} ({:.3f} to {:.3f})".format(*numbers)
-    return metrics.Interval.of(value).percent()  # type: ignore[arg-type]
+        return interval.shown(".3f", ".3f", 1)
+    return interval.percent()

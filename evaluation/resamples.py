@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.stats import beta
 
 from evaluation.metrics import (
     MALIGNANT,
+    PROPORTIONS,
     Difference,
     Interval,
     Labels,
@@ -42,11 +44,44 @@ class Drawn:
     """A metric of one set of probabilities, and what it is on each of R resamples."""
 
     value: float
-    draws: np.ndarray  # (R,)
+    draws: np.ndarray  # (R,); empty where none can be drawn
+    of: float = 0.0  # a proportion's effective number of samples (`effective_number`); 0 for what is none
+    why: str = ""  # no interval can be given
 
     def interval(self, level: float = 0.95) -> Interval:
-        """The value with the percentiles of its draws."""
-        return Interval(self.value, *percentiles(self.draws, level))
+        """The value with the percentiles of its draws; see `interval_of`."""
+        if self.why:
+            return Interval(self.value, None, None, why=self.why)
+        return interval_of(self.value, percentiles(self.draws, level), self.of, level)
+
+
+MEANS = ("auroc", "f1", "precision", "recall", "balanced_accuracy")  # over classes
+ALIKE = "the resamples do not vary"
+
+
+def interval_of(value: float, bounds: tuple[float, float], of: float, level: float) -> Interval:
+    """The bounds; where resamples do not vary, which is no certainty, those of a proportion by its number, or none."""
+    if bounds[1] - bounds[0] > 1e-12 or np.isnan(bounds).any():
+        return Interval(value, *bounds)
+    if of:
+        return Interval(value, *clopper_pearson(value, of, level))
+    return Interval(value, None, None, why=ALIKE)
+
+
+def clopper_pearson(value: float, of: float, level: float = 0.95) -> tuple[float, float]:
+    """The exact interval of a proportion of `of` samples (Clopper and Pearson 1934), which may be no whole number."""
+    tail, hits = (1 - level) / 2, value * of
+    low = beta.ppf(tail, hits, of - hits + 1) if hits > 0 else 0.0
+    return float(low), float(beta.ppf(1 - tail, hits + 1, of - hits) if hits < of else 1.0)
+
+
+def effective_number(groups: np.ndarray) -> float:
+    """How many independent samples those of some groups (n,) are worth at least: n over the design effect (Kish 1965).
+
+    A group's samples count as wholly alike: where all are right or all are wrong, nothing tells how alike they are.
+    """
+    sizes = np.unique(groups, return_counts=True)[1]
+    return float(sizes.sum() ** 2 / np.square(sizes).sum()) if len(sizes) else 0.0
 
 
 class Resamples:
@@ -54,16 +89,18 @@ class Resamples:
 
     Rows of a table, units of patients or findings have draws of their own; two objects with equal arguments draw alike.
     A resample in which a class has no sample is drawn again, since no metric is defined on it: intervals are
-    conditional on every class being present.
+    conditional on every class being present. A metric that hangs on a single patient of a class has no interval, and
+    none has one where most resamples lack a class.
 
     Args:
         labels: (n,) indices into `classes`.
         patients: (n,) who each sample belongs to.
         positive: the class that has columns of its own, None where there is none.
         number: of resamples, R.
+        unlearnt: classes without training samples, which means over classes leave out.
 
     Raises:
-        ValueError: labels out of range, a class without samples, or so few patients that most resamples lack a class.
+        ValueError: labels out of range, or a class without samples.
     """
 
     def __init__(
@@ -74,11 +111,13 @@ class Resamples:
         positive: str | None = MALIGNANT,
         number: int = RESAMPLES,
         seed: int = 0,
+        unlearnt: Sequence[str] = (),
     ):
         self.labels, self.patients, self.classes = np.asarray(labels), np.asarray(patients), tuple(classes)
         if positive is not None and positive not in self.classes:
             raise ValueError(f"class {positive!r} is not among {', '.join(self.classes)}")
-        self.positive, self.number, self.seed = positive, number, seed
+        self.positive, self.number, self.seed, self.unlearnt = positive, number, seed, tuple(unlearnt)
+        self.over = [c for c, name in enumerate(self.classes) if name not in self.unlearnt]
         if len(self.patients) != len(self.labels):
             raise ValueError(f"{len(self.patients)} patient names for {len(self.labels)} samples")
 
@@ -97,6 +136,7 @@ class Resamples:
         names, patient = self._groups
         classes_of = np.zeros((len(names), len(self.classes)))  # (P, k) samples of each class by patient
         np.add.at(classes_of, (patient, self.labels), 1)
+        classes_of = classes_of[:, self.over]
         rng = np.random.default_rng(self.seed)
         even = np.full(len(names), 1 / len(names))
         counts = np.empty((self.number, len(names)), np.uint16)
@@ -105,9 +145,11 @@ class Resamples:
             drawn = rng.multinomial(len(names), even, size=part.stop - part.start)
             counts[part], lacking[part] = drawn, ((drawn @ classes_of) == 0).any(1)
         if lacking.mean() > 0.5:
+            rarest = int(classes_of.astype(bool).sum(0).argmin())
             raise ValueError(
-                f"{len(names)} patients, groups or images that count by themselves are too few for a bootstrap: most "
-                f"resamples lack a class (how many have one of each class: {(classes_of > 0).sum(0).tolist()})"
+                f"{len(names)} patients, groups or images that count by themselves are too few for a bootstrap, most "
+                f"resamples lack a class: {int((classes_of[:, rarest] > 0).sum())} with a sample of "
+                f"{self.classes[self.over[rarest]]}"
             )
         while len(again := np.flatnonzero(lacking)):
             for part in blocks(len(again), len(names)):
@@ -135,7 +177,51 @@ class Resamples:
     @property
     def rarest(self) -> int:
         """Patients with a sample of the class that the fewest have."""
-        return min(len(set(self.patients[self.labels == c])) for c in range(len(self.classes)))
+        return min(len(set(self.patients[self.labels == c])) for c in self.over)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Where there are no draws, or they say nothing
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def too_few(self) -> str:
+        """Why there are no resamples; "" where there are."""
+        try:
+            self._counts  # noqa: B018 (drawn here, kept)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def _why(self, name: str) -> str:
+        """Why a metric has no interval: another patient of a class with one could change it to anything."""
+        if self.positive is None or name in MEANS:
+            sides = [(f"one patient of class {self.classes[c]}", self.labels == c) for c in self.over]
+        else:
+            target = self.labels == self.classes.index(self.positive)
+            sides = [("one positive patient", target), ("one negative patient", ~target)]
+            sides = {"specificity": sides[1:], "sensitivity": sides[:1], "recall_malignant": sides[:1]}.get(name, sides)
+        return next((words for words, own in sides if len(set(self.patients[own])) == 1), self.too_few)
+
+    def _of(self, name: str, prob: np.ndarray) -> float:
+        """The effective number of samples that a proportion is of; 0 where the metric is none, or there are none."""
+        if name not in PROPORTIONS or self.positive is None:
+            return 0.0
+        target = self.classes.index(self.positive)
+        own = {
+            "precision_malignant": prob.argmax(1) == target,
+            "specificity": self.labels != target,
+        }.get(name, self.labels == target)
+        return effective_number(self.patients[own])
+
+    def _drawn(
+        self, values: dict[str, float], prob: np.ndarray, score: Callable[[np.ndarray], dict[str, np.ndarray]]
+    ) -> dict[str, Drawn]:
+        """Values with what `score` makes of the resamples' weights (r, n)."""
+        draws = {} if self.too_few else self._over(score)
+        return {
+            name: Drawn(value, draws.get(name, np.empty(0)), self._of(name, prob), self._why(name))
+            for name, value in values.items()
+        }
 
     # -----------------------------------------------------------------------------------------------------------------
     # What it answers, of probabilities (n, k) for these samples
@@ -143,11 +229,10 @@ class Resamples:
 
     def draw(self, prob: np.ndarray) -> dict[str, Drawn]:
         """The columns of the published tables, those of the positive class where there is one."""
-        labels, prob = checked(self.labels, prob, self.classes)
-        values = classification_metrics(labels, prob, self.classes, self.positive)
+        labels, prob = checked(self.labels, prob, self.classes, self.unlearnt)
+        values = classification_metrics(labels, prob, self.classes, self.positive, self.unlearnt)
         target = None if self.positive is None else self.classes.index(self.positive)
-        draws = self._over(lambda weights: weighted_metrics(labels, prob, weights, target))
-        return {name: Drawn(value, draws[name]) for name, value in values.items()}
+        return self._drawn(values, prob, lambda weights: weighted_metrics(labels, prob, weights, target, self.over))
 
     def intervals(self, prob: np.ndarray, level: float = 0.95) -> dict[str, Interval]:
         """The same with percentile intervals."""
@@ -159,22 +244,32 @@ class Resamples:
         The pairing removes the part of the spread that both share: which patients were drawn.
         """
         first, second = self.draw(prob), self.draw(baseline)
-        found = {}
+        same, found = np.array_equal(prob, baseline), {}
         for name in first:
+            value, why = first[name].value - second[name].value, first[name].why
+            if why:
+                found[name] = Difference(value, None, None, None, why=why)
+                continue
             draws = first[name].draws - second[name].draws
-            value = first[name].value - second[name].value
-            found[name] = Difference(value, *percentiles(draws, level), p_value=two_sided(draws))
+            low, high = percentiles(draws, level)
+            if np.ptp(draws) > 1e-12 or same:  # of equal probabilities it is certain
+                found[name] = Difference(value, low, high, two_sided(draws))
+            else:
+                found[name] = Difference(value, None, None, None, why=ALIKE)
         return found
 
     def draw_detection(self, prob: np.ndarray, point: OperatingPoint) -> dict[str, Drawn]:
         """metrics.DETECTION: the positive class against all others, at what validation fixed."""
-        labels, prob = checked(self.labels, prob, self.classes)
+        labels, prob = checked(self.labels, prob, self.classes, self.unlearnt)
         if self.positive is None:
             raise ValueError("no class is the positive one")
         target = self.classes.index(self.positive)
-        value = weighted_detection(labels, prob, np.ones((1, len(labels))), target, point)
-        draws = self._over(lambda weights: weighted_detection(labels, prob, weights, target, point))
-        return {name: Drawn(float(value[name][0]), draws[name]) for name in draws}
+
+        def score(weights: np.ndarray) -> dict[str, np.ndarray]:
+            return weighted_detection(labels, prob, weights, target, point, self.over)
+
+        values = {name: float(value[0]) for name, value in score(np.ones((1, len(labels)))).items()}
+        return self._drawn(values, prob, score)
 
     def detection(self, prob: np.ndarray, point: OperatingPoint, level: float = 0.95) -> dict[str, Interval]:
         """The same with percentile intervals.
@@ -200,9 +295,10 @@ class Bootstrap:
         patients: Sequence[str] | np.ndarray,
         classes: Sequence[str],
         positive: str | None = MALIGNANT,
+        unlearnt: Sequence[str] = (),
     ) -> Resamples:
         """The draws for some samples; arguments as those of Resamples."""
-        return Resamples(labels, patients, classes, positive, self.number, self.seed)
+        return Resamples(labels, patients, classes, positive, self.number, self.seed, unlearnt)
 
 
 BOOTSTRAP = Bootstrap()
@@ -220,58 +316,107 @@ def two_sided(draws: np.ndarray) -> float:
     return float(min(1.0, 2 * (1 + smaller) / (1 + len(draws))))
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What is said of a set with several findings."""
+
+    each: dict[str, dict[str, Interval]]  # by finding: AUROC and average precision; no value where it is left out
+    macro: dict[str, Interval]  # their means over `averaged`
+    averaged: list[str]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The findings that no mean has, and why."""
+        return {name: found["auroc"].why for name, found in self.each.items() if name not in self.averaged}
+
+
 def finding_intervals(
     known: np.ndarray,
-    prob: np.ndarray,
+    scores: np.ndarray,
     groups: Sequence[str],
     names: Sequence[str],
     bootstrap: Bootstrap = BOOTSTRAP,
     level: float = 0.95,
-) -> dict[str, dict[str, Interval]]:
-    """AUROC and average precision of each finding, and their means over findings under "macro", over resampled groups.
+    unfitted: dict[str, str] | None = None,
+) -> Findings:
+    """AUROC and average precision of each finding, and their means over findings, over resampled groups.
 
     Args:
         known: (n, k) 0 or 1; -1 where nothing is known, which leaves the image out of that finding alone.
-        prob: (n, k) probability of each finding.
+        scores: (n, k) what each finding's images are ranked by.
         groups: (n,) what is drawn as a whole, the patient.
+        unfitted: findings without a score, and why.
 
-    A finding without both outcomes is left out. A resample in which a finding lacks one has no value of it, and its
-    mean is over the others.
+    A finding that is unfitted or has one outcome has no value, and the means are over the others. One that a single
+    group has, or lacks, has no interval, and the means have none. A resample in which a finding lacks an outcome has no
+    value of it, and its mean is over the others.
+
+    Raises:
+        ValueError: shapes that do not fit, a score that is no number, or no finding with a value; which, and why.
     """
-    if known.shape != prob.shape or known.shape != (len(groups), len(names)):
-        shapes = f"findings {known.shape}, probabilities {prob.shape}"
+    if known.shape != scores.shape or known.shape != (len(groups), len(names)):
+        shapes = f"findings {known.shape}, scores {scores.shape}"
         raise ValueError(f"{shapes} for {len(groups)} images and {len(names)} names")
     distinct, place = np.unique(np.asarray(groups), return_inverse=True)
-    even = np.full(len(distinct), 1 / len(distinct))
-    rng = np.random.default_rng(bootstrap.seed)
-    one = np.ones((1, len(groups)))
-    scores = {"auroc": weighted_auroc, "average_precision": weighted_average_precision}
-    value: dict[str, dict[str, float]] = {}
-    draws: dict[str, dict[str, np.ndarray]] = {}
-    index: dict[int, np.ndarray] = {}  # of each finding that has both outcomes: the images where it is known
-    positive: dict[int, np.ndarray] = {}  # and which of them have it
+    missing, lone = dict(unfitted or {}), {}
     for i, name in enumerate(names):
-        seen = known[:, i] >= 0
-        outcome = known[seen, i] == 1
-        if outcome.any() and not outcome.all():
-            index[i], positive[i] = seen, outcome
-            value[name] = {key: float(score(outcome, prob[seen, i], one[:, seen])[0]) for key, score in scores.items()}
-            draws[name] = {key: np.empty(bootstrap.number) for key in scores}
-    for part in progress(blocks(bootstrap.number, len(groups)), "resampling"):
-        counts = rng.multinomial(len(distinct), even, size=part.stop - part.start)[:, place]  # (r, n)
-        for i in index:
-            weights = counts[:, index[i]]
-            undefined = ((weights @ positive[i]) == 0) | ((weights @ ~positive[i]) == 0)
-            weights[undefined] = 1  # any weights with both outcomes; overwritten below
-            for key, score in scores.items():
-                found = score(positive[i], prob[index[i], i], weights)
-                draws[names[i]][key][part] = np.where(undefined, np.nan, found)
-    if not value:
-        raise ValueError("no finding has both outcomes")
-    value["macro"] = {key: float(np.mean([v[key] for v in value.values()])) for key in scores}
-    draws["macro"] = {key: np.nanmean([d[key] for d in draws.values()], axis=0) for key in scores}
+        if name in missing:
+            continue
+        if np.isnan(scores[:, i]).any():
+            raise ValueError(f"{name}: the score of image {int(np.isnan(scores[:, i]).argmax())} is no number")
+        patients = [len(set(place[known[:, i] == outcome])) for outcome in (0, 1)]
+        if 0 in patients:
+            missing[name] = "no test image " + ("with it" if patients[0] else "without it")
+        elif 1 in patients:
+            lone[name] = f"one {'negative' if patients[0] == 1 else 'positive'} patient"
+    index = [i for i, name in enumerate(names) if name not in missing]
+    if not index:
+        raise ValueError(f"no finding has a figure: {'; '.join(f'{name}, {why}' for name, why in missing.items())}")
+    values, draws = _draw_findings(known[:, index], scores[:, index], place, bootstrap)
     tails = ((1 - level) / 2, (1 + level) / 2)
-    return {
-        name: {key: Interval(value[name][key], *map(float, np.nanquantile(draws[name][key], tails))) for key in scores}
-        for name in value
-    }
+
+    def over(value: float, drawn: np.ndarray, why: str) -> Interval:
+        if why:
+            return Interval(value, None, None, why=why)
+        low, high = np.nanquantile(drawn, tails)
+        return interval_of(value, (float(low), float(high)), 0, level)
+
+    each = {name: dict.fromkeys(values, Interval(None, None, None, why=missing.get(name, ""))) for name in names}
+    for place_of, i in enumerate(index):
+        name = names[i]
+        each[name] = {k: over(float(values[k][place_of]), draws[k][place_of], lone.get(name, "")) for k in values}
+    why = "; ".join(f"{name} has {reason}" for name, reason in lone.items())
+    macro = {key: over(float(values[key].mean()), _mean_of_known(draws[key]), why) for key in values}
+    return Findings(each, macro, [names[i] for i in index])
+
+
+def _mean_of_known(draws: np.ndarray) -> np.ndarray:
+    """Means (R,) over findings (k, R), each of those that have a value; NaN where none has."""
+    known = ~np.isnan(draws)
+    return np.where(known.any(0), np.where(known, draws, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
+
+
+def _draw_findings(
+    known: np.ndarray, scores: np.ndarray, place: np.ndarray, bootstrap: Bootstrap
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Values (k,) and draws (k, R) by metric, of findings (n, k) with both outcomes; `place` (n,) numbers groups."""
+    measures = {"auroc": weighted_auroc, "average_precision": weighted_average_precision}
+    n, k = known.shape
+    values = {key: np.empty(k) for key in measures}
+    draws = {key: np.empty((k, bootstrap.number)) for key in measures}
+    groups = int(place.max()) + 1
+    even, rng = np.full(groups, 1 / groups), np.random.default_rng(bootstrap.seed)
+    for i in range(k):
+        seen = known[:, i] >= 0
+        for key, measure in measures.items():
+            values[key][i] = measure(known[seen, i] == 1, scores[seen, i], np.ones((1, seen.sum())))[0]
+    for part in progress(blocks(bootstrap.number, n), "resampling"):
+        counts = rng.multinomial(groups, even, size=part.stop - part.start)[:, place]  # (r, n)
+        for i in range(k):
+            seen = known[:, i] >= 0
+            positive, weights = known[seen, i] == 1, counts[:, seen]
+            undefined = ((weights @ positive) == 0) | ((weights @ ~positive) == 0)
+            weights[undefined] = 1  # any weights with both outcomes; overwritten below
+            for key, measure in measures.items():
+                draws[key][i, part] = np.where(undefined, np.nan, measure(positive, scores[seen, i], weights))
+    return values, draws

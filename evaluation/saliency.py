@@ -30,6 +30,7 @@ from evaluation import metrics
 from evaluation.features import Backbone
 from evaluation.heads import Linear
 from evaluation.probe import fitted_probe
+from evaluation.resamples import Drawn, effective_number
 from inputs import cbis
 from inputs.images import UnreadableImage, read_image
 
@@ -213,7 +214,10 @@ def energy_inside(heat: np.ndarray, mask: np.ndarray) -> float:
     return float(heat[mask].sum() / total) if total > 0 else float(mask.mean())
 
 
-def score_maps(explained: Sequence[Explained], resamples: int = 2000, seed: int = 0) -> dict[str, dict[str, float]]:
+PROPORTIONS = ("pointing", "pointing_random_weights", "empty")  # of maps, each yes or no
+
+
+def score_maps(explained: Sequence[Explained], resamples: int = 2000, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Means over lesions with 95% intervals over resampled patients; ValueError where there is no lesion.
 
     pointing and energy of the model, of the tower drawn anew, and of chance; energy above chance, paired; the rank
@@ -239,8 +243,9 @@ def score_maps(explained: Sequence[Explained], resamples: int = 2000, seed: int 
     found = {}
     for name, each in values.items():
         draws = weights @ np.array(each) / weights.sum(1)
-        low, high = np.quantile(draws, (0.025, 0.975))
-        found[name] = {"value": float(np.mean(each)), "low": float(low), "high": float(high)}
+        of = effective_number(place) if name in PROPORTIONS else 0.0
+        drawn = Drawn(float(np.mean(each)), draws, of, "one patient" if len(names) == 1 else "")
+        found[name] = drawn.interval().plain()
     return found
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from evaluation import downstream, metrics
 from evaluation.catalog import Catalog, entry_of, metric_of, read_catalog
 from evaluation.features import greys_of
 from evaluation.heads import Choice, Head, Linear, Samples, fit_logistic, knn_probabilities, stratified_part
-from evaluation.predictions import Predictions, check_baseline, report_rows
+from evaluation.predictions import Predictions, check_baseline, describe_detection, report_rows, unlearnt_classes
 from evaluation.probe import Fitting, Fractions, Probe
-from evaluation.resamples import finding_intervals
+from evaluation.resamples import Findings, finding_intervals
 from inputs.cbis import CBIS_SETS
 from inputs.transforms import linear_eval_view
 from runtime.command_line import UsageError
@@ -39,9 +39,9 @@ def find_set(dataset: str, root: str, catalog_file: str) -> Catalog:
     return catalog
 
 
-def score_set(labels: np.ndarray, outputs: np.ndarray, metric: str) -> metrics.Scores:
-    """All metrics of a set, in percent as its results have always been, from logits or probabilities (n, k)."""
-    return metrics.percent(metrics.score_outputs(labels, outputs, metric))
+def score_set(labels: np.ndarray, outputs: np.ndarray, metric: str, unlearnt: Sequence[int] = ()) -> metrics.Scores:
+    """All metrics of a set, in percent as its results have always been, from logits or log-probabilities (n, k)."""
+    return metrics.percent(metrics.score_outputs(labels, outputs, metric, unlearnt))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,6 +66,16 @@ class SetFeatures:
     test: Samples
     findings: dict[str, np.ndarray]  # (n, k) of each split, 0, 1 or -1; {} where an image has one class
     skipped: dict[str, int]  # images by split, missing or corrupt
+    unlearnt: list[int]  # classes that no training image has
+
+    def score(self, prob: np.ndarray, metric: str) -> metrics.Scores:
+        """`score_set` of the test split's probabilities (n, k)."""
+        return score_set(self.test.labels, metrics.log_prob(prob), metric, self.unlearnt)
+
+    def predictions(self, labelled: LabelledSet, prob: np.ndarray) -> Predictions | None:
+        """The test split's, where its rows are known."""
+        scheme = labelled.test.scheme
+        return None if scheme is None else Predictions(self.test.rows, prob, scheme.without(self.unlearnt))
 
 
 def open_set(probe: Probe, catalog: Catalog, fitting: Fitting, fractions: Fractions, neighbours: int) -> LabelledSet:
@@ -92,7 +102,8 @@ def read_features(probe: Probe, labelled: LabelledSet) -> SetFeatures:
         if images.findings is not None:
             findings[split] = images.findings[kept]
         parts[split] = Samples(features, images.labels[kept], [images.rows[i] for i in kept] if images.rows else [])
-    return SetFeatures(parts["train"], parts["test"], findings, skipped)
+    unlearnt = [] if findings else unlearnt_classes(labelled.test.classes, parts["train"].labels, probe.dataset)
+    return SetFeatures(parts["train"], parts["test"], findings, skipped, unlearnt)
 
 
 def probe_set(
@@ -112,6 +123,8 @@ def probe_set(
         "samples": {"train": len(features.train.labels), "test": len(features.test.labels)},
         "samples_skipped": features.skipped,
     }
+    if features.unlearnt:
+        results["unlearnt"] = [str(labelled.test.classes[c]) for c in features.unlearnt]
     if features.findings:
         return results | {"findings": probe_findings(probe, labelled, features, fitting)}
     if logistic:
@@ -138,12 +151,11 @@ def probe_logistic(
 ) -> dict[str, Any]:  # fmt: skip
     """Logistic regression on all labels; where the test rows are known, predictions.csv and intervals over groups."""
     classes = labelled.test.classes
-    head = fit_on(probe.dataset, features.train, len(classes), labelled.metric, fitting)
+    head = fit_on(probe.dataset, features.train, classes, labelled.metric, fitting)
     prob = head.probabilities(features.test.features)
-    scores = score_set(features.test.labels, prob, labelled.metric)
+    scores = features.score(prob, labelled.metric)
     results: dict[str, Any] = {"logistic": {**scores, "chosen": head.chosen, "validation": head.validation}}
-    if labelled.test.scheme is not None:
-        found = Predictions(features.test.rows, prob, labelled.test.scheme)
+    if (found := features.predictions(labelled, prob)) is not None:
         results |= report_rows(found, head.held_out, probe.baselines, probe.settings, probe.bootstrap)
         if probe.is_main:
             found.write(probe.output_dir / "predictions.csv")
@@ -165,9 +177,8 @@ def probe_neighbours(probe: Probe, labelled: LabelledSet, features: SetFeatures,
     prob = knn_probabilities(
         features.train, features.test.features, k, len(labelled.test.classes), processes.device
     )  # fmt: skip
-    results = {**score_set(features.test.labels, prob, labelled.metric), "k": k}
-    if labelled.test.scheme is not None:
-        found = Predictions(features.test.rows, prob, labelled.test.scheme)
+    results = {**features.score(prob, labelled.metric), "k": k}
+    if (found := features.predictions(labelled, prob)) is not None:
         results |= report_rows(found, None, [], probe.settings, probe.bootstrap)
         if probe.is_main:
             found.write(probe.output_dir / "predictions_knn.csv")
@@ -178,42 +189,49 @@ def probe_findings(probe: Probe, labelled: LabelledSet, features: SetFeatures, f
     """Logistic regression for each finding by itself, on the images whose finding is known."""
     assert labelled.test.scheme is not None
     names, (known, wanted) = labelled.test.classes, (features.findings[split] for split in ("train", "test"))
-    prob, chosen, heads = np.full(wanted.shape, 0.5), {}, {}
+    prob, chosen, heads, unfitted = np.full((*wanted.shape, 2), 0.5), {}, {}, {}
     for i, name in enumerate(names):
         index = np.flatnonzero(known[:, i] >= 0)
         train = replace(features.train[index], labels=known[index, i])
-        if min(np.bincount(train.labels, minlength=2)) < 2:
-            log.warning(f"{probe.dataset}: {name} is left out, it has fewer than two images of an outcome")
+        without, having = np.bincount(train.labels, minlength=2).tolist()
+        if min(without, having) < 2:
+            unfitted[name] = f"not fitted, of its training images {having} have it and {without} do not: two are needed"
             continue
-        head = fit_on(f"{probe.dataset}, {name}", train, 2, "roc_auc", fitting)
-        prob[:, i], chosen[name] = head.probabilities(features.test.features)[:, 1], head.chosen
+        head = fit_on(probe.dataset, train, (f"no {name}", name), "roc_auc", fitting)
+        prob[:, i], chosen[name] = head.probabilities(features.test.features), head.chosen
         heads[name] = head.probabilities
     groups, unit = [row["group"] for row in features.test.rows], labelled.test.scheme.unit
-    found = finding_intervals(wanted, prob, groups, names, probe.bootstrap)
+    scores = np.stack([metrics.ranked(prob[:, i])[:, 1] for i in range(len(names))], axis=1)
+    found = finding_intervals(wanted, scores, groups, names, probe.bootstrap, unfitted=unfitted)
     if probe.is_main:
-        write_findings(probe.output_dir / "predictions.csv", names, features.test.rows, wanted, prob)
+        write_findings(probe.output_dir / "predictions.csv", names, features.test.rows, wanted, prob, unfitted)
         log.info(describe_findings(probe.dataset, found, f"{len(set(groups))} {unit}"))
     keep: list[Linear] = list(heads.values())
     probe.keep_heads(
         keep, features.train.features, None, findings=list(heads), view="linear", greys=greys_of(labelled.train)
     )
-    return {
-        name: {key: asdict(interval) for key, interval in values.items()}
-        | ({"chosen": chosen[name]} if name in chosen else {})
-        for name, values in found.items()
+    results: dict[str, Any] = {
+        name: plain(values) | ({"chosen": chosen[name]} if name in chosen else {})
+        for name, values in found.each.items()
     }
+    return results | {"macro": plain(found.macro) | {"mean_of": found.averaged, "left_out": found.left_out}}
+
+
+def plain(values: dict[str, metrics.Interval]) -> dict[str, Any]:
+    """Metrics as results.json holds them."""
+    return {key: interval.plain() for key, interval in values.items()}
 
 
 def label_fraction(
     probe: Probe, labelled: LabelledSet, features: SetFeatures, fitting: Fitting, fraction: float, draws: int
 ) -> dict[str, Any]:
     """Score of logistic regression on a fraction of each class: mean and deviation over random draws."""
-    found, sizes, classes = [], [], len(labelled.test.classes)
+    found, sizes = [], []
     for draw in range(draws):
         part = part_of(features.train, fraction, np.random.default_rng((fitting.seed, draw)))
-        head = fit_on(probe.dataset, features.train[part], classes, labelled.metric, replace(fitting, folds=0))
-        prob = head.probabilities(features.test.features)
-        found.append(score_set(features.test.labels, prob, labelled.metric)["score"])
+        own = features.train[part]
+        head = fit_on(probe.dataset, own, labelled.test.classes, labelled.metric, replace(fitting, folds=0))
+        found.append(features.score(head.probabilities(features.test.features), labelled.metric)["score"])
         sizes.append(len(part))
     return {
         "fraction": fraction,
@@ -229,11 +247,11 @@ def label_fraction(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fit_on(name: str, train: Samples, num_classes: int, metric: str, fitting: Fitting) -> Head:
+def fit_on(name: str, train: Samples, classes: Sequence[str], metric: str, fitting: Fitting) -> Head:
     """Logistic regression on all of `train`, its penalty chosen on a tenth of each class or on folds, groups whole.
 
     Args:
-        name: of what is fitted, for messages.
+        name: of the set, for messages.
         metric: of metrics.SET_METRICS, which chooses the penalty.
 
     Raises:
@@ -241,26 +259,58 @@ def fit_on(name: str, train: Samples, num_classes: int, metric: str, fitting: Fi
     """
 
     def score(labels: np.ndarray, prob: np.ndarray) -> float:
-        return score_set(labels, prob, metric)["score"]
+        return score_set(labels, metrics.log_prob(prob), metric)["score"]
 
     def decide(labels: np.ndarray, prob: np.ndarray) -> float:
         return float(f1_score(labels, prob.argmax(1), average="macro"))
 
-    choice = Choice(score, fitting.class_weights, decide, fitting.folds, group="group", seed=fitting.seed)
+    choice = Choice(
+        score, fitting.class_weights, decide, fitting.folds, group="group", seed=fitting.seed, classes=classes
+    )
     if fitting.folds:
-        return fit_logistic(train, train[np.arange(0)], num_classes, choice)
-    held_out = stratified_part(train.labels, 0.1, 1, np.random.default_rng(fitting.seed))
-    if train.rows:
-        groups = [row["group"] for row in train.rows]
-        rarest = min(np.bincount(train.labels)[np.unique(train.labels)])
-        number = max(2, min(10, len(set(groups)), rarest))
-        splitter = StratifiedGroupKFold(number, shuffle=True, random_state=fitting.seed)
-        _, held_out = next(iter(splitter.split(train.labels, train.labels, groups)))
+        return fit_logistic(train, train[np.arange(0)], len(classes), choice)
+    held_out = choosing_part(name, train, classes, fitting.seed)
     fitted = np.setdiff1d(np.arange(len(train.labels)), held_out)
-    missing = np.setdiff1d(train.labels, train.labels[fitted])
-    if len(missing):
-        raise ValueError(f"{name}: class {missing[0]} has one training image; two are needed to choose a penalty")
-    return fit_logistic(train[fitted], train[held_out], num_classes, choice)
+    return fit_logistic(train[fitted], train[held_out], len(classes), choice)
+
+
+def choosing_part(name: str, train: Samples, classes: Sequence[str], seed: int) -> np.ndarray:
+    """Numbers of about a tenth of the samples, to choose the penalty on: whole groups, each class in it and outside.
+
+    A class whose images are all one group's cannot be on both sides of whole groups. Then that group's images are
+    divided, and the log says so: a penalty that was chosen on images so like those it was fitted on may be too weak.
+
+    Raises:
+        ValueError: a class with a single training image, or classes that no whole groups keep in the rest.
+    """
+    present, counts = np.unique(train.labels, return_counts=True)
+    if lone := [str(classes[c]) for c, n in zip(present, counts, strict=True) if n == 1]:
+        raise ValueError(f"{name}: one training image of class {lone[0]}; two are needed to choose a penalty")
+    if not train.rows:
+        return stratified_part(train.labels, 0.1, 1, np.random.default_rng(seed))
+    names, place = np.unique([row["group"] for row in train.rows], return_inverse=True)
+    for c, n in zip(present, counts, strict=True):
+        if len(own := np.unique(place[train.labels == c])) == 1:
+            log.warning(
+                f"{name}: all {n} training images of class {classes[c]} are of one group ({names[own[0]]}): to choose "
+                "the penalty, its images are divided between what is fitted and what is held out"
+            )
+            divided = place == own[0]
+            place = np.where(divided, len(names) + np.arange(len(place)), place)
+    first = max(2, min(10, len(np.unique(place)), min(counts)))
+    usable = []
+    for number in range(first, 1, -1):
+        splitter = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
+        for fitted, held_out in splitter.split(train.labels, train.labels, place):
+            if len(np.unique(train.labels[fitted])) == len(present):
+                if len(np.unique(train.labels[held_out])) == len(present):
+                    return held_out
+                usable.append(held_out)
+    if not usable:
+        raise ValueError(
+            f"{name}: no tenth of whole groups leaves every class in the rest: classes share too few groups"
+        )
+    return usable[0]
 
 
 def part_of(train: Samples, fraction: float, rng: np.random.Generator) -> np.ndarray:
@@ -279,22 +329,43 @@ def part_of(train: Samples, fraction: float, rng: np.random.Generator) -> np.nda
 
 
 def write_findings(
-    path: Path, names: Sequence[str], rows: Sequence[dict[str, str]], known: np.ndarray, prob: np.ndarray
+    path: Path,
+    names: Sequence[str],
+    rows: Sequence[dict[str, str]],
+    known: np.ndarray,
+    prob: np.ndarray,
+    unfitted: Container[str] = (),
 ) -> None:
-    """One line an image: image, group, each finding as it counted (empty where unknown), each probability."""
-    lines = [["image", "group", *names, *(f"prob_{name}" for name in names)]]
-    for row, own, p in zip(rows, known.tolist(), prob.tolist(), strict=True):
-        lines.append([row["image"], row["group"], *("" if value < 0 else value for value in own), *p])
+    """One line an image: image, group, each finding as it counted (empty where unknown), and what was made of it.
+
+    That is its probability and the logit behind it, which still ranks where probabilities round to 1; both are empty
+    for a finding that was not fitted.
+
+    Args:
+        prob: (n, findings, 2), without and with it.
+    """
+    lines = [["image", "group", *names, *(f"prob_{name}" for name in names), *(f"logit_{name}" for name in names)]]
+    logs = metrics.log_prob(prob)
+    logits = logs[..., 1] - logs[..., 0]  # (n, findings)
+    for row, own, *answers in zip(rows, known.tolist(), prob[..., 1].tolist(), logits.tolist(), strict=True):
+        cells = ["" if name in unfitted else x for each in answers for name, x in zip(names, each, strict=True)]
+        lines.append([row["image"], row["group"], *("" if value < 0 else value for value in own), *cells])
     utils.atomic_write(path, lambda file: file.write(utils.csv_text(lines).encode("utf-8", "surrogateescape")))
 
 
-def describe_findings(dataset: str, found: dict[str, dict[str, metrics.Interval]], over: str) -> str:
+def describe_findings(dataset: str, found: Findings, over: str) -> str:
     """A table of all findings and their mean; `over`, such as "12 patients", is what the intervals are over."""
     lines = [f"{dataset}: percent, with 95% intervals over {over}", ""]
     lines += ["| Finding | AUROC | Average precision |", "| --- | --- | --- |"]
-    for name, values in found.items():
+    rows = found.each | {mean_title(found.averaged, found.left_out): found.macro}
+    for name, values in rows.items():
         lines.append(f"| {name} | {' | '.join(interval.percent() for interval in values.values())} |")
     return "\n".join(lines)
+
+
+def mean_title(averaged: Sequence[str], left_out: Container[str]) -> str:
+    """What the mean over findings is called: over which, where some are left out."""
+    return f"mean of {', '.join(averaged)}" if left_out else "macro"
 
 
 def describe_probes(results: dict[str, Any]) -> str:
@@ -302,10 +373,11 @@ def describe_probes(results: dict[str, Any]) -> str:
     lines = []
     if "metrics" in results:
         lines.append(f"{results['dataset']}, logistic: percent, with 95% intervals over {results['interval']['over']}")
+        titles = metrics.headings(metrics.METRICS, results["positive"])
         lines += [
-            f"  {metrics.METRICS[name]:<22} {metrics.Interval.of(value).percent()}"
-            for name, value in results["metrics"].items()
+            f"  {titles[name]:<22} {metrics.Interval.of(value).percent()}" for name, value in results["metrics"].items()
         ]
+        lines += describe_detection(results)
     for name in ("logistic", "knn"):
         if name in results:
             title = name if name == "logistic" else f"{results[name]['k']}-NN"
@@ -317,6 +389,8 @@ def describe_probes(results: dict[str, Any]) -> str:
             f"{results['dataset']}, {part['fraction']:.2%} of the labels ({part['samples']} images): "
             f"{part['mean']:.2f}{spread} over {draws} draws"
         )
+    if unlearnt := results.get("unlearnt"):
+        lines.append(f"NO TRAINING IMAGE, and in no mean over classes: {', '.join(unlearnt)}")
     if any(results["samples_skipped"].values()):
         lines.append(f"MISSING OR CORRUPT IMAGES SKIPPED: {results['samples_skipped']}")
     return "\n".join(lines)

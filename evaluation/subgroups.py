@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,9 @@ def by_unit(predictions: Predictions, unit: str) -> Predictions:
     for index in members.values():
         gravest = min((predictions.rows[i]["pathology"] for i in index), key=SEVERITY.index)
         rows.append({**predictions.rows[index[0]], "pathology": gravest})
-    return Predictions(rows, np.stack([predictions.prob[index].mean(0) for index in members.values()]))
+    return Predictions(
+        rows, np.stack([predictions.prob[index].mean(0) for index in members.values()]), predictions.scheme
+    )
 
 
 def score_units(predictions: Predictions, bootstrap: Bootstrap = BOOTSTRAP) -> dict[str, dict]:
@@ -40,7 +42,7 @@ def score_units(predictions: Predictions, bootstrap: Bootstrap = BOOTSTRAP) -> d
         found = _or_none(lambda merged=merged: merged.resamples(bootstrap).intervals(merged.prob))
         results[unit] = {
             "number": len(merged.rows),
-            "metrics": found and {name: asdict(interval) for name, interval in found.items()},
+            "metrics": found and {name: interval.plain() for name, interval in found.items()},
         }
     return results
 
@@ -89,7 +91,7 @@ def score_subgroups(
             results.append({
                 "by": name, "value": value, "lesions": len(index), "patients": len(set(part.patients)),
                 "pathologies": dict(zip(CBIS_CLASSES, counts, strict=True)),
-                "auroc": macro and asdict(macro), "auroc_malignant": malignant and asdict(malignant),
+                "auroc": macro and macro.plain(), "auroc_malignant": malignant and malignant.plain(),
             })  # fmt: skip
     return results
 
@@ -114,7 +116,7 @@ def against_the_rest(predictions: Predictions, name: str = metrics.MALIGNANT) ->
 
 
 def _or_none(score: Callable[[], Any]) -> Any:
-    """None where a class is missing or the patients are too few for a bootstrap."""
+    """None where a class is missing."""
     try:
         return score()
     except ValueError:

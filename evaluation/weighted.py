@@ -5,39 +5,43 @@ That equals evaluating each resample by itself, copies and all, and takes one pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.sparse import csr_array
 from scipy.special import expit, logit
 
-from evaluation.metrics import DETECTION, METRICS, OperatingPoint
+from evaluation.metrics import DETECTION, METRICS, OperatingPoint, ranked
 
 
 def weighted_metrics(
-    labels: np.ndarray, prob: np.ndarray, weights: np.ndarray, malignant: int | None
+    labels: np.ndarray, prob: np.ndarray, weights: np.ndarray, malignant: int | None, over: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Every metric of classification_metrics for each row of weights (R, n) -> (R,)."""
+    """Every metric of classification_metrics for each row of weights (R, n) -> (R,), means over the classes `over`."""
     k = prob.shape[1]
     cell = labels * k + prob.argmax(1)  # (n,) cell of the confusion matrix
     of_cell = csr_array((np.ones(len(cell)), (np.arange(len(cell)), cell)), shape=(len(cell), k * k))
     confusion = (weights @ of_cell).reshape(-1, k, k)  # (R, true, predicted)
-    hits = np.diagonal(confusion, axis1=1, axis2=2)  # (R, k)
-    actual, predicted = confusion.sum(2), confusion.sum(1)
+    hits = np.diagonal(confusion, axis1=1, axis2=2)[:, over]  # (R, classes)
+    actual, predicted = confusion.sum(2)[:, over], confusion.sum(1)[:, over]
     recall = hits / actual
     precision = hits / np.maximum(predicted, 1)  # never predicted: no hits either, hence 0
     f1 = 2 * hits / (actual + predicted)
-    auroc = np.stack([weighted_auroc(labels == c, prob[:, c], weights) for c in range(k)], axis=1)
-    values = [m.mean(1) for m in (auroc, f1, precision, recall)]
-    values += [precision[:, malignant], recall[:, malignant]] if malignant is not None else []
+    score = ranked(prob)
+    auroc = np.stack([weighted_auroc(labels == c, score[:, c], weights) for c in over], axis=1)
+    values = [auroc.mean(1), *(m.mean(1) for m in (f1, precision, recall))]
+    if malignant is not None:
+        values += [m[:, list(over).index(malignant)] for m in (precision, recall)]
     return dict(zip(METRICS, values, strict=False))
 
 
 def weighted_detection(
-    labels: np.ndarray, prob: np.ndarray, weights: np.ndarray, target: int, point: OperatingPoint
+    labels: np.ndarray, prob: np.ndarray, weights: np.ndarray, target: int, point: OperatingPoint, over: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """DETECTION for each row of weights (R, n) -> (R,)."""
-    positive, score = labels == target, prob[:, target]
-    called, calibrated = score >= point.threshold, point.calibrated(prob)[:, target]
-    of_class = np.stack([labels == c for c in range(prob.shape[1])])  # (k, n)
+    """DETECTION for each row of weights (R, n) -> (R,), balanced accuracy over the classes `over`."""
+    positive, score = labels == target, ranked(prob)[:, target]
+    called, calibrated = point.called(prob, target), point.calibrated(prob)[:, target]
+    of_class = np.stack([labels == c for c in over])  # (k, n)
     recalls = (weights @ (of_class & (prob.argmax(1) == labels)).T) / (weights @ of_class.T)  # (R, k)
     slope, intercept = _recalibration(positive, logit(calibrated.clip(1e-12, 1 - 1e-12)), weights)
     values = (

@@ -74,9 +74,15 @@ def _comparisons(facts: Facts) -> str | None:
 _SPLIT = _when(
     "splits", "official training and test tables; validation split off the training patients, whole patients"
 )
-_ALL_METRICS = _when("rows", "macro AUROC, F1, precision, recall; malignant precision and recall")
+
+
+def _all_metrics(facts: Facts) -> str | None:
+    of_class = f"; precision and recall of {', '.join(facts['positive'])}" if facts["positive"] else ""
+    return f"macro AUROC, F1, precision, recall{of_class}" if facts["rows"] else None
+
+
 _REFERENCE = _when(
-    "tables", "pathology in the case tables; benign without callback means neither biopsy nor further films"
+    "cbis", "pathology in the case tables; benign without callback means neither biopsy nor further films"
 )
 
 TRIPOD_AI: list[tuple[str, str, Answer]] = [
@@ -104,7 +110,7 @@ TRIPOD_AI: list[tuple[str, str, Answer]] = [
     ("12b", "Handling of predictors", None),
     ("12c", "Model type and building steps", _model),
     ("12d", "Heterogeneity between clusters", _when("rows", "patients are kept whole in splits and resamples")),
-    ("12e", "Performance measures", _ALL_METRICS),
+    ("12e", "Performance measures", _all_metrics),
     ("12f", "Model updating", None),
     ("12g", "How predictions are computed", _when("commands", "the commands below reproduce each run")),
     ("13", "Class imbalance", None),
@@ -162,7 +168,7 @@ CLAIM: list[tuple[str, str, Answer]] = [
     ("25", "Training: augmentation, hyperparameters, number of models", _when("commands", "the commands below")),
     ("26", "Choice of the final model", _when("rows", "on validation patients; the test table is read at the end")),
     ("27", "Ensembling", _when("rows", "none")),
-    ("28", "Metrics", _ALL_METRICS),
+    ("28", "Metrics", _all_metrics),
     ("29", "Uncertainty and significance", _uncertainty),
     ("30", "Robustness", _when("subgroups", "subgroups; several seeds where there are")),
     (

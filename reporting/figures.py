@@ -63,13 +63,17 @@ def with_ids(svg: str, name: str) -> str:
 def forest(
     rows: Sequence[tuple[str, Interval]], title: str, axis: str, synthetic: bool, zero: float | None = None
 ) -> str:
-    """Names with a point and an interval each, percent; `zero` draws the line of no difference."""
+    """Names with a point and, where it is known, an interval each, percent; `zero` draws the line of no difference."""
     with plt.rc_context(_STYLE):
         figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.32 * len(rows)))
         places = np.arange(len(rows))[::-1]
         for place, (_, value) in zip(places, rows, strict=True):
-            colour = COLOURS[0] if zero is None or value.low > zero or value.high < zero else "#888888"
-            ax.plot([100 * value.low, 100 * value.high], [place, place], color=colour, lw=2, solid_capstyle="butt")
+            if value.value is None:
+                continue
+            grey = value.low is None or value.high is None or (zero is not None and value.low <= zero <= value.high)
+            colour = "#888888" if grey else COLOURS[0]
+            if value.low is not None and value.high is not None:
+                ax.plot([100 * value.low, 100 * value.high], [place, place], color=colour, lw=2, solid_capstyle="butt")
             ax.plot(100 * value.value, place, "o", color=colour, ms=6)
         if zero is not None:
             ax.axvline(100 * zero, color=INK, lw=0.8, ls=":")

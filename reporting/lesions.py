@@ -71,7 +71,7 @@ def misread(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs) -> l
     target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
     missed = missed_cancers(found)
     wrong = np.flatnonzero(found.prob.argmax(1) != found.labels)
-    confident = wrong[np.argsort(-found.prob[wrong].max(1), kind="stable")][:SHOWN]
+    confident = wrong[np.argsort(-metrics.ranked(found.prob)[wrong].max(1), kind="stable")][:SHOWN]
     groups = []
     for title, index in (("Cancers with the lowest malignant probability", missed),
                          ("The most confident errors", confident)):  # fmt: skip
@@ -184,10 +184,10 @@ def small(img: Image.Image, side: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def percent_cell(value: dict[str, float] | None) -> str:
-    """Percent with the interval, where there is one; a dash for what a publication does not report."""
-    if value is None or value.get("value") is None:
+def percent_cell(value: dict[str, Any] | None) -> str:
+    """Percent with the interval, or why there is none; a dash for what a publication does not report."""
+    if value is None:
         return "–"
     if "low" not in value:
-        return f"{100 * value['value']:.2f}"
+        return "–" if value.get("value") is None else f"{100 * value['value']:.2f}"
     return metrics.Interval.of(value).percent()

@@ -12,6 +12,7 @@ import jinja2
 import utils
 from evaluation import metrics
 from evaluation.predictions import describe_interval
+from evaluation.set_probes import mean_title
 from inputs import cbis
 from reporting import checklists
 from reporting.lesions import explained, lesion_tables, misread, nearest, percent_cell, splits_table
@@ -23,11 +24,17 @@ from reporting.text import markdown, tex
 HERE = Path(__file__).resolve().parents[1]
 
 
+def columns_of(table: ResultTable) -> dict[str, str]:
+    """The columns of a results table, key -> heading."""
+    return metrics.headings(metrics.METRICS, table.positive)
+
+
 def table_rows(table: ResultTable) -> list[dict[str, Any]]:
     """A results table's rows as the page shows them, a cell for each metric."""
     return [
         {"name": row.name, "kind": row.kind, "source": row.source, "leaves_out": row.leaves_out,
-         "never": row.never_predicted, "cells": [percent_cell(row.metrics.get(key)) for key in metrics.METRICS]}
+         "never": row.never_predicted, "cells": [percent_cell(row.metrics.get(key)) for key in columns_of(table)],
+         "unlearnt": row.unlearnt}
         for row in table.rows
     ]  # fmt: skip
 
@@ -39,9 +46,11 @@ def comparison_rows(table: ResultTable, runs: Runs) -> list[dict[str, str]]:
         value = entry["difference"]["auroc"]
         if entry["primary"] and runs.primary:
             late = "AFTER results were there" if runs.primary["after_results"] else "before any result"
-            p = f"{value['p_value']:.4f}, primary, named {late}"
+            p = f"{metrics.Difference.of(value).p_text().removeprefix('p = ')}, primary, named {late}"
         elif "p_holm" in entry:
             p = f"{entry['p_holm']:.4f} (Holm, {entry['family']})"
+        elif value["p_value"] is None:
+            p = "no p-value"
         else:
             p = f"{value['p_value']:.4f}, uncorrected"
         line = {"row": entry["row"], "baseline": short(entry["baseline"], table.kind), "p": p}
@@ -50,7 +59,7 @@ def comparison_rows(table: ResultTable, runs: Runs) -> list[dict[str, str]]:
 
 
 def detection_rows(table: ResultTable) -> list[dict[str, Any]]:
-    """Malignant against the rest, of each model."""
+    """The class that is looked for against the rest, of each model."""
     return [
         {"name": row.name, "cells": [
             describe_interval(key, row.detection[key]) if key in row.detection else MISSING for key in metrics.DETECTION
@@ -64,7 +73,7 @@ def unit_rows(table: ResultTable) -> list[dict[str, Any]]:
     for row in table.rows:
         for unit, entry in row.units.items():
             values = entry["metrics"] or {}
-            cells = [percent_cell(values.get(key)) if values else "too few" for key in metrics.METRICS]
+            cells = [percent_cell(values.get(key)) if values else "a class is missing" for key in columns_of(table)]
             found.append({"name": row.name, "unit": f"{unit} ({entry['number']})", "cells": cells})
     return found
 
@@ -99,6 +108,9 @@ def build_page(
         sections.append({
             "kind": kind, "anchor": anchor(kind), "title": TABLES.get(kind, kind), "lesion": kind in cbis.CBIS_KINDS,
             "size": table.size(), "unit": table.unit,
+            "columns": list(columns_of(table).values()), "against": metrics.class_title(table.positive),
+            "positive": table.positive or "",
+            "detection_columns": list(metrics.headings(metrics.DETECTION, table.positive).values()),
             "rows": table_rows(table), "comparisons": comparison_rows(table, runs), "absent": table.absent,
             "two_class": two_class_rows(table),
             "detection": detection_rows(table), "units": unit_rows(table), "subgroups": subgroup_rows(table),
@@ -114,13 +126,11 @@ def build_page(
         "title": title,
         "synthetic": runs.synthetic,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "columns": list(metrics.METRICS.values()),
-        "detection_columns": list(metrics.DETECTION.values()),
         "sections": sections,
         "training": training,
         "fractions": fractions,
         "figures": gallery.found,
-        "other": [describe_other(path, result) for path, result in runs.other],
+        "other": [line for path, result in runs.other for line in describe_other(path, result)],
         "zeroshot": [describe_zeroshot(name, result) for name, result in runs.zeroshot],
         "commands": commands_of(runs),
         "steps": runs.steps,
@@ -139,23 +149,42 @@ def anchor(kind: str) -> str:
     return utils.file_name(kind) + "~" * (kind in OWN_IDS)
 
 
-def describe_other(path: str, result: dict) -> dict[str, str]:
-    """A result on a set that has no table, as one line."""
+def describe_other(path: str, result: dict) -> list[dict[str, str]]:
+    """A result on a set that has no table, as one line, or one for each of its findings."""
+    dataset = str(result.get("dataset"))
+    if found := result.get("findings"):
+        titles = {name: name for name in found}
+        if "mean_of" in found.get("macro", {}):
+            titles["macro"] = mean_title(found["macro"]["mean_of"], found["macro"]["left_out"])
+        line = {"metric": "AUROC", "source": path}
+        return [
+            line | {"dataset": f"{dataset}: {titles[name]}", "score": percent_cell(own["auroc"])}
+            for name, own in found.items()
+        ]
     scores = result.get("logistic") or result.get("knn") or result
     if "score" not in scores:
-        return {"dataset": str(result.get("dataset")), "metric": MISSING, "score": MISSING, "source": path}
-    return {"dataset": result["dataset"], "metric": scores["metric"], "score": f"{scores['score']:.2f}", "source": path}
+        return [{"dataset": dataset, "metric": MISSING, "score": MISSING, "source": path}]
+    why = "".join(f"; {words} {result[key]}" for key, words in REMARKS.items() if key in result)
+    return [{"dataset": dataset, "metric": scores["metric"], "score": f"{scores['score']:.2f}{why}", "source": path}]
+
+
+REMARKS = {"no_metrics": "no metrics of the test rows:", "unlearnt": "no training image of"}
 
 
 def describe_zeroshot(name: str, result: dict) -> dict[str, Any]:
     """A file of eval_zeroshot.py: metric and score of each set."""
     sets = {**result.get("zero_shot", {}), **result.get("retrieval", {})}
     rows = [
-        (key, value["metric"], f"{value['score']:.2f}") if "score" in value else
+        (key, value["metric"], f"{value['score']:.2f}" + no_metrics(value)) if "score" in value else
         (key, "image-to-text recall at 1", f"{value['i2t_r1']:.2f}")
         for key, value in sets.items()
     ]  # fmt: skip
     return {"name": name, "rows": rows}
+
+
+def no_metrics(value: dict[str, Any]) -> str:
+    """Why a set whose rows are known is no row of a table."""
+    return f"; {REMARKS['no_metrics']} {value['no_metrics']}" if "no_metrics" in value else ""
 
 
 def commands_of(runs: Runs) -> list[dict[str, str]]:
@@ -195,6 +224,8 @@ def facts_of(runs: Runs, sections: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": len(models),
         "seeds": max((len(row.folders) for row in models), default=0),
         "skipped": runs.skipped,
+        "positive": sorted({metrics.class_title(t.positive) for t in runs.tables.values() if t.positive}),
+        "cbis": any(s["lesion"] for s in sections),
         "comparisons": any(table.comparisons for table in runs.tables.values()),
         "primary": runs.primary,
         "detection": any(row.detection for row in models),
@@ -211,12 +242,25 @@ def facts_of(runs: Runs, sections: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def never_seen(unlearnt: list[str]) -> str:
+    """What is said of classes without training images; nothing where there are none."""
+    return f"no training image of {', '.join(unlearnt)}, in no mean over classes" if unlearnt else ""
+
+
+MISSING_CELL = percent_cell(None)
+
+
 def write_csv(page: dict[str, Any]) -> str:
     """All results tables as one CSV, cells as the page has them."""
-    lines = [["table", "row", "kind", *page["columns"], "leaves out", "source"]]
+    titles = metrics.headings(metrics.METRICS, "positive class")
+    lines = [["table", "row", "kind", *titles.values(), "positive class", "leaves out", "source"]]
     for section in page["sections"]:
         for row in section["rows"]:
-            lines.append([section["title"], row["name"], row["kind"], *row["cells"], row["leaves_out"], row["source"]])
+            cells = row["cells"] + [MISSING_CELL] * (len(titles) - len(row["cells"]))  # without a positive class
+            leaves_out = "; ".join(filter(None, [row["leaves_out"], never_seen(row["unlearnt"])]))
+            lines.append(
+                [section["title"], row["name"], row["kind"], *cells, section["positive"], leaves_out, row["source"]]
+            )
     return utils.csv_text(lines)
 
 
@@ -227,7 +271,10 @@ def write_tex(page: dict[str, Any]) -> str:
         lines.append("% SYNTHETIC data: these numbers say nothing about patients.")
     for section in page["sections"]:
         caption = f"{section['title']}" + (" (SYNTHETIC data)" if page["synthetic"] else "")
-        heads, shape = ["Model", *map(tex, page["columns"])], "l" + "c" * len(page["columns"])
+        caption += "".join(
+            f". {row['name']}: {never_seen(row['unlearnt'])}" for row in section["rows"] if row["unlearnt"]
+        )
+        heads, shape = ["Model", *map(tex, section["columns"])], "l" + "c" * len(section["columns"])
         lines += [r"\begin{table}", rf"\caption{{{tex(caption)}}}", rf"\begin{{tabular}}{{{shape}}}"]
         lines += [r"\toprule", " & ".join(heads) + r" \\", r"\midrule"]
         for row in section["rows"]:
@@ -244,6 +291,7 @@ def write_report(page: dict[str, Any], folder: Path) -> None:
         autoescape=jinja2.select_autoescape(["html.jinja"]),
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["never_seen"] = never_seen
     environment.filters["md"] = lambda value: markdown(str(value))
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files = {f"figures/{f.name}.svg": with_colours(f.svg) for f in page["figures"].values()}

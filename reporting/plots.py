@@ -22,6 +22,7 @@ from reporting.runs import MISSING, ResultRow, ResultTable, Runs, read_predictio
 from runtime.logs import read_rows
 
 log = logging.getLogger("medslip")
+MOST_CLASSES = 30  # of a confusion matrix that can be read
 BANDS = 200  # resamples of the patients behind a curve's band
 
 
@@ -78,7 +79,7 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
     if each:
         found["curves"] = list(curve_figures(file, title, each, runs, gallery))
     for row in models:
-        if row.confusion is not None:
+        if row.confusion is not None and len(table.classes) <= MOST_CLASSES:
             name = f"{title}, {short(row.name)}: confusion" + (" (mean over seeds)" if len(row.folders) > 1 else "")
             svg = figures.confusion(np.array(row.confusion, dtype=float), table.classes, name, synthetic)
             key = f"{file}_confusion_{len(found['confusion'])}"
@@ -105,23 +106,26 @@ def curve_figures(
     file: str, title: str, each: list[tuple[ResultRow, list[Predictions]]], runs: Runs, gallery: Gallery
 ) -> Iterator[str]:
     """ROC, precision-recall and calibration of malignant against the rest; bands over patients (and seeds' mean)."""
-    roc, precision, calibration = [], [], []
+    roc, precision, calibration, banded = [], [], [], False
     target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
     for row, group in each:
         first = group[0]
         positive = first.labels == target
-        scores = [p.in_order_of(first.rows, row.name).prob[:, target] for p in group]
+        scores = [metrics.ranked(p.in_order_of(first.rows, row.name).prob)[:, target] for p in group]
         resamples = Resamples(positive.astype(int), first.patients, ("others", metrics.MALIGNANT), number=BANDS)
-        weights = np.concatenate(list(resamples.weights()))  # (R, n)
         one = np.ones((1, len(positive)))
+        banded = resamples.rarest > 1 and not resamples.too_few
+        weights = np.concatenate(list(resamples.weights())) if banded else one  # (R, n)
         for rows, on_grid in ((roc, figures.roc_on_grid), (precision, figures.precision_on_grid)):
             line = np.mean([on_grid(positive, s, one)[0] for s in scores], axis=0)
             drawn = np.mean([on_grid(positive, s, weights) for s in scores], axis=0)
-            rows.append((row.name, figures.GRID, line, *np.quantile(drawn, (0.025, 0.975), axis=0)))
+            band = np.quantile(drawn, (0.025, 0.975), axis=0) if banded else (np.array([]), np.array([]))
+            rows.append((row.name, figures.GRID, line, *band))
         if row.point is not None:
             x, y = figures.reliability(positive, row.point.calibrated(first.prob)[:, target])
             calibration.append((row.name, x, y, np.array([]), np.array([])))
-    source, band = "predictions.csv of each row", "95% bands over patients"
+    source = "predictions.csv of each row"
+    band = "95% bands over patients" if banded else "no bands: too few patients"
     name = f"{title}: ROC, malignant against the rest ({band})"
     yield gallery.add(f"{file}_roc", name, figures.curves(
         roc, name, ("1 − specificity", "sensitivity"), runs.synthetic, diagonal=True), source)  # fmt: skip
@@ -179,7 +183,7 @@ def fraction_figures(runs: Runs, gallery: Gallery) -> list[str]:
         x = np.array([part["fraction"] for part in parts])
         if all("metrics" in part for part in parts):
             values = [part["metrics"]["auroc"] for part in parts]
-            columns = [np.array([100 * v[key] for v in values]) for key in ("value", "low", "high")]
+            columns = [np.array([100 * number(v[key]) for v in values]) for key in ("value", "low", "high")]
         else:  # of a set without intervals: mean and range of the draws
             each = [part["scores"] for part in parts]
             columns = [np.array([of(scores) for scores in each]) for of in (np.mean, np.min, np.max)]
@@ -191,6 +195,11 @@ def fraction_figures(runs: Runs, gallery: Gallery) -> list[str]:
         svg = figures.curves(rows, title, axes, runs.synthetic, unit=False)
         found.append(gallery.add(f"fractions_{len(found)}", title, svg, "results.json, fractions"))
     return found
+
+
+def number(value: float | None) -> float:
+    """NaN, which no line is drawn to, for what is not defined."""
+    return np.nan if value is None else value
 
 
 def flow_figure(kind: str, rows: Sequence[dict[str, str]], runs: Runs, gallery: Gallery) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 import utils
 from evaluation import metrics
-from evaluation.predictions import Predictions
+from evaluation.predictions import Predictions, positive_class
 from inputs import cbis
 from inputs.metadata import inside
 from reporting import files
@@ -42,6 +42,7 @@ class ResultRow:
     never_predicted: list[str] = field(default_factory=list)
     leaves_out: str = ""
     point: metrics.OperatingPoint | None = None
+    unlearnt: list[str] = field(default_factory=list)  # classes without a training image, in no mean over classes
 
 
 @dataclass
@@ -50,6 +51,7 @@ class ResultTable:
 
     kind: str  # calc, mass or both; or another set's name
     classes: tuple[str, ...] = cbis.CBIS_CLASSES
+    positive: str | None = metrics.MALIGNANT  # the class that is looked for
     rows: list[ResultRow] = field(default_factory=list)
     comparisons: list[dict] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
@@ -200,7 +202,7 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
         return
     require(result, path, files.RESULT)
     kind = str(cbis.CBIS_SETS.get(dataset, dataset))
-    table = runs.tables.setdefault(kind, ResultTable(kind, tuple(result["classes"])))
+    table = runs.tables.setdefault(kind, ResultTable(kind, tuple(result["classes"]), positive_class(result)))
     name = row_name(path.parent, folder, kind)
     table.tested(result, path)
     runs.skipped.setdefault(kind, result.get("lesions_skipped", {}))
@@ -210,7 +212,7 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
             name, "measured", result["metrics"], str(path), [path.parent], result.get("detection", {}),
             result.get("units", {}), result.get("subgroups", []), result["confusion"], two_class_of(result),
             result.get("never_predicted", []), "" if untrained else "one run: leaves out the training's chance",
-            point_of(result),
+            point_of(result), result.get("unlearnt", []),
         )
     )  # fmt: skip
     for entry in result.get("differences", []):
@@ -229,7 +231,7 @@ def add_zeroshot(path: Path, folder: Path, runs: Runs) -> None:
             continue
         kind, found = str(cbis.CBIS_SETS.get(dataset, dataset)), scores["rows"]
         require(found, f"{path}, {dataset}, rows", files.ZEROSHOT_ROWS)
-        table = runs.tables.setdefault(kind, ResultTable(kind, tuple(found["classes"])))
+        table = runs.tables.setdefault(kind, ResultTable(kind, tuple(found["classes"]), positive_class(found)))
         if table.lesions is None:
             table.tested(found, f"{path}, {dataset}, rows")
         name = f"zero-shot, {named(path.parent, folder)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import utils
-from evaluation import comparisons, metrics, predictions, references, subgroups
+from evaluation import comparisons, metrics, references, subgroups
 from evaluation.comparisons import Draws
 from evaluation.predictions import Predictions
 from evaluation.resamples import Bootstrap
@@ -86,7 +86,7 @@ def describe_row(item: Measured, test: list[dict[str, str]], bootstrap: Bootstra
         "leaves_out": comparisons.ONE_SEED if any(d.lacks_seeds for d in item.draws.values()) else "",
         "files": item.files,
         "metrics": {
-            name: asdict(comparisons.interval(d)) | {"values": d.values.tolist()} for name, d in item.draws.items()
+            name: comparisons.interval(d).plain() | {"values": d.values.tolist()} for name, d in item.draws.items()
         },
     }
     if item.kind == "reference":
@@ -121,7 +121,7 @@ def describe_detection(
         point = metrics.OperatingPoint(point["temperature"], point["threshold"])
         drawn.append(resamples.draw_detection(found.prob, point))
     return {
-        name: predictions.plain(comparisons.interval(row, bounded=not name.startswith("calibration")))
+        name: comparisons.interval(row, bounded=not name.startswith("calibration")).plain()
         for name, row in comparisons.together(drawn, resamples, item.trained).items()
     }
 
@@ -132,7 +132,7 @@ def plain_draws(found: list[Predictions], trained: bool, bootstrap: Bootstrap) -
         draws = comparisons.draw_rows(found[0].resamples(bootstrap), [p.prob for p in found], trained)
     except ValueError:
         return None
-    return {name: asdict(comparisons.interval(d)) for name, d in draws.items()}
+    return {name: comparisons.interval(d).plain() for name, d in draws.items()}
 
 
 def compare(plan: Plan, kind: str, measured: list[Measured]) -> list[dict[str, Any]]:
@@ -143,16 +143,17 @@ def compare(plan: Plan, kind: str, measured: list[Measured]) -> list[dict[str, A
         if row.baseline is None or row.name not in by_name or row.baseline not in by_name:
             continue
         item, baseline = by_name[row.name], by_name[row.baseline]
-        differences = {name: asdict(comparisons.difference(d, baseline.draws[name])) for name, d in item.draws.items()}
+        differences = {name: comparisons.difference(d, baseline.draws[name]).plain() for name, d in item.draws.items()}
         alone = [i.name for i in (item, baseline) if any(d.lacks_seeds for d in i.draws.values())]
         found.append({
             "row": row.name, "baseline": row.baseline, "primary": plan.primary == (kind, row.name),
             "difference": differences, "leaves_out": f"{', '.join(alone)}: {comparisons.ONE_SEED}" if alone else "",
         })  # fmt: skip
     secondary = [entry for entry in found if not entry["primary"]]
-    corrected = comparisons.holm([entry["difference"][HOLM_METRIC]["p_value"] for entry in secondary])
-    for entry, p in zip(secondary, corrected, strict=True):
-        entry["p_holm"], entry["family"] = p, len(secondary)
+    tested = [entry for entry in secondary if entry["difference"][HOLM_METRIC]["p_value"] is not None]
+    corrected = comparisons.holm([entry["difference"][HOLM_METRIC]["p_value"] for entry in tested])
+    for entry, p in zip(tested, corrected, strict=True):
+        entry["p_holm"], entry["family"] = p, len(tested)
     return found
 
 
@@ -213,7 +214,7 @@ def describe(result: dict[str, Any]) -> str:
         else f"Percent, with 95% intervals over patients ({result['resamples']} resamples); {comparisons.ONE_SEED}."
     )
     for kind, table in result["tables"].items():
-        heads = list(metrics.METRICS.values())
+        heads = list(metrics.headings(metrics.METRICS, metrics.MALIGNANT).values())
         lines += ["", f"## {TABLES[kind]} ({table['lesions']} test lesions of {table['patients']} patients)", ""]
         lines += [f"| Model | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
         for name, values in table["published"].items():
@@ -260,7 +261,9 @@ def describe_comparisons(found: list[dict[str, Any]], primary: dict | None) -> I
         difference = metrics.Difference.of(value)
         if entry["primary"] and primary:
             late = ", AFTER results were there" if primary["after_results"] else ", before any result"
-            p = f"p = {difference.p_value:.4f} (primary, named {primary['named']}{late})"
+            p = f"{difference.p_text()} (primary, named {primary['named']}{late})"
+        elif "p_holm" not in entry:
+            p = difference.p_text()
         else:
             p = f"p = {entry['p_holm']:.4f} (Holm, {entry['family']} comparison{'s' * (entry['family'] > 1)})"
         remark = f"; {entry['leaves_out']}" if entry["leaves_out"] else ""

@@ -167,16 +167,21 @@ def test_one_seed_alone_leaves_out_the_training():
 
 def test_a_class_of_one_patient_has_no_interval():
     labels, prob = np.array([0, 0, 1, 1]), np.array([[0.6, 0.4], [0.3, 0.7], [0.2, 0.8], [0.5, 0.5]])
-    with pytest.raises(ValueError, match="single patient"):
-        comparisons.draw_rows(Resamples(labels, ["a", "b", "c", "c"], ("no", "yes"), "yes", number=20), [prob, prob])
+    table = Resamples(labels, ["a", "b", "c", "c"], ("no", "yes"), "yes", number=20)
+    found = comparisons.draw_rows(table, [prob, prob])
+    for name, row in found.items():
+        one = comparisons.interval(row)
+        assert one.value == row.mean and one.low is one.high is None and "patient" in one.why, name
+        compared = comparisons.difference(row, row)
+        assert compared.p_value is None and compared.p_text() == "no p-value" and compared.why == one.why
 
 
 def test_two_patients_of_a_class_have_an_interval_and_every_seed_a_part_in_it():
     rng = np.random.default_rng(0)
     labels, patients = np.array([0, 0, 0, 1, 1, 0]), list("aabccd")
     probs = [np.stack([1 - p, p], axis=1) for p in rng.random((2, 6))]
-    with pytest.raises(ValueError, match="single patient"):
-        comparisons.draw_rows(Resamples(labels, patients, ("no", "yes"), "yes", number=20), probs)
+    lone = comparisons.draw_rows(Resamples(labels, patients, ("no", "yes"), "yes", number=20), probs)["auroc"]
+    assert lone.why == "one patient of class yes"
     resampled = Resamples(labels, list("aabcdd"), ("no", "yes"), "yes", number=20)
     found = comparisons.draw_rows(resampled, probs)["auroc"]
     drawn = [resampled.draw(prob)["auroc"] for prob in probs]

@@ -25,7 +25,8 @@ import make_report
 import predict
 from beit_finetuning import run_class_finetuning
 from evaluation import catalog as evaluation_catalog
-from evaluation import downstream, features, metrics, set_probes
+from evaluation import downstream, features, heads, metrics, set_probes
+from evaluation.heads import Samples
 from evaluation.predictions import Predictions
 from inputs.transforms import linear_eval_view
 from preparation.cbis_tables import make_cbis
@@ -147,7 +148,7 @@ def test_probe_and_neighbours_give_what_lesions_get(hospital, checkpoint, tmp_pa
     assert first["metrics"]["auroc"]["value"] == pytest.approx(roc_auc_score(labels, prob, multi_class="ovr"))
     assert first["metrics"]["recall_malignant"]["low"] <= first["metrics"]["recall_malignant"]["value"]
     assert first["test_patients"] == 18 and first["detection"]["auroc_malignant"]["value"] > 0.5
-    assert first["knn"]["metrics"]["auroc"]["high"] <= 1 and (tmp_path / "a" / "predictions_knn.csv").is_file()
+    assert first["knn"]["metrics"]["auroc"]["value"] <= 1 and (tmp_path / "a" / "predictions_knn.csv").is_file()
     baseline = str(tmp_path / "a" / "predictions.csv")
     second = probe(hospital, tmp_path / "b", checkpoint, "--cache-features", "--untrained", "--baseline", baseline)
     gain = second["difference"]["auroc"]["value"]
@@ -191,7 +192,8 @@ def test_sgd_writes_predictions_with_intervals(hospital, checkpoint, tmp_path):
     found = probe(hospital, tmp_path, checkpoint, "--epochs", "1", "--batch-size", "16")
     rows = read_rows(tmp_path / "predictions.csv")
     assert found["top1"] == pytest.approx(100 * np.mean([row["predicted"] == row["label"] for row in rows]))
-    assert found["metrics"]["auroc"]["low"] <= found["metrics"]["auroc"]["value"] and len(rows) == 36
+    assert found["metrics"]["recall_malignant"]["low"] <= found["metrics"]["recall_malignant"]["value"]
+    assert len(rows) == 36
 
 
 def test_zero_shot_on_lesions_has_the_probes_metrics(tmp_path):
@@ -242,6 +244,102 @@ def test_several_findings_each_by_itself(checkpoint, tmp_path, blank, uncertain)
     assert results["bright"]["auroc"]["value"] > 0.9 > results["odd"]["auroc"]["value"]
     mean = np.mean([results[name]["auroc"]["value"] for name in ("bright", "odd")])
     assert results["macro"]["auroc"]["value"] == pytest.approx(mean)
+
+
+def change_rows(catalog, change):
+    rows = read_rows(catalog.parent / "table.csv")
+    for i, row in enumerate(rows):
+        change(i, row)
+    write_rows(catalog.parent / "table.csv", rows)
+
+
+def test_a_finding_that_was_not_fitted_has_no_figure_and_no_part_in_the_mean(checkpoint, tmp_path, caplog):
+    catalog = write_set(tmp_path / "set", several=True, blank="negative", uncertain="negative")
+    change_rows(catalog, lambda i, row: row.update(odd=str(int(row["part"] == "test" and i % 5 == 0 or i == 0))))
+    with caplog.at_level("INFO", logger="medslip"):
+        found = probe(catalog, tmp_path / "out", checkpoint, "--cache-features")["findings"]
+    why = "not fitted, of its training images 1 have it and 83 do not: two are needed"
+    assert found["odd"]["auroc"] == {"value": None, "low": None, "high": None, "why": why}
+    assert found["macro"]["auroc"] == found["bright"]["auroc"] and found["macro"]["mean_of"] == ["bright"]
+    assert found["macro"]["left_out"] == {"odd": why} and f"| odd | no figure: {why}" in caplog.text
+    assert {row["prob_odd"] + row["logit_odd"] for row in read_rows(tmp_path / "out" / "predictions.csv")} == {""}
+    page = make_report.main([str(tmp_path / "out"), "--output-dir", str(tmp_path / "report")])
+    assert [line["dataset"] for line in page["other"]] == [
+        "hospital: bright",
+        "hospital: odd",
+        "hospital: mean of bright",
+    ]
+    assert page["other"][1]["score"] == f"no figure: {why}"
+    assert "mean of bright" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_class_of_one_training_patient_is_divided_to_choose_the_penalty(checkpoint, tmp_path, caplog):
+    """The others stay whole; a class of one image is an error that names it."""
+    catalog = write_set(tmp_path / "set")
+    change_rows(
+        catalog,
+        lambda i, row: row.update(
+            diagnosis="malignant" if row["patient"] == "P1" or (row["part"] == "test" and i % 3) else "benign"
+        ),
+    )
+    found = probe(catalog, tmp_path / "out", checkpoint, "--cache-features")
+    assert "all 2 training images of class malignant are of one group (P1)" in caplog.text
+    assert found["logistic"]["chosen"] and found["samples"] == {"train": 84, "test": 36}
+    groups = np.repeat(np.arange(20), 3)
+    labels = np.where(groups == 3, 1, 0)
+    train = Samples(np.zeros((60, 2)), labels, [{"group": f"P{group}"} for group in groups])
+    held_out = set_probes.choosing_part("a set", train, ("no", "yes"), seed=0)
+    rest = np.setdiff1d(np.arange(60), held_out)
+    assert set(labels[held_out]) == set(labels[rest]) == {0, 1} and set(groups[held_out]) & set(groups[rest]) == {3}
+    with pytest.raises(ValueError, match="class no alone is left"):
+        heads.folds_of(train, heads.Choice(lambda *_: 0.0, folds=3, group="group", classes=("no", "yes")))
+    change_rows(catalog, lambda i, row: row.update(diagnosis="malignant" if i in (0, 13) else "benign"))
+    with pytest.raises(ValueError, match="hospital: one training image of class malignant"):
+        probe(catalog, tmp_path / "lone", checkpoint, "--cache-features")
+
+
+@pytest.mark.parametrize("positive", ["=tumour | <b>", "normal"])
+def test_the_class_that_is_looked_for_is_called_by_its_own_name(checkpoint, tmp_path, caplog, positive):
+    catalog = write_set(tmp_path / "set", positive=positive)
+    change_rows(catalog, lambda i, row: row.update(diagnosis=row["diagnosis"].replace("malignant", "=tumour | <b>")))
+    with caplog.at_level("INFO", logger="medslip"):
+        found = probe(catalog, tmp_path / "out", checkpoint, "--cache-features")
+    assert found["positive"] == positive and f"  Recall ({positive})" in caplog.text
+    assert f"{positive} against the rest" in caplog.text and "alignant" not in caplog.text
+    page = make_report.main([str(tmp_path / "out"), "--output-dir", str(tmp_path / "report")])
+    assert f"Recall ({positive})" in page["sections"][0]["columns"]
+    assert f"Brier score ({positive})" in page["sections"][0]["detection_columns"]
+    for path in (tmp_path / "report").rglob("*.*"):
+        assert "alignant" not in path.read_text().replace("MALIGNANT", "Malignant"), path.name
+    assert read_rows(tmp_path / "report" / "tables.csv")[0]["positive class"].lstrip("'") == positive
+
+
+@pytest.mark.parametrize(
+    "flags", [("--cache-features", "--knn", "3"), ("--epochs", "1", "--batch-size", "32"), "fine-tuning"]
+)
+def test_a_class_without_training_images_is_named_and_in_no_mean(checkpoint, tmp_path, caplog, flags):
+    catalog = write_set(tmp_path / "set")
+    change_rows(catalog, lambda i, row: row.update(part="other") if (row["diagnosis"], row["part"]) == (
+        "malignant", "train") else None)  # fmt: skip
+    if flags == "fine-tuning":
+        found = run_class_finetuning.main([
+            "--data_set", "hospital", "--catalog", str(catalog), "--finetune", str(checkpoint), *SMALL, "--epochs", "1",
+            "--output_dir", str(tmp_path / "out"), "--resamples", "50", "--layer_decay", "0.75",
+        ])  # fmt: skip
+    else:
+        found = probe(catalog, tmp_path / "out", checkpoint, *flags)
+    assert (
+        found["unlearnt"] == ["malignant"] and found["positive"] is None and "recall_malignant" not in found["metrics"]
+    )
+    assert "NO TRAINING IMAGE of class malignant" in caplog.text
+    rows = read_rows(tmp_path / "out" / "predictions.csv")
+    recalls = [
+        np.mean([row["predicted"] == name for row in rows if row["label"] == name]) for name in ("benign", "normal")
+    ]
+    assert found["metrics"]["recall"]["value"] == pytest.approx(np.mean(recalls)) and len(rows) == 36
+    page = make_report.main([str(tmp_path / "out"), "--output-dir", str(tmp_path / "report")])
+    assert page["sections"][0]["rows"][0]["unlearnt"] == ["malignant"]
+    assert "no training image of malignant, in no mean" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_several_findings_are_not_taken_for_one_class(checkpoint, tmp_path):
@@ -338,11 +436,17 @@ def test_findings_are_answered_each_by_its_own_head(checkpoint, tmp_path):
 
 def test_no_cell_of_the_findings_is_a_formula(tmp_path):
     rows = [{"image": "=a.png", "group": "@1"}, {"image": "b.png", "group": "-2"}]
-    known, prob = np.array([[1], [-1]]), np.array([[0.25], [0.5]])
+    known, prob = np.array([[1], [-1]]), np.array([[[0.75, 0.25]], [[0.5, 0.5]]])
     set_probes.write_findings(tmp_path / "predictions.csv", ["+odd"], rows, known, prob)
     first, second = read_rows(tmp_path / "predictions.csv")
-    assert first == {"image": "'=a.png", "group": "'@1", "'+odd": "1", "prob_+odd": "0.25"}
-    assert second == {"image": "b.png", "group": "-2", "'+odd": "", "prob_+odd": "0.5"}
+    assert first == {
+        "image": "'=a.png",
+        "group": "'@1",
+        "'+odd": "1",
+        "prob_+odd": "0.25",
+        "logit_+odd": str(np.log(0.25) - np.log(0.75)),
+    }
+    assert second == {"image": "b.png", "group": "-2", "'+odd": "", "prob_+odd": "0.5", "logit_+odd": "0.0"}
 
 
 @pytest.mark.parametrize("names", [("../x", "a/b"), ("a/b", "a_b"), ("A/B", "a/b"), ("/tmp/x y", "C++ [1]")])

@@ -51,6 +51,21 @@ def passes(loading: Loading) -> dict:
     }
 
 
+def test_the_first_image_that_a_tower_answers_with_nan_is_named_with_its_set(tmp_path):
+    for name, grey in (("a/0.png", 30), ("a/1.png", 250), ("b/2.png", 40)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (4, 4), grey).save(tmp_path / name)
+
+    def encode(images):
+        bright = images.mean((1, 2, 3)) > 0.5
+        return torch.where(bright, torch.nan, 1.0)[:, None].expand(-1, 5)
+
+    backbone = features.Backbone(encode, Tower(), Preprocess(size=4), "backbone", "tower")
+    images = downstream.image_folders(tmp_path, eval_view(backbone.preprocess))
+    with pytest.raises(ValueError, match=r"a tower answers \S*a/1\.png \(films_test\) with NaN or infinity"):
+        features.extract(backbone, images, "films_test", Loading(2))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_missing_and_corrupt_images_are_the_same_error_everywhere(workers):
     """The error names the image and the flag; with the flag each pass skips the same samples."""

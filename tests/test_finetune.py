@@ -423,7 +423,7 @@ def test_digits_are_read_better_by_a_fine_tuned_tower_than_by_a_probe_of_it(tmp_
         images = downstream.create_downstream("digits", train, eval_view(backbone.preprocess))
         splits[train] = extract(backbone, images, "", Loading(64))[0], images.labels
     train, test = (Samples(*splits[key]) for key in (True, False))
-    head = set_probes.fit_on("digits", train, 10, "top1", Fitting())
+    head = set_probes.fit_on("digits", train, "0123456789", "top1", Fitting())
     probed = head.probabilities(test.features).argmax(1) == test.labels
 
     recipe = "--batch_size 32 --epochs 20 --warmup_epochs 2 --lr 3e-3 --layer_decay 1 --drop_path 0 --color_jitter 0"

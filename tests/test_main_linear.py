@@ -32,6 +32,7 @@ import models
 from evaluation import cbis_probe, downstream, heads, linear_sgd
 from evaluation import features as passes
 from evaluation.downstream import create_downstream
+from evaluation.heads import Samples
 from evaluation.metrics import METRICS
 from inputs.cbis import CBIS_CLASSES, CbisLesions
 from inputs.transforms import Preprocess, eval_view, linear_eval_view, linear_train_view
@@ -89,8 +90,13 @@ def test_results_follow_from_the_predictions(run, cbis):
     assert results["confusion"] == confusion.tolist()
     assert values["recall_malignant"] == pytest.approx(confusion[2, 2] / confusion[2].sum())
     for entry in results["metrics"].values():
-        assert 0 <= entry["low"] <= entry["value"] <= entry["high"] <= 1
+        assert inside(entry) and (entry["low"] is None or 0 <= entry["low"] <= entry["high"] <= 1)
     assert results["lesions"]["test"] == len(rows) and results["test_patients"] == 20
+
+
+def inside(entry) -> bool:
+    """Between its bounds, or without them for a reason."""
+    return bool(entry["why"]) if entry["low"] is None else entry["low"] <= entry["value"] <= entry["high"]
 
 
 def test_brightness_that_tells_the_class_is_found(run):
@@ -233,7 +239,7 @@ def test_baseline_gives_the_paired_difference(run, cbis, tmp_path, capsys):
     got = probe(cbis, tmp_path / "out", *flags)
     for name, entry in got["difference"].items():
         assert entry["value"] == pytest.approx(got["metrics"][name]["value"] - results["metrics"][name]["value"])
-        assert entry["low"] <= entry["value"] <= entry["high"]
+        assert inside(entry)
     assert "paired over patients" in capsys.readouterr().out
     same = probe(cbis, tmp_path / "same", *flags[:2], "--baseline", str(tmp_path / "out" / "predictions.csv"),
                  "--pretrained", str(other))  # fmt: skip
@@ -612,9 +618,24 @@ def test_label_fractions_on_lesions_are_fractions_of_the_patients(cbis, checkpoi
     patients = {row["patient"] for row in read_csv(cbis / "calc.csv") if row["split"] != "test"}
     assert whole["patients"] == [len(patients)] and len(small["patients"]) == 2
     assert small["patients"][0] == pytest.approx(0.3 * len(patients), abs=2)
-    assert len(small["values"]["auroc"]) == 2 and small["metrics"]["auroc"]["low"] <= small["metrics"]["auroc"]["value"]
+    assert len(small["values"]["auroc"]) == 2 and inside(small["metrics"]["auroc"])
     with pytest.raises(ValueError, match="at most 1"):
         probe(cbis, tmp_path / "bad", *flags[:2], "--fraction", "1.5")
+
+
+def test_a_pathology_that_one_of_two_splits_lacks_is_named_with_its_patients():
+    def samples(*lesions):
+        labels = np.array([label for _, label in lesions])
+        return Samples(np.zeros((len(lesions), 2)), labels, [{"patient": patient} for patient, _ in lesions])
+
+    train, val = samples(("A", 0), ("A", 2), ("A", 2), ("B", 1)), samples(("C", 0), ("C", 1))
+    with pytest.raises(
+        ValueError, match="cbis_calc: the validation split has no lesion of MALIGNANT, of which 1 patient"
+    ):
+        cbis_probe.refuse_lacking("cbis_calc", train, val)
+    with pytest.raises(ValueError, match="the training split has no lesion of MALIGNANT"):
+        cbis_probe.refuse_lacking("cbis_calc", val, train)
+    cbis_probe.refuse_lacking("cbis_calc", val, val)
 
 
 def test_two_classes_without_the_dismissed_lesions(run, cbis):

@@ -290,7 +290,7 @@ def test_names_are_text_in_every_file(runs):
     lines = (folder / "report.md").read_text().splitlines()
     escaped = r"=1\|\<b\>\$x^2\$ \[a\](b) \*c\* {d}"
     (row,) = [line for line in lines if line.startswith(f"| {escaped} † |")]
-    assert len(re.findall(r"(?<!\\)\|", row)) == len(page["columns"]) + 2
+    assert len(re.findall(r"(?<!\\)\|", row)) == len(page["sections"][0]["columns"]) + 2
     assert "$x^2$" in unescape(page["figures"]["calc_auroc"].svg)
 
 

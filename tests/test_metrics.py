@@ -14,12 +14,15 @@ from evaluation.metrics import (
     binary_margins,
     classification_metrics,
     classification_scores,
+    log_prob,
     operating_point,
     percent,
+    ranked,
     retrieval_metrics,
     score_outputs,
     target_ranks,
 )
+from evaluation.weighted import weighted_detection
 
 CLASSES = ("BENIGN", "BENIGN_WITHOUT_CALLBACK", "MALIGNANT")
 PAIR = ("BENIGN", "MALIGNANT")
@@ -49,6 +52,35 @@ def test_point_values_equal_scikit_learn_report():
     assert got["recall"] == pytest.approx(report["macro avg"]["recall"])
     assert got["precision_malignant"] == pytest.approx(report["MALIGNANT"]["precision"])
     assert got["recall_malignant"] == pytest.approx(report["MALIGNANT"]["recall"])
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(np.float64, 1), (np.float64, 20), (np.float32, 20), (np.float64, 150)])
+def test_logits_far_apart_are_ranked_as_they_stand(dtype, scale):
+    """The larger probability rounds to 1 from a difference of 37 on, of 17 in float32; scikit-learn on the logits."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 400)
+    margin = (scale * (rng.normal(3, 1, 400) + labels)).astype(dtype)  # up to 900: beyond 745 they do tie
+    prob = softmax(np.stack([np.zeros_like(margin), margin.clip(max=700)], axis=1))
+    expected = roc_auc_score(labels, margin.clip(max=700))
+    found = classification_metrics(labels, prob, PAIR)["auroc"]
+    assert found == pytest.approx(expected, abs=1e-9 if dtype is np.float64 else 1e-3)
+    assert scale == 1 or roc_auc_score(labels, prob[:, 1]) < expected - 0.02
+    point = operating_point(labels, prob.astype(np.float64), 1)
+    called = point.called(prob.astype(np.float64), 1)
+    assert 0.9 <= (~called[labels == 0]).mean() < 0.92 and called[labels == 1].mean() > 0.2
+    fast = weighted_detection(labels, prob, np.ones((1, 400)), 1, point, range(2))
+    assert fast["auroc_malignant"][0] == pytest.approx(found)
+    assert fast["average_precision_malignant"][0] == pytest.approx(
+        sk.average_precision_score(labels, ranked(prob)[:, 1])
+    )
+    assert score_outputs(labels, log_prob(prob), "roc_auc")["score"] == pytest.approx(found, abs=1e-3)
+
+
+def test_only_what_rounds_to_1_is_ranked_by_another_number_than_its_probability():
+    _, prob, _ = three_class_case(decimals=3)
+    assert np.array_equal(ranked(prob), prob)
+    certain = np.array([[1 - 1e-7, 1e-7, 0], [1, 1e-20, 0], [1, 0, 0], [0.9, 0.1, 0]])
+    assert np.argsort(ranked(certain)[:, 0]).tolist() == [3, 0, 1, 2] and np.isfinite(ranked(certain)).all()
 
 
 def test_a_class_never_predicted_has_precision_zero_without_warning(recwarn):
@@ -106,6 +138,13 @@ def test_a_class_that_is_predicted_but_absent_does_not_divide_by_zero():
     ranks = target_ranks(logits, target)
     scores = classification_scores(target, ranks, logits[:, 1] - logits[:, 0], 3, "mean_per_class")
     assert scores["score"] == pytest.approx((0.5 + 1) / 2)
+
+
+def test_a_class_without_training_images_is_left_out_of_the_mean_over_classes():
+    logits = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 1.0, 0]])  # class 2 cannot be called
+    target = torch.tensor([0, 1, 2])
+    got = score_outputs(target.numpy(), logits.numpy(), "mean_per_class", unlearnt=[2])
+    assert (got["mean_per_class"], got["top1"]) == (1, pytest.approx(2 / 3))
 
 
 def test_equal_scores_stand_in_class_order_and_nan_never_wins():

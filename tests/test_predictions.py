@@ -95,8 +95,8 @@ def test_resampled_scores_are_those_of_the_resampled_lesions():
     test, point = table(60), metrics.OperatingPoint(1.3, 0.4)
     counts = np.random.default_rng(0).integers(0, 4, len(test.rows))
     again = test[np.repeat(np.arange(len(test.rows)), counts)]
-    one = weighted_detection(test.labels, test.prob, counts[None], 2, point)
-    other = weighted_detection(again.labels, again.prob, np.ones((1, len(again.rows))), 2, point)
+    one = weighted_detection(test.labels, test.prob, counts[None], 2, point, range(3))
+    other = weighted_detection(again.labels, again.prob, np.ones((1, len(again.rows))), 2, point, range(3))
     for name in metrics.DETECTION:
         assert one[name][0] == pytest.approx(other[name][0], abs=1e-9), name
 
@@ -106,11 +106,9 @@ def test_a_constant_score_has_no_slope():
     prob = np.tile([0.5, 0.2, 0.3], (60, 1))
     point = metrics.OperatingPoint(1.0, 0.5)
     found = test.resamples(Bootstrap(50)).detection(prob, point)
-    assert predictions.plain(found["calibration_slope"])["value"] is None
+    assert found["calibration_slope"].plain()["value"] is None
     assert found["auroc_malignant"].value == 0.5
-    assert predictions.describe_interval("calibration_slope", predictions.plain(found["calibration_slope"])) == (
-        "not defined"
-    )
+    assert predictions.describe_interval("calibration_slope", found["calibration_slope"].plain()) == ("not defined")
 
 
 def test_a_class_that_is_never_predicted_is_named():
@@ -234,20 +232,54 @@ def test_a_bad_row_is_named_by_its_number(tmp_path):
     assert Predictions.read(path).prob.shape == (0, 3)
 
 
+def test_a_score_that_is_no_number_is_named_with_its_sample(tmp_path):
+    test = table(9)
+    test.write(tmp_path / "predictions.csv")
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()
+    lines[4] = lines[4].rsplit(",", 1)[0] + ",nan"
+    (tmp_path / "predictions.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="predictions.csv: the lesion L3 has a score of no number"):
+        Predictions.read(tmp_path / "predictions.csv")
+
+
+def test_a_class_that_is_not_learnt_is_not_looked_for(caplog):
+    assert predictions.unlearnt_classes(CLASSES, np.array([0, 2, 0]), "a set") == [1]
+    assert f"a set: NO TRAINING IMAGE of class {CLASSES[1]}" in caplog.text
+    scheme = predictions.CBIS.without([1, 2])
+    assert (scheme.positive, scheme.unlearnt) == (None, CLASSES[1:]) and predictions.CBIS.without(
+        []
+    ) == predictions.CBIS
+    test = table()
+    assert predictions.macro_auroc(test.labels, test.prob, scheme) == roc_auc_score(test.labels == 0, test.prob[:, 0])
+    two = test[np.flatnonzero(test.labels != 1)]  # validation samples, which have it neither
+    assert predictions.macro_f1(two.labels, two.prob, predictions.CBIS.without([1])) > 0
+    with pytest.raises(ValueError, match="no sample of class BENIGN_WITHOUT_CALLBACK"):
+        predictions.macro_f1(two.labels, two.prob)
+
+
 def test_numbers_for_people():
     fraction = {"value": 0.12345, "low": 0.1, "high": 0.98765}
     assert predictions.describe_interval("auroc_malignant", fraction) == "12.35 (10.0 to 98.8)"
     for name in ("brier", "calibration_slope", "calibration_intercept"):
         assert predictions.describe_interval(name, fraction) == "0.123 (0.100 to 0.988)"
     assert predictions.describe_interval("brier", fraction | {"high": None}) == "not defined"
+    why = fraction | {"low": None, "high": None, "why": "one positive patient"}
+    assert predictions.describe_interval("brier", why) == "0.123 (no interval: one positive patient)"
+    assert predictions.describe_interval("sensitivity", why) == "12.35 (no interval: one positive patient)"
+    assert metrics.headings(metrics.METRICS, metrics.MALIGNANT)["recall_malignant"] == "Recall (Malignant)"
+    assert metrics.headings(metrics.DETECTION, "pneumonia")["brier"] == "Brier score (pneumonia)"
+    assert list(metrics.headings(metrics.METRICS, None)) == ["auroc", "f1", "precision", "recall"]
 
 
-def test_too_few_patients_for_intervals_are_an_error_only_where_a_comparison_was_asked_for(tmp_path, caplog):
+def test_a_class_without_test_samples_is_an_error_only_where_a_comparison_was_asked_for(tmp_path, caplog):
     test = table(3)  # of one patient
     test.write(tmp_path / "predictions.csv")
-    with caplog.at_level("INFO", logger="medslip"):
-        assert predictions.report_rows(test, None, [], {}) == {}
-    assert "no intervals: " in caplog.text
+    found = predictions.report_rows(test, None, [], {})
+    assert found == {"no_metrics": "no sample of class MALIGNANT: its recall and AUROC are undefined"}
+    assert "no metrics of the test rows: no sample of class MALIGNANT" in caplog.text
+    assert "no metrics, no sample" in predictions.describe_results(
+        found | {"dataset": "cbis_calc", "lesions_skipped": {"test": 0}}, "k-NN"
+    )
     with pytest.raises(ValueError):
         predictions.report_rows(test, None, [str(tmp_path / "predictions.csv")], {})
 

@@ -6,9 +6,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from evaluation import resamples
+from evaluation import comparisons, resamples
 from evaluation.metrics import (
     METRICS,
     classification_metrics,
@@ -42,7 +43,7 @@ def intervals(labels, prob, patients, classes, **how):
 def test_every_resample_equals_scikit_learn_on_the_repeated_lesions():
     labels, prob, patients = three_class_case()
     weights = np.concatenate(list(Resamples(labels, patients, CLASSES, number=25, seed=3).weights()))
-    fast = weighted_metrics(labels, prob, weights, 2)
+    fast = weighted_metrics(labels, prob, weights, 2, range(3))
     for r in range(len(weights)):
         rows = np.repeat(np.arange(len(labels)), weights[r])
         slow = classification_metrics(labels[rows], prob[rows], CLASSES)
@@ -105,8 +106,79 @@ def test_same_seed_same_interval():
 
 
 def test_too_few_patients_for_a_bootstrap():
-    with pytest.raises(ValueError, match=r"3 patients, .* are too few.*\[1, 1, 1\]"):
-        intervals([0, 1, 2], np.eye(3), ["a", "b", "c"], CLASSES)
+    """Point values, and in words why they have no intervals."""
+    labels = np.repeat(np.arange(20), 2)
+    names = [f"c{i}" for i in range(20)]
+    found = intervals(labels, np.eye(20)[labels] * 0.81 + 0.0095, np.arange(40).astype(str), names, positive=None)
+    assert {(one.value, one.low, one.high) for one in found.values()} == {(1, None, None)}
+    why = found["auroc"].why
+    assert why.startswith("40 patients, groups or images") and "most resamples lack a class: 2 with a" in why
+
+
+def few(right: int, of: int, views: int = 1, others: int = 40):
+    """Labels, probabilities and patients of `of` cancers with so many views each, `right` of them called."""
+    labels = np.r_[np.ones(of * views, int), np.zeros(others, int)]
+    score = np.r_[np.repeat(np.arange(of) < right, views) * 0.6 + 0.2, np.linspace(0.1, 0.45, others)]
+    patients = np.r_[np.repeat(np.arange(of), views), 1000 + np.arange(others)].astype(str)
+    return labels, np.stack([1 - score, score], 1), patients
+
+
+@pytest.mark.parametrize("right", [0, 4])
+def test_none_and_all_of_a_few_are_no_certainty(right):
+    """Of independent samples Clopper and Pearson's interval, by SciPy; views of one patient make it no narrower."""
+    exact = stats.binomtest(right, 4).proportion_ci(method="exact")
+    for views in (1, 3):
+        found = intervals(*few(right, 4, views), PAIR, number=200)["recall_malignant"]
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high)) and not found.why
+        assert found.value == right / 4
+    some = intervals(*few(2, 4), PAIR, number=200)["recall_malignant"]
+    assert (some.low, some.high) == pytest.approx(np.quantile(
+        Resamples(few(2, 4)[0], few(2, 4)[2], PAIR, number=200).draw(few(2, 4)[1])["recall_malignant"].draws,
+        (0.025, 0.975),
+    ))  # fmt: skip
+    row = comparisons.draw_rows(Resamples(*few(right, 4)[::2], PAIR, number=200), [few(right, 4)[1]] * 2)
+    assert comparisons.interval(row["recall_malignant"]).low == pytest.approx(exact.low)
+
+
+def test_groups_of_unequal_size_are_worth_what_the_design_effect_says():
+    groups = np.array(list("aaabbc"))
+    size_of_own = np.array([3, 3, 3, 2, 2, 1])  # each sample's group: their mean is the design effect
+    assert resamples.effective_number(groups) == pytest.approx(6 / size_of_own.mean())
+    assert resamples.effective_number(np.arange(7)) == 7 and resamples.effective_number(np.array([])) == 0
+    low, high = resamples.clopper_pearson(1, 6 / size_of_own.mean())
+    assert (low, high) == (pytest.approx(0.025 ** (size_of_own.mean() / 6)), 1)  # p^n = 2.5%
+
+
+def test_a_constant_area_and_a_single_patient_have_no_interval_but_a_reason():
+    point = operating_point([0, 0, 1, 1], np.array([[0.7, 0.3], [0.6, 0.4], [0.5, 0.5], [0.4, 0.6]]), 1)
+    labels, prob, patients = few(1, 1, views=3)
+    found = Resamples(labels, patients, PAIR, number=200)
+    for name, one in {**found.intervals(prob), **found.detection(prob, point)}.items():
+        lone = "one patient of class MALIGNANT" if name in resamples.MEANS else "one positive patient"
+        assert (one.low is None) == (one.why == lone) == (name != "specificity"), name
+        assert one.value == pytest.approx(one.value) and (
+            one.low is not None or f"no interval: {lone}" in one.percent()
+        )
+    assert found.difference(prob, prob)["auroc"].plain() == {
+        "value": 0, "low": None, "high": None, "p_value": None, "why": "one patient of class MALIGNANT"
+    }  # fmt: skip
+    swapped = Resamples(1 - labels, patients, PAIR, number=200).detection(prob[:, ::-1], point)
+    assert swapped["auroc_malignant"].why == "one negative patient" and not swapped["sensitivity"].why
+    apart = intervals(*few(4, 4), PAIR, number=200)["auroc"]
+    assert (apart.value, apart.low, apart.why) == (1, None, "the resamples do not vary")
+
+
+def test_a_class_that_was_never_learnt_is_in_no_mean():
+    """As by hand over the others, whose samples it still counts among."""
+    labels, prob, patients = three_class_case()
+    prob = prob * [1, 0, 1] / (prob * [1, 0, 1]).sum(1, keepdims=True)
+    table = Resamples(labels, patients, CLASSES, number=30, unlearnt=CLASSES[1:2])
+    found = table.intervals(prob)
+    recalls = [(prob[labels == c].argmax(1) == c).mean() for c in (0, 2)]
+    assert found["recall"].value == pytest.approx(np.mean(recalls))
+    assert found["auroc"].value == pytest.approx(np.mean([roc_auc_score(labels == c, prob[:, c]) for c in (0, 2)]))
+    assert found["recall"].low < found["recall"].value < found["recall"].high
+    assert intervals(labels, prob, patients, CLASSES)["recall"].value == pytest.approx(sum(recalls) / 3)
 
 
 def test_paired_difference_is_tighter_than_two_intervals():
@@ -192,7 +264,7 @@ def test_findings_over_blocks_of_resamples_equal_scikit_learn_on_the_repeated_im
         for weight in drawn:
             again = np.repeat(np.flatnonzero(seen), weight[seen])
             scores.append(roc_auc_score(known[again, i], prob[again, i]))
-        interval = found[name]["auroc"]
+        interval = found.each[name]["auroc"]
         assert (interval.low, interval.high) == pytest.approx(np.quantile(scores, (0.025, 0.975)))
         assert interval.value == pytest.approx(roc_auc_score(known[seen, i], prob[seen, i]))
 
@@ -234,7 +306,9 @@ def test_findings_equal_scikit_learn_on_the_repeated_images():
     names, groups = ("mass", "calcification", "scar"), np.sort(rng.integers(0, 15, 40)).astype(str)
     known = rng.integers(0, 2, (40, 3))
     known[rng.random((40, 3)) < 0.3] = -1  # not known
-    known[:, 1] = np.where(groups == groups[0], 1, known[:, 1].clip(max=0))  # positive in one group: often not drawn
+    known[:, 1] = np.where(
+        np.isin(groups, groups[[0, -1]]), 1, known[:, 1].clip(max=0)
+    )  # in two groups: often not drawn
     prob = (0.5 * known.clip(0) + rng.random((40, 3))).round(1) / 2
     found = resamples.finding_intervals(known, prob, groups, names, resamples.Bootstrap(40, seed=7), level=0.9)
 
@@ -248,19 +322,32 @@ def test_findings_equal_scikit_learn_on_the_repeated_images():
                 usable = rows[known[rows, c] >= 0]
                 if len(set(known[usable, c])) == 2:
                     values[r, c] = score(known[usable, c], prob[usable, c])
-        assert 5 < np.isnan(values[:, 1]).sum() < 35
+        assert 1 < np.isnan(values[:, 1]).sum() < 35
         columns = dict(zip((*names, "macro"), [*values.T, np.nanmean(values, axis=1)], strict=True))
         for name, column in columns.items():
             low, high = np.nanquantile(column[1:], (0.05, 0.95))
-            interval = found[name][key]
+            interval = found.macro[key] if name == "macro" else found.each[name][key]
             assert (interval.value, interval.low, interval.high) == pytest.approx((column[0], low, high)), (key, name)
 
 
-def test_findings_without_both_outcomes_are_left_out():
-    known, prob = np.array([[1, 0], [1, 1], [-1, 0]] * 10), np.full((30, 2), 0.5)
-    groups = np.arange(30).astype(str)
-    assert set(resamples.finding_intervals(known, prob, groups, ("a", "b"))) == {"b", "macro"}
-    with pytest.raises(ValueError, match="no finding has both outcomes"):
-        resamples.finding_intervals(known[:, :1], prob[:, :1], groups, ("a",))
+def test_findings_without_a_figure_are_named_with_the_reason_and_no_mean_has_them(recwarn):
+    known, scores = np.array([[1, 0, 0], [1, 1, 1], [-1, 0, 0]] * 10), np.tile([[0.5], [0.4], [0.6]], (10, 3))
+    groups, names = np.arange(30).astype(str), ("a", "b", "c")
+    found = resamples.finding_intervals(known, scores, groups, names, unfitted={"c": "not fitted"})
+    assert found.averaged == ["b"] and found.left_out == {"a": "no test image without it", "c": "not fitted"}
+    assert found.macro == found.each["b"] and found.each["c"]["auroc"].percent() == "no figure: not fitted"
+    for outcome, words in ((1, "positive"), (0, "negative")):
+        lone = np.where(np.arange(30) < 2, outcome, 1 - outcome)[:, None]
+        own = resamples.finding_intervals(lone, scores[:, :1], np.r_[0, 0, 2:30].astype(str), ("a",))
+        assert own.each["a"]["auroc"].why == f"one {words} patient" and own.each["a"]["auroc"].value is not None
+        assert own.macro["auroc"].why == f"a has one {words} patient"
+    rare = np.isin(np.arange(30), (3, 7)).astype(int)[:, None]  # in an eighth of the resamples no finding has a value
+    assert resamples.finding_intervals(rare, scores[:, :1], groups, ("a",)).macro["auroc"].low is not None
+    assert not recwarn.list
+    with pytest.raises(ValueError, match="no finding has a figure: a, no test image without it"):
+        resamples.finding_intervals(known[:, :1], scores[:, :1], groups, ("a",))
     with pytest.raises(ValueError, match="for 30 images and 1 names"):
-        resamples.finding_intervals(known, prob, groups, ("a",))
+        resamples.finding_intervals(known, scores, groups, ("a",))
+    scores[4, 1] = np.nan
+    with pytest.raises(ValueError, match="b: the score of image 4 is no number"):
+        resamples.finding_intervals(known, scores, groups, names)

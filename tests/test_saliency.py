@@ -117,6 +117,17 @@ def test_the_outline_lies_in_the_view_where_the_lesion_does(tmp_path, mask_size,
     assert saliency.view_and_mask({"full": "none.png", "mask": "mask.png"}, tmp_path, backbone) is None
 
 
+def test_maps_that_all_point_inside_are_no_certainty():
+    heat = np.zeros((8, 8))
+    heat[4, 4] = 1
+    explained = [saliency.Explained(f"L{i}", f"P{i // 2}", heat, heat > 0, heat, heat) for i in range(8)]
+    found = saliency.score_maps(explained, resamples=50)
+    assert (found["pointing"]["low"], found["pointing"]["high"]) == (pytest.approx(0.025 ** (1 / 4)), 1)  # 4 patients
+    assert found["empty"]["low"] == 0 and found["empty"]["high"] == pytest.approx(1 - 0.025 ** (1 / 4))
+    assert found["energy_inside"] == {"value": 1, "low": None, "high": None, "why": "the resamples do not vary"}
+    assert saliency.score_maps(explained[:2])["empty"]["why"] == "one patient"
+
+
 def test_intervals_are_over_patients_and_the_report_shows_them(tmp_path):
     root = tmp_path / "cbis"
     cbis_tree.make_small_cbis(root)
