@@ -1,4 +1,4 @@
-"""What a file of weights of this project's kinds holds: our checkpoints and exports, SLIP's files, MedCLIP's weights."""
+"""What a file of weights of our kinds holds: checkpoints and exports of ours, SLIP's files, MedCLIP's weights."""
 
 from __future__ import annotations
 
