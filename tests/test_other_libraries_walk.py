@@ -72,8 +72,8 @@ def test_a_model_of_another_library_through_the_commands(kind, data, tmp_path, m
     before = evaluated(source, data, out / "frozen")
     objective = "SLIP" if kind in PAIRS else "SIMCLR"
     train = ["--model", objective, "--init", str(source), "--dataset", "csv", "--root", str(data / "pairs"),
-             "--lr", "1e-4", "--batch-size", "4", "--epochs", "2", "--workers", "0", "--gpu", "-1", "--ssl-mlp-dim", "16",
-             "--ssl-emb-dim", "8", "--val-fraction", "0"]  # fmt: skip
+             "--lr", "1e-4", "--batch-size", "4", "--epochs", "2", "--workers", "0", "--gpu", "-1", "--ssl-mlp-dim",
+             "16", "--ssl-emb-dim", "8", "--val-fraction", "0"]  # fmt: skip
     main.main([*train, "--output-dir", str(out / "whole")])
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # cut off after an epoch
         patched.setattr(main, "finish_epoch", stop_after(main.finish_epoch))
