@@ -44,11 +44,14 @@ def displayed(data: bytes, display: Display = DISPLAY) -> tuple[Image.Image, str
     _drop_empty(dataset)
     sides = (int(dataset.get(name, 1)) for name in ("Rows", "Columns", "SamplesPerPixel"))
     PIXELS.refuse(math.prod(sides), "it")
-    frames = int(dataset.get("NumberOfFrames", 1))
+    frames = int(dataset.get("NumberOfFrames") or 1)
     number = display.index(frames)
     _take_sign(dataset, number)
+    above = _above_the_low_bits(dataset)
     frame = pixel_array(dataset, index=number)  # (H, W), or (H, W, 3) in RGB
+    frame = frame >> above if above else frame
     if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
+        _mend_palette(dataset)
         frame = apply_color_lut(frame, dataset)[..., :3]
         frame = frame if frame.dtype == np.uint8 else (frame >> 8).astype(np.uint8)  # entries fill all 16 bits
     _take_functional_groups(dataset, number)
@@ -66,6 +69,8 @@ def _grey(frame: np.ndarray, dataset: Any, window: tuple[float, float] | None) -
         # No window: 8-bit values as they are, others between percentiles of what is not padding.
         grey = np.zeros(values.shape, np.uint8)
         grey[~padding], how = to_8bit(values[~padding])
+        if (bits := int(dataset.get("BitsStored", 8))) < 8:  # a mask of one bit, say
+            grey = np.rint(grey * (255 / ((1 << bits) - 1))).clip(0, 255).astype(np.uint8)
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
         grey = 255 - grey
     grey[padding] = 0  # it is no part of the image, so black
@@ -143,6 +148,41 @@ def _take_sign(dataset: Any, number: int) -> None:
         dataset.PixelRepresentation = int(get_j2k_parameters(code).get("is_signed", False))
 
 
+def _above_the_low_bits(dataset: Any) -> int:
+    """How far the stored values lie above the lowest bit (HighBit 15 of 12 bits: 4); pydicom then keeps all bits."""
+    stored, high = dataset.get("BitsStored"), dataset.get("HighBit")
+    if not isinstance(stored, int) or not isinstance(high, int) or not stored - 1 < high < dataset.BitsAllocated:
+        return 0
+    dataset.BitsStored = high + 1
+    return high + 1 - stored
+
+
+def _mend_palette(dataset: Any) -> None:
+    """Palettes of 8 bits whose entries are padded to 16, told by the length of the data (PS3.3, C.7.6.3.1.6)."""
+    colours = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
+    if not all(f"{name}Data" in dataset and f"{name}Descriptor" in dataset for name in colours):
+        return
+    tables = []
+    for name in colours:
+        count = int(dataset[f"{name}Descriptor"].value[0]) or 1 << 16
+        data = _words(dataset[f"{name}Data"].value, dataset)
+        tables.append(np.frombuffer(data[: 2 * count], "<u2"))
+        if len(data) < 2 * count or tables[-1].max() > 255:
+            return
+    for name, table in zip(colours, tables, strict=True):
+        count, first, _ = dataset[f"{name}Descriptor"].value
+        dataset[f"{name}Descriptor"].value = [count, first, 8]
+        dataset[f"{name}Data"].value = table.astype(np.uint8).tobytes() + b"\0" * (len(table) % 2)
+
+
+def _words(data: Any, dataset: Any) -> bytes:
+    """Words of 16 bits, little end first, whatever the file's byte order and however pydicom read them."""
+    if not isinstance(data, bytes):
+        return np.atleast_1d(np.asarray(data)).astype("<u2").tobytes()
+    little = dataset.original_encoding[1]
+    return data if little in (True, None) else np.frombuffer(data[: len(data) // 2 * 2], ">u2").astype("<u2").tobytes()
+
+
 def _take_functional_groups(dataset: Any, number: int) -> None:
     """Put what the groups say of frame `number`'s values and pixels into the data set (PS3.3, C.7.6.16).
 
@@ -161,10 +201,17 @@ def _take_functional_groups(dataset: Any, number: int) -> None:
 
 def _padding(frame: np.ndarray, dataset: Any) -> np.ndarray:
     """Where stored values only fill the rectangle (PS3.3, C.7.5.1.1.2): (H, W) bool."""
-    first = dataset.get("PixelPaddingValue")
-    if first is None:
+    for kind in ("", "Float", "DoubleFloat"):
+        first = dataset.get(f"{kind}PixelPaddingValue")
+        if first is not None:
+            break
+    else:
         return np.zeros(frame.shape, bool)
-    ends = [_as_stored(value, dataset) for value in (first, dataset.get("PixelPaddingRangeLimit", first))]
+    last = dataset.get(f"{kind}PixelPaddingRangeLimit", first)
+    if kind:  # as the pixels hold it
+        first, last = (float(frame.dtype.type(value)) for value in (first, last))
+        return (frame >= min(first, last)) & (frame <= max(first, last))
+    ends = [_as_stored(value, dataset) for value in (first, last)]
     return (frame >= min(ends)) & (frame <= max(ends))
 
 
@@ -180,11 +227,10 @@ def _square(img: Image.Image, dataset: Any) -> Image.Image:
     Their sides, of a row and of a column, are the ratio that the file states, or the distances of their centres in mm.
     """
     names = ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
-    pair = next((value for name in names if (value := dataset.get(name))), (1, 1))
-    if not hasattr(pair, "__len__") or len(pair) != 2:
-        return img
-    height, width = (float(value) for value in pair)  # of a pixel
-    if min(height, width) <= 0 or abs(height - width) <= 0.01 * width:  # spacings are rounded
+    pairs = [value for name in names if hasattr(value := dataset.get(name), "__len__") and len(value) == 2]
+    sides = ([float(side) for side in pair] for pair in pairs)
+    height, width = next((pair for pair in sides if min(pair) > 0), (1.0, 1.0))  # of a pixel
+    if abs(height - width) <= 0.01 * width:  # spacings are rounded
         return img
     shorter = min(height, width)
     size = round(img.width * width / shorter), round(img.height * height / shorter)
@@ -197,7 +243,7 @@ def _square(img: Image.Image, dataset: Any) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _looked_up(values: np.ndarray, item: Any, signed: bool) -> tuple[np.ndarray, int]:
+def _looked_up(values: np.ndarray, item: Any, signed: bool, dataset: Any) -> tuple[np.ndarray, int]:
     """Values through a table (PS3.3, C.11.1.1 and C.11.2.1.1), and the highest value that its entries can have.
 
     Args:
@@ -207,9 +253,7 @@ def _looked_up(values: np.ndarray, item: Any, signed: bool) -> tuple[np.ndarray,
     count, first, bits = (int(value) for value in item.LUTDescriptor)
     count = count or 1 << 16
     first = first - (1 << 16) if signed and first >= 1 << 15 else first
-    data = item.LUTData
-    if not isinstance(data, bytes):
-        data = np.atleast_1d(np.asarray(data)).astype("<u2").tobytes()
+    data = _words(item.LUTData, dataset)
     if len(data) >= 2 * count:
         entries = np.frombuffer(data, "<u2", count)
     elif len(data) >= count:
@@ -231,7 +275,7 @@ def _modality(frame: np.ndarray, dataset: Any) -> np.ndarray:
     signed = dataset.get("PixelRepresentation") == 1
     for item in (dataset.get("ModalityLUTSequence") or [])[:1]:
         if _has_table(item):
-            return _looked_up(frame, item, signed)[0]
+            return _looked_up(frame, item, signed, dataset)[0]
     slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
     if slope is None and intercept is None:
         return frame
@@ -242,12 +286,15 @@ def _windowed(values: np.ndarray, dataset: Any) -> np.ndarray | None:
     """Through the first VOI table or window that the file states, to uint8; None where it states neither."""
     for item in (dataset.get("VOILUTSequence") or [])[:1]:
         if _has_table(item):
-            shown, high = _looked_up(values, item, signed=bool(values.min() < 0))
+            # By what the values can be, and not by what those of this image are.
+            signed = dataset.get("PixelRepresentation") == 1 or float(dataset.get("RescaleIntercept") or 0) < 0
+            shown, high = _looked_up(values, item, signed or bool(values.min() < 0), dataset)
             return np.rint(255 * (shown / high)).astype(np.uint8)
     center, width = (_first(dataset.get(name)) for name in ("WindowCenter", "WindowWidth"))
-    if center is None or width is None or width < 1:  # some devices write a width below 1 to say that there is none
-        return None
     function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
+    # Some devices write a width below 1 to say that there is none; the other functions allow one.
+    if center is None or width is None or width <= 0 or (function == "LINEAR" and width < 1):
+        return None
     return window_to_8bit(values, center, width, function=function)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 log = logging.getLogger("medslip")
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".gif", ".tif", ".tiff", ".webp", ".dcm", ".dicom",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".ppm", ".bmp", ".pgm", ".gif", ".tif", ".tiff", ".webp", ".avif",
+    ".dcm", ".dicom",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import struct
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from inputs import dicom
@@ -73,6 +74,8 @@ def _channels_of_16_bits(data: bytes, frame: int) -> np.ndarray | None:
     Pillow keeps the first byte of two. Its unpackers for the other byte order keep the second, so that reading the file
     once with each gives both; grey with alpha, four bytes a pixel, is read as if it were RGBA with 8 bits.
     """
+    if data[:2] == b"P6" and (planes := _wide_ppm(data)) is not None:
+        return planes
     other = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
     high, second = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(data))
     if frame:
@@ -91,6 +94,16 @@ def _channels_of_16_bits(data: bytes, frame: int) -> np.ndarray | None:
         return None
     second.tile = [_with_raw_mode(tile, f"{channels};{other[depth]}") for tile in second.tile]
     return np.asarray(high).astype(np.uint16) << 8 | np.asarray(second)
+
+
+def _wide_ppm(data: bytes) -> np.ndarray | None:
+    """(H, W, 3) uint16 of a PPM whose values have two bytes, which Pillow scales to one; None for others."""
+    img = Image.open(io.BytesIO(data))
+    found = re.match(rb"P6(?:\s+(?:#[^\n]*\n\s*)*)(\d+)\s+(\d+)\s+(\d+)\s", data[:512])
+    if not found or int(found[3]) < 256 or len(data) < found.end() + 6 * img.width * img.height:
+        return None
+    values = np.frombuffer(data, ">u2", 3 * img.width * img.height, found.end())
+    return values.reshape(img.height, img.width, 3).astype(np.uint16)
 
 
 def _raw_mode(tile: Any) -> str:
@@ -146,7 +159,7 @@ def decode_image(data: bytes, name: str, display: Display = DISPLAY) -> Image.Im
 
 def decode_shown(data: bytes, name: str, display: Display = DISPLAY) -> tuple[Image.Image, str]:
     """What `decode_image` gives, and where its grey values come from, one of `display.SHOWN`."""
-    if dicom.is_dicom(data, name):
+    if dicom.is_dicom(data, name) and not _is_another(data):
         return _dicom_image(data, name, display)
     try:
         img = Image.open(io.BytesIO(data))
@@ -156,17 +169,70 @@ def decode_shown(data: bytes, name: str, display: Display = DISPLAY) -> tuple[Im
             say_first_of(frames, name, display)
             frame = display.index(frames)
             img.seek(frame)
+        _refuse_planes(img)
         if img.mode in ("RGB", "RGBA", "LA") and (deep := _channels_of_16_bits(data, frame)) is not None:
             return _rgb8_of_channels(deep, display.window)
+        _refuse_lost_bits(img)
         img.load()
         if not _is_deep(img):
             return to_rgb8(img), AS_STORED
-        grey, how = to_8bit(np.asarray(img), display.window)
+        grey, how = to_8bit(_unsigned(img), display.window)
         return Image.fromarray(255 - grey if _white_is_zero(img) else grey).convert("RGB"), how
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"cannot decode the image {name}: {error}{PIXELS.advice}") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(f"cannot decode the image {name}: {lfs_pointer(data) or _what_it_is(data)}") from error
     except _DECODE_ERRORS as error:
-        raise UnreadableImage(f"cannot decode the image {name}: {lfs_pointer(data) or error}") from error
+        raise UnreadableImage(f"cannot decode the image {name}: {error}") from error
+
+
+def _is_another(data: bytes) -> bool:
+    """Whether a file that is called DICOM, without the mark of one, is an image that Pillow knows."""
+    if data[128:132] == b"DICM":
+        return False
+    try:
+        Image.open(io.BytesIO(data))
+        return True
+    except _DECODE_ERRORS:
+        return False
+
+
+def _what_it_is(data: bytes) -> str:
+    """Why Pillow knows no image in this, in a user's words."""
+    if not data:
+        return "it is empty"
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return "it is a TIFF of a kind that Pillow does not read (bits, sample format or compression)"
+    if b"\0" not in data[:512] and all(byte >= 32 or byte in b"\t\r\n" for byte in data[:512]):
+        return f"it is text, which begins {data[:40].decode('utf-8', 'replace')!r}"
+    return "it is no image of a kind that Pillow reads"
+
+
+def _bits_of_channels(img: Image.Image) -> int:
+    """Of a TIFF with several channels; 8 of all else."""
+    bits = getattr(img, "tag_v2", {}).get(258, 8)
+    return max(bits) if img.format == "TIFF" and isinstance(bits, tuple) and len(bits) > 1 else 8
+
+
+def _refuse_planes(img: Image.Image) -> None:
+    """ValueError for a deep TIFF whose channels lie one after the other: Pillow scrambles them."""
+    if _bits_of_channels(img) > 8 and getattr(img, "tag_v2", {}).get(284) == 2:
+        raise ValueError(f"its channels of {_bits_of_channels(img)} bits lie in planes: store them interleaved")
+
+
+def _refuse_lost_bits(img: Image.Image) -> None:
+    """ValueError for a TIFF of which Pillow would keep one byte of each value, and not say so."""
+    if _bits_of_channels(img) > 8 and not _is_deep(img):
+        raise ValueError(f"of its channels of {_bits_of_channels(img)} bits Pillow keeps 8: store them without alpha")
+
+
+def _unsigned(img: Image.Image) -> np.ndarray:
+    """Values of a deep image; Pillow holds those of 32 bits without a sign as if they had one."""
+    values = np.asarray(img)
+    tags = getattr(img, "tag_v2", {})
+    if img.format == "TIFF" and img.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,):
+        return values.view(np.uint32)
+    return values
 
 
 def _white_is_zero(img: Image.Image) -> bool:

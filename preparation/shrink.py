@@ -125,7 +125,7 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
 
 
 SHRINK_OUTCOMES = ("shrunk", "copied", "unreadable", "there already", "left out")
-SHRUNK_SUFFIXES = (".jpg", ".jpeg", ".png")
+SHRUNK_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png")
 
 
 @dataclass(frozen=True)

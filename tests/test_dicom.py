@@ -342,3 +342,54 @@ def test_a_file_without_preamble_says_what_to_do(tmp_path):
     (tmp_path / "bare.dcm").write_bytes((tmp_path / "whole.dcm").read_bytes()[132:])
     with pytest.raises(UnreadableImage, match="bare.dcm: it does not begin as a DICOM file .* can rewrite it"):
         read_image(tmp_path / "bare.dcm")
+
+
+def test_a_tables_first_value_is_signed_by_what_values_can_be(tmp_path):
+    """-2048 written as 63488, of a signed image that happens to have no negative value."""
+    values = np.arange(4096, dtype=np.int16).reshape(64, 64) % 2048
+    voi = sequence({"LUTDescriptor": [4096, 63488, 8], "LUTData": [i // 16 for i in range(4096)]})
+    write_dicom(tmp_path / "a.dcm", values, PixelRepresentation=1, VOILUTSequence=voi)
+    assert np.array_equal(grey(tmp_path / "a.dcm"), (values + 2048) // 16)
+
+
+@pytest.mark.parametrize("declared", [8, 16])
+def test_a_palette_of_bytes_in_words_is_read_by_its_length(tmp_path, declared):
+    ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64) % 256
+    write_dicom(tmp_path / "a.dcm", ramp, PhotometricInterpretation="PALETTE COLOR")
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    for i in (1, 2, 3):
+        dataset.add_new(0x00281100 + i, "US", [256, 0, declared])
+        dataset.add_new(0x00281200 + i, "OW", np.arange(256).astype("<u2").tobytes())
+    dataset.save_as(tmp_path / "a.dcm")
+    assert np.array_equal(grey(tmp_path / "a.dcm"), ramp)
+
+
+def test_values_above_the_low_bits_are_moved_down(tmp_path):
+    write_dicom(tmp_path / "high.dcm", LINE.astype(np.uint16) << 4, HighBit=15)
+    write_dicom(tmp_path / "low.dcm", LINE)
+    assert np.array_equal(grey(tmp_path / "high.dcm"), grey(tmp_path / "low.dcm"))
+
+
+def test_a_mask_of_few_bits_is_white(tmp_path):
+    mask = (LINE > 2000).astype(np.uint16)
+    write_dicom(tmp_path / "a.dcm", mask, BitsStored=1, HighBit=0)
+    assert np.array_equal(grey(tmp_path / "a.dcm"), 255 * mask)
+
+
+def test_a_narrow_window_counts_where_its_function_allows_one(tmp_path):
+    values = dict(RescaleSlope="0.00025", RescaleIntercept=0, WindowCenter=0.25, WindowWidth=0.5)
+    write_dicom(tmp_path / "a.dcm", LINE, VOILUTFunction="LINEAR_EXACT", **values)
+    expected = window_to_8bit(LINE * 0.00025, 0.25, 0.5, function="LINEAR_EXACT")
+    assert np.array_equal(grey(tmp_path / "a.dcm"), expected)
+
+
+def test_a_spacing_of_nothing_is_no_spacing(tmp_path):
+    write_dicom(tmp_path / "a.dcm", LINE, PixelSpacing=[0, 0], ImagerPixelSpacing=[0.1, 0.2], NumberOfFrames=None)
+    assert read_image(tmp_path / "a.dcm", Display("middle")).size == (128, 64)
+
+
+def test_an_image_under_a_dicom_files_name_is_read(tmp_path):
+    Image.new("L", (8, 8), 77).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "a.dcm")
+    assert (grey(tmp_path / "a.dcm") == 77).all()

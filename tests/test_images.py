@@ -253,3 +253,39 @@ def test_where_grey_values_come_from(tmp_path):
         image, how = decode_shown(data, name, given)
         assert how == by_hand
     assert np.array_equal(np.asarray(image)[..., 0], window_to_8bit(deep, 1000, 500))
+
+
+def test_a_ppm_of_two_bytes_is_windowed_as_any_deep_image(tmp_path):
+    colours = np.stack([RAMP, RAMP // 2, RAMP // 4], -1).astype(">u2")
+    (tmp_path / "a.ppm").write_bytes(b"P6\n# a comment\n%d %d 65535\n" % RAMP.shape[::-1] + colours.tobytes())
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.ppm")), window_to_8bit(colours.astype(np.uint16)))
+
+
+def test_a_deep_tiff_in_planes_is_refused_and_not_scrambled(tmp_path):
+    """Pillow writes no such file: a header by hand, of three strips of 16 bits."""
+    h, w = 8, 8
+    planes = [np.full((h, w), 1000 * (i + 1), "<u2").tobytes() for i in range(3)]
+    entries = [(256, 4, [w]), (257, 4, [h]), (258, 3, [16] * 3), (259, 3, [1]), (262, 3, [2]), (273, 4, [0, 0, 0]),
+               (277, 3, [3]), (278, 4, [h]), (279, 4, [128] * 3), (284, 3, [2])]  # fmt: skip
+    start = 8 + 2 + 12 * len(entries) + 4
+    extra, body = b"", struct.pack("<H", len(entries))
+    for tag, kind, values in entries:
+        if tag == 273:
+            values = [start + 100 + 128 * i for i in range(3)]
+        packed = b"".join(struct.pack("<H" if kind == 3 else "<I", value) for value in values)
+        if len(packed) > 4:
+            body += struct.pack("<HHII", tag, kind, len(values), start + len(extra))
+            extra += packed
+        else:
+            body += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
+    data = b"II*\0" + struct.pack("<I", 8) + body + struct.pack("<I", 0) + extra.ljust(100, b"\0") + b"".join(planes)
+    with pytest.raises(UnreadableImage, match="a.tif: its channels of 16 bits lie in planes"):
+        decode_image(data, "a.tif")
+
+
+@pytest.mark.parametrize(
+    "data, why", [(b"", "it is empty"), (b"<html>404</html>", "it is text, which begins '<html>404")]
+)
+def test_what_is_no_image_is_called_what_it_is(data, why):
+    with pytest.raises(UnreadableImage, match=f"a.png: {why}"):
+        decode_image(data, "a.png")
