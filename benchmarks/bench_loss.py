@@ -44,7 +44,7 @@ def full_matrices(outputs: dict[str, Tensor], temperature: float = 0.1, ssl_scal
     return {"loss": losses.slip_loss(*embeddings, scale=scale, ssl_scale=ssl_scale, temperature=temperature)}
 
 
-METHODS = {"tiles": losses.SLIPLoss(losses.SIMCLRLoss(0.1)), "full": full_matrices}
+METHODS = {"tiles": losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss(0.1)), "full": full_matrices}
 
 
 def make_inputs(batch: int, dim: int, device: torch.device) -> dict[str, Tensor]:
