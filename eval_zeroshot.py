@@ -29,7 +29,7 @@ from evaluation.run_folder import count_reading
 from inputs.reader import Reader
 from inputs.sizes import ImageSize
 from inputs.transforms import Preprocess, View
-from runtime.command_line import UsageError, positive_int, run_script
+from runtime.command_line import positive_int, run_script
 from runtime.logs import start_logging
 from runtime.one_run import one_run
 from tokenizer import Tokenizer
@@ -66,8 +66,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     # fmt: off
     model.add_argument("--resume", default="", type=str, metavar="CKPT",
-                       help="checkpoint of this project, published SLIP file, or MedCLIP's folder, zip or "
-                       "pytorch_model.bin (default: checkpoint_best.pt in --output-dir)")
+                       help="checkpoint of this project, published SLIP file, MedCLIP's folder, zip or "
+                       "pytorch_model.bin, or a model of another library: its folder, hf:ID, open-clip:NAME/TAG "
+                       "(default: checkpoint_best.pt in --output-dir)")
     model.add_argument("--model", default=None, choices=list(models.MODELS), metavar="NAME",
                        help="model that a published file holds, where the file itself does not say")
     model.add_argument("--bert-vocab", default=None, type=str, metavar="VOCAB.TXT",
@@ -77,10 +78,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--image-size", default=None, action=ImageSize,
                        help="pixels of the images, a side or height and width, where it is not the size that the "
                        "weights were trained with; position embeddings follow")
-    model.add_argument("--open-clip", default="", type=str, metavar="NAME",
-                       help="compare a model of the open_clip library instead, e.g. ViT-B-32 (needs open_clip_torch)")
-    model.add_argument("--open-clip-weights", default="", type=str, metavar="TAG",
-                       help="its weights: a tag of open_clip, which fetches them, or a file")
     # fmt: on
 
 
@@ -118,10 +115,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace) -> models.Pretrained:
     """The model that the arguments name, with a text side. ValueError where it has none."""
-    if args.open_clip:
-        if args.image_size:
-            raise UsageError("--image-size is for our models: one of open_clip brings its own views")
-        return load_open_clip(args.open_clip, args.open_clip_weights)
     path = args.resume or os.path.join(args.output_dir, "checkpoint_best.pt")
     loaded = models.load_pretrained(
         path, model=args.model, bert_vocab=args.bert_vocab, text_pooling=args.text_pooling, image_size=args.image_size
@@ -131,25 +124,6 @@ def load_model(args: argparse.Namespace) -> models.Pretrained:
     if loaded.tokenizer is None:
         raise ValueError(f"{loaded.source}: pass --bert-vocab with Bio_ClinicalBERT's vocab.txt to read prompts")
     return loaded
-
-
-def load_open_clip(name: str, weights: str) -> models.Pretrained:
-    """A model of open_clip with its own tokenizer and preparation (`preprocess` is a View)."""
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError("--open-clip needs the package open_clip_torch") from error
-    if name not in open_clip.list_models():
-        raise ValueError(f"unknown open_clip model {name!r}; choose from {', '.join(open_clip.list_models())}")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if weights not in tags and not os.path.isfile(weights):
-        raise ValueError(f"--open-clip-weights {weights!r} is no file and no weights of {name}: {', '.join(tags)}")
-    model: Any
-    view: Any
-    tokenizer: Any = open_clip.get_tokenizer(name)
-    model, _, view = open_clip.create_model_and_transforms(name, pretrained=weights)
-    source = f"open_clip {name} {weights}"
-    return models.Pretrained(model.eval(), view, tokenizer, source)
 
 
 def chosen_sets(args: argparse.Namespace, catalog: dict[str, dict]) -> list[str]:

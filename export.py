@@ -40,6 +40,7 @@ from runtime.one_run import KINDS, SETTINGS
 from synthetic.world import is_synthetic
 from tokenizer import BPE_PATH, SimpleTokenizer
 from towers import medclip
+from towers.files import SAFETENSORS_FORMAT
 
 log = logging.getLogger("medslip")
 
@@ -184,7 +185,7 @@ def to_safetensors(loaded: models.Pretrained, folder: Path) -> None:
     model = loaded.model
     save_file(tensors(model.state_dict()), folder / "model.safetensors")
     about = {
-        "format": models.SAFETENSORS_FORMAT,
+        "format": SAFETENSORS_FORMAT,
         "model": {"name": model.name, "config": model.config},
         "preprocess": loaded.preprocess.to_dict(),
         "tokenizer": loaded.tokenizer.spec() if loaded.tokenizer else None,

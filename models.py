@@ -8,7 +8,6 @@ Towers come from towers/build.py, and losses from losses.py; what joins them to 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import OrderedDict
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -33,18 +31,14 @@ from inputs.images import read_image, to_rgb8
 from inputs.sizes import Size, as_size, size_text
 from inputs.transforms import Preprocess, eval_view
 from runtime.checkpoints import (
-    load_checkpoint,
-    refuse_finetuned,
-    refuse_not_finite,
     strip_wrappers,
-    take_average,
     training_progress,
     unfinished,
 )
-from runtime.integrity import check_sums
 from tokenizer import SimpleTokenizer, TokenizedTexts, Tokenizer, WordPieceTokenizer, create_tokenizer
 from towers import sources
 from towers.build import build_image_tower, build_text_tower, is_medclip_tower, preprocess_of
+from towers.files import is_medclip_state, read_pretrained
 from towers.weights import load_weights, require_finite, resize_position_embeddings
 
 log = logging.getLogger("medslip")
@@ -563,49 +557,6 @@ def as_image(image: Any) -> Image.Image:
     return to_rgb8(image if isinstance(image, Image.Image) else Image.fromarray(to_8bit(np.asarray(image))[0]))
 
 
-def _is_medclip_state(state: dict) -> bool:
-    return "text_model.projection_head.weight" in state
-
-
-def read_pretrained(path: str | Path) -> dict:
-    """The contents of a checkpoint of ours, a published SLIP file, or MedCLIP's weights (folder, zip or .bin).
-
-    Raises:
-        FileNotFoundError, ValueError: nothing there; unreadable; a fine-tuned classifier.
-    """
-    path = Path(path)
-    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-        return _read_exported(path)
-    if path.is_dir() or path.suffix == ".zip":
-        from towers import medclip
-
-        return medclip.read_weights(path)
-    state = load_checkpoint(path)
-    refuse_finetuned(state, path)
-    state = take_average(state, path)
-    bare = state and all(isinstance(value, Tensor) for value in state.values()) and not _is_medclip_state(state)
-    return {"state_dict": state} if bare else state
-
-
-SAFETENSORS_FORMAT = "medslip 1"  # of config.json beside model.safetensors, which export.py writes
-
-
-def _read_exported(folder: Path) -> dict:
-    """A folder that export.py wrote, as the checkpoint it came from."""
-    utils.refuse_lfs_pointer(folder / "model.safetensors")
-    try:
-        for name in ("config.json", "model.safetensors"):
-            check_sums(folder / name)
-        about = json.loads((folder / "config.json").read_text(encoding="utf8"))
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
-    except Exception as error:  # SafetensorError has no public base
-        raise ValueError(f"{folder} is not a readable export: {error}") from error
-    if not isinstance(about, dict) or about.get("format") != SAFETENSORS_FORMAT:
-        raise ValueError(f"{folder} is no folder of export.py --to safetensors: config.json does not say its format")
-    refuse_not_finite(weights, folder)
-    return {**about, "state_dict": weights}
-
-
 def load_pretrained(
     path: str | Path,
     *,
@@ -631,7 +582,7 @@ def load_pretrained(
         return _from_library(sources.read_source(path), path, image_size)
     state = read_pretrained(path)
     pooling = {} if text_pooling is None else {"text_pooling": text_pooling}
-    if _is_medclip_state(state):
+    if is_medclip_state(state):
         loaded, tokenizer, kind = _from_medclip(state, path, bert_vocab, pooling)
     elif isinstance(state.get("model"), dict) and "config" in state["model"]:
         loaded, tokenizer, kind = _from_ours(state, path, pooling)
@@ -737,7 +688,7 @@ def initialise(model: ImageModel, path: str | Path, tokenizer: Tokenizer | None 
                 f"the vocabulary of {path} ({spec['kind']}) and that of this run ({ours['kind']}) differ: the same ids "
                 "would mean other words; give the same --bert-vocab as its run, or none where it had none"
             )
-    if _is_medclip_state(state):
+    if is_medclip_state(state):
         from towers import medclip
 
         medclip.load_medclip(model, state, str(path))

@@ -156,12 +156,12 @@ def test_the_published_slip_layout_loads(tmp_path):
         (["--retrieval", "--datasets", "digits"], "none of digits has captions"),
         (["--root", "data"], "add --retrieval"),
         (["--resume", "absent.pt"], "absent.pt does not exist"),
-        (["--open-clip", "ViT-Q-1"], "unknown open_clip model 'ViT-Q-1'; choose from"),
-        (["--open-clip", "ViT-B-32", "--open-clip-weights", "none"], "no weights of ViT-B-32: openai"),
+        (["--resume", "open-clip:ViT-Q-1"], "unknown open_clip model 'ViT-Q-1'; choose from"),
+        (["--resume", "open-clip:ViT-B-32/none"], "'none' is no file and no weights of ViT-B-32: openai"),
     ],
 )
 def test_bad_arguments_name_the_choices(tmp_path, arguments, message):
-    if "--open-clip" in arguments:
+    if "open-clip" in arguments[-1]:
         pytest.importorskip("open_clip")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         ez.main([*command(tmp_path), *arguments])
@@ -181,8 +181,7 @@ def test_an_open_clip_model_from_a_file(tmp_path):
     model = open_clip.create_model("ViT-S-32-alt")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     report = ez.main(
-        [*command(tmp_path), "--datasets", "digits", "--open-clip", "ViT-S-32-alt"]
-        + ["--open-clip-weights", str(tmp_path / "weights.pt")]
+        [*command(tmp_path), "--datasets", "digits", "--resume", f"open-clip:ViT-S-32-alt/{tmp_path}/weights.pt"]
     )
     digits = downstream.load_zeroshot_set("digits", open_clip.image_transform(224, is_train=False))
     read = open_clip.get_tokenizer("ViT-S-32-alt")

@@ -49,7 +49,7 @@ def test_images_are_found_by_ending_or_content_and_what_is_passed_over_is_counte
 
 
 def test_every_command_takes_the_same_files_of_a_folder(folder):
-    assert [str(path.relative_to(folder)) for path in predict.find_images([folder])] == EXPECTED
+    assert [str(path.relative_to(folder)) for path in predict.find_files([folder])] == EXPECTED
     assert [str(path.relative_to(folder)) for path in audit.list_images(folder)] == EXPECTED
 
 
@@ -103,7 +103,7 @@ def test_readers_of_pairs_and_labelled_sets_find_the_other_form(tmp_path, there,
     before = list(features.identify(found))
     os.utime(tmp_path / "csv" / f"{form(there, 2)}.png", (1, 1))
     assert [i for i, part in enumerate(features.identify(found)) if part != before[i]] == [2]  # a changed file is seen
-    images = predict.find_images([tmp_path / "csv" / "table.csv"])
+    images = predict.find_files([tmp_path / "csv" / "table.csv"])
     assert images_module.read_image(images[5]).getpixel((0, 0))[0] == 100 and images_module.image_size(images[5]) == (
         8,
         8,

@@ -14,6 +14,7 @@ from inputs import archives, images, metadata
 from preparation import cbis_tables, unpack, yfcc
 from runtime import checkpoints, integrity
 from towers import medclip, pretrained
+from towers.files import read_pretrained
 
 # As git-lfs.com has it in its specification.
 POINTER = (
@@ -30,7 +31,7 @@ def roco(path: Path) -> object:
 
 def exported(path: Path) -> object:
     (path.parent / "config.json").write_text("{}")
-    return models.read_pretrained(path.parent)
+    return read_pretrained(path.parent)
 
 
 def zenodo(path: Path) -> object:

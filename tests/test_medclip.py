@@ -11,6 +11,7 @@ from model_helpers import tiny_medslip
 import losses
 import models
 from towers import medclip
+from towers.files import read_pretrained
 
 GOLDEN = torch.load(Path(__file__).parent / "goldens" / "medclip.pt", weights_only=True)
 KINDS = {"vit": "VIT", "resnet": "RESNET"}
@@ -75,9 +76,9 @@ def test_zip_bin_and_folder_are_the_same(files, tmp_path):
     archive = tmp_path / "medclip-resnet.zip"
     with zipfile.ZipFile(archive, "w") as z:
         z.write(folder / "pytorch_model.bin", "medclip-resnet/pytorch_model.bin")
-    reference = models.read_pretrained(folder)
+    reference = read_pretrained(folder)
     for path in (archive, folder / "pytorch_model.bin"):
-        state = models.read_pretrained(path)
+        state = read_pretrained(path)
         assert all(torch.equal(state[k], v) for k, v in reference.items()) and len(state) == len(reference)
 
 

@@ -12,7 +12,6 @@ from inputs.transforms import eval_view
 from towers import library, sources
 
 LABELS = ["a mammogram of a mass", "chest radiograph"]
-VISION = ("vit", "dinov2", "dinov3_vit", "dinov3_convnext", "swin", "convnext")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,7 @@ def made(tmp_path_factory):
     folder, done = tmp_path_factory.mktemp("twins"), {}
     makers = {"clip": twins.clip, "siglip": twins.siglip, "siglip2": twins.siglip2, "timm": twins.timm_tower}
     makers |= {"open_clip": twins.open_clip_pair, "biomedclip": lambda path: twins.open_clip_pair(path, "bert")}
-    makers |= {kind: lambda path, kind=kind: twins.vision(kind, path) for kind in VISION}
+    makers |= {kind: lambda path, kind=kind: twins.vision(kind, path) for kind in twins.VISION_KINDS}
     makers |= {kind: lambda path, kind=kind: twins.text(kind, path) for kind in ("bert", "roberta", "modernbert")}
 
     def of(kind):
@@ -56,7 +55,7 @@ def test_a_pair_of_transformers_computes_what_it_computes_there(made, kind):
     assert np.abs(text - out.text_embeds.numpy()).max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", VISION)
+@pytest.mark.parametrize("kind", twins.VISION_KINDS)
 @torch.no_grad()
 def test_an_image_tower_of_transformers_computes_what_it_computes_there(made, kind):
     loaded = models.load_pretrained(made(kind))

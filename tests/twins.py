@@ -16,6 +16,7 @@ CAPTIONS = [
     "a mammogram of a malignant mass in the left breast", "chest radiograph, normal heart size",
     "axial CT of the abdomen: a cyst of 3 cm in segment IV", "MRI of the knee with a torn meniscus & an effusion",
 ]  # fmt: skip
+VISION_KINDS = ("vit", "dinov2", "dinov3_vit", "dinov3_convnext", "swin", "convnext")
 TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 VISION = dict(**TEXT, image_size=32, patch_size=8)
 

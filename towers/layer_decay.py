@@ -20,7 +20,12 @@ from timm.models._manipulate import MATCH_PREV_GROUP, group_with_matcher
 from torch import nn
 from torchvision.models import ResNet
 
+from towers import library
+
 _HEAD = "<head>"  # stands for a head that a tower without classifier lacks
+# A block of a transformer, or a stage of a tower that narrows; and what stands before the first.
+_LIBRARY_LAYER = re.compile(r"\b(?:layers?|stages|blocks|resblocks)\.(\d+)\.")
+_LIBRARY_STEM = re.compile("embed|conv1|class_embedding|token|ln_pre|pre_layrnorm|norm_pre|stem")
 _SWIN_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(downsample\.)?")
 
 
@@ -59,6 +64,8 @@ def _matcher(tower: Any) -> dict | Callable:
     """What makes up the stem and each block or stage of `tower`, in timm's form of regular expressions."""
     if isinstance(tower, ResNet):
         return dict(stem=r"conv1\.|bn1\.", blocks=r"layer(\d+)\.")
+    if isinstance(tower, (library.HFImageTower, library.OpenCLIPImageTower)):
+        return _library_layer
     if any(kind.__name__ == "SwinModel" for kind in type(tower).__mro__):  # transformers takes seconds to import
         return _hf_swin_stage
     if not hasattr(tower, "group_matcher"):
@@ -74,6 +81,13 @@ def _matcher(tower: Any) -> dict | Callable:
         part: spec if isinstance(spec, str) or spec is None else [s for s in spec if s[1] != MATCH_PREV_GROUP]
         for part, spec in matcher.items()
     }
+
+
+def _library_layer(name: str) -> float:
+    """Of a tower of transformers or open_clip, by its parameter's name."""
+    if found := _LIBRARY_LAYER.search(name):
+        return int(found[1]) + 1
+    return 0 if _LIBRARY_STEM.search(name) else math.inf
 
 
 def _hf_swin_stage(name: str) -> float:

@@ -454,11 +454,12 @@ def _open_clip_tokenizer(text: dict[str, Any], folder: Path, name: str) -> Any:
         raise ValueError(f"{name}: a tokenizer with {', '.join(sorted(other))} is not known here")
     from transformers import AutoTokenizer
 
-    with _quiet():
-        try:
-            theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of many kinds
-            raise ValueError(f"{folder} holds no tokenizer, where {text['hf_tokenizer_name']} belongs") from error
+    hub = str(text["hf_tokenizer_name"])
+    there = any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
+    with _quiet(), _online(f"the tokenizer of {name}", hub):
+        theirs = AutoTokenizer.from_pretrained(
+            folder if there else hub, local_files_only=there, trust_remote_code=False
+        )
     clean = kwargs.get("clean", "whitespace")
     return _own_tokenizer(theirs, folder, length, theirs.pad_token_id or 0, True, clean)
 
@@ -493,7 +494,7 @@ def _text_settings(name: str, folder: Path, weights: Path) -> dict[str, Any]:
 
 
 def _open_clip_by_name(name: str) -> Found:
-    """`NAME/TAG` of open_clip's own lists; the weights from its cache, or fetched."""
+    """`NAME/TAG` of open_clip's own lists, the weights from its cache or fetched; or `NAME/FILE`."""
     try:
         import open_clip
     except ImportError as error:
@@ -501,13 +502,17 @@ def _open_clip_by_name(name: str) -> Found:
     model, _, tag = name.partition("/")
     settings, cfg = open_clip.get_model_config(model), open_clip.get_pretrained_cfg(model, tag)
     if settings is None:
-        raise ValueError(f"open_clip has no model {model!r}; open_clip.list_models() names them")
-    if not cfg:
+        raise ValueError(f"unknown open_clip model {model!r}; choose from {', '.join(open_clip.list_models())}")
+    if Path(tag).is_file():
+        cfg, weights = {}, Path(tag)
+    elif not cfg:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-        raise ValueError(f"open_clip has no weights {tag!r} of {model}; choose from {tags}")
-    with _online("open_clip", name):
-        weights = Path(open_clip.pretrained.download_pretrained(cfg))
+        raise ValueError(f"open-clip:{name}: {tag!r} is no file and no weights of {model}: {tags}")
+    else:
+        with _online("open_clip", name):
+            weights = Path(open_clip.download_pretrained(cfg))
     given = {key: value for key, value in cfg.items() if key in ("mean", "std", "interpolation", "resize_mode")}
+    settings = {**settings, "quick_gelu": settings.get("quick_gelu", False) or cfg.get("quick_gelu", False)}
     return _open_clip({"model_cfg": settings, "preprocess_cfg": given}, weights.parent, f"open-clip:{name}", weights)
 
 

@@ -1,0 +1,56 @@
+"""What a file of weights of our kinds holds: checkpoints and exports of ours, SLIP's files, MedCLIP's weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+import utils
+from runtime.checkpoints import load_checkpoint, refuse_finetuned, refuse_not_finite, take_average
+from runtime.integrity import check_sums
+
+SAFETENSORS_FORMAT = "medslip 1"  # of config.json beside model.safetensors, which export.py writes
+
+
+def is_medclip_state(state: dict) -> bool:
+    """Whether tensors bear the names that MedCLIP gives them."""
+    return "text_model.projection_head.weight" in state
+
+
+def read_pretrained(path: str | Path) -> dict:
+    """The contents of a checkpoint of ours, a published SLIP file, or MedCLIP's weights (folder, zip or .bin).
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there; unreadable; a fine-tuned classifier.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
+        return _read_exported(path)
+    if path.is_dir() or path.suffix == ".zip":
+        from towers import medclip
+
+        return medclip.read_weights(path)
+    state = load_checkpoint(path)
+    refuse_finetuned(state, path)
+    state = take_average(state, path)
+    bare = state and all(isinstance(value, Tensor) for value in state.values()) and not is_medclip_state(state)
+    return {"state_dict": state} if bare else state
+
+
+def _read_exported(folder: Path) -> dict:
+    """A folder that export.py wrote, as the checkpoint it came from."""
+    utils.refuse_lfs_pointer(folder / "model.safetensors")
+    try:
+        for name in ("config.json", "model.safetensors"):
+            check_sums(folder / name)
+        about = json.loads((folder / "config.json").read_text(encoding="utf8"))
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+    except Exception as error:  # SafetensorError has no public base
+        raise ValueError(f"{folder} is not a readable export: {error}") from error
+    if not isinstance(about, dict) or about.get("format") != SAFETENSORS_FORMAT:
+        raise ValueError(f"{folder} is no folder of export.py --to safetensors: config.json does not say its format")
+    refuse_not_finite(weights, folder)
+    return {**about, "state_dict": weights}
