@@ -20,14 +20,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from scipy.special import expit, softmax
 from torch import Tensor, nn
 
 import losses
 import utils
-from inputs.depth import to_8bit
-from inputs.images import read_image, to_rgb8
+from inputs.images import as_image
 from inputs.sizes import Size, as_size, size_text
 from inputs.transforms import Preprocess, eval_view
 from runtime.checkpoints import (
@@ -548,13 +546,6 @@ class Pretrained:
 
 
 IDS_AT_A_TIME = 32_768  # of captions in one batch, padding counted: 64 of the longest that BERT reads
-
-
-def as_image(image: Any) -> Image.Image:
-    """A path, a Pillow image or an array of any depth as RGB with 8 bits."""
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    return to_rgb8(image if isinstance(image, Image.Image) else Image.fromarray(to_8bit(np.asarray(image))[0]))
 
 
 def load_pretrained(
