@@ -45,6 +45,7 @@ from runtime.checkpoints import is_finetuned, load_checkpoint
 from runtime.command_line import HelpFormatter, UsageError, positive_int, run_script
 from runtime.integrity import read_arrays
 from runtime.logs import start_logging
+from towers.sources import is_name
 
 log = logging.getLogger("medslip")
 
@@ -419,7 +420,7 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
         "ids": np.array(ids, dtype=np.str_),
         "vectors": vectors.astype(np.float32),
         "kind": np.array("captions" if args.captions else "images"),
-        "weights": np.array(str(Path(args.weights).absolute())),
+        "weights": np.array(args.weights if is_name(args.weights) else str(Path(args.weights).absolute())),
         "weights_sha256": np.array(utils.weights_sha256(loaded.model.state_dict())),
     }
     utils.atomic_write(args.output, lambda file: np.savez(file, allow_pickle=False, **bank))

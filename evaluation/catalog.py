@@ -18,6 +18,8 @@ A set is one entry:
                         for each image
     positive            csv: the class that is looked for, which has columns of its own in results
     blank, uncertain    csv with several findings: what an empty cell and a -1 count as: negative, positive or skip
+    frame, window       csv: how files of several frames and of more than 8 bits are shown: first, middle or a number
+                        from 1; [center, width]
 
 All after type are optional. Without labels and templates those of labels.json and templates.json under the set's own
 name are taken, else the class folders' names and "a photo of a {}."; a published set keeps its metric and folders. Keys
@@ -37,6 +39,7 @@ from typing import Any
 from datasets import READERS
 from evaluation.metrics import SET_METRICS
 from inputs.cbis import CBIS_SETS
+from inputs.display import Display, frame_of
 
 log = logging.getLogger("medslip")
 
@@ -44,7 +47,7 @@ HERE = Path(__file__).resolve().parents[1]
 CATALOG = HERE / "dataset_catalog.json"
 TYPES = ("imagefolder", "filelist", "csv", "special")
 REQUIRED = ("path", "type", "train", "test")
-CSV_ONLY = ("table", "columns", "positive", "blank", "uncertain")
+CSV_ONLY = ("table", "columns", "positive", "blank", "uncertain", "frame", "window")
 OPTIONAL = ("labels", "templates", "metric", "folders", "images", *CSV_ONLY)
 COLUMNS = ("image", "label", "split", "group")
 COUNT_AS = {"negative": 0, "positive": 1, "skip": -1}  # what an unclear finding counts as
@@ -110,9 +113,22 @@ def _check_entry(where: str, name: str, entry: dict[str, Any]) -> None:
     columns = entry.get("columns", {})
     if not isinstance(columns, dict) or (unknown := [key for key in columns if key not in COLUMNS]):
         raise ValueError(f'{where}: "columns" names the columns {", ".join(COLUMNS)}; not {unknown or columns}')
+    display_of(entry, where)
     for key in ("blank", "uncertain"):
         if entry.get(key, "skip") not in COUNT_AS:
             raise ValueError(f"{where} counts {key} as {entry[key]!r}; choose from {', '.join(COUNT_AS)}")
+
+
+def display_of(entry: dict[str, Any], where: str = "the catalog entry") -> Display:
+    """How an entry's images are shown; ValueError for another frame, or a window that is no center and width."""
+    window = entry.get("window")
+    two = isinstance(window, list) and len(window) == 2 and all(isinstance(number, (int, float)) for number in window)
+    if window is not None and not (two and window[1] >= 1):
+        raise ValueError(f'{where}: "window" is [center, width], the width at least 1, not {window!r}')
+    try:
+        return Display(frame_of(entry.get("frame", "first")), tuple(window) if window else None)
+    except ValueError as error:
+        raise ValueError(f'{where}, "frame": {error}') from error
 
 
 def _published(name: str, key: str) -> Any:

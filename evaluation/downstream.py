@@ -26,12 +26,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
-from evaluation.catalog import CATALOG, entry_of, metric_of, prompts_of, read_catalog
+from evaluation.catalog import CATALOG, display_of, entry_of, metric_of, prompts_of, read_catalog
 from evaluation.predictions import CBIS, Scheme, set_scheme
 from evaluation.set_tables import in_order, read_set_table
 from inputs import metadata
 from inputs.cbis import CBIS_CLASSES, CBIS_SETS, CbisLesions
 from inputs.columns import TextColumn
+from inputs.display import DISPLAY, Display
 from inputs.files import composed, images_below, is_system, on_disk
 from inputs.images import read_image
 from inputs.transforms import Preprocess, View, as_view
@@ -157,18 +158,21 @@ class ImageFiles(Downstream):
     """Samples that lie in files of their own; the paths are kept as bytes that forked workers share."""
 
     def __init__(
-        self, root: Path, paths: TextColumn, classes: list[str], labels: np.ndarray, transform: Transform | None
-    ):
+        self, root: Path, paths: TextColumn, classes: list[str], labels: np.ndarray, transform: Transform | None,
+        display: Display = DISPLAY,
+    ):  # fmt: skip
         super().__init__(classes, labels, transform)
-        self.root, self.paths = root, paths
+        self.root, self.paths, self.display = root, paths, display
 
     def image(self, i: int) -> Image.Image:
         """Sample i, read from its file."""
-        return read_image(self.root / self.paths[i])
+        return read_image(self.root / self.paths[i], self.display)
 
     def contents(self) -> Iterator[Any]:
-        """The paths."""
+        """The paths, and how they are shown where that is not as the files say."""
         yield from (self.paths.data, self.paths.offsets)
+        if self.display != DISPLAY:
+            yield np.frombuffer(repr(self.display).encode(), np.uint8)
 
 
 class ImageArray(Downstream):
@@ -385,7 +389,7 @@ def csv_set(name: str, entry: dict[str, Any], path: Path, split: str, transform:
     number_of = {label: number for number, label in enumerate(table.classes)}
     labels = np.array([number_of.get(table.rows[i]["label"], 0) for i in own])
     paths = TextColumn.from_strings((table.rows[i]["image"] for i in own), paths=True)
-    found = ImageFiles(Path(entry.get("images", path)), paths, table.classes, labels, transform)
+    found = ImageFiles(Path(entry.get("images", path)), paths, table.classes, labels, transform, display_of(entry))
     found.rows, found.remarks = [table.rows[i] for i in own], table.remarks
     found.scheme = set_scheme(table.classes, table.positive, table.unit)
     if table.findings is not None:

@@ -29,7 +29,7 @@ from datasets import EvalPairs
 from evaluation import metrics
 from evaluation.downstream import ZeroShotSet
 from inputs import loader
-from inputs.display import AS_STORED
+from inputs.display import AS_STORED, DISPLAY
 from inputs.files import on_disk
 from inputs.images import UnreadableImage, decode_shown, read_bytes
 from inputs.reader import Reader
@@ -319,6 +319,8 @@ def identify(dataset: Any) -> Iterator[bytes]:
         yield f"{dataset.pixels.shape} {dataset.upsample}".encode()
         yield np.ascontiguousarray(dataset.pixels).tobytes()
         return
+    if (display := getattr(dataset, "display", DISPLAY)) != DISPLAY:
+        yield repr(display).encode()
     for i in range(len(dataset)):
         path = _path_of(dataset, i)
         status = path.stat() if path.exists() else None  # absent: the pass says so, or skips it
@@ -336,7 +338,7 @@ def greys_of(dataset: Any, most: int = 16) -> dict[str, int]:
     for i in sorted({int(place) for place in np.linspace(0, len(dataset) - 1, min(len(dataset), most))}):
         try:
             path = _path_of(dataset, i)
-            found[decode_shown(read_bytes(path), str(path))[1]] += 1
+            found[decode_shown(read_bytes(path), str(path), getattr(dataset, "display", DISPLAY))[1]] += 1
         except (UnreadableImage, FileNotFoundError):
             continue  # the pass over the images says so, or skips it
     return dict(found)

@@ -41,9 +41,9 @@ DISPLAY = Display()
 FRAMES = ("first", "middle")
 
 
-def frame_of(text: str, words: Sequence[str] = FRAMES) -> int | str:
+def frame_of(text: str | int, words: Sequence[str] = FRAMES) -> int | str:
     """A catalog's or a flag's frame: one of the words, or a number from 1; ValueError for others."""
-    if text in words:
+    if isinstance(text, str) and text in words:
         return text
     if not str(text).isdecimal() or not int(text):
         raise ValueError(f"unknown frame {text!r}; choose from {', '.join(words)}, or a number from 1")

@@ -23,6 +23,7 @@ from runtime.checkpoints import load_checkpoint, training_progress
 from runtime.logs import format_seconds
 from runtime.one_run import in_use
 from runtime.signals import ENDS_WITH_PARENT, SIGNALS
+from towers.sources import is_name
 
 log = logging.getLogger("medslip")
 HERE = Path(__file__).resolve().parents[1]
@@ -78,7 +79,9 @@ def plan_steps(plan: Plan, args: argparse.Namespace, out: Path) -> list[Step]:
     for row in plan.rows:
         for seed in seeds_of(row, args.seeds):
             folder = folder_of(out, row, seed)
-            weights = Path(row.weights).absolute() if row.weights else None
+            weights: str | Path | None = row.weights or None
+            if weights and not is_name(weights):
+                weights = Path(weights).absolute()
             if row.train is not None:
                 weights = folder / "training" / "checkpoint_best.pt"
                 flags = [*shlex.split(row.train), "--seed", str(seed), "--workers", str(args.workers)]
@@ -95,10 +98,11 @@ def plan_steps(plan: Plan, args: argparse.Namespace, out: Path) -> list[Step]:
 
 
 def evaluation(
-    row: PlannedRow, kind: str, folder: Path, weights: Path | None, seed: int, args: argparse.Namespace, root: Path
-) -> Step:
+    row: PlannedRow, kind: str, folder: Path, weights: str | Path | None, seed: int, args: argparse.Namespace,
+    root: Path,
+) -> Step:  # fmt: skip
     """The step that ends in a row's predictions for one table: a probe, or fine-tuning end to end."""
-    needs = [root / f"{kind}.csv", *([weights] if weights else [])]
+    needs = [root / f"{kind}.csv", *([weights] if isinstance(weights, Path) else [])]
     result = folder / "results.json"
     name = f"{row.name}, seed {seed}: {kind}" if row.seeded else f"{row.name}: {kind}"
     if row.finetune is not None:

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import twins
 from PIL import Image
 from source_tree import jpeg, make_redcaps, make_yfcc, save_jpeg
 
 import models
 from datasets import create_reader
-from evaluation import catalog
+from evaluation import catalog, downstream
 from inputs import cbis
+from inputs.display import Display
 from inputs.images import UnreadableImage, decode_image, decode_pixels
 from inputs.metadata import read_table
 from preparation import cbis_tables
@@ -91,6 +93,12 @@ def test_tables(tmp_path):
         (tmp_path / "pairs.csv").write_bytes(mutated(whole, rng))
         read += check(lambda: all_of(create_reader("csv", tmp_path, "pairs.csv")), "pairs.csv")
     assert 0 < read < ROUNDS
+    rows = "".join(f"{i}.jpg,{'ab'[i % 2]},{'train' if i < 2 else 'test'},P{i}\n" for i in range(4))
+    whole, entry = f"image,label,split,patient\n{rows}".encode(), {"path": str(tmp_path), "type": "csv"}
+    labelled = {"mine": entry | {"train": "train", "test": "test", "columns": {"group": "patient"}}}
+    for _, rng in each_round("labelled"):
+        (tmp_path / "table.csv").write_bytes(mutated(whole, rng))
+        check(lambda: downstream.open_splits("mine", catalog.Catalog(labelled, "catalog.json")), "table.csv")
     lesions = [dict.fromkeys(cbis.CBIS_COLUMNS, "x") | {"split": "test", "pathology": "MALIGNANT", "crop": "a.png"}] * 3
     cbis_tables.write_table(tmp_path / "mass.csv", lesions)
     whole = (tmp_path / "mass.csv").read_bytes()
@@ -153,7 +161,10 @@ def test_tars(tmp_path):
         check(lambda i=i: all_of(create_reader("webdataset", tmp_path, cache_dir=tmp_path / f"c{i}")), "0.tar")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF", "WEBP", "BMP", "16 bits", "DICOM", "DICOM with tables"])
+KINDS = ["JPEG", "PNG", "TIFF", "GIF", "WEBP", "BMP", "16 bits", "film", "DICOM", "DICOM with tables"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_images(kind, tmp_path):
     if kind.startswith("DICOM"):
         pytest.importorskip("pydicom")
@@ -173,6 +184,11 @@ def test_images(kind, tmp_path):
         from test_images import png_of_16_bits
 
         whole = png_of_16_bits(np.random.default_rng(0).integers(0, 4096, (30, 40, 3)).astype(np.uint16))
+    elif kind == "film":  # a digitiser's TIFF: deep, white is zero, several pages
+        buffer, deep = io.BytesIO(), np.arange(1200, dtype=np.uint16).reshape(30, 40)
+        pages = [Image.fromarray(deep + i) for i in range(3)]
+        pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:], tiffinfo={262: 0})
+        whole = buffer.getvalue()
     else:
         buffer = io.BytesIO()
         pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
@@ -184,6 +200,8 @@ def test_images(kind, tmp_path):
             img = decode_image(data, "the name")
             assert img.mode == "RGB" and img.width * img.height < 10**8
         check(lambda d=data: decode_pixels(d, "the name"), "the name", UnreadableImage)
+        asked = Display(rng.choice(["middle", 1, 3]), (1000, 400))
+        check(lambda d=data, asked=asked: decode_image(d, "the name", asked), "the name", UnreadableImage)
 
 
 def test_checkpoints(tmp_path):
@@ -205,3 +223,16 @@ def test_checkpoints(tmp_path):
             check(lambda: checkpoints.load_checkpoint(path), "checkpoint.pt")
             check(lambda: models.load_pretrained(path), "checkpoint.pt")
     assert [p.name for p in Path(tmp_path).iterdir()] == ["checkpoint.pt"]
+
+
+def test_configurations_of_other_libraries(tmp_path):
+    """Of transformers: a folder is read, or refused in words that name it."""
+    folder = twins.vision("vit", tmp_path / "vit")
+    for file in ("config.json", "preprocessor_config.json"):
+        whole = (folder / file).read_bytes()
+        for i, rng in each_round(file):
+            if i == 150:  # each builds a model
+                break
+            (folder / file).write_bytes(mutated(whole, rng))
+            check(lambda: models.load_pretrained(folder), "vit")
+        (folder / file).write_bytes(whole)

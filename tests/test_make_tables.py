@@ -10,11 +10,13 @@ import time
 
 import numpy as np
 import pytest
+import twins
 from helpers import ROOT, TINY
 from model_helpers import write_checkpoint
 from sklearn.metrics import roc_auc_score
 
 import make_tables
+import models
 from evaluation.predictions import Predictions
 from reporting import plan as reporting_plan
 from runtime import command_line
@@ -178,6 +180,32 @@ def test_dry_run_prints_the_commands_and_runs_none(drawn, tmp_path, capsys):
     make_tables.main(command(drawn, tmp_path, "--seeds", "0", "--dry-run", "--submit=--partition gpu --nodes 1"))
     assert "run_with_submitit.py --dataset roco" in (printed := capsys.readouterr().out)
     assert "--partition gpu --nodes 1" in printed
+
+
+def test_a_name_of_a_library_stays_a_name(drawn, tmp_path, capsys, monkeypatch):
+    folder, read = twins.timm_tower(tmp_path / "tower"), models.load_pretrained
+    monkeypatch.setattr(models, "load_pretrained", lambda path: read(folder if path == "timm:test_vit" else path))
+    rows = {"rows": [{"name": "Frozen", "weights": "timm:test_vit"}, {"name": "Folder", "weights": str(folder)}]}
+    make_tables.main(command(drawn, tmp_path, "--dry-run", rows=rows))
+    printed = capsys.readouterr().out
+    assert printed.count("--pretrained timm:test_vit") == 2 and printed.count(f"--pretrained {folder}") == 2
+
+
+@pytest.mark.slow
+def test_frozen_models_of_other_libraries_stand_beside_one_that_is_trained_from_one(drawn, tmp_path):
+    pair, tower = twins.clip(tmp_path / "clip"), twins.vision("dinov2", tmp_path / "dinov2")
+    start = f"--model SLIP --init {pair} --ssl-mlp-dim 16 --ssl-emb-dim 8"
+    rows = {
+        "train": "--dataset roco --root {roco} --epochs 1 --batch-size 16 --disable-amp", "probe": "--resamples 60",
+        "rows": [{"name": "CLIP (frozen)", "weights": str(pair)}, {"name": "DINOv2 (frozen)", "weights": str(tower)},
+                 {"name": "SLIP from it", "train": start, "baseline": "CLIP (frozen)"}],
+    }  # fmt: skip
+    found = make_tables.main(command(drawn, tmp_path, "--seeds", "0", "1", rows=rows))
+    for table in found["tables"].values():
+        by_name = {row["name"]: row for row in table["rows"]}
+        assert [len(by_name[row["name"]]["seeds"]) for row in rows["rows"]] == [1, 1, 2]
+        (compared,) = table["comparisons"]
+        assert (compared["row"], compared["baseline"]) == ("SLIP from it", "CLIP (frozen)")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from beit_finetuning import sets
-from evaluation import downstream
+from evaluation import downstream, features
 from evaluation.catalog import read_catalog
 from evaluation.predictions import Predictions, score_predictions
 from reporting.runs import ResultTable
@@ -146,3 +146,25 @@ def test_fine_tuning_names_them_too(tmp_path, caplog):
     args = Namespace(data_set="image_folder", data_path=str(tmp_path / "train"), eval_data_path=str(tmp_path / "test"))
     sets.open_sets(args)
     assert "image_folder: classes without training images: rare (1 test)" in caplog.text
+
+
+def test_a_set_shows_the_frame_and_the_window_that_its_entry_names(tmp_path):
+    rows = [f"{'ab'[i % 2]},{'train' if i < 2 else 'test'}" for i in range(4)]
+    write_table(tmp_path, rows)
+    pages = [Image.fromarray(np.full((8, 8), value, np.uint16)) for value in (1000, 2000, 3000)]
+    pages[0].save(tmp_path / "deep.tif", save_all=True, append_images=pages[1:])
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes((tmp_path / "deep.tif").read_bytes())
+    shown = {}
+    for more in ({}, {"frame": "middle", "window": [2000, 4000]}, {"frame": 3, "window": [2000, 4000]}):
+        entry = {"path": str(tmp_path), "type": "csv", "train": "train", "test": "test"} | more
+        (tmp_path / "catalog.json").write_text(json.dumps({"hospital": entry}))
+        train, _ = downstream.open_splits("hospital", read_catalog(tmp_path / "catalog.json"))
+        shown[len(shown)] = np.asarray(train.image(0))[0, 0, 0], train.fingerprint(), next(features.identify(train))
+    assert [grey for grey, *_ in shown.values()] == [0, 128, 191]  # a page of one value; 2000 and 3000 of 0 to 4000
+    assert len({fingerprint for _, fingerprint, _ in shown.values()}) == 3
+    assert len({key for *_, key in shown.values()}) == 3
+    for key, value in (("frame", 0), ("frame", "last"), ("window", [1]), ("window", [100, 0])):
+        (tmp_path / "catalog.json").write_text(json.dumps({"hospital": entry | {key: value}}))
+        with pytest.raises(ValueError, match=f"hospital.*{key}"):
+            read_catalog(tmp_path / "catalog.json")

@@ -79,9 +79,17 @@ class Found:
         return "text_tower" in self.config
 
 
+NAMES = {"timm:": "timm", "hf:": "hub", "open-clip:": "open-clip"}  # what a model begins with that is no file
+
+
+def is_name(path: str | Path) -> bool:
+    """Whether this is a name of a library's or a hub's, and no file or folder."""
+    return str(path).startswith(tuple(NAMES))
+
+
 def library_of(path: str | Path) -> str:
     """Whose model this names: open-clip, transformers, timm, hub for one of unknown kind; "" for all else, and ours."""
-    for prefix, name in {"timm:": "timm", "hf:": "hub", "open-clip:": "open-clip"}.items():
+    for prefix, name in NAMES.items():
         if str(path).startswith(prefix):
             return name
     folder = Path(path)
