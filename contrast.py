@@ -20,6 +20,18 @@ gradient g at q only the part across it moves the direction: dL/de = (g - (q.g) 
 
 On one process both sides are rows and columns at once, and each tile serves twice (`contrast_pairs`). On N processes
 each rank has its own rows and the gathered columns of all (`contrast_rows`).
+
+**The sigmoid loss** (Zhai et al. 2023, algorithm 1) judges each pair by itself. With x_ij = s q_i.k_j + b, and z_ij = 1
+where j = y_i and else -1:
+
+    L = -1/N sum_ij log sigmoid(z_ij x_ij)
+    g_ij = dL/dx_ij = -1/N z_ij sigmoid(-z_ij x_ij)
+    dL/dq_i = s sum_j g_ij k_j                        dL/dk_j = s sum_i g_ij q_i
+    dL/ds = sum_i q_i.(dL/dq_i) / s                   dL/db = sum_ij g_ij
+
+No row has to be known as a whole first, so one pass over the tiles finds loss and gradients, and the backward pass
+computes nothing again (`contrast_sigmoid`). A tile's rows and columns share one term, so a rank's own rows against the
+columns of all are all there is on any number of processes.
 """
 
 from __future__ import annotations
@@ -28,6 +40,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -91,6 +104,33 @@ def contrast_rows(
     """
     loss, match = _RowContrast.apply(  # type: ignore[misc]
         rows, columns, scale, first_own, first_excluded, row_identities, column_identities
+    )
+    return loss, match
+
+
+def contrast_sigmoid(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    first_own: int = 0,
+    row_identities: Tensor | None = None,
+    column_identities: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sigmoid loss of this rank's rows against the columns of all ranks.
+
+    Args:
+        rows (B, D), columns (M, D): unit vectors.
+        scale, bias: of the logits, tensors ().
+        first_own: row i belongs to column first_own + i.
+        row_identities (B, G), column_identities (M, G): as `identities` of `contrast_pairs`.
+
+    Returns:
+        the sum over all rows and columns, divided by B (), and the index of each row's best match (B,).
+    """
+    loss, match = _SigmoidContrast.apply(  # type: ignore[misc]
+        rows, columns, scale, bias, first_own, row_identities, column_identities
     )
     return loss, match
 
@@ -229,6 +269,27 @@ class _PairContrast(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _row_tiles(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    first_own: int,
+    first_excluded: int | None,
+    row_identities: Tensor | None,
+    column_identities: Tensor | None,
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Logits (r, c) by tiles, with their rows and columns; what takes no part is at minus infinity."""
+    for r in _slices(0, len(rows)):
+        for c in _slices(0, len(columns)):
+            tile = scale * (rows[r] @ columns[c].T)  # (r, c)
+            shift = r.start - c.start  # row i of the tile stands in row r.start + i, column j in c.start + j
+            if first_excluded is not None:
+                tile.diagonal(first_excluded + shift).fill_(-torch.inf)
+            if row_identities is not None and column_identities is not None:
+                _exclude_duplicates(tile, row_identities[r], column_identities[c], own=first_own + shift)
+            yield r, c, tile
+
+
 class _RowContrast(torch.autograd.Function):
     """See `contrast_rows`. A rank's gradient for the columns goes back to their ranks through the gathering itself."""
 
@@ -243,11 +304,10 @@ class _RowContrast(torch.autograd.Function):
         row_identities: Tensor | None,
         column_identities: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.first_own, ctx.first_excluded = first_own, first_excluded
-        ctx.identities = None if row_identities is None else (row_identities, column_identities)
+        ctx.first_own, ctx.places = first_own, (first_own, first_excluded, row_identities, column_identities)
         lse, best = rows.new_full((len(rows),), -torch.inf), _Best(len(rows), rows)
         # One pass over the tiles keeps a running logarithm of the sum of exponentials of each row.
-        for r, c, tile in _RowContrast._tiles(ctx, rows, columns, scale):
+        for r, c, tile in _row_tiles(rows, columns, scale, *ctx.places):
             best.update(r, tile, c.start)
             lse[r] = torch.logaddexp(lse[r], tile.logsumexp(1))
         positive = scale * (rows * columns[first_own : first_own + len(rows)]).sum(1)
@@ -262,7 +322,7 @@ class _RowContrast(torch.autograd.Function):
         own = slice(ctx.first_own, ctx.first_own + len(rows))
         drows = torch.zeros_like(rows)
         dcolumns = torch.zeros_like(columns) if ctx.needs_input_grad[1] else None
-        for r, c, tile in _RowContrast._tiles(ctx, rows, columns, scale):
+        for r, c, tile in _row_tiles(rows, columns, scale, *ctx.places):
             weights = tile.sub_(lse[r, None]).exp_()  # p_ij
             drows[r] += weights @ columns[c]  # (r, D)
             if dcolumns is not None:
@@ -276,15 +336,48 @@ class _RowContrast(torch.autograd.Function):
         dscale = (rows * drows).sum() if ctx.needs_input_grad[2] else None
         return drows.mul_(scale), dcolumns, dscale, None, None, None, None
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sigmoid loss, on one process or several
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _SigmoidContrast(torch.autograd.Function):
+    """See `contrast_sigmoid`. A rank's gradient for the columns goes back to their ranks through the gathering."""
+
     @staticmethod
-    def _tiles(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        for r in _slices(0, len(rows)):
-            for c in _slices(0, len(columns)):
-                tile = scale * (rows[r] @ columns[c].T)  # (r, c)
-                shift = r.start - c.start  # row i of the tile stands in row r.start + i, column j in c.start + j
-                if ctx.first_excluded is not None:
-                    tile.diagonal(ctx.first_excluded + shift).fill_(-torch.inf)
-                if ctx.identities is not None:
-                    row_identities, column_identities = ctx.identities
-                    _exclude_duplicates(tile, row_identities[r], column_identities[c], own=ctx.first_own + shift)
-                yield r, c, tile
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        first_own: int,
+        row_identities: Tensor | None,
+        column_identities: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        places = (first_own, None, row_identities, column_identities)
+        loss, dbias, best = rows.new_zeros(()), rows.new_zeros(()), _Best(len(rows), rows)
+        drows, dcolumns = torch.zeros_like(rows), torch.zeros_like(columns)  # in units of scale / B
+        for r, c, tile in _row_tiles(rows, columns, scale, *places):
+            tile += bias
+            best.update(r, tile, c.start)
+            own = first_own + r.start - c.start
+            tile.diagonal(own).neg_()  # -z_ij x_ij
+            loss -= F.logsigmoid(-tile).sum()
+            weights = tile.sigmoid_()
+            weights.diagonal(own).neg_()  # B g_ij
+            dbias += weights.sum()
+            drows[r] += weights @ columns[c]  # (r, D)
+            dcolumns[c] += weights.T @ rows[r]  # (c, D)
+        n = len(rows)
+        dscale = (rows * drows).sum() / n
+        ctx.save_for_backward(drows.mul_(scale / n), dcolumns.mul_(scale / n), dscale, dbias / n)
+        ctx.mark_non_differentiable(best.index)
+        return loss / n, best.index
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+        found = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)  # of the first four inputs
+        return *(grad * value if needed else None for value, needed in found), None, None, None

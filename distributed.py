@@ -432,7 +432,8 @@ _SHARDED_BLOCKS = (*TRANSFORMER_BLOCKS, "ConvNeXtBlock", "Bottleneck")
 def shard(model: nn.Module, processes: Processes) -> nn.Module:
     """Split parameters, gradients and optimizer state over the processes.
 
-    `logit_scale`, a scalar that cannot be split, stays whole on every rank; its gradient is averaged by hand.
+    Scalars (`logit_scale`, `logit_bias`) cannot be split and stay whole on every rank; their gradients are averaged by
+    hand.
     """
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     for module in list(model.modules()):

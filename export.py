@@ -130,6 +130,7 @@ def to_open_clip(loaded: models.Pretrained, folder: Path) -> None:
         "model_cfg": {
             "embed_dim": model.config["embed_dim"],
             "quick_gelu": True,
+            **({} if model.logit_bias is None else {"init_logit_bias": model.logit_bias.item()}),
             "vision_cfg": {
                 "timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear",
                 "image_size": size,
@@ -197,7 +198,8 @@ def to_medclip(loaded: models.Pretrained, folder: Path) -> None:
     """MedCLIP's own pytorch_model.bin; ValueError for what its code cannot hold."""
     model: Any = loaded.model
     if not models.is_medclip(model.config):
-        raise ValueError(f"MedCLIP's code holds its own two towers alone, not {model.config['vision_tower']}")
+        tower, objective = (model.config[name] for name in ("vision_tower", "objective"))
+        raise ValueError(f"MedCLIP's code holds its own two towers alone, with a softmax, not {tower} of {objective}")
     if model.config["vocab_size"] != models.BERT_VOCABULARY:
         raise ValueError(
             f"MedCLIP reads Bio_ClinicalBERT's {models.BERT_VOCABULARY} tokens, this model {model.config['vocab_size']}"

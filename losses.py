@@ -1,4 +1,4 @@
-"""Contrastive losses: CLIP, SimCLR and their sum, SLIP.
+"""Contrastive losses: CLIP, SigLIP, SimCLR, and SLIP, the sum of SimCLR and one of the others.
 
 First the formulas, each as its paper writes it, over the whole matrix of logits of one process: to be read, and for
 tests and benchmarks to compare with. Then the modules that training uses: the same numbers from contrast.py, tile by
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distributed
-from contrast import contrast_pairs, contrast_rows
+from contrast import contrast_pairs, contrast_rows, contrast_sigmoid
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The formulas
@@ -37,6 +37,24 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float, duplicates: Te
         logits = logits.masked_fill(duplicates & others, -torch.inf)
     labels = torch.arange(len(logits), device=logits.device)  # (B,): the diagonal
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def siglip_loss(
+    image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float, duplicates: Tensor | None = None
+) -> Tensor:
+    """Of every image and text, whether they are a pair (Zhai et al. 2023, algorithm 1), summed and divided by B.
+
+    Args:
+        image, text: embeddings (B, D); row i of both is one pair.
+        scale, bias: of the logits.
+        duplicates: (B, B), where pairs are not each other's negatives; the diagonal is ignored.
+    """
+    logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T + bias  # (B, B)
+    pairs = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    terms = -F.logsigmoid(torch.where(pairs, logits, -logits))  # (B, B): of labels 1 and -1
+    if duplicates is not None:
+        terms = terms.masked_fill(duplicates & ~pairs, 0)
+    return terms.sum() / len(logits)
 
 
 def simclr_loss(aug1: Tensor, aug2: Tensor, temperature: float = 0.1) -> Tensor:
@@ -73,7 +91,7 @@ def slip_loss(
 class LossSettings:
     """What the command line says about losses; an objective takes what it has a use for."""
 
-    ssl_scale: float = 1.0  # weight of the SimCLR loss in SLIP
+    ssl_scale: float = 1.0  # weight of the SimCLR loss beside another
     ssl_temp: float = 0.1  # softmax temperature of the SimCLR loss
     gather_with_grad: bool = True
     mask_duplicates: bool = False
@@ -113,16 +131,43 @@ class CLIPLoss(nn.Module):
                 all_image, all_text = (  # (N*B, D) each
                     distributed.gather_batch(x, self.gather_with_grad) for x in (image, text)
                 )
-                masks: dict[str, Any] = {}
-                if identities is not None:
-                    masks = {
-                        "row_identities": identities,
-                        "column_identities": distributed.gather_batch(identities, with_grad=False),
-                    }
+                masks = _masks(identities)
                 image_loss, match = contrast_rows(image, all_text, scale, first_own=first, **masks)  # (), (B,)
                 text_loss, _ = contrast_rows(text, all_image, scale, first_own=first, **masks)
                 loss = (image_loss + text_loss) / 2
             return {"loss": loss, "clip_loss": loss, "clip_acc": _percent_found(match, first)}
+
+
+class SigLIPLoss(nn.Module):
+    """`siglip_loss` over the batches of all processes: what is summed is divided by the global batch.
+
+    Reads `image_embed` (B, D), `text_embed` (B, D), `logit_scale` () (already exponentiated) and `logit_bias` ().
+    Returns `loss`, `siglip_loss` and `siglip_acc`, the percentage of this rank's images whose own caption scores
+    highest. Captions are gathered with gradient, which is the only one they get: here an image is compared with
+    captions, and no caption with images.
+
+    Args:
+        mask_duplicates: as of `CLIPLoss`.
+    """
+
+    def __init__(self, mask_duplicates: bool = False):
+        super().__init__()
+        self.mask_duplicates = mask_duplicates
+
+    def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Embeddings (B, D) of both sides to the metrics that the class names."""
+        with torch.autocast(outputs["image_embed"].device.type, enabled=False):
+            image, text = _unit(outputs["image_embed"]), _unit(outputs["text_embed"])  # (B, D) each
+            first = len(image) * distributed.rank()
+            loss, match = contrast_sigmoid(
+                image,
+                distributed.gather_batch(text),  # (N*B, D)
+                outputs["logit_scale"],
+                outputs["logit_bias"],
+                first_own=first,
+                **_masks(outputs["identities"] if self.mask_duplicates else None),
+            )
+            return {"loss": loss, "siglip_loss": loss, "siglip_acc": _percent_found(match, first)}
 
 
 class SIMCLRLoss(nn.Module):
@@ -160,24 +205,26 @@ class SIMCLRLoss(nn.Module):
 
 
 class SLIPLoss(nn.Module):
-    """CLIP loss plus `ssl_scale` times a self-supervised loss (Mu et al. 2021, section 3 and algorithm 1)."""
+    """An image-text loss plus `ssl_scale` times a self-supervised one (Mu et al. 2021, section 3 and algorithm 1)."""
 
-    def __init__(
-        self,
-        ssl_loss: nn.Module,
-        ssl_scale: float = 1.0,
-        gather_with_grad: bool = True,
-        mask_duplicates: bool = False,
-    ):
+    def __init__(self, pair_loss: nn.Module, ssl_loss: nn.Module, ssl_scale: float = 1.0):
         super().__init__()
-        self.clip_loss = CLIPLoss(gather_with_grad, mask_duplicates)
+        self.pair_loss = pair_loss
         self.ssl_loss = ssl_loss
         self.ssl_scale = ssl_scale
 
     def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What both losses read to the metrics of both, and `loss`, their weighted sum."""
-        clip, ssl = self.clip_loss(outputs), self.ssl_loss(outputs)
-        return {**clip, **ssl, "loss": clip["loss"] + self.ssl_scale * ssl["loss"]}
+        pair, ssl = self.pair_loss(outputs), self.ssl_loss(outputs)
+        return {**pair, **ssl, "loss": pair["loss"] + self.ssl_scale * ssl["loss"]}
+
+
+def _masks(identities: Tensor | None) -> dict[str, Any]:
+    """What tells the duplicates of this rank's rows, and of the gathered columns; nothing where none is given."""
+    if identities is None:
+        return {}
+    columns = distributed.gather_batch(identities, with_grad=False)  # (N*B, G)
+    return {"row_identities": identities, "column_identities": columns}
 
 
 def _unit(x: Tensor) -> Tensor:

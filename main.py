@@ -1,4 +1,4 @@
-"""Pre-training and fine-tuning of CLIP, SimCLR and SLIP models on images with captions.
+"""Pre-training and fine-tuning of CLIP, SigLIP, SimCLR and SLIP models on images with captions.
 
     python main.py --dataset roco --root /path/to/roco --model MEDSLIP_VIT --medclip-weights medclip-vit.zip ...
     torchrun --nproc_per_node=8 main.py --root /path/to/yfcc100m --model SLIP_VITB16 --lr 3e-3 --wd 0.1
@@ -197,7 +197,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--wd", default=0.1, type=float, help="weight decay; SLIP used 0.1, CLIP 0.5")
     train.add_argument("--betas", default=(0.9, 0.98), nargs=2, type=float, help="of AdamW")
     train.add_argument("--eps", default=1e-8, type=float, help="of AdamW")
-    train.add_argument("--ssl-scale", default=1.0, type=float, help="weight of the SimCLR loss in SLIP")
+    train.add_argument("--ssl-scale", default=1.0, type=float, help="weight of the SimCLR loss beside another")
     train.add_argument("--ssl-temp", default=0.1, type=float, help="softmax temperature of the SimCLR loss")
     train.add_argument("--gather-with-grad", default=True, action=argparse.BooleanOptionalAction,
                        help="let the CLIP loss's gradient reach the other processes' features, so that N processes "
@@ -205,7 +205,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                        "runs, where about half of that gradient is missing")
     train.add_argument("--mask-duplicates", action="store_true",
                        help="pairs of a batch with the same image or the same caption are not each other's negatives "
-                       "in the CLIP loss; the published loss takes them for negatives")
+                       "in the image-text loss; the published ones take them for negatives")
     train.add_argument("--shard", action="store_true",
                        help="split parameters, gradients and optimizer state over the processes (PyTorch's FSDP2), "
                        "for models that do not fit one GPU; same losses and weights, more communication")
@@ -604,6 +604,9 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
     log.info(json.dumps(vars(args), default=str))
     log.info(", ".join(f"{k} {v}" for k, v in versions().items()))
     log.info(f"weight decay: {utils.describe_groups(run.optimizer.param_groups)}")
+    if run.model.objective.sigmoid:
+        scale, bias = run.model.logit_scale.exp().item(), run.model.logit_bias.item()
+        log.info(f"the sigmoid loss goes on from scale {scale:.4g} and bias {bias:.4g}")
     log.info(
         f"{n_pairs:,} pairs; {args.batch_size} x {args.update_freq} micro-batch(es) x {world} process(es) = effective "
         f"batch {effective}; {run.steps_per_epoch} steps an epoch; learning rate {args.lr:g} (not scaled)"
@@ -870,9 +873,11 @@ def update(run: Run, batches: list[dict[str, Any]], totals: Totals) -> None:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    if model.objective.text:
+    # CLIP, section 2.5. A sigmoid's scale is free, as in its paper: the bias learns along and balances it, and
+    # published ones are above 100.
+    if model.objective.text and not model.objective.sigmoid:
         with torch.no_grad():
-            model.logit_scale.clamp_(0, models.LOGIT_SCALE_MAX)  # CLIP, section 2.5
+            model.logit_scale.clamp_(0, models.LOGIT_SCALE_MAX)
     run.step_in_epoch += 1
 
     # Metrics.
@@ -980,6 +985,8 @@ class Interval:
         run, args = self.run, self.run.args
         steps, seconds = run.step_in_epoch - self.first, time.monotonic() - self.since
         scale = {"logit_scale": run.model.logit_scale.exp().item()} if run.model.objective.text else {}
+        if run.model.objective.sigmoid:
+            scale["logit_bias"] = run.model.logit_bias.item()
         row = {
             "epoch": run.epoch,
             **metrics,
@@ -1101,6 +1108,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
     if args.shard and args.accum_negatives == "full":
         raise UsageError("--shard keeps no whole tower to run twice: use it with --accum-negatives micro")
+    if not args.gather_with_grad and models.objective_of(models.MODELS[args.model]).sigmoid:
+        raise UsageError(
+            f"--no-gather-with-grad is how CLIP's loss ran in SLIP's code; the sigmoid loss of {args.model} compares "
+            "images with gathered captions, and the text tower would not learn"
+        )
     if not 0 <= args.val_fraction < 1:
         raise UsageError(f"--val-fraction {args.val_fraction}: a fraction from 0 to below 1")
 

@@ -1,4 +1,4 @@
-"""CLIP, SIMCLR and SLIP over any image tower and any text tower, and the table of named variants.
+"""CLIP, SigLIP, SIMCLR and SLIP over any image tower and any text tower, and the table of named variants.
 
     create_model("SLIP_VITB16")                                  one of MODELS
     create_model("SLIP_VITT16", image_size=64, text_layers=2)    with any field of ModelConfig overridden
@@ -20,14 +20,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from scipy.special import expit, softmax
 from torch import Tensor, nn
 
 import losses
 import utils
-from inputs.depth import to_8bit
-from inputs.images import read_image, to_rgb8
+from inputs.images import as_image
 from inputs.sizes import Size, as_size, size_text
 from inputs.transforms import Preprocess, eval_view
 from runtime.checkpoints import (
@@ -45,6 +43,7 @@ log = logging.getLogger("medslip")
 
 LOGIT_SCALE_START = math.log(1 / 0.07)  # CLIP, section 2.5
 LOGIT_SCALE_MAX = 4.6052  # ln(100): "clipped to prevent scaling the logits by more than 100"; the published value
+SIGMOID_SCALE_START, SIGMOID_BIAS_START = math.log(10), -10.0  # Zhai et al. 2023, section 3.2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +168,12 @@ class ImageModel(nn.Module):
 
 
 class CLIP(ImageModel):
-    """Image-text contrast (Radford et al. 2021)."""
+    """Image-text contrast by a softmax (Radford et al. 2021), or by a sigmoid of each pair (Zhai et al. 2023).
+
+    Attributes:
+        logit_scale: logarithm of the inverse temperature ().
+        logit_bias: of a sigmoid's logits (); None for a softmax, which would cancel it.
+    """
 
     def __init__(self, name: str, config: ModelConfig):
         super().__init__(name, config)
@@ -178,9 +182,9 @@ class CLIP(ImageModel):
             vocab_size=config.vocab_size, width=config.text_width, heads=config.text_heads, layers=config.text_layers,
         )  # fmt: skip
         self.text.attach(self, config.embed_dim)
-        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_START))
-        # Of a sigmoid loss, which the probability of a pair needs; the softmax of CLIP's loss cancels it.
-        self.logit_bias = nn.Parameter(torch.tensor(0.0), requires_grad=False) if config.logit_bias else None
+        sigmoid = self.objective.sigmoid
+        self.logit_scale = nn.Parameter(torch.tensor(SIGMOID_SCALE_START if sigmoid else LOGIT_SCALE_START))
+        self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS_START)) if sigmoid else None
 
     def attach_projection(self, projection: nn.Module | None) -> None:
         """A library's own, or a matrix of fresh weights."""
@@ -213,11 +217,14 @@ class CLIP(ImageModel):
         return self.visual(image), self.encode_text(text)  # (B, d), (B, embed_dim)
 
     def heads(self, features: Tensor, text_embed: Tensor) -> dict[str, Tensor]:
-        """The same to embeddings of both sides (B, embed_dim) and the inverse temperature ()."""
+        """The same to embeddings of both sides (B, embed_dim), the inverse temperature () and a sigmoid's bias ()."""
+        # A copy, since wrappers hang a hook on each output in each step, and a parameter would keep them all.
+        bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias.clone()}  # ()
         return {
             "image_embed": self.project(features),  # (B, embed_dim)
             "text_embed": text_embed,  # (B, embed_dim)
             "logit_scale": self.logit_scale.exp(),  # ()
+            **bias,
         }
 
 
@@ -277,6 +284,7 @@ class Objective:
     loss: Callable[[losses.LossSettings], nn.Module]  # maps what forward returns to a dictionary of metrics
     metrics: tuple[str, ...]  # keys of that dictionary, `loss` first
     validation: tuple[str, ...] = ()  # what can measure it on held-out data: retrieval, zero-shot
+    sigmoid: bool = False  # whether its model judges each pair by itself, with a bias that learns and a free scale
 
     @property
     def text(self) -> bool:
@@ -302,10 +310,28 @@ OBJECTIVES = {
         model=SLIP,
         inputs=("image", "text", "view1", "view2"),
         loss=lambda s: losses.SLIPLoss(
-            losses.SIMCLRLoss(s.ssl_temp), s.ssl_scale, s.gather_with_grad, s.mask_duplicates
+            losses.CLIPLoss(s.gather_with_grad, s.mask_duplicates), losses.SIMCLRLoss(s.ssl_temp), s.ssl_scale
         ),
         metrics=("loss", "clip_loss", "ssl_loss", "clip_acc", "ssl_acc"),
         validation=("retrieval", "zero-shot"),
+    ),
+    "siglip": Objective(
+        model=CLIP,
+        inputs=("image", "text"),
+        loss=lambda s: losses.SigLIPLoss(s.mask_duplicates),
+        metrics=("loss", "siglip_loss", "siglip_acc"),
+        validation=("retrieval", "zero-shot"),
+        sigmoid=True,
+    ),
+    "sigslip": Objective(
+        model=SLIP,
+        inputs=("image", "text", "view1", "view2"),
+        loss=lambda s: losses.SLIPLoss(
+            losses.SigLIPLoss(s.mask_duplicates), losses.SIMCLRLoss(s.ssl_temp), s.ssl_scale
+        ),
+        metrics=("loss", "siglip_loss", "ssl_loss", "siglip_acc", "ssl_acc"),
+        validation=("retrieval", "zero-shot"),
+        sigmoid=True,
     ),
 }
 
@@ -338,15 +364,13 @@ class ModelConfig:
     text_width: int = 512
     text_heads: int = 8
     text_layers: int = 12
-    logit_bias: bool = False  # whether a sigmoid loss has trained it
     text_pooling: str = "masked"  # bert only: masked leaves padding out of the mean, medclip averages over it
     ssl_mlp_dim: int = 4096  # hidden width of the SimCLR head
     ssl_emb_dim: int = 256  # output width of the SimCLR head
 
     def values(self) -> dict[str, Any]:
         """All of it as a checkpoint stores it; what only another library's towers have is left out of the others."""
-        found = asdict(self)
-        return {name: value for name, value in found.items() if value or name not in ("text_kwargs", "logit_bias")}
+        return {name: value for name, value in asdict(self).items() if value or name != "text_kwargs"}
 
 
 BERT_VOCABULARY = 28996  # tokens of Bio_ClinicalBERT, which MedCLIP's text tower was trained with
@@ -379,8 +403,9 @@ MODELS: dict[str, ModelConfig] = {
 
 
 def is_medclip(config: dict) -> bool:
-    """Whether both towers are MedCLIP's, so that its weights fit."""
-    return is_medclip_tower(config["vision_tower"]) and config["text_tower"] == "bert"
+    """Whether both towers and the softmax are MedCLIP's, so that its weights fit."""
+    softmax = not OBJECTIVES[config["objective"]].sigmoid
+    return is_medclip_tower(config["vision_tower"]) and config["text_tower"] == "bert" and softmax
 
 
 def resolve_config(name: str, **overrides) -> ModelConfig:
@@ -523,13 +548,6 @@ class Pretrained:
 IDS_AT_A_TIME = 32_768  # of captions in one batch, padding counted: 64 of the longest that BERT reads
 
 
-def as_image(image: Any) -> Image.Image:
-    """A path, a Pillow image or an array of any depth as RGB with 8 bits."""
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    return to_rgb8(image if isinstance(image, Image.Image) else Image.fromarray(to_8bit(np.asarray(image))[0]))
-
-
 def load_pretrained(
     path: str | Path,
     *,
@@ -581,7 +599,7 @@ def _from_library(found: sources.Found, path: str | Path, image_size: Size | Non
     if not found.has_image:
         raise ValueError(f"{path} is a text tower alone: it starts one in training (--text-weights)")
     if found.has_text:
-        model = create_model("CLIP", **found.config)
+        model = create_model("SIGLIP" if "logit_bias" in found.weights else "CLIP", **found.config)
     else:
         model = create_model("SIMCLR", **found.config, ssl_mlp_dim=1, ssl_emb_dim=1)
         for value in cast(Any, model).image_mlp.parameters():  # the smallest of heads, and the same each time

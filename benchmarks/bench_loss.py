@@ -1,12 +1,13 @@
-"""Time and memory of the SLIP loss, tile by tile, beside the full logit matrices, on one process.
+"""Time and memory of a loss, tile by tile, beside the full logit matrices, on one process.
 
     python benchmarks/bench_loss.py                batches 256 to 16,384, on the GPU if there is one
     python benchmarks/bench_loss.py --batches 65536 --skip-full
+    python benchmarks/bench_loss.py --loss siglip  the sigmoid loss beside open_clip's
 
-The baseline is losses.slip_loss, the formula: every logit matrix at once, through torch's cross entropy. Values
+The baseline of SLIP is losses.slip_loss, the formula: every logit matrix at once, through torch's cross entropy. Values
 and gradients of the two are compared before anything is timed. Each measurement runs in a process of its own; memory is
 the peak above the inputs during forward and backward (resident set on a CPU, the allocator's count on a GPU).
-`minimum` is what any method must hold beside the inputs: the gradients of the four embeddings.
+`minimum` is what any method must hold beside the inputs: the gradients of the embeddings.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ import time
 
 import common
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import losses
 
 NAMES = ("image_embed", "text_embed", "aug1_embed", "aug2_embed")
+EMBEDDINGS = {"slip": NAMES, "siglip": NAMES[:2]}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loss", choices=list(EMBEDDINGS), default="slip")
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 1024, 4096, 16384])
     parser.add_argument("--dim", type=int, default=512, help="width of the embeddings")
     parser.add_argument("--runs", type=int, default=3, help="timed runs; the median is printed")
@@ -44,21 +48,33 @@ def full_matrices(outputs: dict[str, Tensor], temperature: float = 0.1, ssl_scal
     return {"loss": losses.slip_loss(*embeddings, scale=scale, ssl_scale=ssl_scale, temperature=temperature)}
 
 
-METHODS = {"tiles": losses.SLIPLoss(losses.SIMCLRLoss(0.1)), "full": full_matrices}
+def open_clips(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sigmoid loss as open_clip has it."""
+    from open_clip.loss import SigLipLoss
+
+    image, text = (F.normalize(outputs[name], dim=-1) for name in EMBEDDINGS["siglip"])
+    return {"loss": SigLipLoss()(image, text, outputs["logit_scale"], outputs["logit_bias"])}
 
 
-def make_inputs(batch: int, dim: int, device: torch.device) -> dict[str, Tensor]:
+METHODS = {
+    "slip": {"tiles": losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss(0.1)), "full": full_matrices},
+    "siglip": {"tiles": losses.SigLIPLoss(), "full": open_clips},
+}
+
+
+def make_inputs(loss: str, batch: int, dim: int, device: torch.device) -> dict[str, Tensor]:
     g = torch.Generator(device).manual_seed(0)
-    inputs = {name: torch.randn(batch, dim, generator=g, device=device).requires_grad_() for name in NAMES}
-    return inputs | {"logit_scale": torch.tensor(14.3, device=device, requires_grad=True)}
+    inputs = {name: torch.randn(batch, dim, generator=g, device=device).requires_grad_() for name in EMBEDDINGS[loss]}
+    numbers = {"logit_scale": 14.3} | ({"logit_bias": -10.0} if loss == "siglip" else {})
+    return inputs | {k: torch.tensor(v, device=device, requires_grad=True) for k, v in numbers.items()}
 
 
-def measure(method: str, batch: int, dim: int, runs: int, device: torch.device) -> dict:
+def measure(name: str, method: str, batch: int, dim: int, runs: int, device: torch.device) -> dict:
     """Seconds of a forward and backward pass and its peak memory above the inputs."""
-    loss = METHODS[method]
-    warm = make_inputs(64, dim, device)
+    loss = METHODS[name][method]
+    warm = make_inputs(name, 64, dim, device)
     loss(warm)["loss"].backward()
-    inputs = make_inputs(batch, dim, device)
+    inputs = make_inputs(name, batch, dim, device)
     seconds, peak = [], 0
     for _ in range(runs):
         for x in inputs.values():
@@ -72,14 +88,14 @@ def measure(method: str, batch: int, dim: int, runs: int, device: torch.device) 
     return {"seconds": common.median(seconds), "peak": peak}
 
 
-def compare(device: torch.device, dim: int) -> float:
+def compare(name: str, device: torch.device, dim: int) -> float:
     """Largest relative difference of loss and gradients between the two methods at batch 1,024."""
     results = {}
-    for name, loss in METHODS.items():
-        inputs = make_inputs(1024, dim, device)
+    for method, loss in METHODS[name].items():
+        inputs = make_inputs(name, 1024, dim, device)
         value = loss(inputs)["loss"]
         value.backward()
-        results[name] = [value.detach(), *(x.grad for x in inputs.values())]
+        results[method] = [value.detach(), *(x.grad for x in inputs.values())]
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results.values(), strict=True))
 
 
@@ -88,23 +104,27 @@ def main(argv: list[str] | None = None) -> list[dict]:
     device = common.choose_device(args.cpu)
     if args.one:
         method, batch = args.one.split(":")
-        print(json.dumps(measure(method, int(batch), args.dim, args.runs, device)))
+        print(json.dumps(measure(args.loss, method, int(batch), args.dim, args.runs, device)))
         return []
     print(common.describe(device, args.runs))
-    print(f"largest relative difference of loss and gradients at batch 1,024: {compare(device, args.dim):.1e}")
+    print(
+        f"largest relative difference of loss and gradients at batch 1,024: {compare(args.loss, device, args.dim):.1e}"
+    )
     rows = []
     print(
         f"{'batch':>7} {'tiles s':>9} {'full s':>9} {'ratio':>6} {'tiles MiB':>10} {'full MiB':>10} {'ratio':>6} "
         f"{'minimum MiB':>12}"
     )
     for batch in args.batches:
-        row = {"batch": batch, "minimum": 4 * batch * args.dim * 4}
+        row = {"batch": batch, "minimum": len(EMBEDDINGS[args.loss]) * batch * args.dim * 4}
         for method in ("tiles",) if args.skip_full else ("tiles", "full"):
             command = [
                 sys.executable,
                 __file__,
                 "--one",
                 f"{method}:{batch}",
+                "--loss",
+                args.loss,
                 "--dim",
                 str(args.dim),
                 "--runs",

@@ -416,7 +416,10 @@ def classify_zeroshot(
 def zeroshot_probabilities(
     model: Any, tokenizer: Tokenizer, labelled: ZeroShotSet, loading: Loading, cache: TextCache | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers (n,) of the readable samples and their probabilities (n, C), softmax at the model's own temperature."""
+    """Numbers (n,) of the readable samples and their probabilities (n, C), softmax at the model's own temperature.
+
+    Of a sigmoid's model too: the classes of these sets exclude one another, and their probabilities sum to 1.
+    """
     scale = float(model.logit_scale.detach().exp()) if hasattr(model, "logit_scale") else 100.0
 
     def compute(logits: Tensor, targets: Tensor) -> list[Tensor]:

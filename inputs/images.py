@@ -148,6 +148,13 @@ def read_image(path: str | Path, display: Display = DISPLAY) -> Image.Image:
     return decode_image(read_bytes(path), str(path), display)
 
 
+def as_image(image: Any) -> Image.Image:
+    """A path, a Pillow image or an array of any depth as RGB with 8 bits."""
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    return to_rgb8(image if isinstance(image, Image.Image) else Image.fromarray(to_8bit(np.asarray(image))[0]))
+
+
 def decode_image(data: bytes, name: str, display: Display = DISPLAY) -> Image.Image:
     """The image in `data` (DICOM, by content or name, or anything that Pillow reads) as RGB with 8 bits.
 

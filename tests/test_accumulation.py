@@ -13,7 +13,7 @@ import distributed
 import losses
 import main
 
-OBJECTIVES = ("CLIP", "SIMCLR", "SLIP")
+OBJECTIVES = ("CLIP", "SIMCLR", "SLIP", "SIGSLIP")
 
 
 def assert_equal_gradients(ours, theirs, rtol=1e-9, atol=1e-12):

@@ -47,7 +47,7 @@ def test_tiles_equal_the_formulas(tile, temperature, monkeypatch):
     inputs = random_inputs(11, 6, seed=tile)
     values, grads = formulas(inputs, temperature)
     x = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-    result = losses.SLIPLoss(losses.SIMCLRLoss(temperature), 0.7)(x)
+    result = losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss(temperature), 0.7)(x)
     result["loss"].backward()
     for key, value in values.items():
         torch.testing.assert_close(result[key].detach(), value, rtol=1e-12, atol=1e-12)
@@ -76,7 +76,7 @@ def test_float32_tiles_at_the_largest_scale_and_a_large_batch():
     inputs["text_embed"] = inputs["image_embed"] + 1.5 * inputs["text_embed"]  # half solved: logits up to 80
     values, grads = formulas({k: v.double() for k, v in inputs.items()}, ssl_scale=1.0)
     x = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-    result = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 1.0)(x)
+    result = losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss(0.1), 1.0)(x)
     result["loss"].backward()
     assert result["loss"].item() == pytest.approx(values["loss"].item(), rel=1e-5)
     for key, grad in grads.items():
@@ -98,7 +98,9 @@ def test_masked_duplicates_equal_the_formula(tile, monkeypatch):
     identities, duplicates = identities_and_duplicates(11)
     values, grads = formulas(inputs, duplicates=duplicates)
     x = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-    result = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 0.7, mask_duplicates=True)({**x, "identities": identities})
+    result = losses.SLIPLoss(losses.CLIPLoss(mask_duplicates=True), losses.SIMCLRLoss(0.1), 0.7)(
+        {**x, "identities": identities}
+    )
     result["loss"].backward()
     for key, value in values.items():
         torch.testing.assert_close(result[key].detach(), value, rtol=1e-12, atol=1e-12)
@@ -125,7 +127,7 @@ def _rank_equals_single(rank, world, mask):
     values, grads = formulas(inputs, ssl_scale=0.8, duplicates=duplicates if mask else None)
     part = slice(rank * batch, (rank + 1) * batch)
     mine = {k: (v[part] if k in EMBEDDINGS else v).clone().requires_grad_() for k, v in inputs.items()}
-    result = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 0.8, mask_duplicates=mask)(
+    result = losses.SLIPLoss(losses.CLIPLoss(mask_duplicates=mask), losses.SIMCLRLoss(0.1), 0.8)(
         {**mine, "identities": identities[part]}
     )
     result["loss"].backward()

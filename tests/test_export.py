@@ -68,6 +68,7 @@ SMALL_TEXT = ("--override", "text_layers=2", "text_width=64", "text_heads=2", "e
     "flags",
     [
         ("--model", "SLIP_VITT16", "--ssl-mlp-dim", "32", *SMALL_TEXT),
+        ("--model", "SIGLIP_VITT16", *SMALL_TEXT),
         ("--model", "CLIP_VITT16", "--vision-tower", "test_resnet", "--image-size", "64", *SMALL_TEXT),
     ],
 )
@@ -84,6 +85,7 @@ def test_open_clip_gives_the_same_embeddings_of_images_and_captions(flags, tmp_p
     for found, expected in ((images, ours.embed_images(paths)), (words, ours.embed_captions(texts))):
         assert F.cosine_similarity(found, torch.from_numpy(expected)).min() > 0.99999
     assert theirs.logit_scale.item() == pytest.approx(ours.model.logit_scale.item())
+    assert theirs.logit_bias == ours.model.logit_bias  # None both, or the same number
     assert {file.name for file in folder.iterdir()} == {
         "README.md", "SHA256SUMS", "open_clip_config.json", "open_clip_model.safetensors"
     }  # fmt: skip

@@ -17,7 +17,9 @@ def make_loss(case, gather_with_grad=True):
     if case["loss"] == "CLIP":
         return losses.CLIPLoss(gather_with_grad)
     simclr = losses.SIMCLRLoss(case["ssl_temp"])
-    return simclr if case["loss"] == "SIMCLR" else losses.SLIPLoss(simclr, case["ssl_scale"], gather_with_grad)
+    if case["loss"] == "SIMCLR":
+        return simclr
+    return losses.SLIPLoss(losses.CLIPLoss(gather_with_grad), simclr, case["ssl_scale"])
 
 
 def check(case, gather_with_grad=True):
@@ -81,7 +83,7 @@ def random_inputs(batch, dim, dtype=torch.float64, seed=0):
 
 def test_formulas():
     x = random_inputs(9, 5)
-    slip = losses.SLIPLoss(losses.SIMCLRLoss(0.2), 0.7)(x)
+    slip = losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss(0.2), 0.7)(x)
     clip = clip_formula(x["image_embed"].numpy(), x["text_embed"].numpy(), 14.3)
     ssl = simclr_formula(x["aug1_embed"].numpy(), x["aug2_embed"].numpy(), 0.2)
     assert slip["clip_loss"].item() == pytest.approx(clip, abs=1e-12)
@@ -96,8 +98,12 @@ def test_what_nobody_asks_for_is_as_published():
     x = random_inputs(5, 3)
     clip = clip_formula(x["image_embed"].numpy(), x["text_embed"].numpy(), 14.3)
     ssl = simclr_formula(x["aug1_embed"].numpy(), x["aug2_embed"].numpy(), 0.1)
-    assert losses.SLIPLoss(losses.SIMCLRLoss())(x)["loss"].item() == pytest.approx(clip + ssl, abs=1e-12)
-    assert losses.SLIPLoss(losses.SIMCLRLoss())(x)["ssl_loss"].item() == pytest.approx(ssl, abs=1e-12)
+    assert losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss())(x)["loss"].item() == pytest.approx(
+        clip + ssl, abs=1e-12
+    )
+    assert losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss())(x)["ssl_loss"].item() == pytest.approx(
+        ssl, abs=1e-12
+    )
     assert losses.simclr_loss(x["aug1_embed"], x["aug2_embed"]).item() == pytest.approx(ssl, abs=1e-12)
     whole = losses.slip_loss(*(x[name] for name in EMBEDDINGS), x["logit_scale"])
     assert whole.item() == pytest.approx(clip + ssl, abs=1e-12)
@@ -120,23 +126,23 @@ def test_duplicates_are_no_negatives_in_the_formula():
 
 def test_half_precision_inputs_and_autocast_give_a_float32_loss():
     x = random_inputs(64, 32, torch.float32)
-    expected = losses.SLIPLoss(losses.SIMCLRLoss(0.1))(x)["loss"]
+    expected = losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss(0.1))(x)["loss"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = losses.SLIPLoss(losses.SIMCLRLoss(0.1))(x)["loss"]
+        inside = losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss(0.1))(x)["loss"]
     assert inside.dtype == torch.float32
     assert torch.equal(inside, expected)
     half = {k: v.half() for k, v in x.items()}
-    assert losses.SLIPLoss(losses.SIMCLRLoss(0.1))(half)["loss"].dtype == torch.float32
+    assert losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss(0.1))(half)["loss"].dtype == torch.float32
 
 
 def test_losses_do_not_change_what_they_were_given():
     x = random_inputs(4, 3)
     before = json.dumps({k: v.tolist() for k, v in x.items()})
-    losses.SLIPLoss(losses.SIMCLRLoss(0.1))(x)
+    losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss(0.1))(x)
     assert json.dumps({k: v.tolist() for k, v in x.items()}) == before
 
 
 def test_collapsed_embeddings_are_not_counted_as_hits():
     ones = {k: torch.ones(8, 4) for k in EMBEDDINGS} | {"logit_scale": torch.tensor(10.0)}
-    result = losses.SLIPLoss(losses.SIMCLRLoss(0.1))(ones)
+    result = losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss(0.1))(ones)
     assert result["clip_acc"] == result["ssl_acc"] == 12.5

@@ -173,7 +173,7 @@ def test_a_frozen_tower_has_no_gradient_and_stays_in_eval_mode(tower, prefix):
     model, case = golden_model("SLIP")
     model.freeze(tower)
     model.train()
-    loss = losses.SLIPLoss(losses.SIMCLRLoss())(model(*case["inputs"]))["loss"]
+    loss = losses.SLIPLoss(losses.CLIPLoss(), losses.SIMCLRLoss())(model(*case["inputs"]))["loss"]
     loss.backward()
     frozen = [n for n, p in model.named_parameters() if p.grad is None]
     assert any(n.startswith(prefix) for n in frozen)

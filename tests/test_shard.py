@@ -23,7 +23,7 @@ def _train(rank, world, argv):
     main.main(argv)
 
 
-@pytest.mark.parametrize("model", ["SLIP_VITT16", "SIMCLR_VITT16", "CLIP_VITT16"])
+@pytest.mark.parametrize("model", ["SLIP_VITT16", "SIMCLR_VITT16", "CLIP_VITT16", "SIGLIP_VITT16"])
 def test_sharded_weights_equal_ddp(roco, tmp_path, model):
     for name, extra in (("ddp", []), ("shard", ["--shard"])):
         run_ranks(_train, 2, command(roco, tmp_path / name, "--batch-size", "4", "--eps", "1e-2", *extra, model=model))
@@ -62,24 +62,26 @@ def test_sharded_run_resumes_as_if_unbroken_and_accumulates(roco, tmp_path):
 
 
 def _scale_gradient(rank, world):
-
     torch.manual_seed(0)
-    single, model = tiny_model("CLIP"), tiny_model("CLIP")
+    single, model = tiny_model("SIGLIP"), tiny_model("SIGLIP")
     model.load_state_dict(single.state_dict())
     inputs = [x.float() if x.is_floating_point() else x for x in batches(single, 8)]
     processes = distributed.Processes(rank, world)
     model = distributed.shard(model, processes)
-    assert model.logit_scale.shape == () and not isinstance(model.logit_scale, distributed.DTensor)
+    scalars = [model.logit_scale, model.logit_bias]
+    assert all(value.shape == () and not isinstance(value, distributed.DTensor) for value in scalars)
     loss = model.objective.loss(losses.LossSettings())
     loss(model(*[x[rank * 4 : (rank + 1) * 4] for x in inputs]))["loss"].backward()
-    distributed.average_gradients([model.logit_scale], processes)
-    grad = model.logit_scale.grad.clone()
+    assert not model.logit_bias._backward_hooks  # of which each step would leave one more
+    distributed.average_whole_gradients(model, processes)
+    grads = [value.grad.clone() for value in scalars]
     torch.distributed.destroy_process_group()
     loss(single(*inputs))["loss"].backward()
-    torch.testing.assert_close(grad, single.logit_scale.grad, rtol=1e-4, atol=1e-6)
+    for grad, whole in zip(grads, (single.logit_scale, single.logit_bias), strict=True):
+        torch.testing.assert_close(grad, whole.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_logit_scale_stays_whole_and_its_gradient_is_averaged():
+def test_scale_and_bias_stay_whole_and_their_gradients_are_averaged():
     run_ranks(_scale_gradient, 2)
 
 

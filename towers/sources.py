@@ -33,7 +33,7 @@ from runtime.checkpoints import refuse_not_finite
 from tokenizer import CONTEXT_LENGTH, LibraryTokenizer, SimpleTokenizer, Tokenizer
 from towers import library, pretrained
 from towers.build import build_timm_tower
-from towers.weights import Mismatch
+from towers.weights import Mismatch, with_fitting_scale
 
 log = logging.getLogger("medslip")
 
@@ -127,13 +127,15 @@ def read_source(path: str | Path) -> Found:
 def load(found: Found, model: Any) -> None:
     """Copy what was found to a model that was made from its settings, its preparation too.
 
-    What the model has besides (a SimCLR head, a projection that the source lacks) stays as it is, and what the model
+    What the model has besides (a SimCLR head, a projection that the source lacks) stays as it is, so do scale and bias
+    of the logits where they belong to another loss (`with_fitting_scale`), and what the model
     has no place for (the text side, of a model without one) is left out. Raises ValueError, naming them, for tensors of
     a part that both have which do not fit.
     """
     own = model.state_dict()
-    parts = {name.partition(".")[0] for name in own} & {name.partition(".")[0] for name in found.weights}
-    place, given = ({k: v for k, v in some.items() if k.partition(".")[0] in parts} for some in (own, found.weights))
+    weights = with_fitting_scale(found.weights, own)
+    parts = {name.partition(".")[0] for name in own} & {name.partition(".")[0] for name in weights}
+    place, given = ({k: v for k, v in some.items() if k.partition(".")[0] in parts} for some in (own, weights))
     if differ := Mismatch.between(place, given):
         raise ValueError(f"{found.name} does not fit {model.name}: {differ}")
     model.load_state_dict({**own, **given})
@@ -241,7 +243,7 @@ def _hf_pair(model: Any, image: str, text: str, folder: Path, name: str) -> Foun
     tokenizer = _hf_tokenizer(folder, sides["text"].max_position_embeddings, whole=siglip, causal=not siglip)
     config = {
         "vision_tower": f"{library.TRANSFORMERS}{image}", "vision_kwargs": settings["vision"],
-        "image_size": preprocess.size, "embed_dim": embed_dim, "logit_bias": siglip,
+        "image_size": preprocess.size, "embed_dim": embed_dim,
         **_text_config(f"{library.TRANSFORMERS}{text}", settings["text"], tokenizer),
     }  # fmt: skip
     return Found(name, config, preprocess, tokenizer, weights)
@@ -416,7 +418,7 @@ def _open_clip(written: dict[str, Any], folder: Path, name: str, weights: Path |
         found["logit_bias"] = net.logit_bias.detach().reshape(())
     fields = {
         "vision_tower": library.OPEN_CLIP, "vision_kwargs": config, "image_size": preprocess.size,
-        "embed_dim": config["embed_dim"], "logit_bias": net.logit_bias is not None,
+        "embed_dim": config["embed_dim"],
         **_text_config(library.OPEN_CLIP, config, tokenizer),
     }  # fmt: skip
     return Found(name, fields, preprocess, tokenizer, found)

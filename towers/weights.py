@@ -94,11 +94,23 @@ def require_finite(features: Tensor, of: str = "an image") -> Tensor:
     return features
 
 
+def with_fitting_scale(given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights from elsewhere, `given`, whose scale and bias of the logits fit each other and the model's `own`.
+
+    A sigmoid learns both together. Beside the scale of 100 that a softmax ends with, the bias it starts from would call
+    any two a pair: so it keeps its own start of both where the weights have no bias. A softmax has no place for one.
+    """
+    if "logit_bias" in own and "logit_bias" not in given:
+        return {**given, **{name: own[name] for name in ("logit_scale", "logit_bias")}}
+    return {name: value for name, value in given.items() if name != "logit_bias" or name in own}
+
+
 def load_weights(model: Any, state_dict: dict[str, Tensor], source: str, other_head: bool = False) -> None:
     """Load every parameter and buffer by name.
 
     Args:
-        other_head: a SimCLR head that only one side has, or of another shape, is passed over: the model keeps its own.
+        other_head: a SimCLR head that only one side has, or of another shape, is passed over: the model keeps its own;
+            and so are scale and bias of the logits that another loss has trained (`with_fitting_scale`).
 
     Raises:
         ValueError: naming what is missing, unexpected or of another shape.
@@ -107,7 +119,7 @@ def load_weights(model: Any, state_dict: dict[str, Tensor], source: str, other_h
     if other_head:
         head, theirs = ({k: v for k, v in part.items() if k.startswith("image_mlp.")} for part in (own, state_dict))
         rest = {k: v for k, v in state_dict.items() if k not in theirs}
-        state_dict = rest | (head if Mismatch.between(head, theirs) else theirs)
+        state_dict = with_fitting_scale(rest | (head if Mismatch.between(head, theirs) else theirs), own)
     if differ := Mismatch.between(own, state_dict):
         raise ValueError(f"{source} does not fit {model.name}: {differ}")
     model.load_state_dict(dict(state_dict))  # without torch's note of its version, by which a count is no must
