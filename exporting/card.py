@@ -161,8 +161,11 @@ def inputs(loaded: models.Pretrained, reads: bool) -> list[str]:
     scale = float(model.logit_scale.detach())
     bias = float(model.logit_bias.detach()) if model.logit_bias is not None else None
     kind, bias_text = ("softmax", "") if bias is None else ("sigmoid", f" {'+' if bias >= 0 else '-'} {abs(bias):.6g}")
+    read = captions_of(loaded.tokenizer, model.config["context_length"])
+    if model.text.reads_padding:
+        read += " The embedding depends on the padding too."
     return [
-        *lines, "## Captions", "", captions_of(loaded.tokenizer, model.config["context_length"]), "",
+        *lines, "## Captions", "", read, "",
         f"Labels are put into sentences like those of the training, such as `a mammogram of a {{}}.`; of several "
         "templates or synonyms the unit vectors are averaged, and the mean is made a unit vector again. Probabilities "
         f"of labels: {kind}({math.exp(scale):.6g} * cosine{bias_text}), "
@@ -192,6 +195,8 @@ OUTPUTS = {
     "onnx": "Both graphs give unit vectors (B, d).",
     "timm": "The tower's features (B, d), before any projection, not normalised.",
     "medclip": "As MedCLIP's own code gives them.",
+    "transformers": "Its processor and the lines below agree to two of 256 levels, and where an odd margin is cut off, "
+    "to a pixel.",
 }
 
 

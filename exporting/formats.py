@@ -89,7 +89,7 @@ def to_safetensors(loaded: models.Pretrained, folder: Path) -> list[str]:
     return [
         "import models  # in a checkout of MedSLIP", "", "model = models.load_pretrained(folder)",
         "vectors = model.embed_images([image])  # unit vectors (1, d); paths, DICOM too, and arrays as well",
-        *["vectors @ model.embed_captions(captions).T  # cosines (1, n)"] * model.objective.text,
+        *["cosines = vectors @ model.embed_captions(captions).T  # (1, n)"] * model.objective.text,
     ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ alone, where transformers has its architecture: its own, MedCLIP's Swin, and tim
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,11 @@ def _plain_vit(tower: Any, model: Any) -> Any:
         vit.load_state_dict(weights)
     except RuntimeError:  # parts that a ViTModel has not, such as registers
         return None
-    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).double()
     with torch.inference_mode():
-        found, expected = vit(pixel_values=images).last_hidden_state[:, 0], tower.eval()(images)
-    return vit if torch.allclose(found, expected, rtol=1e-3, atol=1e-4) else None  # another activation or read-out
+        expected = copy.deepcopy(tower).eval().double()(images)
+        found = copy.deepcopy(vit).double()(pixel_values=images).last_hidden_state[:, 0]
+    return vit if torch.allclose(found, expected, rtol=1e-6, atol=1e-8) else None  # another activation or read-out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,8 +237,8 @@ def _pair_lines(loaded: models.Pretrained, name: str, vision: Any) -> list[str]:
         'images = processor(image, return_tensors="pt")  # a Pillow image',
         f'texts = tokenizer(captions, truncation=True, return_tensors="pt", {padding})', "with torch.inference_mode():",
         f"    out = model(**images, {ids}{_resized(loaded, vision, library.PAIRS[name][1])})",
-        "out.image_embeds, out.text_embeds  # unit vectors (1, d) and (n, d)",
-        "out.logits_per_image  # scaled cosines (1, n)",
+        "vectors = out.image_embeds, out.text_embeds  # of length 1, (1, d) and (n, d)",
+        "logits = out.logits_per_image  # (1, n), the scaled cosines",
     ]  # fmt: skip
 
 

@@ -46,6 +46,15 @@ def built(path, *flags):
     return write(path, *main.build_model(main.get_args_parser().parse_args(list(flags))))
 
 
+def use_of(folder, image, captions):
+    """What the lines of a card leave, run as they stand but for where the folder lies."""
+    text = (folder / "README.md").read_text(encoding="utf8")
+    lines = text.split("```python\n")[1].split("```")[0]
+    names = {"image": image, "captions": list(captions)}
+    exec(lines.replace(f"folder = {folder.name!r}", f"folder = {str(folder)!r}"), names)
+    return names
+
+
 def pictures(n, folder):
     rng, paths = np.random.default_rng(0), []
     for i in range(n):
@@ -182,6 +191,12 @@ def test_onnx_graphs_take_any_batch_and_give_the_same(name, tmp_path):
             with torch.inference_mode():
                 expected = F.normalize(encode(x), dim=-1).numpy()
             np.testing.assert_allclose(found, expected, atol=2e-5)
+    path = pictures(1, tmp_path)[0]
+    used = use_of(folder, Image.open(path), ["an axial ct", "", "Ünïté &amp; more"] * (ours.tokenizer is not None))
+    np.testing.assert_allclose(used["vector"], ours.embed_images([path]), atol=2e-5)
+    if ours.tokenizer is not None:
+        expected = used["vector"] @ ours.embed_captions(used["captions"]).T
+        np.testing.assert_allclose(used["cosines"], expected, atol=2e-5)
 
 
 def test_what_a_format_cannot_hold_is_refused_and_leaves_nothing(tmp_path):
