@@ -152,7 +152,7 @@ def inputs(loaded: models.Pretrained, reads: bool) -> list[str]:
     """How images and captions are prepared, and what comes out."""
     model: Any = loaded.model
     lines = [
-        "## Images", "", described(loaded.preprocess).capitalize() + ". As lines of Pillow, from an `image` to the "
+        "## Images", "", described(loaded.preprocess) + ". As lines of Pillow, from an `image` to the "
         "`pixels` (1, 3, H, W) that the tower takes:", "",
         "```python", "import numpy as np", "from PIL import Image", "", *image_lines(loaded.preprocess), "```", "",
     ]  # fmt: skip
@@ -228,7 +228,9 @@ def card(
     if synthetic:
         lines += ["Trained or measured on SYNTHETIC images: its numbers say nothing about patients.", ""]
     lines += [
-        "```python", f"folder = {name!r}  # where this folder lies", *use, "```", "", OUTPUTS.get(form, ""), "",
+        "```python", f"folder = {name!r}  # where this folder lies",
+        "# image is an image of Pillow" + ", captions a list of texts" * reads, *use, "```", "",
+        OUTPUTS.get(form, ""), "",
         *table(loaded, sources), "", *inputs(loaded, reads), "## Measured", "",
         *([result.line for result in found] or [f"Probes: {ABSENT}."]), "", *validation(sources), *LIMITS,
         f"- Weights it started from: {as_text('; '.join(dict.fromkeys(map(start_of, sources))))}; their licence: "

@@ -110,7 +110,7 @@ def to_medclip(loaded: models.Pretrained, folder: Path) -> list[str]:
     tower = "MedCLIPVisionModelViT" if model.config["vision_tower"] == "medclip-swin" else "MedCLIPVisionModel"
     return [
         f"from medclip import MedCLIPModel, {tower}", "", f"model = MedCLIPModel(vision_cls={tower})",
-        "model.from_pretrained(folder)",
+        "model.from_pretrained(folder)  # images and captions are prepared by its MedCLIPProcessor",
     ]  # fmt: skip
 
 
@@ -171,7 +171,8 @@ def to_onnx(loaded: models.Pretrained, folder: Path) -> list[str]:
     used = [name for name in ("ftfy", "html", "string") if any(f"{name}." in line for line in read)]
     return [
         *(f"import {name}" for name in used), *lines[:3], "from tokenizers import Tokenizer", *lines[3:], "",
-        'session = onnxruntime.InferenceSession(f"{folder}/text.onnx")', "texts = []", "for caption in captions:",
+        'session = onnxruntime.InferenceSession(f"{folder}/text.onnx")', 
+        'tokenizer, texts = Tokenizer.from_file(f"{folder}/tokenizer.json"), []', "for caption in captions:",
         *(f"    {line}" for line in read), '    texts += session.run(None, {"text": tokens})',
         "cosines = vector @ np.concatenate(texts).T  # (1, n)",
     ]  # fmt: skip

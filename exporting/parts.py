@@ -86,7 +86,7 @@ _CLEANED = {  # by LibraryTokenizer's `clean`
 
 
 def token_lines(tokenizer: Tokenizer, context: int) -> list[str]:
-    """Python that makes ids (1, L), int64, of a `caption` by the tokenizer.json in `folder`, L being `context`."""
+    """Python that makes `tokens` (1, context), int64, of a `caption` by a `tokenizer` of the tokenizers library."""
     clean, pad = "none", getattr(tokenizer, "pad_id", 0)
     if isinstance(tokenizer, SimpleTokenizer):
         clean = "lower"
@@ -96,7 +96,7 @@ def token_lines(tokenizer: Tokenizer, context: int) -> list[str]:
     place = "-len(ids) :" if left else ": len(ids)"
     return [
         *_CLEANED[clean],
-        'ids = Tokenizer.from_file(f"{folder}/tokenizer.json").encode(caption).ids',
+        "ids = tokenizer.encode(caption).ids",
         f"tokens = np.full((1, {context}), {pad})",
         f"tokens[0, {place}] = ids",
     ]
@@ -170,7 +170,9 @@ def described(preprocess: Preprocess) -> str:
     """The same in words."""
     h, w = preprocess.shape
     if preprocess.prepare == "medclip":
-        how = "grey, in the middle of a black canvas of the input's proportions and no smaller, resized bicubically"
+        how = (
+            "made grey, in the middle of a black canvas of the input's proportions and no smaller, resized bicubically"
+        )
     elif preprocess.prepare == "slip":
         how = "resized bilinearly until it covers the input, then its centre"
     else:

@@ -42,8 +42,8 @@ def to_open_clip(loaded: models.Pretrained, folder: Path) -> list[str]:
         f"model, _, view = {opened}",
         f"tokenizer = {opened.replace('create_model_and_transforms', 'get_tokenizer')}",
         "with torch.inference_mode():",
-        '    image = model.eval().encode_image(view(image)[None], normalize=True)  # a Pillow image to (1, d)',
-        "    text = model.encode_text(tokenizer(captions), normalize=True)  # n captions to (n, d)",
+        '    image = model.eval().encode_image(view(image)[None], normalize=True)  # (1, d)',
+        "    text = model.encode_text(tokenizer(captions), normalize=True)  # (n, d)",
     ]  # fmt: skip
 
 

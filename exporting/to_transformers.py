@@ -21,6 +21,7 @@ from inputs.sizes import height_width
 from inputs.transforms import Preprocess
 from tokenizer import LibraryTokenizer
 from towers import library
+from towers.sources import quiet
 
 log = logging.getLogger("medslip")
 
@@ -31,8 +32,9 @@ def to_transformers(loaded: models.Pretrained, folder: Path) -> list[str]:
     kinds = [model.config[f"{side}_tower"].removeprefix(library.TRANSFORMERS) for side in ("vision", "text")]
     names = [name for name, (_, image, text) in library.PAIRS.items() if [image, text] == kinds]
     whole = model.objective.text and bool(names)
-    theirs = _pair(model, names[0]) if whole else _image_tower(model)
-    theirs.save_pretrained(folder)
+    with quiet():
+        theirs = _pair(model, names[0]) if whole else _image_tower(model)
+        theirs.save_pretrained(folder)
     utils.write_json(folder / "preprocessor_config.json", _processor(loaded.preprocess, theirs.config))
     if whole:
         if not isinstance(loaded.tokenizer, LibraryTokenizer) or loaded.tokenizer.clean != "none":
@@ -234,7 +236,7 @@ def _pair_lines(loaded: models.Pretrained, name: str, vision: Any) -> list[str]:
         "from transformers import AutoImageProcessor, AutoModel, AutoTokenizer", "",
         "model = AutoModel.from_pretrained(folder).eval()", "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "processor = AutoImageProcessor.from_pretrained(folder)", *_made(loaded, vision),
-        'images = processor(image, return_tensors="pt")  # a Pillow image',
+        'images = processor(image, return_tensors="pt")',
         f'texts = tokenizer(captions, truncation=True, return_tensors="pt", {padding})', "with torch.inference_mode():",
         f"    out = model(**images, {ids}{_resized(loaded, vision, library.PAIRS[name][1])})",
         "vectors = out.image_embeds, out.text_embeds  # of length 1, (1, d) and (n, d)",
@@ -253,7 +255,7 @@ def _image_lines(loaded: models.Pretrained, config: Any) -> list[str]:
         "import torch", "from PIL import Image", "from transformers import AutoImageProcessor, AutoModel", "",
         f"model = AutoModel.from_pretrained(folder{opened}).eval()",
         "processor = AutoImageProcessor.from_pretrained(folder)", *_made(loaded, config),
-        'images = processor(image, return_tensors="pt")  # a Pillow image', "with torch.inference_mode():",
+        'images = processor(image, return_tensors="pt")', "with torch.inference_mode():",
         f"    out = model(**images{_resized(loaded, config, kind)})",
         f"features = out.{read}  # (1, d)",
     ]  # fmt: skip

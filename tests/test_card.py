@@ -10,6 +10,7 @@ from helpers import command
 from huggingface_hub import ModelCard
 from PIL import Image
 from roco_tree import make_roco
+from tokenizers import Tokenizer
 
 import export
 import main
@@ -151,9 +152,10 @@ def test_the_cards_lines_give_the_ids_of_a_caption(kind, tmp_path):
         "library": lambda: LibraryTokenizer(definition, 24, pad_id=3),
     }.get(kind, lambda: LibraryTokenizer(definition, 24, clean=kind))()
     (tmp_path / "tokenizer.json").write_text(tokenizers_definition(tokenizer), encoding="utf8")
-    lines = ["import html, string, ftfy", "from tokenizers import Tokenizer", *token_lines(tokenizer, 24)]
+    lines = ["import html, string, ftfy", *token_lines(tokenizer, 24)]
+    read = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for caption in CAPTIONS:
-        names = {"np": np, "folder": tmp_path, "caption": caption}
+        names = {"np": np, "tokenizer": read, "caption": caption}
         exec("\n".join(lines), names)
         expected = tokenizer(caption)[0].tolist()
         expected += [getattr(tokenizer, "pad_id", 0)] * (24 - len(expected))
