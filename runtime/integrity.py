@@ -111,7 +111,7 @@ SUMS = "SHA256SUMS"
 def write_sums(folder: Path) -> None:
     """The SHA-256 of each file of a new folder, in SUMS beside them."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    (folder / SUMS).write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in files), encoding="utf8")
+    (folder / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files), encoding="utf8")
 
 
 def check_sums(path: Path) -> None:
@@ -119,11 +119,12 @@ def check_sums(path: Path) -> None:
     sums = path.parent / SUMS
     lines = sums.read_text(encoding="utf8", errors="replace").splitlines() if sums.is_file() else []
     named = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if path.name in named and _sha256(path) != named[path.name]:
+    if path.name in named and sha256(path) != named[path.name]:
         raise ValueError(f"{path} is not the file of which {sums} speaks: it is damaged, or was changed afterwards")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

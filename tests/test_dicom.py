@@ -347,7 +347,8 @@ def test_a_file_without_preamble_says_what_to_do(tmp_path):
 def test_a_tables_first_value_is_signed_by_what_values_can_be(tmp_path):
     """-2048 written as 63488, of a signed image that happens to have no negative value."""
     values = np.arange(4096, dtype=np.int16).reshape(64, 64) % 2048
-    voi = sequence({"LUTDescriptor": [4096, 63488, 8], "LUTData": [i // 16 for i in range(4096)]})
+    entries = np.arange(4096, dtype="<u2") // 16
+    voi = sequence({"LUTDescriptor": [4096, 63488, 8], "LUTData": entries.astype("<u2").tobytes()})
     write_dicom(tmp_path / "a.dcm", values, PixelRepresentation=1, VOILUTSequence=voi)
     assert np.array_equal(grey(tmp_path / "a.dcm"), (values + 2048) // 16)
 

@@ -11,15 +11,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import TINY, command
+from helpers import TINY
 from model_helpers import tiny_medslip
 from PIL import Image
-from roco_tree import make_roco
 
 import export
 import main
-import main_linear
 import models
+from exporting.formats import Format
 from runtime import checkpoints
 from towers import medclip
 
@@ -45,6 +44,15 @@ def write(path, model, tokenizer):
 def built(path, *flags):
     torch.manual_seed(0)
     return write(path, *main.build_model(main.get_args_parser().parse_args(list(flags))))
+
+
+def use_of(folder, image, captions):
+    """What the lines of a card leave, run as they stand but for where the folder lies."""
+    text = (folder / "README.md").read_text(encoding="utf8")
+    lines = text.split("```python\n")[1].split("```")[0]
+    names = {"image": image, "captions": list(captions)}
+    exec(lines.replace(f"folder = {folder.name!r}", f"folder = {str(folder)!r}"), names)
+    return names
 
 
 def pictures(n, folder):
@@ -185,6 +193,12 @@ def test_onnx_graphs_take_any_batch_and_give_the_same(name, tmp_path):
             with torch.inference_mode():
                 expected = F.normalize(encode(x), dim=-1).numpy()
             np.testing.assert_allclose(found, expected, atol=2e-5)
+    path = pictures(1, tmp_path)[0]
+    used = use_of(folder, Image.open(path), ["an axial ct", "", "Ünïté &amp; more"] * (ours.tokenizer is not None))
+    np.testing.assert_allclose(used["vector"], ours.embed_images([path]), atol=2e-5)
+    if ours.tokenizer is not None:
+        expected = used["vector"] @ ours.embed_captions(used["captions"]).T
+        np.testing.assert_allclose(used["cosines"], expected, atol=2e-5)
 
 
 def test_what_a_format_cannot_hold_is_refused_and_leaves_nothing(tmp_path):
@@ -221,36 +235,9 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
         free[0] = 0
         raise RuntimeError("an error of the writer's own")
 
-    monkeypatch.setitem(export.FORMATS, "safetensors", fills)
+    monkeypatch.setitem(export.FORMATS, "safetensors", Format(fills, "medslip"))
     with pytest.raises(OSError, match="could not write .*new: no space is left on its disk"):
-        export.export(path, "safetensors", tmp_path / "new")
+        export.export([path], "safetensors", tmp_path / "new")
     with pytest.raises(OSError, match=r"0.0 GB free; the weights take"):  # told before anything is written
-        export.export(path, "safetensors", tmp_path / "new")
+        export.export([path], "safetensors", tmp_path / "new")
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
-
-
-def test_the_card_says_what_the_run_says_and_no_more(tmp_path):
-    root = make_roco(tmp_path / "roco")
-    main.main(command(root, tmp_path / "run", "--epochs", "1", "--caption-filter", "mammo-xray"))
-    probe = tmp_path / "probe"
-    probe.mkdir()
-    interval = {"value": 0.7123, "low": 0.65, "high": 0.77}
-    result = {"dataset": "cbis_calc", "unit": "fraction", "metrics": {"auroc": interval}, "interval": {"level": 0.95}}
-    (probe / "results.json").write_text(json.dumps(result))
-    out = [str(tmp_path / "run" / "checkpoint.pt"), "--to", "safetensors", "--output"]
-    text = (export.main([*out, str(tmp_path / "a"), "--results", str(probe)]) / "README.md").read_text()
-    pairs = json.loads((tmp_path / "run" / "settings.json").read_text())["derived"]["training_pairs"]
-    assert f"caption filter 'mammo-xray': {pairs}" in text and "71.23 (65.0 to 77.0)" in text
-    assert "fresh weights" in text and "SYNTHETIC" not in text and "Retrieval on the validation pairs" in text
-    bare = tmp_path / "alone.pt"
-    bare.write_bytes((tmp_path / "run" / "checkpoint.pt").read_bytes())
-    for name, settings in {"b": None, "b2": {"args": vars(main_linear.get_args_parser().parse_args([]))}}.items():
-        if settings:  # a probe's, that an earlier version wrote over those of the training
-            (tmp_path / "settings.json").write_text(json.dumps(settings))
-        command_line = [str(bare), "--to", "safetensors", "--output", str(tmp_path / name)]
-        text = (export.main(command_line) / "README.md").read_text()
-        assert "| Data | not recorded |" in text and "Probes: not recorded." in text
-    with pytest.raises(ValueError, match="holds no results.json"):
-        export.main([*out, str(tmp_path / "c"), "--results", str(tmp_path / "roco")])
-    (root.parent / "README.txt").write_text("SYNTHETIC drawings\n")
-    assert "SYNTHETIC" in (export.main([*out, str(tmp_path / "d")]) / "README.md").read_text()

@@ -56,7 +56,7 @@ def head(folder):
 def exported(name):
     def make(folder):
         evaluation_helpers.write_checkpoint(folder / "checkpoint.pt")
-        out = export.export(folder / "checkpoint.pt", "safetensors", folder / "export")
+        out = export.export([folder / "checkpoint.pt"], "safetensors", folder / "export")
 
         def read():
             loaded = models.load_pretrained(out)

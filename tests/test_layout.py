@@ -16,7 +16,7 @@ STEPS = (
     ("towers", "datasets"),
     ("models",),
     ("evaluation",),
-    ("preparation", "reporting", "beit_finetuning", "redcaps"),
+    ("preparation", "reporting", "exporting", "beit_finetuning", "redcaps"),
 )
 COMMANDS = (
     "main", "main_linear", "eval_zeroshot", "predict", "export", "make_dataset", "make_report", "run_with_submitit",

@@ -264,7 +264,7 @@ def _positions(config: Any) -> int:
 
 def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
     """A model of transformers with all its weights, in float32; ValueError where the folder lacks some of them."""
-    with _quiet():
+    with quiet():
         try:
             model, report = cls.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, dtype=torch.float32, **options
@@ -278,7 +278,7 @@ def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the bars and reports that transformers prints; what is wrong is raised."""
     from transformers.utils import logging as theirs
 
@@ -300,7 +300,7 @@ def _hf_preprocess(folder: Path) -> Preprocess:
     """What a folder's image processor does, with its library's defaults; ValueError for more than Preprocess knows."""
     from transformers import AutoImageProcessor
 
-    with _quiet():
+    with quiet():
         try:
             theirs = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many kinds
@@ -352,7 +352,7 @@ def _hf_tokenizer(folder: Path, longest: int, whole: bool = False, causal: bool 
     """
     from transformers import AutoTokenizer
 
-    with _quiet():
+    with quiet():
         try:
             theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many kinds
@@ -464,7 +464,7 @@ def _open_clip_tokenizer(text: dict[str, Any], folder: Path, name: str) -> Any:
 
     hub = str(text["hf_tokenizer_name"])
     there = any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
-    with _quiet(), _online(f"the tokenizer of {name}", hub):
+    with quiet(), _online(f"the tokenizer of {name}", hub):
         theirs = AutoTokenizer.from_pretrained(
             folder if there else hub, local_files_only=there, trust_remote_code=False
         )
@@ -483,7 +483,7 @@ def _text_settings(name: str, folder: Path, weights: Path) -> dict[str, Any]:
             return written
     from transformers import AutoConfig
 
-    with _quiet(), contextlib.suppress(Exception):  # it is not in the cache
+    with quiet(), contextlib.suppress(Exception):  # it is not in the cache
         return AutoConfig.from_pretrained(name, local_files_only=True).to_dict()
     shapes = {key: tuple(value.shape) for key, value in pretrained.read_state(weights).items()}
     prefix = "text.transformer."
