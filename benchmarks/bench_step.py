@@ -29,6 +29,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -376,6 +377,8 @@ def measure_one(
     method: str, flags: argparse.Namespace, batch_size: int, limit: float | None, device: torch.device
 ) -> dict:
     """Peak memory and time of a few steps in this process, or {"out_of_memory": True}."""
+    if method == "lora":
+        import_module("peft")  # whose code is no part of a step's memory, as torch's is none
     before = common.memory_now(device)
     if limit and device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(
