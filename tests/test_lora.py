@@ -150,6 +150,19 @@ def test_gradient_checkpointing_and_compilation_change_nothing(make):
             torch.testing.assert_close(value, results[0][name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_statistics_of_batchnorm_are_held_where_they_are_asked_to_be(held):
+    model = simclr("test_resnet")
+    if held:
+        model.hold_batchnorm()
+    lora.adapt_model(model, 2)
+    before = lora.stored({name: value.clone() for name, value in model.state_dict().items()})["state_dict"]
+    model.train()(*(torch.rand(4, 3, 32, 32) for _ in range(2)))
+    after = lora.stored(model.state_dict())["state_dict"]
+    statistics = [name for name in before if name.startswith("visual.") and "running_" in name]
+    assert statistics and all(torch.equal(before[name], after[name]) for name in statistics) == held
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------------
