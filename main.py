@@ -67,8 +67,8 @@ from runtime.one_run import SETTINGS, one_run, own_folder
 from runtime.signals import StopRequest
 from runtime.versions import versions
 from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer
+from towers import lora, sources
 from towers import pretrained as pretrained_towers
-from towers import sources
 
 log = logging.getLogger("medslip")
 HERE = Path(__file__).parent
@@ -76,7 +76,7 @@ HERE = Path(__file__).parent
 RESUME_SETTINGS = (
     "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
     "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze",
-    "shard", "mask_duplicates", "hold_batchnorm",
+    "shard", "mask_duplicates", "hold_batchnorm", "lora",
 )  # fmt: skip
 
 
@@ -163,6 +163,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        "config.json, vocab.txt, weights); it brings its vocabulary and sizes")
     start.add_argument("--freeze", default="", choices=("", "image", "text"),
                        help="hold one tower fixed and in eval mode; its projection keeps learning")
+    start.add_argument("--lora", default=0, type=positive_int, metavar="RANK",
+                       help="train low-rank adapters in the linear layers of the towers that are not frozen, and the "
+                       "projections and heads in full, in less memory; checkpoints hold plain weights as ever; needs "
+                       "pip install peft")
     start.add_argument("--hold-batchnorm", action="store_true",
                        help="BatchNorm of the image tower keeps the statistics of the weights it starts from: what a "
                        "pre-trained convolutional tower forgets first is not in its weights")
@@ -307,7 +311,7 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
             raise ValueError(f"--text-weights is for models that read captions, not {args.model}")
         pretrained_towers.load_text(model, args.text_weights)
         log.info(f"{args.model}: text tower loaded from {args.text_weights}")
-    if not (args.medclip_weights or args.init or expected or bert):
+    if not (args.medclip_weights or args.init or expected or bert or parts):
         log.info(f"{args.model}: no weights given, every parameter starts from its initial distribution")
     if args.freeze:
         model.freeze(args.freeze)
@@ -318,7 +322,19 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
         log.info(f"image tower: {held} BatchNorm layers keep their statistics")
     if args.grad_checkpointing:
         model.checkpoint_gradients()
+    if args.lora:
+        adapt_towers(args, model)
     return model, tokenizer if model.objective.text else None
+
+
+def adapt_towers(args: argparse.Namespace, model: models.ImageModel) -> None:
+    """--lora; a tower that starts from no weights has nothing to adapt, which a warning says."""
+    said = lora.adapt_model(model, args.lora)
+    whole = args.init or args.medclip_weights or args.resume
+    given = {"image": whole or args.vision_weights, "text": whole or args.text_weights}
+    if fresh := [side for side in model.parts if not given[side] and side != args.freeze]:
+        log.warning(f"--lora holds the {' and the '.join(fresh)} tower at random weights: no file is given for it")
+    log.info(said)
 
 
 def other_libraries(args: argparse.Namespace) -> list[sources.Found]:
@@ -640,6 +656,7 @@ def save(run: Run, is_best: bool = False) -> None:
     """Checkpoint the run as it stands; every rank calls this."""
     random_states = distributed.gather_objects(run.processes, utils.random_state(run.processes.device))
     weights, optimizer = distributed.training_state(run.model, run.optimizer)
+    weights = lora.stored(weights)
     run.last_save = time.monotonic()
     if not run.processes.is_main:
         return
@@ -648,7 +665,7 @@ def save(run: Run, is_best: bool = False) -> None:
         "step_in_epoch": run.step_in_epoch,
         "step": run.step,
         "steps_per_epoch": run.steps_per_epoch,
-        "state_dict": weights,
+        **weights,
         "optimizer": optimizer,
         "scaler": run.scaler.state_dict(),
         "best_acc1": run.best,  # SLIP's name for it, which stays
@@ -667,7 +684,7 @@ def save(run: Run, is_best: bool = False) -> None:
         from towers import medclip
 
         (output_dir / "medclip_export").mkdir(exist_ok=True)
-        exported = medclip.export_medclip(run.model, weights)
+        exported = medclip.export_medclip(run.model, weights["state_dict"])
         save_checkpoint(exported, output_dir / "medclip_export" / medclip.WEIGHTS_NAME)
 
 
@@ -715,7 +732,7 @@ def resume(run: Run) -> None:
             + "; ".join(differ)
             + longer
         )
-    distributed.load_training_state(run.model, run.optimizer, state["state_dict"], state["optimizer"])
+    distributed.load_training_state(run.model, run.optimizer, lora.restored(state), state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.epoch, run.step_in_epoch, run.best = state["epoch"], state["step_in_epoch"], state["best_acc1"]
     run.epoch_sums = list(state["epoch_sums"])

@@ -119,13 +119,17 @@ class ImageModel(nn.Module):
         """What does mix them, through BatchNorm: the embeddings of a batch from what `towers` returned."""
         raise NotImplementedError
 
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The attributes of which each tower consists: of `image` and, with captions, of `text`."""
+        return {"image": ("visual",), **({"text": self.text.modules} if self.objective.text else {})}
+
     def freeze(self, tower: str) -> None:
         """Hold the `image` or the `text` tower fixed and in eval mode; its projection keeps learning."""
-        parts = {"image": ("visual",), "text": getattr(self, "text", None) and self.text.modules}
-        if not parts.get(tower):
-            raise ValueError(f"cannot freeze {tower!r}: this model has {[k for k, v in parts.items() if v]}")
-        self.frozen += parts[tower]
-        for name in parts[tower]:
+        if tower not in self.parts:
+            raise ValueError(f"cannot freeze {tower!r}: this model has {list(self.parts)}")
+        self.frozen += self.parts[tower]
+        for name in self.parts[tower]:
             getattr(self, name).requires_grad_(False)
         self.train(self.training)
 

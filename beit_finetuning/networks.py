@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import timm
+import torch
 
 import models
 from beit_finetuning.modeling_finetune import (
@@ -21,7 +22,7 @@ from beit_finetuning.views import beit_preprocess
 from beit_finetuning.weights import load_weights
 from inputs.transforms import Preprocess
 from runtime.command_line import UsageError
-from towers import pretrained
+from towers import lora, pretrained
 from towers.build import build_image_tower, check_settings
 
 
@@ -72,6 +73,18 @@ def build_network(args: argparse.Namespace, num_classes: int) -> Network:
         tower = tower_classifier(start, num_classes, image_size=args.input_size, **options)
     config = NetworkConfig(num_classes, tower.preprocess.to_dict(), args.crop_pct, tower=tower.tower)
     return Network(tower, f"{name}, fine-tuned", config)
+
+
+def adapt_network(network: Network, rank: int) -> str:
+    """Low-rank adapters in all of a network but its head (towers/lora.py); what learns then, for people.
+
+    Raises:
+        ValueError: no linear layers. ImportError: without peft.
+    """
+    model, image = network.model, torch.zeros(1, 3, *network.preprocess.shape)
+    parts = dict.fromkeys(name.partition(".")[0] for name, _ in model.named_parameters())
+    tower = [part for part in parts if part not in ("head", "fc_norm")]
+    return lora.adapt(model, [lora.Tower(network.name, tower, lambda: model(image))], rank)
 
 
 def named_tower(model: str, weights: str) -> tuple[models.ImageModel, str]:

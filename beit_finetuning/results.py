@@ -20,6 +20,7 @@ from evaluation.predictions import CBIS, Predictions
 from evaluation.resamples import Bootstrap
 from evaluation.run_folder import count_reading
 from runtime.checkpoints import load_checkpoint
+from towers import lora
 
 log = logging.getLogger("medslip")
 
@@ -118,7 +119,7 @@ def report_lesions(run: Finished, evaluation: Evaluation) -> dict[str, Any]:
     """CBIS-DDSM's test table, read once, with the weights that the validation split chose."""
     sets, is_main = evaluation.sets, evaluation.loading.processes.is_main
     best = load_checkpoint(run.output_dir / "checkpoint_best.pt")
-    run.model.load_state_dict(best["state_dict"])
+    run.model.load_state_dict(lora.restored(best))
     held_out = evaluation.held_out(run.model)
     # The test table is read here for the first time.
     readings = count_reading(run.output_dir, run.compared) if is_main else 0
@@ -139,7 +140,7 @@ def report_lesions(run: Finished, evaluation: Evaluation) -> dict[str, Any]:
     }
     results |= subgroups.report_lesions(found, held_out, run.baselines, run.compared, run.bootstrap)
     if run.average is not None:
-        run.average.load_state_dict(best["state_dict_ema"])
+        run.average.load_state_dict(lora.restored(best, "_ema"))
         averaged, _ = evaluation.logits(run.average, sets.test, "test, averaged weights")
         average = Predictions(found.rows, probabilities(averaged), scheme)
         results["ema"] = predictions.score_predictions(average, average.resamples(run.bootstrap))

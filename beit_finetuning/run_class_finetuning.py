@@ -39,7 +39,7 @@ import distributed
 import utils
 from beit_finetuning import optim
 from beit_finetuning.modeling_finetune import BEIT_MODELS
-from beit_finetuning.networks import Network, build_network, described
+from beit_finetuning.networks import Network, adapt_network, build_network, described
 from beit_finetuning.results import Evaluation, Finished, report
 from beit_finetuning.sets import Sets, class_weights, open_sets
 from beit_finetuning.views import Augmentation, Criterion, EvalView, Mix, TrainView
@@ -71,6 +71,7 @@ from runtime.meeting import meet, meeting_due
 from runtime.one_run import SETTINGS, one_run, own_folder
 from runtime.signals import StopRequest
 from runtime.versions import versions
+from towers import lora
 
 log = logging.getLogger("medslip")
 # What must not differ between a run and its continuation.
@@ -79,7 +80,7 @@ RESUME_SETTINGS = (
     "min_lr", "layer_decay", "weight_decay", "weight_decay_end", "opt_betas", "opt_eps", "update_freq", "clip_grad",
     "drop_path", "drop", "attn_drop_rate", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode",
     "smoothing", "aa", "color_jitter", "train_interpolation", "reprob", "remode", "recount", "hflip", "class_weights",
-    "model_ema", "model_ema_decay", "seed", "enable_deepspeed",
+    "model_ema", "model_ema_decay", "seed", "enable_deepspeed", "lora",
 )  # fmt: skip
 
 
@@ -135,6 +136,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--attn_drop_rate", default=0.0, type=float, help="of attention; BEiT's architecture only")
     model.add_argument("--drop_path", default=0.1, type=float,
                        help="stochastic depth of the last block, rising from 0 at the first; ResNet-50 takes only 0")
+    model.add_argument("--lora", default=0, type=positive_int, metavar="RANK",
+                       help="train low-rank adapters in the tower's linear layers, and the head in full, in less "
+                       "memory; checkpoints hold plain weights as ever; needs pip install peft")
     model.add_argument("--train_batchnorm", action="store_true",
                        help="let BatchNorm (a ResNet's) gather statistics anew; by default it keeps those of "
                        "pre-training, because fine-tuning's batches are small and mixed")
@@ -299,6 +303,8 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: MetricWrit
         raise ValueError(f"--nb_classes {args.nb_classes}: {args.data_set} has {num_classes} classes")
     utils.seed_everything(args.seed)  # all ranks start from the same head
     network = build_network(args, num_classes)
+    if args.lora:
+        adapt(args, network)
     preprocess = network.preprocess
     model = distributed.synchronise_batchnorm(network.model, processes).to(processes.device)
     groups = optim.parameter_groups(
@@ -356,6 +362,14 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: MetricWrit
         settings=resume_settings(args, sets, preprocess, sampler.global_batch),
         lr=lr,
     )
+
+
+def adapt(args: argparse.Namespace, network: Network) -> None:
+    """--lora; fresh weights have nothing to adapt, which a warning says."""
+    said = adapt_network(network, args.lora)
+    if not args.finetune:
+        log.warning("--lora holds the tower at random weights: --finetune names none")
+    log.info(said)
 
 
 def moving_average(model: nn.Module, args: argparse.Namespace) -> Any:
@@ -527,8 +541,8 @@ def save(run: Run, is_best: bool = False) -> None:
         "step": run.step,
         "steps_per_epoch": run.steps_per_epoch,
         "network": described(run.network),
-        "state_dict": run.model.state_dict(),
-        "state_dict_ema": run.ema.module.state_dict() if run.ema is not None else None,
+        **lora.stored(run.model.state_dict()),
+        **({"state_dict_ema": None} if run.ema is None else lora.stored(run.ema.module.state_dict(), "_ema")),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "best": run.best,
@@ -549,14 +563,14 @@ def resume(run: Run) -> None:
         return
     if not is_finetuned(state):
         raise ValueError(f"{output_dir} holds the checkpoints of another kind of run: choose another --output_dir")
-    if differ := differences(state["settings"], run.settings):
+    if differ := differences({"lora": 0, **state["settings"]}, run.settings):  # which earlier runs did not record
         raise ValueError(
             f"cannot continue the run in {output_dir}, its settings differ (a new run takes another --output_dir): "
             + "; ".join(differ)
         )
-    run.model.load_state_dict(state["state_dict"])
+    run.model.load_state_dict(lora.restored(state))
     if run.ema is not None:
-        run.ema.module.load_state_dict(state["state_dict_ema"])
+        run.ema.module.load_state_dict(lora.restored(state, "_ema"))
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.epoch, run.step_in_epoch = state["epoch"], state["step_in_epoch"]

@@ -29,6 +29,8 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import bench_loss
@@ -213,13 +215,21 @@ class OursInHalf(Ours):
         super().__init__(argparse.Namespace(**{**vars(args), "precision": "bf16"}), device)
 
 
-METHODS = {"ours": Ours, "plain": Plain, "bf16": OursInHalf}
+class OursWithLora(Ours):
+    """The same with --lora 8: adapters and heads learn, the towers' own weights do not."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        super().__init__(argparse.Namespace(**{**vars(args), "lora": 8}), device)
+
+
+METHODS = {"ours": Ours, "plain": Plain, "bf16": OursInHalf, "lora": OursWithLora}
 
 
 def methods_for(flags: argparse.Namespace, device: torch.device) -> list[str]:
-    """Ours and the plain step; on a CPU with units for bf16 ours in bf16 as well, unless a precision is named."""
+    """Ours and the plain step; ours in bf16 on a CPU with units for it, unless a precision is named; ours with adapters
+    where peft is there."""
     half = device.type == "cpu" and distributed.cpu_has_bf16() and distributed.wanted_precision(flags) == "auto"
-    return ["ours", "plain"] + ["bf16"] * half
+    return ["ours", "plain"] + ["bf16"] * half + ["lora"] * (find_spec("peft") is not None)
 
 
 def write_scores_out(model: Any) -> Any:
@@ -367,6 +377,8 @@ def measure_one(
     method: str, flags: argparse.Namespace, batch_size: int, limit: float | None, device: torch.device
 ) -> dict:
     """Peak memory and time of a few steps in this process, or {"out_of_memory": True}."""
+    if method == "lora":
+        import_module("peft")  # whose code is no part of a step's memory, as torch's is none
     before = common.memory_now(device)
     if limit and device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(
@@ -492,6 +504,8 @@ def show(row: dict) -> None:
     print(f"ours is {row['plain_seconds'] / row['ours_seconds']:.2f} times as fast")
     if "bf16_seconds" in row:
         print(f"ours in bf16 is {row['ours_seconds'] / row['bf16_seconds']:.2f} times as fast as ours")
+    if "lora_seconds" in row:
+        print(f"ours with --lora 8 is {row['ours_seconds'] / row['lora_seconds']:.2f} times as fast as ours")
     if "largest_batch" in row:
         print(
             f"largest batch that fits: {row['largest_batch']} at {row['largest_batch_samples_per_second']:.1f} "

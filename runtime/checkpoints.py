@@ -245,10 +245,11 @@ def save_training_checkpoint(
 def refuse_full_disk(output_dir: Path, parameters: Iterable[Tensor], kept: int, files: RunFiles = TRAINING) -> None:
     """OSError where not even one checkpoint of a run fits; a warning where `kept`, the best and one in writing do not.
 
-    Each holds the weights and the optimizer's two averages of them; those that the run has already are taken off.
+    Each holds the weights and the optimizer's two averages of those that learn; of the others a second copy lies beside
+    adapters. Those that the run has already are taken off.
     """
     there = {status.st_ino: status.st_size for status in map(os.stat, output_dir.glob(f"{files.prefix}*.pt"))}
-    each = 3 * 4 * sum(parameter.numel() for parameter in parameters)
+    each = 4 * sum((3 if parameter.requires_grad else 2) * parameter.numel() for parameter in parameters)
     free = utils.refuse_full(output_dir, each, "a checkpoint's weights and averages")
     needed = (kept + 2) * each - sum(there.values())
     if needed > free:
@@ -294,7 +295,7 @@ def differences(theirs: dict, ours: dict) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Settings of a training that came later, and what a run did before there was one.
-ADDED_LATER = {"mask_duplicates": False, "hold_batchnorm": False, "held out by": ""}
+ADDED_LATER = {"mask_duplicates": False, "hold_batchnorm": False, "lora": 0, "held out by": ""}
 
 
 def upgraded(settings: dict[str, Any]) -> dict[str, Any]:

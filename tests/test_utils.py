@@ -122,7 +122,7 @@ def test_what_will_not_fit_is_told_before_it_is_written(tmp_path, monkeypatch, c
     assert utils.refuse_full(tmp_path / "absent" / "yet", 3_000_000_000, "the vectors") == 3_000_000_000
     with pytest.raises(OSError, match="yet has 3.0 GB free; the vectors take 5.0 GB"):
         utils.refuse_full(tmp_path / "absent" / "yet", 5_000_000_000, "the vectors")
-    weights = [torch.empty(100_000_000, device="meta")]  # 1.2 GB a checkpoint with its averages
+    weights = [torch.empty(100_000_000, device="meta", requires_grad=True)]  # 1.2 GB a checkpoint with its averages
     checkpoints.refuse_full_disk(tmp_path, weights, kept=0)
     assert not caplog.messages
     checkpoints.refuse_full_disk(tmp_path, weights, kept=1)

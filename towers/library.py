@@ -288,6 +288,12 @@ class OpenCLIPTextTower(nn.Module):
         super().__init__()
         self.model = text
 
+    @property
+    def projection(self) -> Any:
+        """What ends in the space of captions: a module or a parameter of open_clip's own, or None."""
+        own = getattr(self.model, "text_projection", None)
+        return getattr(self.model, "proj", None) if own is None else own
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L), padded as their tokenizer does, to embeddings (B, embed_dim)."""
         return self.model(tokens)

@@ -221,9 +221,9 @@ def _to_medclip_name(key: str) -> str:
     return name
 
 
-def _name_map(model: Any) -> dict[str, str]:
-    """Our name to MedCLIP's for everything MedCLIP holds: no SimCLR head, no fixed index buffers."""
-    names = {key: _to_medclip_name(key) for key in model.state_dict() if not key.startswith("image_mlp.")}
+def _name_map(model: Any, own: dict[str, Tensor]) -> dict[str, str]:
+    """Our name to MedCLIP's for everything of `own` that MedCLIP holds: no SimCLR head, no fixed index buffers."""
+    names = {key: _to_medclip_name(key) for key in own if not key.startswith("image_mlp.")}
     resnet = model.config["vision_tower"] == "medclip-resnet50"
     names["image_projection"] = "vision_model.model.fc.weight" if resnet else "vision_model.projection_head.weight"
     return {ours: theirs for ours, theirs in names.items() if not _UNUSED.search(theirs)}
@@ -235,7 +235,7 @@ def load_medclip(model: Any, state: dict[str, Tensor], source: str = "the file")
     Raises:
         ValueError: names the missing and the unexpected keys and the tensors of another shape.
     """
-    names = _name_map(model)
+    names = _name_map(model, model.state_dict())
     state = {key: value for key, value in state.items() if not _UNUSED.search(key)}
     # As MedCLIP holds them: its projections are the transposes of ours, views into the same memory.
     own = {theirs: _as_theirs(ours, model.state_dict()[ours]) for ours, theirs in names.items()}
@@ -254,12 +254,12 @@ def _as_theirs(ours: str, value: Tensor) -> Tensor:
 def export_medclip(model: Any, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Both towers as the state dictionary that MedCLIP itself loads strictly under transformers 4.24.
 
-    `weights` is the model's state dictionary where the model itself holds only a part of each tensor.
+    `weights` is the model's state dictionary where the model itself holds only a part of each tensor, or adapters.
     BERT's pooler, which MedCLIP stores and never reads, is written as zeros.
     """
     own = model.state_dict() if weights is None else weights
     out = {}
-    for ours, theirs in _name_map(model).items():
+    for ours, theirs in _name_map(model, own).items():
         out[theirs] = _as_theirs(ours, own[ours]).detach().cpu().contiguous().clone()
     width = model.text.width
     out["text_model.model.embeddings.position_ids"] = torch.arange(model.bert.config.max_position_embeddings).unsqueeze(
