@@ -398,7 +398,10 @@ def unit_vectors(loaded: models.Pretrained, args: argparse.Namespace, title: str
     loaded.model.to(loading.device)
     encode, features = loaded.image_encoder()
     backbone = Backbone(encode, loaded.model, loaded.preprocess, features, loaded.source)
-    found, paths = passed(backbone, find_images(args), loading, title)
+    images = find_images(args)
+    if title == "embed":  # before hours of images
+        utils.refuse_full(Path(args.output).parent, 4 * len(images) * backbone.width(), "the vectors")
+    found, paths = passed(backbone, images, loading, title)
     return found / np.linalg.norm(found, axis=1, keepdims=True), paths
 
 

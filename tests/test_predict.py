@@ -24,6 +24,7 @@ import distributed
 import main_linear
 import models
 import predict
+import utils
 from beit_finetuning import run_class_finetuning
 from beit_finetuning.modeling_finetune import create_beit
 from evaluation.features import Backbone
@@ -383,3 +384,11 @@ def test_images_shown_otherwise_than_those_of_training_are_said(probed, tmp_path
     eight, twelve = predict.main(["classify", run, *images, "--window", "2043.5", "4081"])
     for name in CBIS_CLASSES:
         assert twelve[f"prob_{name}"] == pytest.approx(eight[f"prob_{name}"], abs=1e-6)
+
+
+def test_vectors_that_a_disk_cannot_hold_are_refused_before_the_images_are_read(clip, tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "images", 3)
+    monkeypatch.setattr(predict, "decode_shown", None)  # a call would fail otherwise
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(OSError, match="GB free; the vectors take"):
+        predict.main(["embed", str(clip), str(folder), "--output", str(tmp_path / "bank.npz")])
