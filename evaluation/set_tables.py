@@ -49,14 +49,15 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str) -
         found = ", ".join(sorted({row[columns.split] for row in rows}))
         raise ValueError(f"{table}: no row of the split {wanted!r}; its splits: {found}")
     kept = [columns.sample(row, split, f"{table}, row {number}") for number, row, split in numbered]
-    faults = _shared(kept, splits)
+    named = [conventions.group_name(row.get(columns.group, ""), "") for _, row, _ in numbered]
+    faults = _shared(kept, named, splits)
     if empty := [number for (number, _, _), row in zip(numbered, kept, strict=True) if row["label"] is None]:
         more = f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""
         faults.append(f"row {empty[0]} has no {columns.labels[0]}{more}")
     unit = "images"
     if rows and columns.group in rows[0]:
         unit = conventions.group_unit(columns.group)
-        remarks += _of_groups(kept, table, columns.group)
+        remarks += _of_groups(named, table, columns.group)
     elif rows and (column := conventions.group_column(rows[0])):
         remarks.append(_unnamed_group([(row[column], split) for _, row, split in numbered], table, column, splits))
     one, alike = one_spelling(row["label"] for row in kept if row["label"])
@@ -138,31 +139,45 @@ def _of_splits(
     return kept, [f"{table}: {conventions.left_out(others, 'other splits', splits)}"] if others else []
 
 
-def _of_groups(kept: Sequence[dict[str, Any]], table: Path, column: str) -> list[str]:
-    """A line about images that have no group."""
-    alone = sum(row["group"] == row["image"] for row in kept)
-    return [f"{table}: {alone} images have no {column}, and count by themselves"] if alone else []
+def _of_groups(named: Sequence[str], table: Path, column: str) -> list[str]:
+    """Lines about images that have no group, and about groups that may be one."""
+    lines = [f"{table}: {alone} images have no {column}, and count by themselves"] if (alone := named.count("")) else []
+    if several := [names for names in conventions.alike(named) if len(names) > 1]:
+        first = " and ".join(map(repr, several[0]))
+        apart = f"{len(several)} times values of {column} differ in case or zeros alone, and count each by itself"
+        lines.append(f"{table}: {apart}, first {first}")
+    return lines
 
 
 def _unnamed_group(cells: Sequence[tuple[str, str]], table: Path, column: str, splits: Sequence[str]) -> str:
     """The line about a column of patients that the entry does not name."""
-    of = [{conventions.group_name(cell, "") for cell, own in cells if own == split} - {""} for split in splits]
-    crossing = f" ({len(of[0] & of[1])} of its values are in both {' and '.join(splits)})" if of[0] & of[1] else ""
+    shared = conventions.crossing(_splits_of((conventions.group_name(cell, ""), split) for cell, split in cells))
+    crossing = f" ({len(shared)} of its values are in both {' and '.join(splits)})" if shared else ""
     return (
         f"{table} has a column {column!r} that the catalog entry does not name{crossing}, so splits and intervals are "
         f'over images; where it tells patients apart, add "columns": {{"group": "{column}"}}'
     )
 
 
-def _shared(rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> list[str]:
-    """What is wrong with groups and images: in both splits they would be tested on what was trained."""
-    faults = []
+def _splits_of(groups: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """{group: its splits} from (group, split) of all rows; the empty one is none."""
     splits_of = defaultdict(set)
-    for row in rows:
-        splits_of[row["group"]].add(row["split"])
-    if shared := sorted(group for group, names in splits_of.items() if len(names) > 1):
-        faults.append(f"{len(shared)} groups are in both {' and '.join(splits)}, first {shared[0]!r}")
-    number = Counter(composed(row["image"]) for row in rows)
+    for group, split in groups:
+        splits_of[group].add(split)
+    splits_of.pop("", None)
+    return splits_of
+
+
+def _shared(rows: Sequence[dict[str, Any]], named: Sequence[str], splits: Sequence[str]) -> list[str]:
+    """What is wrong with groups and images: in both splits they would be tested on what was trained.
+
+    Args:
+        named: each row's group, "" for none.
+    """
+    faults = []
+    if shared := conventions.crossing(_splits_of(zip(named, (row["split"] for row in rows), strict=True))):
+        faults.append(f"{len(shared)} groups are in both {' and '.join(splits)}, first {shared[0]}")
+    number = Counter(composed(metadata.plain_path(row["image"])) for row in rows)
     if twice := [image for image, n in number.items() if n > 1]:
         more = f", and so are {len(twice) - 1} more" if len(twice) > 1 else ""
         faults.append(f"the image {twice[0]} is there twice{more}")
@@ -171,15 +186,12 @@ def _shared(rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> list[str]:
 
 def one_spelling(labels: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """{0.0: 0}, labels that are whole numbers where some are the same; what is wrong with others that look alike."""
-    number, alike = Counter(labels), defaultdict(set)
-    for label in number:
-        plain = " ".join(composed(conventions.whole_number(label)).casefold().split())
-        alike[str(int(plain)) if plain.isdecimal() else plain].add(label)
-    several = [group for group in alike.values() if len(group) > 1]
+    number = Counter(labels)
+    several = [names for names in conventions.alike(number) if len(names) > 1]
     faults = []
     for group in several:
         if len({conventions.whole_number(label) for label in group}) > 1:
-            rows = ", ".join(f"{label!r} ({number[label]} rows)" for label in sorted(group))
+            rows = ", ".join(f"{label!r} ({number[label]} rows)" for label in group)
             faults.append(f"labels that differ in case, blanks, accents or zeros alone: {rows}")
     plain = {label: conventions.whole_number(label) for label in number} if several else {}
     return {label: text for label, text in plain.items() if text != label}, faults

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+from inputs.files import composed
 
 SPLIT_NAMES = {
     "train": ("train", "training", "restval"),  # restval: Karpathy's splits of COCO and Flickr30k
@@ -48,8 +50,33 @@ def no_value(cell: str) -> bool:
 
 
 def group_name(cell: str, alone: str) -> str:
-    """The group that a cell names, in one spelling of a number; `alone` where it names none."""
-    return alone if no_value(cell) else whole_number(cell.strip())
+    """The group that a cell names, in one form of numbers, blanks and accented letters; `alone` where it names none."""
+    return alone if no_value(cell) else composed(" ".join(whole_number(cell.strip()).split()))
+
+
+def look(name: str) -> str:
+    """The same for names that differ in case, blanks, the form of accented letters or a number's zeros alone."""
+    plain = " ".join(composed(whole_number(name.strip())).casefold().split())
+    return str(int(plain)) if plain.isdecimal() else plain
+
+
+def alike(names: Iterable[str]) -> list[list[str]]:
+    """The names by their `look`, in order."""
+    by_look = defaultdict(list)
+    for name in sorted(set(names)):
+        by_look[look(name)].append(name)
+    return list(by_look.values())
+
+
+def crossing(splits_of: Mapping[str, Iterable[str]]) -> list[str]:
+    """The groups in several splits, in words: by their name, or by names that look alike and are one by all odds.
+
+    Args:
+        splits_of: {group: the splits it is in}.
+    """
+    several = [names for names in alike(splits_of) if len({split for n in names for split in splits_of[n]}) > 1]
+    differ = " (which differ in case, blanks, accents or zeros alone)"
+    return [" and ".join(map(repr, names)) + differ * (len(names) > 1) for names in several]
 
 
 def whole_number(cell: str) -> str:

@@ -14,7 +14,7 @@ import json
 import pickle
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TextIO
 
 import numpy as np
@@ -33,6 +33,11 @@ def inside(path: str, where: str) -> str:
     if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/"):
         raise ValueError(f"{where}: the path {path!r} may leave the data root ('/' first, '..', '\\')")
     return path
+
+
+def plain_path(path: str) -> str:
+    """A path without `./` and doubled slashes, to compare it; `..` stays, and an empty one is empty."""
+    return str(PurePosixPath(path)) if path else ""
 
 
 def fields_of(item: object, where: str, **types: type | tuple[type, ...]) -> list:

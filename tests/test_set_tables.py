@@ -168,3 +168,27 @@ def test_a_set_shows_the_frame_and_the_window_that_its_entry_names(tmp_path):
         (tmp_path / "catalog.json").write_text(json.dumps({"hospital": entry | {key: value}}))
         with pytest.raises(ValueError, match=f"hospital.*{key}"):
             read_catalog(tmp_path / "catalog.json")
+
+
+@pytest.mark.parametrize("one, other", [("007", "7"), ("P1", "p1"), ("P 1", "P  1"), ("Zähne", "Za\u0308hne")])
+def test_patients_that_look_alike_are_not_divided(tmp_path, caplog, one, other):
+    rows = [f"a,train,{one}", "b,train,x", f"a,test,{other}", "b,test,y"]
+    header = "image,label,split,group"
+    with pytest.raises(ValueError, match="table.csv: 1 groups are in both train and test, first"):
+        downstream.open_splits("hospital", write_table(tmp_path, rows, header))
+    downstream.open_splits("hospital", write_table(tmp_path, rows, header.replace("group", "patient")))
+    assert "(1 of its values are in both train and test)" in caplog.text
+    caplog.clear()
+    rows[1], rows[2] = f"b,train,{other}", "a,test,z"
+    train, _ = downstream.open_splits("hospital", write_table(tmp_path, rows, header))
+    one_patient = len({row["group"] for row in train.rows}) == 1
+    said = "1 times values of group differ in case or zeros alone" in caplog.text
+    assert one_patient != said  # made one where it plainly is, else said
+
+
+def test_images_that_are_one_file_are_there_twice(tmp_path):
+    catalog = write_table(tmp_path, ["a,train", "b,train", "a,test", "b,test"])
+    with open(tmp_path / "table.csv", "a") as file:
+        file.write(".//0.png,a,test\n")
+    with pytest.raises(ValueError, match="the image 0.png is there twice"):
+        downstream.open_splits("hospital", catalog)
