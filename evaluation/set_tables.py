@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,22 +51,23 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str) -
     kept = [columns.sample(row, split, f"{table}, row {number}") for number, row, split in numbered]
     named = [conventions.group_name(row.get(columns.group, ""), "") for _, row, _ in numbered]
     faults = _shared(kept, named, splits)
-    if empty := [number for (number, _, _), row in zip(numbered, kept, strict=True) if row["label"] is None]:
-        more = f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""
-        faults.append(f"row {empty[0]} has no {columns.labels[0]}{more}")
+    if not columns.several:
+        labels = [(number, row[columns.labels[0]]) for number, row, _ in numbered]
+        faults += _empty(labels, columns.labels[0], conventions.empty)
+        remarks += _marks(labels, table)
     unit = "images"
     if rows and columns.group in rows[0]:
-        unit = conventions.group_unit(columns.group)
+        unit = conventions.group_unit(columns.group) if any(named) else unit
         remarks += _of_groups(named, table, columns.group)
     elif rows and (column := conventions.group_column(rows[0])):
         remarks.append(_unnamed_group([(row[column], split) for _, row, split in numbered], table, column, splits))
-    one, alike = one_spelling(row["label"] for row in kept if row["label"])
+    one, alike = one_spelling(row["label"] for row in kept if not conventions.empty(row["label"]))
     if faults := faults + alike:
         raise ValueError(f"{table}: {'; '.join(faults)}")
     if one:
         pairs = ", ".join(f"{label!r} as {plain!r}" for label, plain in sorted(one.items()))
         remarks.append(f"{table}: labels that are the same number are one class: {pairs}")
-    kept: list[dict[str, str]] = [row | {"label": one.get(row["label"], row["label"])} for row in kept]
+    kept = [row | {"label": one.get(row["label"], row["label"])} for row in kept]
     # Over both splits: a class that one of them lacks must not shift the others.
     classes = [str(c) for c in given["label"]] if columns.several else in_order({row["label"] for row in kept})
     positive = one.get(entry.get("positive", ""), entry.get("positive"))
@@ -97,15 +98,10 @@ class _Columns:
         several = isinstance(labels, list)
         return cls(image, split, group, tuple(map(_column, labels if several else [labels])), several)
 
-    def sample(self, row: dict[str, str], split: str, where: str) -> dict[str, Any]:
-        """Image, label (None for an empty one), group and split of a row, and its findings.
-
-        An image without a group is one by itself.
-        """
+    def sample(self, row: dict[str, str], split: str, where: str) -> dict[str, str]:
+        """Image, label, group and split of a row, and its findings; an image without a group is one by itself."""
         image = metadata.inside(row[self.image], where)
         label = "" if self.several else row[self.labels[0]]
-        if not self.several and conventions.no_value(label):
-            label = None
         findings = {column: row[column] for column in self.labels} if self.several else {}
         group = conventions.group_name(row.get(self.group, ""), alone=image)
         return {"image": image, "label": label, "group": group, "split": split, **findings}
@@ -137,6 +133,25 @@ def _of_splits(
         else:
             kept.append((number, row, split))
     return kept, [f"{table}: {conventions.left_out(others, 'other splits', splits)}"] if others else []
+
+
+def _empty(cells: Sequence[tuple[int, str]], column: str, lacks: Callable[[str], bool]) -> list[str]:
+    """What is wrong with a column of (row, cell) that has to be filled."""
+    if not (rows := [(number, cell) for number, cell in cells if lacks(cell)]):
+        return []
+    more = f", nor have {len(rows) - 1} more" if len(rows) > 1 else ""
+    texts = ", ".join(sorted({repr(cell) for _, cell in rows if cell}))
+    return [f"row {rows[0][0]} has no {column}{more}" + (f" ({texts} is none)" if texts else "")]
+
+
+def _marks(labels: Sequence[tuple[int, str]], table: Path) -> list[str]:
+    """A line about classes that may stand for no label."""
+    marks = Counter(label for _, label in labels if conventions.no_value(label) and not conventions.empty(label))
+    named = ", ".join(f"{label!r} ({n} rows)" for label, n in marks.items())
+    about = (
+        f"{table}: a class is called {named}; where that says that nothing is known, leave its rows out of both splits"
+    )
+    return [about] if marks else []
 
 
 def _of_groups(named: Sequence[str], table: Path, column: str) -> list[str]:
@@ -199,7 +214,7 @@ def one_spelling(labels: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 
 def _finding(cell: str, entry: dict[str, Any], where: str) -> int:
     """0, 1, or -1 for what is to be skipped. CheXpert leaves blank what a report does not mention; -1 is uncertain."""
-    if conventions.no_value(cell):
+    if conventions.empty(cell):
         return COUNT_AS[entry.get("blank", "skip")]
     try:
         value = float(cell)

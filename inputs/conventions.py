@@ -19,7 +19,11 @@ GROUP_COLUMNS = (
     "group", "group_id", "patient", "patient_id", "patientid", "patient_name", "patientname", "subject", "subject_id",
     "subjectid", "case", "case_id", "caseid", "study", "study_id", "studyid", "study_instance_uid", "studyinstanceuid",
 )  # fmt: skip
-NO_VALUE = ("", "nan", "<na>", "#n/a", "null")  # what pandas and spreadsheets write for an empty cell
+# What pandas, R and spreadsheets write for an empty cell, or for one that could not be computed.
+EMPTY = (
+    "", "nan", "na", "n/a", "<na>", "nat", "null", "#n/a", "#value!", "#ref!", "#name?", "#num!", "#null!", "#div/0!",
+)  # fmt: skip
+MARKS = ("none", "-", "?")  # what people and Python write for it; a class or an answer can be called so, too
 
 
 def split_key(cell: str) -> str:
@@ -44,9 +48,14 @@ def group_unit(column: str) -> str:
     return "patients" if "patient" in column or "subject" in column else "groups"
 
 
+def empty(cell: str) -> bool:
+    """Whether a cell holds nothing, or what a program writes for that: so of classes and answers."""
+    return cell.strip().lower() in EMPTY
+
+
 def no_value(cell: str) -> bool:
-    """Whether a cell says that there is nothing."""
-    return cell.strip().lower() in NO_VALUE
+    """Whether a cell says that there is nothing: so of patients, captions and paths, which nobody calls by MARKS."""
+    return empty(cell) or cell.strip().lower() in MARKS
 
 
 def group_name(cell: str, alone: str) -> str:

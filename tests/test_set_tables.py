@@ -192,3 +192,35 @@ def test_images_that_are_one_file_are_there_twice(tmp_path):
         file.write(".//0.png,a,test\n")
     with pytest.raises(ValueError, match="the image 0.png is there twice"):
         downstream.open_splits("hospital", catalog)
+
+
+@pytest.mark.parametrize("cell", ["NA", "n/a", "None", "NaT", "#VALUE!", "-", "?", " null "])
+def test_what_programs_write_for_nothing_is_no_patient(tmp_path, caplog, cell):
+    rows = [f"a,train,{cell}", "b,train,P1", f"a,test,{cell}", "b,test,P2"]
+    train, test = downstream.open_splits("hospital", write_table(tmp_path, rows, "image,label,split,group"))
+    assert [row["group"] for row in [*train.rows, *test.rows]] == ["0.png", "P1", "2.png", "P2"]
+    assert "2 images have no group, and count by themselves" in caplog.text and test.scheme.unit == "groups"
+    rows = [f"{'ab'[i % 2]},{'train' if i < 2 else 'test'},{cell}" for i in range(4)]
+    _, test = downstream.open_splits("hospital", write_table(tmp_path, rows, "image,label,split,group"))
+    assert test.scheme.unit == "images"
+
+
+@pytest.mark.parametrize("cell, refused", [("NA", True), ("#REF!", True), ("N/A", True), ("None", False), ("-", False)])
+def test_what_programs_write_for_nothing_is_no_class_without_a_word(tmp_path, caplog, cell, refused):
+    catalog = write_table(tmp_path, ["a,train", f"{cell},train", "a,test", f"{cell},test"])
+    if refused:
+        with pytest.raises(ValueError, match=rf"row 2 has no label, nor have 1 more \('{cell}' is none\)"):
+            downstream.open_splits("hospital", catalog)
+    else:
+        train, _ = downstream.open_splits("hospital", catalog)
+        assert set(train.classes) == {"a", cell} and f"a class is called '{cell}' (2 rows)" in caplog.text
+
+
+def test_a_findings_cell_of_na_is_blank_and_a_dash_is_refused(tmp_path):
+    rows = ["1,0,train", "NA,1,train", "0,1,test", "1,n/a,test"]
+    catalog = write_table(tmp_path, rows, "image,a,b,split", columns={"label": ["a", "b"]}, blank="negative")
+    train, test = downstream.open_splits("hospital", catalog)
+    assert train.findings.tolist() == [[1, 0], [0, 1]] and test.findings.tolist() == [[0, 1], [1, 0]]
+    catalog = write_table(tmp_path, [*rows[:3], "1,-,test"], "image,a,b,split", columns={"label": ["a", "b"]})
+    with pytest.raises(ValueError, match="3.png, b: '-' is not 0, 1, -1 or empty"):
+        downstream.open_splits("hospital", catalog)

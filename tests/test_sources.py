@@ -432,3 +432,19 @@ def test_pairs_of_patients_that_look_alike_stay_together(tmp_path):
     reader = create_reader("csv", tmp_path, "b.csv")
     assert len(reader) == 1 and reader.captions(0) == ["x", "y"]
     assert "1 values of patient are in several splits, first 'P1' and 'p1'" in " ".join(reader.log)
+
+
+def test_captions_that_stand_for_none_are_counted_in_every_layout(tmp_path):
+    captions = ["NA", "None", " nan", "#N/A", "?", "a nan is no number", "none seen"]
+    for i in range(len(captions)):
+        for folder in ("pairs", "v2/train_images", "roco/train/radiology/images"):
+            save_jpeg(tmp_path / folder / f"{i}.jpg", i)
+    rows = "".join(f"{i}.jpg,{text}\n" for i, text in enumerate(captions))
+    (tmp_path / "pairs" / "train.csv").write_text(f"image,caption\n{rows}5.jpg,NULL\n")
+    (tmp_path / "v2" / "train_captions.csv").write_text(f"ID,Caption\n{rows.replace('.jpg', '')}")
+    lines = rows.replace(".jpg,", "\t")
+    (tmp_path / "roco" / "train" / "radiology" / "captions.txt").write_text(lines)
+    for name, folder, silent in (("csv", "pairs", 6), ("rocov2", "v2", 5), ("roco", "roco", 5)):
+        reader = create_reader(name, tmp_path / folder)
+        assert all_captions(reader) == captions[5:]
+        assert f"{silent} rows dropped because they have no caption" in "\n".join(reader.log)
