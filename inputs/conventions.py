@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -16,8 +17,9 @@ SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in name
 
 # Columns that tell what belongs together, the widest first: a patient has studies, a study has images.
 GROUP_COLUMNS = (
-    "group", "group_id", "patient", "patient_id", "patientid", "patient_name", "patientname", "subject", "subject_id",
-    "subjectid", "case", "case_id", "caseid", "study", "study_id", "studyid", "study_instance_uid", "studyinstanceuid",
+    "group", "group_id", "patient", "patient_id", "patientid", "patient_name", "patientname", "mrn", "pid", "subject",
+    "subject_id", "subjectid", "participant", "participant_id", "participantid", "case", "case_id", "caseid",
+    "record_id", "recordid", "study", "study_id", "studyid", "study_instance_uid", "studyinstanceuid",
 )  # fmt: skip
 # What pandas, R and spreadsheets write for an empty cell, or for one that could not be computed.
 EMPTY = (
@@ -37,15 +39,21 @@ def left_out(rows: Counter[str], which: str, known: Iterable[str]) -> str:
     return f"{rows.total()} rows of {which} left out: {named}; known are {', '.join(known)}"
 
 
+def column_key(name: str) -> str:
+    """A column's name as it is compared: `Patient ID`, `patient-id` and R's `Patient.ID` are patient_id."""
+    return re.sub(r"[\s._-]+", "_", name.strip().lower())
+
+
 def group_column(header: Iterable[str]) -> str | None:
-    """The first of GROUP_COLUMNS in a header of lower case, where a space may stand for `_`; None for none."""
-    spelled = {name.replace(" ", "_"): name for name in header}
+    """The first of GROUP_COLUMNS in a header, as the header spells it; None for none."""
+    spelled = {column_key(name): name for name in header}
     return next((spelled[name] for name in GROUP_COLUMNS if name in spelled), None)
 
 
 def group_unit(column: str) -> str:
     """What a column of groups tells apart, in words."""
-    return "patients" if "patient" in column or "subject" in column else "groups"
+    people = any(name in column.lower() for name in ("patient", "subject", "participant"))
+    return "patients" if people or column.lower() in ("mrn", "pid") else "groups"
 
 
 def empty(cell: str) -> bool:

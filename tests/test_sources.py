@@ -378,7 +378,7 @@ def parts_of(root, table, **arguments):
     return [{Path(reader.name(i)).name for i in range(len(reader))} for reader in readers], " ".join(readers[0].log)
 
 
-@pytest.mark.parametrize("column", ["patient", "Patient ID", "study", "group"])
+@pytest.mark.parametrize("column", ["patient", "Patient ID", "Patient.ID", "study", "group", "MRN"])
 def test_the_held_out_tenth_keeps_patients_whole(tmp_path, column):
     for i in range(60):
         save_jpeg(tmp_path / f"{i}.jpg", i)
