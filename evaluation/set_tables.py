@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import numpy as np
 from evaluation.catalog import COUNT_AS
 from inputs import conventions, metadata
 from inputs.files import composed
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,7 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str) -
     kept = [row | {"label": one.get(row["label"], row["label"])} for row in kept]
     # Over both splits: a class that one of them lacks must not shift the others.
     classes = [str(c) for c in given["label"]] if columns.several else in_order({row["label"] for row in kept})
-    positive = one.get(entry.get("positive", ""), entry.get("positive"))
-    if positive is not None and positive not in classes:
-        raise ValueError(f"{name}: positive {positive!r} is no class; choose from {', '.join(classes)}")
+    positive = _positive(name, entry.get("positive"), classes)
     findings = None
     if columns.several:
         cells = [[_finding(row[c], entry, f"{table}, {row['image']}, {c}") for c in columns.labels] for row in kept]
@@ -112,10 +114,22 @@ def _column(name: str) -> str:
     return name.strip().lower().replace(" ", "_")
 
 
+def _positive(name: str, given: Any, classes: Sequence[str]) -> str | None:
+    """The class that an entry calls positive, a number in any form: "1", "1.0" or 1; ValueError where there is none."""
+    if given is None or str(given) in classes:
+        return None if given is None else str(given)
+    plain = conventions.whole_number(str(given))
+    if same := [label for label in classes if conventions.whole_number(label) == plain]:
+        return same[0]
+    near = [label for label in classes if conventions.look(label) == conventions.look(str(given))]
+    hint = f" ({near[0]!r} differs in case, blanks, accents or zeros alone)" if near else ""
+    raise ValueError(f"{name}: positive {given!r} is no class{hint}; choose from {', '.join(classes)}")
+
+
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of classes in the order of their numbers: sorted, as numbers where all are."""
-    names = list(names)
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    """Names of classes in the order of their numbers: sorted, as numbers where all are (-1, 0.5, 2, 10)."""
+    names = sorted(names)
+    return sorted(names, key=Decimal) if all(_NUMBER.fullmatch(name) for name in names) else names
 
 
 def _of_splits(

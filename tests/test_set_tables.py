@@ -51,7 +51,23 @@ def test_splits_that_the_entry_tells_apart_by_case_stay_apart(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("column", ["patient_id", "PatientID", "Patient ID", "subject", "study", "case"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        "patient_id",
+        "PatientID",
+        "Patient ID",
+        "Patient.ID",
+        "patient-id",
+        "subject",
+        "study",
+        "case",
+        "MRN",
+        "participant_id",
+        "PID",
+        "record_id",
+    ],
+)
 def test_a_column_of_patients_that_the_entry_does_not_name_is_said(tmp_path, caplog, column):
     rows = ["a,train,P1", "b,train,P2", "a,test,P1", "b,test,P3"]
     catalog = write_table(tmp_path, rows, f"image,label,split,{column}")
@@ -224,3 +240,22 @@ def test_a_findings_cell_of_na_is_blank_and_a_dash_is_refused(tmp_path):
     catalog = write_table(tmp_path, [*rows[:3], "1,-,test"], "image,a,b,split", columns={"label": ["a", "b"]})
     with pytest.raises(ValueError, match="3.png, b: '-' is not 0, 1, -1 or empty"):
         downstream.open_splits("hospital", catalog)
+
+
+@pytest.mark.parametrize("cells, positive, found", [("0.0 1.0", "1", "1.0"), ("0 1", 1, "1"), ("0 1", "1.0", "1")])
+def test_the_positive_class_is_a_number_in_any_form(tmp_path, cells, positive, found):
+    rows = [f"{cells.split()[i % 2]},{'train' if i < 2 else 'test'}" for i in range(4)]
+    _, test = downstream.open_splits("hospital", write_table(tmp_path, rows, positive=positive))
+    assert test.scheme.positive == found
+
+
+def test_a_positive_class_in_another_case_is_named(tmp_path):
+    catalog = write_table(tmp_path, ["benign,train", "malignant,train", "benign,test"], positive="Malignant")
+    with pytest.raises(ValueError, match="positive 'Malignant' is no class .'malignant' differs in case.*choose from"):
+        downstream.open_splits("hospital", catalog)
+
+
+def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
+    labels = ["1.5", "10.0", "2", "-1", "-20"]
+    catalog = write_table(tmp_path, [f"{label},{split}" for label in labels for split in ("train", "test")])
+    assert downstream.open_splits("hospital", catalog)[0].classes == ["-20", "-1", "1.5", "2", "10.0"]
