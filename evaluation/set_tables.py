@@ -96,9 +96,9 @@ class _Columns:
     def of(cls, given: dict[str, Any]) -> _Columns:
         """From the catalog entry's "columns"."""
         labels = given.get("label", "label")
-        image, split, group = (_column(given.get(role, role)) for role in ("image", "split", "group"))
+        image, split, group = (metadata.column_name(given.get(role, role)) for role in ("image", "split", "group"))
         several = isinstance(labels, list)
-        return cls(image, split, group, tuple(map(_column, labels if several else [labels])), several)
+        return cls(image, split, group, tuple(map(metadata.column_name, labels if several else [labels])), several)
 
     def sample(self, row: dict[str, str], split: str, where: str) -> dict[str, str]:
         """Image, label, group and split of a row, and its findings; an image without a group is one by itself."""
@@ -107,11 +107,6 @@ class _Columns:
         findings = {column: row[column] for column in self.labels} if self.several else {}
         group = conventions.group_name(row.get(self.group, ""), alone=image)
         return {"image": image, "label": label, "group": group, "split": split, **findings}
-
-
-def _column(name: str) -> str:
-    """A column's name as metadata.read_table spells it."""
-    return name.strip().lower().replace(" ", "_")
 
 
 def _positive(name: str, given: Any, classes: Sequence[str]) -> str | None:
