@@ -55,6 +55,7 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str) -
     kept = [columns.sample(row, split, f"{table}, row {number}") for number, row, split in numbered]
     named = [conventions.group_name(row.get(columns.group, ""), "") for _, row, _ in numbered]
     faults = _shared(kept, named, splits)
+    faults += _empty([(number, row[columns.image]) for number, row, _ in numbered], columns.image, conventions.no_value)
     if not columns.several:
         labels = [(number, row[columns.labels[0]]) for number, row, _ in numbered]
         faults += _empty(labels, columns.labels[0], conventions.empty)
@@ -201,7 +202,8 @@ def _shared(rows: Sequence[dict[str, Any]], named: Sequence[str], splits: Sequen
     faults = []
     if shared := conventions.crossing(_splits_of(zip(named, (row["split"] for row in rows), strict=True))):
         faults.append(f"{len(shared)} groups are in both {' and '.join(splits)}, first {shared[0]}")
-    number = Counter(composed(metadata.plain_path(row["image"])) for row in rows)
+    images = (row["image"] for row in rows if not conventions.no_value(row["image"]))  # `_empty` names the others
+    number = Counter(composed(metadata.plain_path(image)) for image in images)
     if twice := [image for image, n in number.items() if n > 1]:
         more = f", and so are {len(twice) - 1} more" if len(twice) > 1 else ""
         faults.append(f"the image {twice[0]} is there twice{more}")

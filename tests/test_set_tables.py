@@ -259,3 +259,13 @@ def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
     labels = ["1.5", "10.0", "2", "-1", "-20"]
     catalog = write_table(tmp_path, [f"{label},{split}" for label in labels for split in ("train", "test")])
     assert downstream.open_splits("hospital", catalog)[0].classes == ["-20", "-1", "1.5", "2", "10.0"]
+
+
+@pytest.mark.parametrize("cells", [[" ", ""], ["NA"]])
+def test_rows_without_an_image_are_refused_by_number(tmp_path, cells):
+    catalog = write_table(tmp_path, ["a,train", "b,train", "a,test"])
+    with open(tmp_path / "table.csv", "a") as file:
+        file.writelines(f"{cell},b,test\n" for cell in cells)
+    more = ", nor have 1 more" if len(cells) > 1 else r" \('NA' is none\)"
+    with pytest.raises(ValueError, match=f"table.csv: row 4 has no image{more}$"):
+        downstream.open_splits("hospital", catalog)
