@@ -32,6 +32,7 @@ from evaluation.set_tables import in_order, read_set_table
 from inputs import metadata
 from inputs.cbis import CBIS_CLASSES, CBIS_SETS, CbisLesions
 from inputs.columns import TextColumn
+from inputs.conventions import alike
 from inputs.display import DISPLAY, Display
 from inputs.files import composed, images_below, is_system, on_disk
 from inputs.images import read_image
@@ -312,7 +313,8 @@ def image_folders(
     """One folder a class, in order of their names; in numeric order where every name is a number.
 
     flowers has folders 1 to 102, which a sort by letters would scramble: 1, 10, 100, ... `folders` names them in
-    class order instead; then others on disk, or missing ones, are a ValueError.
+    class order instead; then others on disk, or missing ones, are a ValueError. So are, where it does not, folders of
+    either split whose names differ in case, blanks or zeros alone.
 
     Args:
         other: the other split, whose classes are numbered together with these: one that a split lacks shifts nothing.
@@ -321,7 +323,9 @@ def image_folders(
     if not own:
         raise ValueError(f"{root} holds no class folders")
     classes = in_order(own | (_class_folders(other) if other is not None and other.is_dir() else {}))
-    if folders is not None:
+    if folders is None:
+        _refuse_alike(classes, f"{root}: class folders")
+    else:
         folders = [composed(name) for name in folders]
         if set(folders) != set(classes):
             raise ValueError(f"{root}: class folders {', '.join(classes)}; must be {', '.join(folders)}")
@@ -340,6 +344,13 @@ def image_folders(
 
     column = TextColumn.from_strings(paths(), paths=True)
     return ImageFiles(root, column, classes, np.array(labels), transform)
+
+
+def _refuse_alike(classes: Sequence[str], what: str) -> None:
+    """ValueError for names of classes that look alike, and by all odds are one; a table's are refused likewise."""
+    if several := [names for names in alike(classes) if len(names) > 1]:
+        named = "; ".join(", ".join(map(repr, names)) for names in several[:5])
+        raise ValueError(f"{what} that differ in case, blanks, accents or zeros alone: {named}")
 
 
 def _class_folders(root: Path) -> dict[str, str]:
@@ -366,6 +377,7 @@ def file_list(
     every = np.concatenate([labels, _read_npy(other, labels.dtype.kind)]) if other.exists() else labels
     if labels.dtype.kind == "U":
         classes = in_order(set(every.tolist()))
+        _refuse_alike(classes, f"{path}: labels")
         number = {name: i for i, name in enumerate(classes)}
         labels = np.array([number[name] for name in labels.tolist()])
     elif labels.min() < 0:

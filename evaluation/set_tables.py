@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import numpy as np
 from evaluation.catalog import COUNT_AS
 from inputs import conventions, metadata
 from inputs.files import composed
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -49,28 +53,29 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str) -
         found = ", ".join(sorted({row[columns.split] for row in rows}))
         raise ValueError(f"{table}: no row of the split {wanted!r}; its splits: {found}")
     kept = [columns.sample(row, split, f"{table}, row {number}") for number, row, split in numbered]
-    faults = _shared(kept, splits)
-    if empty := [number for (number, _, _), row in zip(numbered, kept, strict=True) if row["label"] is None]:
-        more = f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""
-        faults.append(f"row {empty[0]} has no {columns.labels[0]}{more}")
+    named = [conventions.group_name(row.get(columns.group, ""), "") for _, row, _ in numbered]
+    faults = _shared(kept, named, splits)
+    faults += _empty([(number, row[columns.image]) for number, row, _ in numbered], columns.image, conventions.no_value)
+    if not columns.several:
+        labels = [(number, row[columns.labels[0]]) for number, row, _ in numbered]
+        faults += _empty(labels, columns.labels[0], conventions.empty)
+        remarks += _marks(labels, table)
     unit = "images"
     if rows and columns.group in rows[0]:
-        unit = conventions.group_unit(columns.group)
-        remarks += _of_groups(kept, table, columns.group)
+        unit = conventions.group_unit(columns.group) if any(named) else unit
+        remarks += _of_groups(named, table, columns.group)
     elif rows and (column := conventions.group_column(rows[0])):
         remarks.append(_unnamed_group([(row[column], split) for _, row, split in numbered], table, column, splits))
-    one, alike = one_spelling(row["label"] for row in kept if row["label"])
+    one, alike = one_spelling(row["label"] for row in kept if not conventions.empty(row["label"]))
     if faults := faults + alike:
         raise ValueError(f"{table}: {'; '.join(faults)}")
     if one:
         pairs = ", ".join(f"{label!r} as {plain!r}" for label, plain in sorted(one.items()))
         remarks.append(f"{table}: labels that are the same number are one class: {pairs}")
-    kept: list[dict[str, str]] = [row | {"label": one.get(row["label"], row["label"])} for row in kept]
+    kept = [row | {"label": one.get(row["label"], row["label"])} for row in kept]
     # Over both splits: a class that one of them lacks must not shift the others.
     classes = [str(c) for c in given["label"]] if columns.several else in_order({row["label"] for row in kept})
-    positive = one.get(entry.get("positive", ""), entry.get("positive"))
-    if positive is not None and positive not in classes:
-        raise ValueError(f"{name}: positive {positive!r} is no class; choose from {', '.join(classes)}")
+    positive = _positive(name, entry.get("positive"), classes)
     findings = None
     if columns.several:
         cells = [[_finding(row[c], entry, f"{table}, {row['image']}, {c}") for c in columns.labels] for row in kept]
@@ -92,33 +97,35 @@ class _Columns:
     def of(cls, given: dict[str, Any]) -> _Columns:
         """From the catalog entry's "columns"."""
         labels = given.get("label", "label")
-        image, split, group = (_column(given.get(role, role)) for role in ("image", "split", "group"))
+        image, split, group = (metadata.column_name(given.get(role, role)) for role in ("image", "split", "group"))
         several = isinstance(labels, list)
-        return cls(image, split, group, tuple(map(_column, labels if several else [labels])), several)
+        return cls(image, split, group, tuple(map(metadata.column_name, labels if several else [labels])), several)
 
-    def sample(self, row: dict[str, str], split: str, where: str) -> dict[str, Any]:
-        """Image, label (None for an empty one), group and split of a row, and its findings.
-
-        An image without a group is one by itself.
-        """
+    def sample(self, row: dict[str, str], split: str, where: str) -> dict[str, str]:
+        """Image, label, group and split of a row, and its findings; an image without a group is one by itself."""
         image = metadata.inside(row[self.image], where)
         label = "" if self.several else row[self.labels[0]]
-        if not self.several and conventions.no_value(label):
-            label = None
         findings = {column: row[column] for column in self.labels} if self.several else {}
         group = conventions.group_name(row.get(self.group, ""), alone=image)
         return {"image": image, "label": label, "group": group, "split": split, **findings}
 
 
-def _column(name: str) -> str:
-    """A column's name as metadata.read_table spells it."""
-    return name.strip().lower().replace(" ", "_")
+def _positive(name: str, given: Any, classes: Sequence[str]) -> str | None:
+    """The class that an entry calls positive, a number in any form: "1", "1.0" or 1; ValueError where there is none."""
+    if given is None or str(given) in classes:
+        return None if given is None else str(given)
+    plain = conventions.whole_number(str(given))
+    if same := [label for label in classes if conventions.whole_number(label) == plain]:
+        return same[0]
+    near = [label for label in classes if conventions.look(label) == conventions.look(str(given))]
+    hint = f" ({near[0]!r} differs in case, blanks, accents or zeros alone)" if near else ""
+    raise ValueError(f"{name}: positive {given!r} is no class{hint}; choose from {', '.join(classes)}")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of classes in the order of their numbers: sorted, as numbers where all are."""
-    names = list(names)
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    """Names of classes in the order of their numbers: sorted, as numbers where all are (-1, 0.5, 2, 10)."""
+    names = sorted(names)
+    return sorted(names, key=Decimal) if all(_NUMBER.fullmatch(name) for name in names) else names
 
 
 def _of_splits(
@@ -138,31 +145,65 @@ def _of_splits(
     return kept, [f"{table}: {conventions.left_out(others, 'other splits', splits)}"] if others else []
 
 
-def _of_groups(kept: Sequence[dict[str, Any]], table: Path, column: str) -> list[str]:
-    """A line about images that have no group."""
-    alone = sum(row["group"] == row["image"] for row in kept)
-    return [f"{table}: {alone} images have no {column}, and count by themselves"] if alone else []
+def _empty(cells: Sequence[tuple[int, str]], column: str, lacks: Callable[[str], bool]) -> list[str]:
+    """What is wrong with a column of (row, cell) that has to be filled."""
+    if not (rows := [(number, cell) for number, cell in cells if lacks(cell)]):
+        return []
+    more = f", nor have {len(rows) - 1} more" if len(rows) > 1 else ""
+    texts = ", ".join(sorted({repr(cell) for _, cell in rows if cell}))
+    return [f"row {rows[0][0]} has no {column}{more}" + (f" ({texts} is none)" if texts else "")]
+
+
+def _marks(labels: Sequence[tuple[int, str]], table: Path) -> list[str]:
+    """A line about classes that may stand for no label."""
+    marks = Counter(label for _, label in labels if conventions.no_value(label) and not conventions.empty(label))
+    named = ", ".join(f"{label!r} ({n} rows)" for label, n in marks.items())
+    about = (
+        f"{table}: a class is called {named}; where that says that nothing is known, leave its rows out of both splits"
+    )
+    return [about] if marks else []
+
+
+def _of_groups(named: Sequence[str], table: Path, column: str) -> list[str]:
+    """Lines about images that have no group, and about groups that may be one."""
+    lines = [f"{table}: {alone} images have no {column}, and count by themselves"] if (alone := named.count("")) else []
+    if several := [names for names in conventions.alike(named) if len(names) > 1]:
+        first = " and ".join(map(repr, several[0]))
+        apart = f"{len(several)} times values of {column} differ in case or zeros alone, and count each by itself"
+        lines.append(f"{table}: {apart}, first {first}")
+    return lines
 
 
 def _unnamed_group(cells: Sequence[tuple[str, str]], table: Path, column: str, splits: Sequence[str]) -> str:
     """The line about a column of patients that the entry does not name."""
-    of = [{conventions.group_name(cell, "") for cell, own in cells if own == split} - {""} for split in splits]
-    crossing = f" ({len(of[0] & of[1])} of its values are in both {' and '.join(splits)})" if of[0] & of[1] else ""
+    shared = conventions.crossing(_splits_of((conventions.group_name(cell, ""), split) for cell, split in cells))
+    crossing = f" ({len(shared)} of its values are in both {' and '.join(splits)})" if shared else ""
     return (
         f"{table} has a column {column!r} that the catalog entry does not name{crossing}, so splits and intervals are "
         f'over images; where it tells patients apart, add "columns": {{"group": "{column}"}}'
     )
 
 
-def _shared(rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> list[str]:
-    """What is wrong with groups and images: in both splits they would be tested on what was trained."""
-    faults = []
+def _splits_of(groups: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """{group: its splits} from (group, split) of all rows; the empty one is none."""
     splits_of = defaultdict(set)
-    for row in rows:
-        splits_of[row["group"]].add(row["split"])
-    if shared := sorted(group for group, names in splits_of.items() if len(names) > 1):
-        faults.append(f"{len(shared)} groups are in both {' and '.join(splits)}, first {shared[0]!r}")
-    number = Counter(composed(row["image"]) for row in rows)
+    for group, split in groups:
+        splits_of[group].add(split)
+    splits_of.pop("", None)
+    return splits_of
+
+
+def _shared(rows: Sequence[dict[str, Any]], named: Sequence[str], splits: Sequence[str]) -> list[str]:
+    """What is wrong with groups and images: in both splits they would be tested on what was trained.
+
+    Args:
+        named: each row's group, "" for none.
+    """
+    faults = []
+    if shared := conventions.crossing(_splits_of(zip(named, (row["split"] for row in rows), strict=True))):
+        faults.append(f"{len(shared)} groups are in both {' and '.join(splits)}, first {shared[0]}")
+    images = (row["image"] for row in rows if not conventions.no_value(row["image"]))  # `_empty` names the others
+    number = Counter(composed(metadata.plain_path(image)) for image in images)
     if twice := [image for image, n in number.items() if n > 1]:
         more = f", and so are {len(twice) - 1} more" if len(twice) > 1 else ""
         faults.append(f"the image {twice[0]} is there twice{more}")
@@ -171,15 +212,12 @@ def _shared(rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> list[str]:
 
 def one_spelling(labels: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """{0.0: 0}, labels that are whole numbers where some are the same; what is wrong with others that look alike."""
-    number, alike = Counter(labels), defaultdict(set)
-    for label in number:
-        plain = " ".join(composed(conventions.whole_number(label)).casefold().split())
-        alike[str(int(plain)) if plain.isdecimal() else plain].add(label)
-    several = [group for group in alike.values() if len(group) > 1]
+    number = Counter(labels)
+    several = [names for names in conventions.alike(number) if len(names) > 1]
     faults = []
     for group in several:
         if len({conventions.whole_number(label) for label in group}) > 1:
-            rows = ", ".join(f"{label!r} ({number[label]} rows)" for label in sorted(group))
+            rows = ", ".join(f"{label!r} ({number[label]} rows)" for label in group)
             faults.append(f"labels that differ in case, blanks, accents or zeros alone: {rows}")
     plain = {label: conventions.whole_number(label) for label in number} if several else {}
     return {label: text for label, text in plain.items() if text != label}, faults
@@ -187,7 +225,7 @@ def one_spelling(labels: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 
 def _finding(cell: str, entry: dict[str, Any], where: str) -> int:
     """0, 1, or -1 for what is to be skipped. CheXpert leaves blank what a report does not mention; -1 is uncertain."""
-    if conventions.no_value(cell):
+    if conventions.empty(cell):
         return COUNT_AS[entry.get("blank", "skip")]
     try:
         value = float(cell)

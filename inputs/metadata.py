@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import pickle
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TextIO
 
 import numpy as np
 
 import utils
+from inputs.conventions import column_key
 from runtime.limits import memory_for
 from runtime.logs import progress
 
@@ -35,6 +37,11 @@ def inside(path: str, where: str) -> str:
     return path
 
 
+def plain_path(path: str) -> str:
+    """A path without `./` and doubled slashes, to compare it; `..` stays, and an empty one is empty."""
+    return str(PurePosixPath(path)) if path else ""
+
+
 def fields_of(item: object, where: str, **types: type | tuple[type, ...]) -> list:
     """The named fields of a dict; ValueError names the row and a field absent or of another type."""
     for name, kind in types.items():
@@ -48,8 +55,13 @@ def fields_of(item: object, where: str, **types: type | tuple[type, ...]) -> lis
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+csv.field_size_limit((1 << 31) - 1)  # a contour in run lengths passes 128 KiB, Python's own limit for a cell
+
+
 class Table:
-    """A CSV or TSV file in UTF-8 whose first line names the columns; iterating yields (where, fields).
+    """A CSV or TSV file in UTF-8 whose first row names the columns; iterating yields (where, fields).
+
+    A line `sep=;` before the header, which Excel writes and reads, names the delimiter. Rows of blanks are left out.
 
     Raises:
         ValueError: naming file and line, for another encoding, a row that has not as many fields as the header, or a
@@ -60,11 +72,15 @@ class Table:
         self.path = path
         with self._open() as file:
             try:
-                line = file.readline()
+                header = _first_row(file)
+                named = re.fullmatch(r'"?sep=([\t,;|])"?', header.strip(" \r\n"))
+                header = _first_row(file) if named else header
             except UnicodeDecodeError as error:
                 raise ValueError(self._not_utf8("in its first lines", error)) from error
-        self.delimiter = max("\t", ",", ";", key=line.count)
-        fields = next(csv.reader([line], delimiter=self.delimiter), [])
+        self.before = 2 if named else 1  # rows that hold no values
+        bare = re.sub(r'"[^"]*"', "", header)  # a quoted name may hold a delimiter
+        self.delimiter = named[1] if named else max("\t", ",", ";", key=bare.count)
+        fields = next(csv.reader(io.StringIO(header, newline=""), delimiter=self.delimiter), [])
         self.names = [name.strip() for name in fields]  # as they are written
         self.header = [name.lower() for name in self.names]
 
@@ -83,11 +99,15 @@ class Table:
         return f"{self.path} is not in the encoding UTF-8 {place} ({error}): save it as CSV in UTF-8"
 
     def column(self, *names: str) -> int:
-        """Position of the first of `names` that the header holds, in any case; ValueError for none, or several."""
+        """Position of the first of `names` that the header holds, in any case; ValueError for none, or several.
+
+        A name that the header lacks is also found with blanks, dots or hyphens in place of its `_`.
+        """
         for name in names:
-            if name in self.header:
-                refuse_twice(self.path, self.header, name)
-                return self.header.index(name)
+            for header in (self.header, [column_key(own) for own in self.header]):
+                if name in header:
+                    refuse_twice(self.path, header, name)
+                    return header.index(name)
         header = ", ".join(self.header)
         raise ValueError(f"{self.path} has no column {' or '.join(names)}; its columns: {header}")
 
@@ -95,10 +115,13 @@ class Table:
         with self._open() as file:
             rows = csv.reader(file, delimiter=self.delimiter, strict=True)
             try:
-                next(rows, None)
+                for _ in range(self.before):
+                    next(rows, None)
                 for fields in rows:
+                    if not any(map(str.strip, fields)):
+                        continue
                     where = f"{self.path} line {rows.line_num}"
-                    if fields and len(fields) != len(self.header):
+                    if len(fields) != len(self.header):
                         raise ValueError(
                             f"{where} has {len(fields)} fields, the header {len(self.header)}: a text that holds the "
                             f"separator {self.delimiter!r} has to be in quotation marks"
@@ -108,13 +131,22 @@ class Table:
                             f"{where} ends a quoted field of several lines: a tab-separated table with a "
                             "stray quotation mark; write the table as CSV, or remove the mark"
                         )
-                    if fields:
-                        yield where, fields
+                    yield where, fields
             except csv.Error as error:
                 why = "a quotation mark is never closed" if "unexpected end" in str(error) else str(error)
                 raise ValueError(f"{self.path} line {rows.line_num}: {why}") from error
             except UnicodeDecodeError as error:
                 raise ValueError(self._not_utf8(f"after line {rows.line_num}", error)) from error
+
+
+def _first_row(file: TextIO) -> str:
+    """The first row of a table: one line, or the lines of a quoted name with line breaks."""
+    lines = [file.readline()]
+    open_quote = lines[0].count('"') % 2
+    while open_quote and (line := file.readline()):
+        lines.append(line)
+        open_quote ^= line.count('"') % 2
+    return lines[0] if open_quote else "".join(lines)  # a mark that nothing closes belongs to a name
 
 
 def refuse_twice(path: Path, header: list[str], name: str) -> None:
@@ -123,14 +155,19 @@ def refuse_twice(path: Path, header: list[str], name: str) -> None:
         raise ValueError(f"{path} has the column {name!r} more than once, and nothing says which one counts")
 
 
+def column_name(name: str) -> str:
+    """A column's name in lower case, with `_` for blanks and line breaks."""
+    return "_".join(name.lower().split())
+
+
 def read_table(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
-    """All rows of a table by the names of its columns, in lower case with spaces as `_`; every cell stripped.
+    """All rows of a table by the names of its columns, spelled as `column_name` does; every cell stripped.
 
     Raises:
         ValueError: as `Table`; a column of `required` is missing, or any is there twice.
     """
     table = Table(path)
-    names = [name.replace(" ", "_") for name in table.header]
+    names = [column_name(name) for name in table.header]
     for name in filter(None, names):
         refuse_twice(path, names, name)
     if missing := [name for name in required if name not in names]:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from inputs.caption_filters import CAPTION_FILTERS, caption_pattern
 from inputs.columns import ABSENT_SAMPLE, Columns, Row, TextBuilder, TextColumn
+from inputs.conventions import no_value
 from inputs.files import on_disk
 from inputs.images import decode_image, decode_pixels, read_bytes
 from inputs.index import indexed_columns
@@ -79,6 +80,13 @@ def grouped(rows: Iterable[Row]) -> Iterable[Row]:
     for image, several in texts.items():
         first[image].captions = list(several)
     return out
+
+
+def said(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows with "" for a caption that stands for none, as nan and NA do."""
+    for row in rows:
+        row.captions = ["" if no_value(text) else text.strip() for text in row.captions]
+        yield row
 
 
 class NothingKept(ValueError):
@@ -171,11 +179,10 @@ class Reader:
         several = 0  # rows of images that have others
         absent_images: list = []  # some of them, to be looked for when an index is read again
         rng = random.Random(0)
-        rows = progress(self.rows(), "indexing" if self.indexed else "reading", unit=" rows")
+        rows = progress(said(self.rows()), "indexing" if self.indexed else "reading", unit=" rows")
         rows = rows if self.indexed else grouped(rows)
         for row in rows:
             several += row.rows * (row.rows > 1)
-            captions = [text.strip() for text in row.captions]
             if not exists(row):
                 absent += row.rows
                 if len(absent_images) < ABSENT_SAMPLE:
@@ -183,14 +190,14 @@ class Reader:
                 elif (place := rng.randrange(max(absent, 1))) < ABSENT_SAMPLE:
                     absent_images[place] = row.image
                 first_absent = first_absent or f"{self.wanted(row)} ({row.where})".strip()
-            elif not any(captions):
+            elif not any(row.captions):
                 silent += row.rows
                 first_silent = first_silent or row.where
             else:
                 images.append(row.image)
-                for text in captions:
+                for text in row.captions:
                     texts.append(text)
-                first.append(first[-1] + len(captions))
+                first.append(first[-1] + len(row.captions))
         source, n = " and ".join(map(str, self.files)), len(first) - 1
         log = [f"{source}: {n} pictures with captions", *self.remarks]
         if several:

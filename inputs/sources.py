@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inputs.columns import Row
-from inputs.conventions import SPLIT_NAMES, SPLIT_OF, group_column, group_name, left_out, split_key
-from inputs.metadata import Table, fields_of, inside, iter_json, read_pickle
+from inputs.conventions import SPLIT_NAMES, SPLIT_OF, alike, crossing, group_column, group_name, left_out, split_key
+from inputs.metadata import Table, fields_of, inside, iter_json, plain_path, read_pickle
 from inputs.reader import SPLITS, NoSplit, Reader, first_file, number_of
 from utils import refuse_lfs_pointer
 
@@ -147,17 +147,18 @@ class Csv(Reader):
                 chosen += 1
                 yield Row(where, path, [fields[caption]])
         self.groups = frozenset(group for group, splits in splits_of.items() if self.split in splits)
-        self._remark(split is not None, unknown, whole, [g for g, splits in splits_of.items() if len(splits) > 1])
+        self._remark(split is not None, unknown, whole, crossing(splits_of))
         if not chosen:
             raise NoSplit("; ".join([f"{table.path} has no rows of the split {self.split!r}", *self.remarks]))
 
     def _path(self, cell: str) -> str:
-        return cell.strip().removeprefix(f"{self.root}/")
+        return plain_path(cell.strip()).removeprefix(f"{self.root}/")
 
     def _held_out(self, table: Table, image: int, group: int | None) -> set[str]:
         """The images that are not trained on; with a column of groups those of whole ones, of one at least.
 
-        An image of several groups belongs to its first, one without a group is one by itself.
+        An image of several groups belongs to its first, one without a group is one by itself. Groups whose names look
+        alike stay together.
         """
         if group is None or self.by_image:
             paths = {self._path(fields[image]) for _, fields in table}
@@ -167,21 +168,22 @@ class Csv(Reader):
         for _, fields in table:
             path = self._path(fields[image])
             group_of.setdefault(path, group_name(fields[group], alone=path))
-        groups = set(group_of.values())
+        one = {name: names[0] for names in alike(group_of.values()) for name in names}
+        groups = set(one.values())
         held = {name for name in groups if held_out(name, self.val_fraction)}
         if not held and self.val_fraction and len(groups) > 1:
             held = {min(groups, key=_number)}
-        return {path for path, name in group_of.items() if name in held}
+        return {path for path, name in group_of.items() if one[name] in held}
 
-    def _remark(self, has_splits: bool, unknown: Counter, whole: str | None, crossing: list[str]) -> None:
+    def _remark(self, has_splits: bool, unknown: Counter, whole: str | None, shared: list[str]) -> None:
         if unknown:
             self.remarks.append(left_out(unknown, "unknown splits", SPLIT_OF))
-        if crossing and has_splits:
-            self.remarks.append(f"{len(crossing)} values of {whole} are in several splits, first {crossing[0]!r}")
+        if shared and has_splits:
+            self.remarks.append(f"{len(shared)} values of {whole} are in several splits, first {shared[0]}")
         if self.for_all_splits and not has_splits:
             what = f"values of {whole}, with all their images" if self.held_out_by else "images"
             alone = "" if self.held_out_by else "; one by one, since " + (
-                f"this run began so: {len(crossing)} values of {whole} are on both sides" if whole else
+                f"this run began so: {len(shared)} values of {whole} are on both sides" if whole else
                 "no column (patient, study, ...) tells what belongs together"
             )  # fmt: skip
             self.remarks.append(

@@ -17,6 +17,7 @@ import datasets
 from evaluation import downstream
 from evaluation.catalog import CATALOG, read_catalog
 from inputs.columns import TextColumn
+from inputs.conventions import crossing
 from inputs.files import on_disk
 from inputs.images import UnreadableImage
 from inputs.reader import NoSplit, Reader
@@ -100,8 +101,11 @@ def overview(sources: dict[str, Any]) -> list[str]:
     lines = ["\n" + aligned([["", *columns], *rows])]
     groups = {split: source.groups for split, source in sources.items() if isinstance(source, Reader)}
     for one, other in combinations(groups, 2):  # a labelled set with such groups is refused when it is read
-        if shared := sorted(groups[one] & groups[other]):
-            lines.append(f"{len(shared):,} groups are in both {one} and {other}, first {shared[0]!r}")
+        splits_of = {
+            name: [split for split in (one, other) if name in groups[split]] for name in groups[one] | groups[other]
+        }
+        if shared := crossing(splits_of):
+            lines.append(f"{len(shared):,} groups are in both {one} and {other}, first {shared[0]}")
     for split, counts in tables.items():
         if counts.get("other form"):
             lines.append(

@@ -27,7 +27,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from inputs.archives import open_zip, read_member
-from inputs.conventions import SPLIT_OF
+from inputs.conventions import SPLIT_OF, no_value
 from inputs.files import IMAGE_SUFFIXES, composed, on_disk
 from inputs.images import UnreadableImage, decode_image, read_bytes
 from inputs.metadata import Table, inside
@@ -170,7 +170,8 @@ def parquet_samples(path: Path, given: dict[str, str], called: str = "") -> Iter
                 id = f"{called}{number}" if called else name_in(image["path"])
             texts = caption if isinstance(caption, list) else [caption]
             read = partial(_bytes_of, image, where)
-            yield Sample(where, str(id), (texts or [""])[0] or "", read, further=max(len(texts) - 1, 0))
+            texts = [text for text in texts if text and not no_value(text)]
+            yield Sample(where, str(id), texts[0] if texts else "", read, further=max(len(texts) - 1, 0))
             number += 1
 
 
@@ -301,7 +302,7 @@ def zenodo_samples(captions: Path) -> Iterator[Sample]:
 
     for where, fields in table:
         key = inside(fields[id].strip(), where)
-        yield Sample(where, key, fields[caption], partial(read, key, where))
+        yield Sample(where, key, "" if no_value(fields[caption]) else fields[caption], partial(read, key, where))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -486,3 +486,20 @@ def test_classes_that_only_their_order_pairs_are_said(tmp_path, caplog):
         catalog = evaluation_catalog.Catalog({"mine": {**entry, "labels": labels}}, "mine.json")
         downstream.load_zeroshot_set("mine", transforms.Preprocess(), catalog)
         assert ("x1 = benign, x2 = malignant" in caplog.text) == said
+
+
+@pytest.mark.parametrize("one, other", [("Benign", "benign"), ("malignant", "malignant "), ("01", "1")])
+@pytest.mark.parametrize("kind", ["imagefolder", "filelist"])
+def test_classes_that_look_alike_are_refused_over_both_splits(tmp_path, kind, one, other):
+    for split, name in (("train", one), ("test", other)):
+        for place in (name, "x"):
+            (tmp_path / split / place).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / split / place / "0.png")
+        np.save(tmp_path / f"{split}_images.npy", np.array([f"{split}/{name}/0.png", f"{split}/x/0.png"]))
+        np.save(tmp_path / f"{split}_labels.npy", np.array([name, "x"]))
+    with pytest.raises(ValueError, match="differ in case, blanks, accents or zeros alone") as error:
+        downstream.open_splits("thing", entry_at(tmp_path, kind))
+    assert repr(one) in str(error.value) and repr(other) in str(error.value)
+    if kind == "imagefolder":  # who lists them means them
+        train, _ = downstream.open_splits("thing", entry_at(tmp_path, folders=[other, one, "x"]))
+        assert train.classes == [other, one, "x"]

@@ -132,3 +132,33 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
     assert Table(tmp_path / "a.csv").column("image") == 0
     (tmp_path / "b.csv").write_text("image,,label,\na.png,1,benign,2\n")  # columns without a name are nobody's
     assert Table(tmp_path / "b.csv").column("label") == 2
+
+
+BODY = "image{0}caption\n0.png{0}a mass\n1.png{0}none seen\n"
+
+
+@pytest.mark.parametrize("text", [
+    'image,"Note\n(free, or; not)",caption\n0.png,n,a mass\n1.png,"n\nm",none seen\n',
+    'image;"a, b, c, d";caption\r\n0.png;x;a mass\r\n1.png;y;none seen\r\n',
+    "sep=;\n" + BODY.format(";"), '"sep=\t"\r\n' + BODY.format("\t"), "\ufeffsep=,\n" + BODY.format(","),
+    BODY.format(",") + "   \n,\n\n", BODY.format(","), "Image\tCaption\n" + BODY.format("\t").partition("\n")[2],
+    f"image,caption,rle\n0.png,a mass,{'1 ' * 100_000}\n1.png,none seen,\n",
+])  # fmt: skip
+def test_tables_as_spreadsheets_write_them(tmp_path, text):
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    table = Table(tmp_path / "a.csv")
+    image, caption = table.column("image"), table.column("caption")
+    wanted = [("0.png", "a mass"), ("1.png", "none seen")]
+    assert [(fields[image], fields[caption]) for _, fields in table] == wanted
+    assert [(row["image"], row["caption"]) for row in read_table(tmp_path / "a.csv", ["image", "caption"])] == wanted
+    last = 1 + text[: text.rindex("1.png")].count("\n") + ("n\nm" in text)
+    assert [where for where, _ in table][-1].endswith(f"a.csv line {last}")
+
+
+def test_a_columns_name_is_found_with_blanks_and_dots(tmp_path):
+    (tmp_path / "a.csv").write_text('"Image\nPath",Report.Text,file-name\n0.png,x,y\n')
+    table = Table(tmp_path / "a.csv")
+    assert [table.column(name) for name in ("image_path", "report_text", "file_name")] == [0, 1, 2]
+    (tmp_path / "b.csv").write_text("Image Path,image-path\n0.png,1.png\n")
+    with pytest.raises(ValueError, match="b.csv has the column 'image_path' more than once"):
+        Table(tmp_path / "b.csv").column("image_path")

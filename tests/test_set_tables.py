@@ -51,7 +51,23 @@ def test_splits_that_the_entry_tells_apart_by_case_stay_apart(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("column", ["patient_id", "PatientID", "Patient ID", "subject", "study", "case"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        "patient_id",
+        "PatientID",
+        "Patient ID",
+        "Patient.ID",
+        "patient-id",
+        "subject",
+        "study",
+        "case",
+        "MRN",
+        "participant_id",
+        "PID",
+        "record_id",
+    ],
+)
 def test_a_column_of_patients_that_the_entry_does_not_name_is_said(tmp_path, caplog, column):
     rows = ["a,train,P1", "b,train,P2", "a,test,P1", "b,test,P3"]
     catalog = write_table(tmp_path, rows, f"image,label,split,{column}")
@@ -168,3 +184,88 @@ def test_a_set_shows_the_frame_and_the_window_that_its_entry_names(tmp_path):
         (tmp_path / "catalog.json").write_text(json.dumps({"hospital": entry | {key: value}}))
         with pytest.raises(ValueError, match=f"hospital.*{key}"):
             read_catalog(tmp_path / "catalog.json")
+
+
+@pytest.mark.parametrize("one, other", [("007", "7"), ("P1", "p1"), ("P 1", "P  1"), ("Zähne", "Za\u0308hne")])
+def test_patients_that_look_alike_are_not_divided(tmp_path, caplog, one, other):
+    rows = [f"a,train,{one}", "b,train,x", f"a,test,{other}", "b,test,y"]
+    header = "image,label,split,group"
+    with pytest.raises(ValueError, match="table.csv: 1 groups are in both train and test, first"):
+        downstream.open_splits("hospital", write_table(tmp_path, rows, header))
+    downstream.open_splits("hospital", write_table(tmp_path, rows, header.replace("group", "patient")))
+    assert "(1 of its values are in both train and test)" in caplog.text
+    caplog.clear()
+    rows[1], rows[2] = f"b,train,{other}", "a,test,z"
+    train, _ = downstream.open_splits("hospital", write_table(tmp_path, rows, header))
+    one_patient = len({row["group"] for row in train.rows}) == 1
+    said = "1 times values of group differ in case or zeros alone" in caplog.text
+    assert one_patient != said  # made one where it plainly is, else said
+
+
+def test_images_that_are_one_file_are_there_twice(tmp_path):
+    catalog = write_table(tmp_path, ["a,train", "b,train", "a,test", "b,test"])
+    with open(tmp_path / "table.csv", "a") as file:
+        file.write(".//0.png,a,test\n")
+    with pytest.raises(ValueError, match="the image 0.png is there twice"):
+        downstream.open_splits("hospital", catalog)
+
+
+@pytest.mark.parametrize("cell", ["NA", "n/a", "None", "NaT", "#VALUE!", "-", "?", " null "])
+def test_what_programs_write_for_nothing_is_no_patient(tmp_path, caplog, cell):
+    rows = [f"a,train,{cell}", "b,train,P1", f"a,test,{cell}", "b,test,P2"]
+    train, test = downstream.open_splits("hospital", write_table(tmp_path, rows, "image,label,split,group"))
+    assert [row["group"] for row in [*train.rows, *test.rows]] == ["0.png", "P1", "2.png", "P2"]
+    assert "2 images have no group, and count by themselves" in caplog.text and test.scheme.unit == "groups"
+    rows = [f"{'ab'[i % 2]},{'train' if i < 2 else 'test'},{cell}" for i in range(4)]
+    _, test = downstream.open_splits("hospital", write_table(tmp_path, rows, "image,label,split,group"))
+    assert test.scheme.unit == "images"
+
+
+@pytest.mark.parametrize("cell, refused", [("NA", True), ("#REF!", True), ("N/A", True), ("None", False), ("-", False)])
+def test_what_programs_write_for_nothing_is_no_class_without_a_word(tmp_path, caplog, cell, refused):
+    catalog = write_table(tmp_path, ["a,train", f"{cell},train", "a,test", f"{cell},test"])
+    if refused:
+        with pytest.raises(ValueError, match=rf"row 2 has no label, nor have 1 more \('{cell}' is none\)"):
+            downstream.open_splits("hospital", catalog)
+    else:
+        train, _ = downstream.open_splits("hospital", catalog)
+        assert set(train.classes) == {"a", cell} and f"a class is called '{cell}' (2 rows)" in caplog.text
+
+
+def test_a_findings_cell_of_na_is_blank_and_a_dash_is_refused(tmp_path):
+    rows = ["1,0,train", "NA,1,train", "0,1,test", "1,n/a,test"]
+    catalog = write_table(tmp_path, rows, "image,a,b,split", columns={"label": ["a", "b"]}, blank="negative")
+    train, test = downstream.open_splits("hospital", catalog)
+    assert train.findings.tolist() == [[1, 0], [0, 1]] and test.findings.tolist() == [[0, 1], [1, 0]]
+    catalog = write_table(tmp_path, [*rows[:3], "1,-,test"], "image,a,b,split", columns={"label": ["a", "b"]})
+    with pytest.raises(ValueError, match="3.png, b: '-' is not 0, 1, -1 or empty"):
+        downstream.open_splits("hospital", catalog)
+
+
+@pytest.mark.parametrize("cells, positive, found", [("0.0 1.0", "1", "1.0"), ("0 1", 1, "1"), ("0 1", "1.0", "1")])
+def test_the_positive_class_is_a_number_in_any_form(tmp_path, cells, positive, found):
+    rows = [f"{cells.split()[i % 2]},{'train' if i < 2 else 'test'}" for i in range(4)]
+    _, test = downstream.open_splits("hospital", write_table(tmp_path, rows, positive=positive))
+    assert test.scheme.positive == found
+
+
+def test_a_positive_class_in_another_case_is_named(tmp_path):
+    catalog = write_table(tmp_path, ["benign,train", "malignant,train", "benign,test"], positive="Malignant")
+    with pytest.raises(ValueError, match="positive 'Malignant' is no class .'malignant' differs in case.*choose from"):
+        downstream.open_splits("hospital", catalog)
+
+
+def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
+    labels = ["1.5", "10.0", "2", "-1", "-20"]
+    catalog = write_table(tmp_path, [f"{label},{split}" for label in labels for split in ("train", "test")])
+    assert downstream.open_splits("hospital", catalog)[0].classes == ["-20", "-1", "1.5", "2", "10.0"]
+
+
+@pytest.mark.parametrize("cells", [[" ", ""], ["NA"]])
+def test_rows_without_an_image_are_refused_by_number(tmp_path, cells):
+    catalog = write_table(tmp_path, ["a,train", "b,train", "a,test"])
+    with open(tmp_path / "table.csv", "a") as file:
+        file.writelines(f"{cell},b,test\n" for cell in cells)
+    more = ", nor have 1 more" if len(cells) > 1 else r" \('NA' is none\)"
+    with pytest.raises(ValueError, match=f"table.csv: row 4 has no image{more}$"):
+        downstream.open_splits("hospital", catalog)

@@ -378,7 +378,7 @@ def parts_of(root, table, **arguments):
     return [{Path(reader.name(i)).name for i in range(len(reader))} for reader in readers], " ".join(readers[0].log)
 
 
-@pytest.mark.parametrize("column", ["patient", "Patient ID", "study", "group"])
+@pytest.mark.parametrize("column", ["patient", "Patient ID", "Patient.ID", "study", "group", "MRN"])
 def test_the_held_out_tenth_keeps_patients_whole(tmp_path, column):
     for i in range(60):
         save_jpeg(tmp_path / f"{i}.jpg", i)
@@ -413,3 +413,38 @@ def test_one_of_few_patients_is_held_out_and_a_table_without_them_says_so(tmp_pa
     (tmp_path / "c.csv").write_text("image,caption,split,patient\n0.jpg,x,train,7\n1.jpg,x,val,7.0\n2.jpg,x,val,8\n")
     _, said = parts_of(tmp_path, "c.csv")
     assert "1 values of patient are in several splits, first '7'" in said
+
+
+def test_pairs_of_patients_that_look_alike_stay_together(tmp_path):
+    for i in range(40):
+        save_jpeg(tmp_path / f"{i}.jpg", i)
+    names = [f"P{i // 2}" if i % 2 else f"p{i // 2}" for i in range(20)] + [
+        f"{i // 2:0{i % 2 * 3 + 1}d}" for i in range(20)
+    ]
+    lines = [f"{'./' * (i % 3)}{i}.jpg,x,{name}" for i, name in enumerate(names)]
+    (tmp_path / "a.csv").write_text("image,caption,patient\n" + "\n".join(lines) + "\n")
+    (train, held), said = parts_of(tmp_path, "a.csv", val_fraction=0.4)
+    pairs = [{f"{i}.jpg", f"{i + 1}.jpg"} for i in range(0, 40, 2)]
+    assert held and train and all(pair <= held or pair <= train for pair in pairs)
+    (tmp_path / "b.csv").write_text(
+        "image,caption,split,patient\n0.jpg,x,train,P1\n./0.jpg,y,train,P1\n1.jpg,x,val,p1\n"
+    )
+    reader = create_reader("csv", tmp_path, "b.csv")
+    assert len(reader) == 1 and reader.captions(0) == ["x", "y"]
+    assert "1 values of patient are in several splits, first 'P1' and 'p1'" in " ".join(reader.log)
+
+
+def test_captions_that_stand_for_none_are_counted_in_every_layout(tmp_path):
+    captions = ["NA", "None", " nan", "#N/A", "?", "a nan is no number", "none seen"]
+    for i in range(len(captions)):
+        for folder in ("pairs", "v2/train_images", "roco/train/radiology/images"):
+            save_jpeg(tmp_path / folder / f"{i}.jpg", i)
+    rows = "".join(f"{i}.jpg,{text}\n" for i, text in enumerate(captions))
+    (tmp_path / "pairs" / "train.csv").write_text(f"image,caption\n{rows}5.jpg,NULL\n")
+    (tmp_path / "v2" / "train_captions.csv").write_text(f"ID,Caption\n{rows.replace('.jpg', '')}")
+    lines = rows.replace(".jpg,", "\t")
+    (tmp_path / "roco" / "train" / "radiology" / "captions.txt").write_text(lines)
+    for name, folder, silent in (("csv", "pairs", 6), ("rocov2", "v2", 5), ("roco", "roco", 5)):
+        reader = create_reader(name, tmp_path / folder)
+        assert all_captions(reader) == captions[5:]
+        assert f"{silent} rows dropped because they have no caption" in "\n".join(reader.log)

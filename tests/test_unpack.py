@@ -291,3 +291,15 @@ def test_images_without_names_of_their_own_are_called_by_file_and_row(tmp_path, 
     }
     name = "11.jpg" if path(11) == "11.png" else "train-00001-of-00002_5.jpg"
     assert reader.name(11).endswith(f"/{name}")
+
+
+def test_a_caption_that_stands_for_none_gives_way_to_the_next(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    table = {"image": [jpeg(i) for i in range(2)], "caption": [["nan", "a mass"], ["NA"]], "image_id": ["7", "8"]}
+    pq.write_table(pa.table(table), tmp_path / "train.parquet")
+    run(tmp_path, tmp_path / "roco")
+    lines = (tmp_path / "roco" / "train" / "radiology" / "captions.txt").read_text().splitlines()
+    assert [line.split("\t") for line in lines] == [["7", " a mass"], ["8", " "]]
+    assert datasets.create_reader("roco", str(tmp_path / "roco")).captions(0) == ["a mass"]

@@ -412,3 +412,12 @@ def test_archives_one_after_the_other_are_read_to_the_end(tmp_path):
     (tmp_path / "0.tar").write_bytes(parts[0] + b"something else" * 100)
     with pytest.raises(ValueError, match="0.tar"):
         create_reader("webdataset", tmp_path)
+
+
+def test_a_caption_that_stands_for_none_is_none(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for i, text in enumerate(("nan", "a mass", "None")):
+            add(archive, f"{i}.jpg", jpeg(10 * i))
+            add(archive, f"{i}.txt", text.encode())
+    reader = create_reader("webdataset", tmp_path)
+    assert all_captions(reader) == ["a mass"] and "2 rows dropped because they have no caption" in "\n".join(reader.log)
