@@ -105,6 +105,7 @@ class Reader:
 
     splits: tuple[str, ...] = SPLITS
     indexed = False  # whether reading the rows takes so long that the result is kept in a file
+    index_version = 1  # counted up where a class reads other rows out of the same files than it did before
     numbered = False  # whether rows give an image by number
     files: list[Path]  # of captions, set by `locate`
     held_out_by = ""  # the column whose values are whole where `val_fraction` decides
