@@ -71,7 +71,7 @@ def test_a_folder_of_shards(shards):
     check(filtered, [1, 11, 21])
 
 
-def test_names_with_dots_are_cut_at_the_last_where_the_first_makes_no_image(tmp_path):
+def test_names_with_dots_are_cut_at_the_last_where_that_makes_more_pairs(tmp_path):
     """As of files that DICOM's UIDs name; webdataset itself makes one sample of them all."""
     uid = "a.b/1.2.840.113619"
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
@@ -84,12 +84,22 @@ def test_names_with_dots_are_cut_at_the_last_where_the_first_makes_no_image(tmp_
     assert reader.name(1) == f"{tmp_path}/0.tar/{uid}.5.jpg" and reader.data(1) == jpeg(50)
     assert write_shard(tmp_path / "1.tar", [7]) and [len(create_reader("webdataset", tmp_path))] == [3]
     with tarfile.open(tmp_path / "mixed.tar", "w") as archive:  # the first dot counts, and who is lost is told why
-        for name in ("7.jpg", "7.seg.png", "1.2.3.jpg"):
+        for name in ("7.jpg", "7.seg.png", "1.2.3.jpg", "1.2.4.jpg"):
             add(archive, name, jpeg(70))
         add(archive, "7.txt", b"caption 7")
     reader = create_reader("webdataset", tmp_path / "mixed.tar")
     check(reader, [7])
-    assert reader.dropped == 1 and "'1': its name goes on with '2.3.jpg', and the format cuts" in " ".join(reader.log)
+    assert reader.dropped == 2 and "'1': its name goes on with '2.3.jpg', and the format cuts" in " ".join(reader.log)
+
+
+def test_a_plain_name_among_uids_loses_none_of_their_pairs(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for k, name in ((3, "1.2.840.3"), (7, "7"), (5, "1.2.840.5")):
+            add(archive, f"{name}.jpg", jpeg(10 * k))
+            add(archive, f"{name}.txt", f"caption {k}".encode())
+    reader = create_reader("webdataset", tmp_path)
+    check(reader, [3, 7, 5])
+    assert reader.dropped == 0
 
 
 def test_patterns_and_lists_of_shards(shards, monkeypatch):
