@@ -35,7 +35,8 @@ SPLITS = ("train", "validation", "test")
 
 
 class Listing:
-    """Which relative paths exist under a root. A folder is listed once; no file is asked for by itself."""
+    """Which relative paths exist under a root. A folder is listed once; no file is asked for by itself but links, which
+    may lead to nothing (git-annex, DVC: not fetched)."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -46,7 +47,7 @@ class Listing:
         if folder not in self.folders:
             try:
                 with os.scandir(self.root / folder) as entries:
-                    self.folders[folder] = {entry.name for entry in entries}
+                    self.folders[folder] = {e.name for e in entries if not e.is_symlink() or os.path.exists(e.path)}
             except (FileNotFoundError, NotADirectoryError):
                 self.folders[folder] = set()
         return name in self.folders[folder] or not path.isascii() and on_disk(self.root / path).exists()

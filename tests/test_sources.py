@@ -100,6 +100,17 @@ def test_absent_images_and_rows_without_caption_are_counted_and_named(tmp_path):
     assert "2 rows dropped because they have no caption" in log and "captions.txt line 7" in log
 
 
+def test_a_link_to_nothing_is_no_image(tmp_path):
+    roco_folder(tmp_path / "train" / "radiology", {f"R_{i}": "text" for i in range(3)})
+    image = tmp_path / "train" / "radiology" / "images" / "R_1.jpg"
+    image.rename(tmp_path / "stored.jpg")
+    image.symlink_to(tmp_path / "stored.jpg")
+    assert len(create_reader("roco", tmp_path)) == 3
+    (tmp_path / "stored.jpg").unlink()
+    reader = create_reader("roco", tmp_path)
+    assert len(reader) == 2 and reader.dropped == 1 and "R_1.jpg" in reader.log[1]
+
+
 def test_a_folder_is_listed_once_and_no_image_is_asked_for(tmp_path, monkeypatch):
     roco_folder(tmp_path / "train" / "radiology", {f"R_{i}": "text" for i in range(50)})
     listed, asked = [], []
