@@ -225,6 +225,16 @@ def test_zero_shot_equals_the_formula(clip, tmp_path):
                                "prob_malignant mass"}  # fmt: skip
 
 
+def test_classes_of_one_name_have_a_column_each(clip, tmp_path):
+    words = ["zero-shot", str(clip), str(pictures(tmp_path / "images", 2)), "--set", "imagenet"]
+    for row in predict.main(words):
+        prob = {name: value for name, value in row.items() if name.startswith("prob_")}
+        assert len(prob) == 1000 and sum(prob.values()) == pytest.approx(1, abs=1e-5)
+        assert "prob_sunglasses" in prob and "prob_sunglasses (2)" in prob
+    with pytest.raises(ValueError, match="--labels holds 'a' more than once"):
+        predict.main([*words[:3], "--labels", "a", "b", "a"])
+
+
 def test_an_embedded_set_is_searched_by_image_and_by_text(clip, tmp_path):
     folder = pictures(tmp_path / "images")
     bank = tmp_path / "images.npz"
