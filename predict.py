@@ -443,7 +443,7 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
 def read_captions(path: Path) -> list[str]:
     """The lines of a file of captions, empty ones left out; ValueError where none is left or they are not UTF-8."""
     try:
-        found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        found = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"--captions {path} is not UTF-8: {error}") from error
     if not found:

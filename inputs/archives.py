@@ -235,7 +235,7 @@ class WebDataset(Reader):
         names = [metadata]
         if metadata.endswith(".txt"):
             self.find(metadata)
-            names = self.files[0].read_text(encoding="utf-8").split("\n")
+            names = self.files[0].read_text(encoding="utf-8-sig").split("\n")
         names = [name for line in names if line.strip() for name in expand_shards(line.strip())]
         self.files = [self.root / name for name in names]
         absent = [str(path) for path in self.files if not path.is_file()]
@@ -368,7 +368,7 @@ def shard_captions(file: BinaryIO, members: dict[str, tuple[int, int]], where: s
         offset, size = members[kind]
         BYTES.refuse(size, f"{where}: its {kind}")
         file.seek(offset)
-        return file.read(size).decode("utf-8")
+        return file.read(size).decode("utf-8-sig")
 
     try:
         values = json.loads(text("json")) if "json" in members else None

@@ -1,5 +1,6 @@
 """--dataset webdataset: tar shards as img2dataset writes them, read at the place of each sample."""
 
+import codecs
 import io
 import json
 import os
@@ -17,12 +18,15 @@ from torch.utils.data import DataLoader
 
 import main
 import make_dataset
+import predict
+import utils
 from datasets import Collate, ContrastiveDataset, GlobalBatchSampler, create_reader
+from evaluation.catalog import read_catalog
 from inputs import archives
 from inputs.archives import TarPool
 from inputs.images import UnreadableImage
 from runtime import checkpoints
-from tokenizer import SimpleTokenizer
+from tokenizer import SimpleTokenizer, read_vocab
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> None:
@@ -237,6 +241,22 @@ def test_several_captions_come_from_the_json(tmp_path):
         ],
     )
     assert [reader.captions(i) for i in range(3)] == [["one", "uno"], ["zwei ü"], ["three"]]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    """Notepad puts one at the head of what it saves as UTF-8."""
+    (tmp_path / "shards").mkdir()
+    members = [("1.jpg", jpeg()), ("1.txt", codecs.BOM_UTF8 + b"one"), ("2.jpg", jpeg())]
+    reader_of(tmp_path / "shards", [*members, ("2.json", codecs.BOM_UTF8 + b'{"caption": "two"}')])
+    (tmp_path / "list.txt").write_bytes(codecs.BOM_UTF8 + b"shards/a.tar\r\n")
+    reader = create_reader("webdataset", tmp_path, "list.txt")
+    assert all_captions(reader) == ["one", "two"]
+    (tmp_path / "captions.txt").write_bytes(codecs.BOM_UTF8 + b"chest film\r\n")
+    assert predict.read_captions(tmp_path / "captions.txt") == ["chest film"]
+    (tmp_path / "catalog.json").write_bytes(codecs.BOM_UTF8 + b"{}")
+    assert read_catalog(tmp_path / "catalog.json") == utils.read_json(tmp_path / "catalog.json") == {}
+    (tmp_path / "vocab.txt").write_bytes(codecs.BOM_UTF8 + b"[PAD]\n[UNK]\n")
+    assert read_vocab(tmp_path / "vocab.txt") == ["[PAD]", "[UNK]"]
 
 
 def test_names_extensions_and_order_as_tar_makes_them(tmp_path):
