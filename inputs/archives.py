@@ -362,7 +362,7 @@ def _skip_zeros(file: BinaryIO) -> bool:
 
 
 def shard_captions(file: BinaryIO, members: dict[str, tuple[int, int]], where: str) -> list[str]:
-    """The captions of a sample, none where nothing states one."""
+    """The captions of a sample: of the places in WebDataset's order the first that states one; none where none does."""
 
     def text(kind: str) -> str:
         offset, size = members[kind]
@@ -374,9 +374,9 @@ def shard_captions(file: BinaryIO, members: dict[str, tuple[int, int]], where: s
         values = json.loads(text("json")) if "json" in members else None
         values = values if isinstance(values, dict) else {}
         several = values.get("captions")
-        if isinstance(several, list) and all(isinstance(caption, str) for caption in several):
-            return several
-        caption = text("txt") if "txt" in members else values.get("caption")
+        places = [several if isinstance(several, list) else [], [text("txt")] if "txt" in members else [],
+                  [values.get("caption")]]  # fmt: skip
     except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{where}: {error}") from error
-    return [caption] if isinstance(caption, str) else []
+    stated = ([text for text in place if isinstance(text, str) and text.strip()] for place in places)
+    return next(filter(None, stated), [])

@@ -238,9 +238,18 @@ def test_several_captions_come_from_the_json(tmp_path):
             ("3.jpg", jpeg()),
             ("3.txt", b"three"),
             ("3.json", b"[]"),
+            ("4.jpg", jpeg()),
+            ("4.txt", b"four"),
+            ("4.json", b'{"captions": [], "caption": "x"}'),
+            ("5.jpg", jpeg()),
+            ("5.txt", b"\n"),
+            ("5.json", b'{"captions": [null, ""], "caption": "five"}'),
+            ("6.jpg", jpeg()),
+            ("6.json", b'{"captions": [null, "six"]}'),
         ],
     )
-    assert [reader.captions(i) for i in range(3)] == [["one", "uno"], ["zwei ü"], ["three"]]
+    expected = [["one", "uno"], ["zwei ü"], ["three"], ["four"], ["five"], ["six"]]
+    assert [reader.captions(i) for i in range(len(reader))] == expected
 
 
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
