@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -379,17 +380,28 @@ def zero_shot(args: argparse.Namespace) -> list[dict[str, Any]]:
         templates = read_prompts("templates.json").get(args.set) or templates
     if len(labels) < 2:
         raise UsageError("zero-shot needs --labels, at least two, or --set")
+    if not args.set and (twice := [label for label, n in Counter(labels).items() if n > 1]):
+        raise UsageError(f"--labels holds {twice[0]!r} more than once: a column of the answers is of one label")
     if lacking := [template for template in templates if "{}" not in template]:
         raise UsageError(f"template {lacking[0]!r} has no {{}} for the label")
     loaded = models.load_pretrained(args.weights, bert_vocab=args.bert_vocab)
     vectors, paths = unit_vectors(loaded, args, "zero-shot")
     prob = loaded.label_probabilities(vectors, labels, templates)
-    names = [label if isinstance(label, str) else label[0] for label in labels]
+    names = numbered([label if isinstance(label, str) else label[0] for label in labels])
     return [
         {"image": str(path), "predicted": names[int(p.argmax())],
          **{f"prob_{name}": float(x) for name, x in zip(names, p, strict=True)}}
         for path, p in zip(paths, prob, strict=True)
     ]  # fmt: skip
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names with the second and later of equal ones numbered, "missile (2)": ImageNet has two such pairs."""
+    seen, found = Counter(), []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return found
 
 
 def unit_vectors(loaded: models.Pretrained, args: argparse.Namespace, title: str) -> tuple[np.ndarray, list[Shown]]:
@@ -434,7 +446,7 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
 def read_captions(path: Path) -> list[str]:
     """The lines of a file of captions, empty ones left out; ValueError where none is left or they are not UTF-8."""
     try:
-        found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        found = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"--captions {path} is not UTF-8: {error}") from error
     if not found:

@@ -192,7 +192,7 @@ def read_vocab(path: str | Path) -> list[str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no WordPiece vocabulary at {path} (a vocab.txt, one token a line)")
     # Split at "\n" only: a cased vocabulary may hold other signs that Unicode takes for line ends.
-    lines = Path(path).read_bytes().decode("utf-8").split("\n")
+    lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     tokens = [line.removesuffix("\r") for line in lines]
     return tokens[:-1] if tokens[-1] == "" else tokens
 

@@ -213,7 +213,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """A file's JSON object; a ValueError names one that holds none."""
     refuse_lfs_pointer(path)
     try:
-        found = json.loads(Path(path).read_text(encoding="utf8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Notepad writes a byte-order mark
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from beit_finetuning.modeling_finetune import Beit
 from inputs.transforms import Preprocess
-from runtime.checkpoints import load_checkpoint, strip_wrappers
+from runtime.checkpoints import find_average, load_checkpoint, strip_wrappers
 from towers.weights import Mismatch
 
 log = logging.getLogger("medslip")
@@ -57,7 +58,8 @@ def read_tower(
 
     Args:
         model_key: where the weights lie in the file; of several names with | between them the first that is there, or
-            its moving average (the name with _ema), as timm takes it. A file that is a state dictionary needs none.
+            the weights' moving average (`find_average`), as timm takes it. A file that is a state dictionary needs
+            none.
         model_prefix: what the tower's names begin with. Wrappers (`module.`, `_orig_mod.`) may be missing or extra on
             either side, and a file that holds a tower alone may lack the prefix.
 
@@ -80,17 +82,19 @@ def read_tower(
 
 def _weights_of(state: dict, path: str | Path, model_key: str) -> dict[str, Tensor]:
     keys = model_key.split("|")
-    for key in keys:
-        average = f"{key}_ema"
-        if not _is_weights(state.get(key)):
-            continue
-        if not _is_weights(state.get(average)):
-            return state[key]
-        if len(keys) == 1:  # that one was asked for
-            log.info(f"{path} holds a moving average too: --model_key {average} takes it in place of {key}")
-            return state[key]
+    if len(keys) == 1 and _is_weights(state.get(model_key)):  # that one was asked for
+        with suppress(ValueError):  # of an average in a form that is not known
+            average, _ = find_average(state, path)
+            if average not in ("", model_key):
+                log.info(f"{path} holds a moving average too: --model_key {average} takes it in place of {model_key}")
+        return state[model_key]
+    average, mean = find_average(state, path)
+    if mean and (len(keys) > 1 or average == model_key):
         log.info(f"{path} holds weights and their moving average: the average, {average}, is taken")
-        return state[average]
+        return mean
+    for key in keys:
+        if _is_weights(state.get(key)):
+            return state[key]
     if _is_weights(state):
         return state
     candidates = [key for key, value in state.items() if _is_weights(value)]

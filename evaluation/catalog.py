@@ -74,7 +74,7 @@ def read_catalog(path: str | Path = CATALOG) -> Catalog:
     if not Path(path).is_file():
         raise FileNotFoundError(f"dataset catalog {path} does not exist")
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"dataset catalog {path} is not valid JSON: {error}") from error
     if not isinstance(entries, dict):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import expit, log_softmax, logit, softmax
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 from torch import Tensor
 
@@ -234,13 +234,22 @@ def _log(prob: np.ndarray) -> np.ndarray:
     return np.log(np.asarray(prob, dtype=np.float64).clip(min=1e-12))
 
 
+def _between(low: float, high: float) -> float:
+    """The middle of two numbers of `ranked` by log-odds, in which sure samples of either side lie as far from 1/2."""
+    odds = [score - 1 if score > 1 else logit(max(score, _TINY)) for score in (low, high)]
+    middle = sum(odds) / 2
+    return 1 + middle if expit(middle) > 1 - 1e-6 else float(expit(middle))
+
+
 def operating_point(
     y_true: Labels, prob: np.ndarray, positive: int, specificity: float = SPECIFICITY
 ) -> OperatingPoint:
     """Temperature and threshold from validation labels (n,) and probabilities (n, k).
 
     The temperature minimises cross-entropy. The threshold is the lowest probability of class `positive` at which at
-    least `specificity` of the other samples stay below it.
+    least `specificity` of the other samples stay below it. Where every sample of the class lies above all others, the
+    lowest is a hair above one of these, and would call each new sample that lies as close: there the threshold is the
+    middle, by log-odds, between that sample and the next higher, which calls these samples alike.
     """
     labels, prob = np.asarray(y_true), np.asarray(prob, dtype=np.float64)
     rows, logs = np.arange(len(labels)), _log(prob)
@@ -249,11 +258,17 @@ def operating_point(
         return float(-log_softmax(logs / np.exp(log_temperature), axis=1)[rows, labels].mean())
 
     found: Any = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
-    others = np.sort(ranked(prob)[labels != positive, positive])
+    score = ranked(prob)[:, positive]
+    others, own = np.sort(score[labels != positive]), score[labels == positive]
     if not len(others):
         raise ValueError("a threshold needs validation samples of another class than the positive one")
     allowed = int(np.floor((1 - specificity) * len(others) + 1e-9))  # of the others may be called
-    return OperatingPoint(float(np.exp(found.x)), float(np.nextafter(others[len(others) - 1 - allowed], np.inf)))
+    last = others[len(others) - 1 - allowed]  # that stays below
+    threshold = np.nextafter(last, np.inf)
+    if len(own) and own.min() > others[-1]:
+        higher = score[score > last].min()
+        threshold = np.clip(_between(last, higher), threshold, higher)
+    return OperatingPoint(float(np.exp(found.x)), float(threshold))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

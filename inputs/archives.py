@@ -195,6 +195,7 @@ class Yfcc15m(Reader):
 
 
 SHARD_IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp")  # extensions of a sample's image
+SHARD_TEXTS = ("txt", "json")  # and of what may hold its captions
 
 
 class WebDataset(Reader):
@@ -204,7 +205,7 @@ class WebDataset(Reader):
     the shards themselves: a brace pattern such as `shards/{00000..00331}.tar`, or several joined by `::`.
     With a folder as root, `metadata` may hold a pattern relative to it, or name a `.txt` of one shard a line.
     Captions are the list `captions` of the JSON, else the text, else `caption` of the JSON. A name is cut
-    at its first dot, or at the last in a shard where the first makes an image of none.
+    at its first dot, or at the last in a shard where that makes more pairs of an image and a text.
 
     The members' places are indexed once and a sample is read at its place, not in the stream's order: so
     shards are sources like all others, whose global batches do not depend on the number of processes and
@@ -213,6 +214,7 @@ class WebDataset(Reader):
     """
 
     indexed = True
+    index_version = 2
 
     def __init__(self, root: str | Path, metadata: str = "", *arguments: Any, **keywords: Any):
         if not metadata and root and not Path(root).is_dir():
@@ -233,7 +235,7 @@ class WebDataset(Reader):
         names = [metadata]
         if metadata.endswith(".txt"):
             self.find(metadata)
-            names = self.files[0].read_text(encoding="utf-8").split("\n")
+            names = self.files[0].read_text(encoding="utf-8-sig").split("\n")
         names = [name for line in names if line.strip() for name in expand_shards(line.strip())]
         self.files = [self.root / name for name in names]
         absent = [str(path) for path in self.files if not path.is_file()]
@@ -248,10 +250,14 @@ class WebDataset(Reader):
                 for key, members in shard_samples(path, file).items():
                     where = f"{path} sample {key!r}"
                     kind = next((kind for kind in SHARD_IMAGES if kind in members), "")
-                    if not kind and (cut := next((k for k in members if _cut(k, True)[1] in SHARD_IMAGES), "")):
-                        where += f": its name goes on with {cut!r}, and the format cuts names at their first dot"
-                    place = f"{number} {' '.join(map(str, members[kind]))} {key}.{kind}" if kind else ""
-                    yield Row(where, place, shard_captions(file, members, where))
+                    captions = shard_captions(file, members, where)
+                    if kind:
+                        yield Row(where, f"{number} {' '.join(map(str, members[kind]))} {key}.{kind}", captions)
+                        continue
+                    cuts = [k for k in members if _cut(k, True)[1] in SHARD_IMAGES]  # images, each a row that is lost
+                    for cut in cuts or [""]:
+                        why = f": its name goes on with {cut!r}, and the format cuts names at their first dot"
+                        yield Row(where + why * bool(cut), "", captions)
 
     def finder(self) -> Callable[[Row], bool]:
         """A sample without an image has an empty place."""
@@ -319,16 +325,23 @@ def _take_member(member: tarfile.TarInfo, members: dict[str, tuple[int, int]], w
 def _by_sample(path: Path, members: dict[str, tuple[int, int]]) -> dict[str, dict[str, tuple[int, int]]]:
     """A shard's files by key and extension.
 
-    The format cuts a name at its first dot. Where that makes an image of no file, but the last dot does, as of files
+    The format cuts a name at its first dot. Where the last dot makes more pairs of an image and a text, as of files
     that are named by DICOM's UIDs, all of the shard are cut at the last one.
     """
-    at_last = not any(_cut(name)[1] in SHARD_IMAGES for name in members)
+    at_last = max((False, True), key=lambda at_last: _pairs(members, at_last))  # of equals the first dot
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     for name, place in members.items():
         key, kind = _cut(name, at_last)
         if samples.setdefault(key, {}).setdefault(kind, place) != place:
             raise ValueError(f"{path} member {name!r} is there twice")
     return samples
+
+
+def _pairs(names: Iterable[str], at_last: bool) -> tuple[int, bool]:
+    """How many keys have an image and a text when names are cut so, and whether any has an image."""
+    keys = [_cut(name, at_last) for name in names]
+    images, texts = ({key for key, kind in keys if kind in kinds} for kinds in (SHARD_IMAGES, SHARD_TEXTS))
+    return len(images & texts), bool(images)
 
 
 def _cut(name: str, at_last: bool = False) -> tuple[str, str]:
@@ -349,21 +362,21 @@ def _skip_zeros(file: BinaryIO) -> bool:
 
 
 def shard_captions(file: BinaryIO, members: dict[str, tuple[int, int]], where: str) -> list[str]:
-    """The captions of a sample, none where nothing states one."""
+    """The captions of a sample: of the places in WebDataset's order the first that states one; none where none does."""
 
     def text(kind: str) -> str:
         offset, size = members[kind]
         BYTES.refuse(size, f"{where}: its {kind}")
         file.seek(offset)
-        return file.read(size).decode("utf-8")
+        return file.read(size).decode("utf-8-sig")
 
     try:
         values = json.loads(text("json")) if "json" in members else None
         values = values if isinstance(values, dict) else {}
         several = values.get("captions")
-        if isinstance(several, list) and all(isinstance(caption, str) for caption in several):
-            return several
-        caption = text("txt") if "txt" in members else values.get("caption")
+        places = [several if isinstance(several, list) else [], [text("txt")] if "txt" in members else [],
+                  [values.get("caption")]]  # fmt: skip
     except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{where}: {error}") from error
-    return [caption] if isinstance(caption, str) else []
+    stated = ([text for text in place if isinstance(text, str) and text.strip()] for place in places)
+    return next(filter(None, stated), [])

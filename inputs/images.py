@@ -170,11 +170,9 @@ def decode_shown(data: bytes, name: str, display: Display = DISPLAY) -> tuple[Im
         return _dicom_image(data, name, display)
     try:
         img = Image.open(io.BytesIO(data))
-        frame = 0
-        if img.format == "TIFF":
-            frames = getattr(img, "n_frames", 1)
-            say_first_of(frames, name, display)
-            frame = display.index(frames)
+        frames = getattr(img, "n_frames", 1) if img.format == "TIFF" else 1
+        say_first_of(frames, name, display)
+        if frame := display.index(frames):
             img.seek(frame)
         _refuse_planes(img)
         if img.mode in ("RGB", "RGBA", "LA") and (deep := _channels_of_16_bits(data, frame)) is not None:

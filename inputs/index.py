@@ -23,8 +23,8 @@ from utils import replacing
 log = logging.getLogger("medslip")
 # One file of .npy arrays, mapped into memory, after a first one that holds JSON. It stays valid as long as
 # the metadata keeps size and time; images that come or go later are not noticed: delete the file to index
-# anew.
-INDEX_VERSION = 1
+# anew. Its version is the reader's.
+ROWS_VERSION = 1  # of make_dataset.py's file of all rows
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Indexed(Protocol):
     root: Path
     split: str
     files: list[Path]
+    index_version: int
 
     def columns(self) -> Columns:
         """The rows, read from the metadata."""
@@ -54,7 +55,7 @@ class Indexed(Protocol):
 def rows_index(metadata: Path) -> tuple[Path, list]:
     """Where make_dataset.py puts all rows of the metadata, whether their images exist or not, and the key."""
     stat = metadata.stat()
-    key = [INDEX_VERSION, "rows", stat.st_size, stat.st_mtime_ns]
+    key = [ROWS_VERSION, "rows", stat.st_size, stat.st_mtime_ns]
     return metadata.with_name(f"{metadata.name}.rows"), key
 
 
@@ -64,7 +65,7 @@ def indexed_columns(reader: Indexed, cache_dir: str | Path) -> Columns:
     The index is a convenience: where it cannot be kept the metadata is read at every start, and the log says so.
     """
     files = [os.path.abspath(path) for path in reader.files]
-    source = [INDEX_VERSION, type(reader).__name__, reader.split, str(reader.root), *files]
+    source = [reader.index_version, type(reader).__name__, reader.split, str(reader.root), *files]
     key = [*source, *([stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, files))]
     metadata = Path(files[0])
     folder = Path(cache_dir) if cache_dir else metadata.parent

@@ -264,11 +264,14 @@ def _read_npy(file: BinaryIO) -> list:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def iter_json(path: str | Path, key: str = "") -> Iterator[object]:
+def iter_json(path: str | Path, key: str = "", optional: bool = False) -> Iterator[object]:
     """The elements of a long JSON list, one by one: the file's own, or the one under `key` of its object.
 
     Memory holds one element and the other values of the object. Raises ValueError, naming file and byte,
     where the file is damaged or holds no such list.
+
+    Args:
+        optional: the list under `key` may be lacking, which gives no elements; the file's own does not stand in for it.
     """
     utils.refuse_lfs_pointer(path)
     with open(path, encoding="utf-8-sig") as file:
@@ -283,7 +286,11 @@ def iter_json(path: str | Path, key: str = "") -> Iterator[object]:
                         break
                     stream.value()
                     if stream.take(",}") == "}":
+                        if optional:
+                            return
                         raise ValueError(f"no list {key!r}")
+            elif optional:
+                return
             if stream.look() == "]":
                 return
             while True:

@@ -36,7 +36,8 @@ SPLITS = ("train", "validation", "test")
 
 
 class Listing:
-    """Which relative paths exist under a root. A folder is listed once; no file is asked for by itself."""
+    """Which relative paths exist under a root. A folder is listed once; no file is asked for by itself but links, which
+    may lead to nothing (git-annex, DVC: not fetched)."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -47,7 +48,7 @@ class Listing:
         if folder not in self.folders:
             try:
                 with os.scandir(self.root / folder) as entries:
-                    self.folders[folder] = {entry.name for entry in entries}
+                    self.folders[folder] = {e.name for e in entries if not e.is_symlink() or os.path.exists(e.path)}
             except (FileNotFoundError, NotADirectoryError):
                 self.folders[folder] = set()
         return name in self.folders[folder] or not path.isascii() and on_disk(self.root / path).exists()
@@ -113,6 +114,7 @@ class Reader:
 
     splits: tuple[str, ...] = SPLITS
     indexed = False  # whether reading the rows takes so long that the result is kept in a file
+    index_version = 1  # counted up where a class reads other rows out of the same files than it did before
     numbered = False  # whether rows give an image by number
     files: list[Path]  # of captions, set by `locate`
     held_out_by = ""  # the column whose values are whole where `val_fraction` decides

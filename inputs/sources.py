@@ -202,10 +202,15 @@ def _number(name: str) -> int:
 
 
 class Coco(Reader):
-    """COCO Captions 2017 (Chen et al. 2015): `{train,val}2017/` and `annotations/captions_*.json`."""
+    """COCO Captions 2017 (Chen et al. 2015): `{train,val}2017/` and `annotations/captions_*.json`.
+
+    Which file an image's id is says the list `images` there; where there is none it is the id in 12 digits, as COCO's
+    own files are called.
+    """
 
     splits = ("train", "validation")
     indexed = True
+    index_version = 2
 
     def locate(self, metadata: str) -> None:
         """The split's annotations."""
@@ -216,14 +221,30 @@ class Coco(Reader):
         self.find(metadata, f"annotations/{name}")
 
     def rows(self) -> Iterator[Row]:
-        """A row for each image with all its captions."""
+        """A row for each image with all its captions; one that the list of images lacks has no image."""
+        names = self._file_names()
         captions: dict[int, list[str]] = {}
         for number, item in enumerate(iter_json(self.files[0], "annotations")):
             where = f"{self.files[0]} annotation {number}"
             image, caption = fields_of(item, where, image_id=int, caption=str)
             captions.setdefault(image, []).append(caption)
         for image, texts in captions.items():
-            yield Row(f"{self.files[0]} image {image}", f"{self.folder}/{image:012d}.jpg", texts)
+            where = f"{self.files[0]} image {image}"
+            if names and image not in names:
+                yield Row(f"{where}, which is not in its list of images", "", texts)
+            else:
+                yield Row(where, f"{self.folder}/{names.get(image) or f'{image:012d}.jpg'}", texts)
+
+    def _file_names(self) -> dict[int, str]:
+        """{id: path below the folder of images}, {} without a list; ValueError for a path outside, or two of an id."""
+        names: dict[int, str] = {}
+        for number, item in enumerate(iter_json(self.files[0], "images", optional=True)):
+            where = f"{self.files[0]} images {number}"
+            image, name = fields_of(item, where, id=int, file_name=str)
+            name = inside(name, where).removeprefix(f"{self.folder}/")
+            if names.setdefault(image, name) != name:
+                raise ValueError(f"{where}: the id {image} is that of {names[image]!r} already, now of {name!r}")
+        return names
 
 
 class Cc3m(Reader):

@@ -142,7 +142,7 @@ def names_of(root: Path, paths: TextColumn | list[str]) -> tuple[int, int]:
     """How many paths are not there, and how many only in another form of their accented letters."""
     absent = other = 0
     for i in range(len(paths)):
-        if not os.path.lexists(path := root / paths[i]):
+        if not os.path.exists(path := root / paths[i]):  # nor is the image that a link to nothing names
             there = on_disk(path).exists()
             absent, other = absent + (not there), other + there
     return absent, other

@@ -92,8 +92,9 @@ def run(args: argparse.Namespace) -> None:
 def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, workers: int = 1) -> Counter:
     """Copies the tree with its images shrunk; returns how many files were shrunk, copied, unreadable or there already.
 
-    An unreadable image is copied as it is and named in bad_samples.txt. Raises FileNotFoundError for an absent root and
-    ValueError for an output inside it or of another command.
+    An unreadable image is copied as it is and named in bad_samples.txt, as is a file that cannot be opened, such as a
+    link to nothing. Raises FileNotFoundError for an absent root and ValueError for an output inside it or of another
+    command.
     """
     root, output = Path(os.path.realpath(root)), Path(os.path.realpath(output))
     check_short_side(short_side)
@@ -121,10 +122,12 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
         log.warning("what was left out are pipes and devices")
     if counts["unreadable"]:
         log.info(f"{unreadable.path} names the images that cannot be decoded; they were copied as they are")
+    if counts["missing"]:
+        log.warning(f"{unreadable.path} names the files that cannot be opened (links to nothing): the copy lacks them")
     return counts
 
 
-SHRINK_OUTCOMES = ("shrunk", "copied", "unreadable", "there already", "left out")
+SHRINK_OUTCOMES = ("shrunk", "copied", "unreadable", "there already", "left out", "missing")
 SHRUNK_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png")
 
 
@@ -142,25 +145,30 @@ def shrink_file(tree: Shrinking, name: str) -> str:
     """Copy one file of the root to the output; returns one of SHRINK_OUTCOMES."""
     root, output, short_side, unreadable = tree.root, tree.output, tree.short_side, tree.unreadable
     source, target = root / name, output / name
-    stat = source.stat()
-    if not S_ISREG(stat.st_mode):  # a pipe or a device, which would be waited for
-        return "left out"
-    if target.is_file() and target.stat().st_mtime_ns == stat.st_mtime_ns:
-        return "there already"
+    try:
+        stat = source.stat()
+        if not S_ISREG(stat.st_mode):  # a pipe or a device, which would be waited for
+            return "left out"
+        if target.is_file() and target.stat().st_mtime_ns == stat.st_mtime_ns:
+            return "there already"
+        file = open(source, "rb")
+    except OSError as error:  # a link to what was not fetched (git-annex, DVC), or no right to read
+        unreadable.add(str(source), str(error))
+        return "missing"
     target.parent.mkdir(parents=True, exist_ok=True)
     outcome, data = "copied", None
-    if source.suffix.lower() in SHRUNK_SUFFIXES:
-        data = source.read_bytes()
-        try:
-            if small := shrink(decode_image(data, str(source)), short_side):
-                outcome, data = "shrunk", encode(small, "PNG" if format_of(data) == "PNG" else "JPEG")
-        except UnreadableImage as error:
-            unreadable.add(str(source), str(error))
-            outcome = "unreadable"
-    if data is None:
-        with open(source, "rb") as file:
+    with file:
+        if source.suffix.lower() in SHRUNK_SUFFIXES:
+            data = file.read()
+            try:
+                if small := shrink(decode_image(data, str(source)), short_side):
+                    outcome, data = "shrunk", encode(small, "PNG" if format_of(data) == "PNG" else "JPEG")
+            except UnreadableImage as error:
+                unreadable.add(str(source), str(error))
+                outcome = "unreadable"
+        if data is None:
             atomic_write(target, lambda copy: shutil.copyfileobj(file, copy, 1 << 20))
-    else:
-        atomic_write(target, lambda copy: copy.write(data))
+        else:
+            atomic_write(target, lambda copy: copy.write(data))
     os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # last: marks the copy as complete
     return outcome

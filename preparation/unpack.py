@@ -125,7 +125,7 @@ def find_sources(folder: Path, columns: dict[str, str]) -> list[Source]:
         names = [name for part in found if part.split == split for name in parquet_names(part.path, columns)]
         if None in names or len(set(names)) < len(names):  # as where each part counts its images from 0
             found = [by_row(part, folder, columns) if part.split == split else part for part in found]
-            log.info(f"{split}: its images have no names of their own, so they are called by file and row")
+            log.info(f"{split}: images that have no names of their own are called by file and row")
     for path in sorted(folder.glob("*_captions.csv")):
         split = SPLIT_OF.get(path.name.removesuffix("_captions.csv"))
         if split is not None:
@@ -136,7 +136,7 @@ def find_sources(folder: Path, columns: dict[str, str]) -> list[Source]:
 
 
 def by_row(part: Source, folder: Path, columns: dict[str, str]) -> Source:
-    """The same parquet file with its rows called by its path and their numbers, where they have no ids."""
+    """The same parquet file with its rows that have no ids called by its path and their numbers."""
     place = "_".join(part.path.relative_to(folder).with_suffix("").parts)
     return replace(part, samples=partial(parquet_samples, part.path, columns, f"{place}_"))
 
@@ -164,21 +164,22 @@ def parquet_samples(path: Path, given: dict[str, str], called: str = "") -> Iter
         for row in batch.to_pylist():
             where = f"{path} row {number}"
             image, caption = row[column["image"]], row[column["caption"]]
-            if column["id"]:
-                id = row[column["id"]]
-            else:
+            id = row[column["id"]] if column["id"] else None
+            if id is None:
                 id = f"{called}{number}" if called else name_in(image["path"])
             texts = caption if isinstance(caption, list) else [caption]
+            texts = [text for text in texts if text and not no_value(text)]  # a null or blank one hides no other
             read = partial(_bytes_of, image, where)
-            texts = [text for text in texts if text and not no_value(text)]
-            yield Sample(where, str(id), texts[0] if texts else "", read, further=max(len(texts) - 1, 0))
+            yield Sample(where, str(id), (texts or [""])[0], read, further=max(len(texts) - 1, 0))
             number += 1
 
 
 def parquet_names(path: Path, given: dict[str, str]) -> Iterator[str | None]:
-    """The name of each row's image, None where it has none; nothing of a file with a column of ids."""
+    """The name of each row's image, None where it has none; of a file with a column of ids a None for each null."""
     file, column = open_parquet(path, given)
     if column["id"]:
+        for batch in file.iter_batches(columns=[column["id"]]):
+            yield from [None] * batch.column(0).null_count
         return
     paths = [file.schema.column(i).path for i in range(len(file.schema))]
     if f"{column['image']}.path" not in paths:

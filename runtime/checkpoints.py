@@ -110,13 +110,48 @@ def refuse_finetuned(state: Mapping[str, Any], path: str | Path) -> None:
 def take_average(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """A training checkpoint, as `state_dict` the moving average of its weights where it holds one; the log says so.
 
-    The names are timm's, in the order of its own loader (timm.models.load_state_dict), which takes the average too.
+    Raises ValueError as `find_average`.
     """
-    for name in ("state_dict_ema", "model_ema"):
-        if isinstance(state.get(name), dict) and state[name]:
-            log.info(f"{path} holds weights and their moving average: the average, {name}, is taken")
-            return {**state, "state_dict": state[name]}
-    return state
+    name, weights = find_average(state, path)
+    if not weights:
+        return state
+    log.info(f"{path} holds weights and their moving average: the average, {name}, is taken")
+    return {**state, "state_dict": weights}
+
+
+def find_average(state: Mapping[Any, Any], path: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """The moving average of a training checkpoint's weights and the key that holds it; ("", {}) where there is none.
+
+    Trainers call it model_ema, ema_state_dict or the like, and put the weights there or one key deeper, beside a decay
+    or a count. timm's names come first, in the order of its own loader (timm.models.load_state_dict).
+
+    Raises:
+        ValueError: tensors under such a key in another form: the weights beside them may not be those that were meant.
+    """
+    named = [name for name, value in state.items() if "ema" in re.split("[^a-z]+", str(name).lower()) and
+             not isinstance(value, Tensor) and _holds_tensors(value)]  # fmt: skip
+    if not named:
+        return "", {}
+    name = next((name for name in ("state_dict_ema", "model_ema") if name in named), named[0])
+    value = state[name]
+    if isinstance(value, dict):
+        value = next((value[key] for key in _WEIGHTS if isinstance(value.get(key), dict)), value)
+        weights = {key: tensor for key, tensor in value.items() if key != "n_averaged"}  # of torch's AveragedModel
+        if weights and all(isinstance(tensor, Tensor) for tensor in weights.values()):
+            return name, weights
+    held = f"it holds {', '.join(map(str, list(value)[:5]))}" if isinstance(value, dict) else type(value).__name__
+    raise ValueError(
+        f"{path} holds tensors under {name!r}, which look like a moving average of its weights, in a form that is not "
+        f"known ({held}): write a file with the weights that you mean alone"
+    )
+
+
+_WEIGHTS = ("module", "state_dict", "model", "model_state_dict")  # what trainers call the weights in an average's entry
+
+
+def _holds_tensors(value: object) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, Tensor) or any(map(_holds_tensors, parts))
 
 
 def refuse_not_finite(weights: Mapping[Any, Any], source: str | Path) -> None:

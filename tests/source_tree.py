@@ -72,7 +72,7 @@ def make_coco(root: Path) -> Path:
         (root / "annotations").mkdir(exist_ok=True)
         values = {
             "info": {"a": [1]},
-            "images": [{"id": i} for i in ids],
+            "images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in ids],
             "annotations": annotations,
             "licenses": [],
         }

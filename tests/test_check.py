@@ -66,6 +66,7 @@ def test_all_that_is_odd_about_a_set_is_on_one_screen(tmp_path, caplog):
     folder.mkdir()
     for file in (name, "1.png", "2.png", "3.png"):
         Image.new("L", (8, 8)).save(folder / file)
+    (folder / "4.png").symlink_to(folder / "not fetched.png")  # as good as absent
     rows = ["röntgen.png,a,Train,7", "1.png,b,train,8", "4.png,a,train,9", "2.png,a,test,7.0", "3.png,rare,test,6",
             "0.png,a,val,1"]  # fmt: skip
     (folder / "table.csv").write_text("\n".join(["image,label,split,patient_id", *rows]) + "\n", encoding="utf-8")

@@ -203,11 +203,28 @@ def test_one_of_ten_others_may_be_called_at_a_specificity_of_nine_tenths():
     labels, prob = np.r_[np.zeros(10, int), 1, 1], np.stack([1 - score, score], axis=1)
     point = operating_point(labels, prob, 1)
     assert np.flatnonzero(score >= point.threshold).tolist() == [9, 10, 11]
-    assert point.threshold == pytest.approx(9 / 20) and point.threshold > score[8]
-    assert operating_point(labels, prob, 1, specificity=0.8).threshold == pytest.approx(8 / 20)
+    assert score[8] < point.threshold <= score[9]
+    score[11] = 0.3  # below others: the lowest threshold that keeps the specificity
+    prob = np.stack([1 - score, score], axis=1)
+    assert operating_point(labels, prob, 1).threshold == np.nextafter(prob[8, 1], 1)
+    assert operating_point(labels, prob, 1, specificity=0.8).threshold == np.nextafter(prob[7, 1], 1)
+    score[11] = 0.8
+    prob = np.stack([1 - score, score], axis=1)
     assert (score >= operating_point(labels, prob, 1, specificity=1.0).threshold).sum() == 2
     with pytest.raises(ValueError, match="samples of another class"):
         operating_point(labels[10:], prob[10:], 1)
+
+
+def test_where_validation_separates_the_threshold_is_as_far_from_either_side():
+    labels, score = np.array([0, 0, 0, 1, 1]), np.array([0.1, 0.2, 0.3, 0.7, 0.9])
+    point = operating_point(labels, np.stack([1 - score, score], axis=1), 1)
+    assert point.threshold == pytest.approx(0.5)
+    sure = np.array([[1.0, 1e-9], [1.0, 1e-7], [1e-7, 1.0], [1e-9, 1.0]])  # of a classifier whose ranks pass 1
+    point = operating_point([0, 0, 1, 1], sure, 1)
+    assert point.threshold == pytest.approx(0.5)
+    score[3] = np.nextafter(0.3, 1)  # no number lies between: the others still stay below
+    point = operating_point(labels, np.stack([1 - score, score], axis=1), 1)
+    assert point.threshold == score[3]
 
 
 def test_probabilities_may_be_rounded_and_zero():

@@ -226,6 +226,16 @@ def test_zero_shot_equals_the_formula(clip, tmp_path):
                                "prob_malignant mass"}  # fmt: skip
 
 
+def test_classes_of_one_name_have_a_column_each(clip, tmp_path):
+    words = ["zero-shot", str(clip), str(pictures(tmp_path / "images", 2)), "--set", "imagenet"]
+    for row in predict.main(words):
+        prob = {name: value for name, value in row.items() if name.startswith("prob_")}
+        assert len(prob) == 1000 and sum(prob.values()) == pytest.approx(1, abs=1e-5)
+        assert "prob_sunglasses" in prob and "prob_sunglasses (2)" in prob
+    with pytest.raises(ValueError, match="--labels holds 'a' more than once"):
+        predict.main([*words[:3], "--labels", "a", "b", "a"])
+
+
 def test_an_embedded_set_is_searched_by_image_and_by_text(clip, tmp_path):
     folder = pictures(tmp_path / "images")
     bank = tmp_path / "images.npz"
@@ -350,7 +360,7 @@ def test_the_folder_of_the_output_is_made_before_the_images_are_read(clip, tmp_p
         predict.main(["embed", str(clip), str(folder), "--output", str(output)])
 
 
-def test_each_frame_is_an_answer_of_its_own(clip, tmp_path):
+def test_each_frame_is_an_answer_of_its_own(clip, tmp_path, caplog):
     frames = [Image.fromarray(np.full((40, 40), value, np.uint8)) for value in (20, 120, 220)]
     frames[0].save(tmp_path / "tomo.tif", save_all=True, append_images=frames[1:])
     frames[1].save(tmp_path / "one.png")
@@ -363,6 +373,8 @@ def test_each_frame_is_an_answer_of_its_own(clip, tmp_path):
     assert middle[1]["prob_a"] == pytest.approx(of[3]) and of[1] == pytest.approx(of[3]) and of[0] != of[1]
     with pytest.raises(ValueError, match="none of number 4|missing or corrupt"):
         predict.main([*words[:3], *words[4:], "--frame", "4"])
+    only = [*predict.main([*words, "--frame", "2"])]  # a file of one frame has no second: named, skipped, counted
+    assert [row["image"] for row in only] == [f"{tmp_path}/tomo.tif#2"] and "1 of 2 images skipped" in caplog.text
 
 
 def test_images_shown_otherwise_than_those_of_training_are_said(probed, tmp_path, caplog):

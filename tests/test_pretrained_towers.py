@@ -128,6 +128,34 @@ def test_of_weights_and_their_average_the_average_is_taken_as_timm_does(raw, ave
     assert torch.equal(model.visual.conv_stem.weight, state["conv_stem.weight"])
 
 
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [
+        ("ema", lambda mean: {"decay": 0.99, "module": mean}),
+        ("ema", lambda mean: mean),
+        ("ema_state_dict", lambda mean: mean),
+        ("ema_model", lambda mean: {"state_dict": mean, "updates": 7}),
+        ("model_ema", lambda mean: {"n_averaged": torch.tensor(7), **{f"module.{k}": v for k, v in mean.items()}}),
+    ],
+)
+def test_an_average_is_taken_under_the_names_that_trainers_give_it(name, wrap, weights, tmp_path):
+    state = torch.load(weights, weights_only=True)
+    mean = {k: v + 0.25 if v.is_floating_point() else v for k, v in state.items()}
+    torch.save({"model": state, name: wrap(mean), "ema_config": {"decay": 0.99}, "ema_decay": 0.99}, tmp_path / "a.pth")
+    assert torch.equal(pretrained_towers.read_state(tmp_path / "a.pth")["conv_stem.weight"], mean["conv_stem.weight"])
+
+
+def test_an_average_in_another_form_and_whole_numbers_for_weights_are_refused(weights, tmp_path):
+    state = torch.load(weights, weights_only=True)
+    shadows = {"decay": 0.99, "shadow_params": list(state.values())}
+    torch.save({"model": state, "ema": shadows}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="a.pth holds tensors under 'ema', .* holds decay, shadow_params"):
+        pretrained_towers.read_state(tmp_path / "a.pth")
+    torch.save({**state, "conv_stem.weight": state["conv_stem.weight"].to(torch.int8)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"other type \(1\): conv_stem.weight int8 instead of float32"):
+        build("--vision-tower", TOWER, "--vision-weights", str(tmp_path / "a.pth"), "--image-size", "64")
+
+
 def test_what_does_not_fit_is_named(weights, tmp_path):
     state = torch.load(weights, weights_only=True)
     state["spare.weight"] = torch.zeros(2)

@@ -135,6 +135,16 @@ def test_pipes_and_devices_among_the_images_are_left_out_and_not_waited_for(tree
         read_image(tree / "train" / "images" / "pipe.jpg")
 
 
+def test_a_link_to_nothing_is_named_and_what_comes_after_it_is_copied(tree, tmp_path, caplog):
+    """As git-annex and DVC leave what was not fetched."""
+    for name in ("0_first.jpg", "0_first.txt"):
+        (tree / "train" / "images" / name).symlink_to(tmp_path / "nowhere")
+    counts = shrink.shrink_tree(tree, tmp_path / "out", 60, workers=1)
+    assert counts["missing"] == 2 and counts["shrunk"] == 7 and "cannot be opened" in caplog.text
+    bad = (tmp_path / "out" / "bad_samples.txt").read_text()
+    assert all(f"{tree}/train/images/0_first.{kind}" in bad for kind in ("jpg", "txt"))
+
+
 def many_images(folder: Path) -> list[str]:
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -100,6 +100,17 @@ def test_absent_images_and_rows_without_caption_are_counted_and_named(tmp_path):
     assert "2 rows dropped because they have no caption" in log and "captions.txt line 7" in log
 
 
+def test_a_link_to_nothing_is_no_image(tmp_path):
+    roco_folder(tmp_path / "train" / "radiology", {f"R_{i}": "text" for i in range(3)})
+    image = tmp_path / "train" / "radiology" / "images" / "R_1.jpg"
+    image.rename(tmp_path / "stored.jpg")
+    image.symlink_to(tmp_path / "stored.jpg")
+    assert len(create_reader("roco", tmp_path)) == 3
+    (tmp_path / "stored.jpg").unlink()
+    reader = create_reader("roco", tmp_path)
+    assert len(reader) == 2 and reader.dropped == 1 and "R_1.jpg" in reader.log[1]
+
+
 def test_a_folder_is_listed_once_and_no_image_is_asked_for(tmp_path, monkeypatch):
     roco_folder(tmp_path / "train" / "radiology", {f"R_{i}": "text" for i in range(50)})
     listed, asked = [], []
@@ -261,6 +272,40 @@ def test_coco_validation_lies_beside_the_training_file(tmp_path):
     assert create_reader("coco", tmp_path, given, "validation").captions(0) == ["7 0", "7 1", "x"]
     with pytest.raises(ValueError, match="'test'.*train, validation"):
         create_reader("coco", tmp_path, split="test")
+
+
+def test_cocos_own_list_says_which_file_an_id_is(tmp_path, monkeypatch):
+    """Others' files in its format count ids from 1 and files from 0; an index from before the list was read is old."""
+    make_coco(tmp_path)
+    captions = tmp_path / "annotations" / "captions_train2017.json"
+    value = json.loads(captions.read_text())
+    del value["images"]
+    captions.write_text(json.dumps(value))
+    assert Path(create_reader("coco", tmp_path).name(0)).name == "000000000009.jpg"  # without a list by the id
+    names = ["000000000000.jpg", "train2017/000000000001.jpg", "b/2.png"]
+    for i in range(4):
+        save_jpeg(tmp_path / "train2017" / f"{i:012d}.jpg", 50 * i)
+    save_jpeg(tmp_path / "train2017" / "b" / "2.png", 100)
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names, 1)]
+    value = {"annotations": [{"image_id": i, "caption": f"of {i}"} for i in (1, 2, 3, 4)]}
+    captions.write_text(json.dumps(value | {"images": images}))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(READERS["coco"], "_file_names", lambda self: {})
+        earlier.setattr(READERS["coco"], "index_version", 1)
+        assert all_captions(create_reader("coco", tmp_path)) == ["of 1", "of 2", "of 3"]
+        assert grey_of(create_reader("coco", tmp_path).image(0)) == pytest.approx(50, abs=1)
+    reader = create_reader("coco", tmp_path)
+    assert all_captions(reader) == ["of 1", "of 2", "of 3"] and reader.dropped == 1
+    assert [grey_of(reader.image(i)) for i in range(3)] == pytest.approx([0, 50, 100], abs=1)
+    assert "image 4, which is not in its list of images" in reader.log[1]
+    for bad, message in (
+        ({"id": 4, "file_name": "../x.jpg"}, "images 3: the path '../x.jpg' may leave"),
+        ({"id": 3, "file_name": "3.jpg"}, "images 3: the id 3 is that of 'b/2.png' already, now of '3.jpg'"),
+        ({"id": 4}, "images 3 has no proper field 'file_name'"),
+    ):
+        captions.write_text(json.dumps(value | {"images": [*images, bad]}))
+        with pytest.raises(ValueError, match=message):
+            create_reader("coco", tmp_path)
 
 
 def test_redcaps_in_slips_layout(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import time
 import zipfile
+from pathlib import PurePath
 
 import numpy as np
 import pytest
@@ -179,6 +180,24 @@ def test_columns_have_usual_names_or_are_named(tmp_path):
     run(source, tmp_path / "roco", "--image-column", "picture")
     reader = datasets.create_reader("roco", str(tmp_path / "roco"), "", "train", "all")
     assert reader.name(0).endswith("ROCO_00001.jpg")  # of the struct's path, where there is no id
+
+
+def test_a_null_id_is_no_name_and_a_null_caption_hides_none(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "hub").mkdir()
+    captions = [[["c0"], ["c1"], [None, "c2", "d2"]], [["c3"], [" ", "c4"], ["c5"]]]
+    for part, ids in enumerate([[1, None, 3], [4, None, None]]):
+        table = {
+            "image": [{"bytes": jpeg(3 * part + i), "path": "a.jpg"} for i in range(3)],
+            "caption": captions[part],
+            "image_id": pa.array(ids, pa.int64()),
+        }
+        pq.write_table(pa.table(table), tmp_path / "hub" / f"train-{part}.parquet")
+    run(tmp_path / "hub", tmp_path / "roco")
+    reader = datasets.create_reader("roco", str(tmp_path / "roco"), "", "train", "all")
+    assert {reader.captions(i)[0]: reader.data(i) for i in range(6)} == {f"c{i}": jpeg(i) for i in range(6)}
+    names = ["1", "train-0_1", "3", "4", "train-1_1", "train-1_2"]
+    assert [PurePath(reader.name(i)).stem for i in range(len(reader))] == names
 
 
 def zenodo(folder, zipped=True, extra=()):

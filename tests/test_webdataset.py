@@ -1,5 +1,6 @@
 """--dataset webdataset: tar shards as img2dataset writes them, read at the place of each sample."""
 
+import codecs
 import io
 import json
 import os
@@ -17,12 +18,15 @@ from torch.utils.data import DataLoader
 
 import main
 import make_dataset
+import predict
+import utils
 from datasets import Collate, ContrastiveDataset, GlobalBatchSampler, create_reader
+from evaluation.catalog import read_catalog
 from inputs import archives
 from inputs.archives import TarPool
 from inputs.images import UnreadableImage
 from runtime import checkpoints
-from tokenizer import SimpleTokenizer
+from tokenizer import SimpleTokenizer, read_vocab
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> None:
@@ -71,7 +75,7 @@ def test_a_folder_of_shards(shards):
     check(filtered, [1, 11, 21])
 
 
-def test_names_with_dots_are_cut_at_the_last_where_the_first_makes_no_image(tmp_path):
+def test_names_with_dots_are_cut_at_the_last_where_that_makes_more_pairs(tmp_path):
     """As of files that DICOM's UIDs name; webdataset itself makes one sample of them all."""
     uid = "a.b/1.2.840.113619"
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
@@ -84,12 +88,22 @@ def test_names_with_dots_are_cut_at_the_last_where_the_first_makes_no_image(tmp_
     assert reader.name(1) == f"{tmp_path}/0.tar/{uid}.5.jpg" and reader.data(1) == jpeg(50)
     assert write_shard(tmp_path / "1.tar", [7]) and [len(create_reader("webdataset", tmp_path))] == [3]
     with tarfile.open(tmp_path / "mixed.tar", "w") as archive:  # the first dot counts, and who is lost is told why
-        for name in ("7.jpg", "7.seg.png", "1.2.3.jpg"):
+        for name in ("7.jpg", "7.seg.png", "1.2.3.jpg", "1.2.4.jpg"):
             add(archive, name, jpeg(70))
         add(archive, "7.txt", b"caption 7")
     reader = create_reader("webdataset", tmp_path / "mixed.tar")
     check(reader, [7])
-    assert reader.dropped == 1 and "'1': its name goes on with '2.3.jpg', and the format cuts" in " ".join(reader.log)
+    assert reader.dropped == 2 and "'1': its name goes on with '2.3.jpg', and the format cuts" in " ".join(reader.log)
+
+
+def test_a_plain_name_among_uids_loses_none_of_their_pairs(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for k, name in ((3, "1.2.840.3"), (7, "7"), (5, "1.2.840.5")):
+            add(archive, f"{name}.jpg", jpeg(10 * k))
+            add(archive, f"{name}.txt", f"caption {k}".encode())
+    reader = create_reader("webdataset", tmp_path)
+    check(reader, [3, 7, 5])
+    assert reader.dropped == 0
 
 
 def test_patterns_and_lists_of_shards(shards, monkeypatch):
@@ -224,9 +238,34 @@ def test_several_captions_come_from_the_json(tmp_path):
             ("3.jpg", jpeg()),
             ("3.txt", b"three"),
             ("3.json", b"[]"),
+            ("4.jpg", jpeg()),
+            ("4.txt", b"four"),
+            ("4.json", b'{"captions": [], "caption": "x"}'),
+            ("5.jpg", jpeg()),
+            ("5.txt", b"\n"),
+            ("5.json", b'{"captions": [null, ""], "caption": "five"}'),
+            ("6.jpg", jpeg()),
+            ("6.json", b'{"captions": [null, "six"]}'),
         ],
     )
-    assert [reader.captions(i) for i in range(3)] == [["one", "uno"], ["zwei ü"], ["three"]]
+    expected = [["one", "uno"], ["zwei ü"], ["three"], ["four"], ["five"], ["six"]]
+    assert [reader.captions(i) for i in range(len(reader))] == expected
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    """Notepad puts one at the head of what it saves as UTF-8."""
+    (tmp_path / "shards").mkdir()
+    members = [("1.jpg", jpeg()), ("1.txt", codecs.BOM_UTF8 + b"one"), ("2.jpg", jpeg())]
+    reader_of(tmp_path / "shards", [*members, ("2.json", codecs.BOM_UTF8 + b'{"caption": "two"}')])
+    (tmp_path / "list.txt").write_bytes(codecs.BOM_UTF8 + b"shards/a.tar\r\n")
+    reader = create_reader("webdataset", tmp_path, "list.txt")
+    assert all_captions(reader) == ["one", "two"]
+    (tmp_path / "captions.txt").write_bytes(codecs.BOM_UTF8 + b"chest film\r\n")
+    assert predict.read_captions(tmp_path / "captions.txt") == ["chest film"]
+    (tmp_path / "catalog.json").write_bytes(codecs.BOM_UTF8 + b"{}")
+    assert read_catalog(tmp_path / "catalog.json") == utils.read_json(tmp_path / "catalog.json") == {}
+    (tmp_path / "vocab.txt").write_bytes(codecs.BOM_UTF8 + b"[PAD]\n[UNK]\n")
+    assert read_vocab(tmp_path / "vocab.txt") == ["[PAD]", "[UNK]"]
 
 
 def test_names_extensions_and_order_as_tar_makes_them(tmp_path):

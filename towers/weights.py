@@ -49,6 +49,7 @@ class Mismatch:
     missing: list[str]
     unexpected: list[str]
     shapes: list[str]  # with both shapes
+    types: list[str]  # whole numbers for weights, as of a quantised file, with both types
 
     @classmethod
     def between(cls, own: dict[str, Tensor], given: dict[str, Tensor]) -> Mismatch:
@@ -63,14 +64,20 @@ class Mismatch:
             if name in given and given[name].shape != value.shape
         ]
         missing = [name for name in own if name not in given and not name.endswith(".num_batches_tracked")]
-        return cls(missing, [name for name in given if name not in own], shapes)
+        types = [
+            f"{name} {given[name].dtype} instead of {value.dtype}".replace("torch.", "")
+            for name, value in own.items()
+            if name in given and value.is_floating_point() and not given[name].is_floating_point()
+        ]
+        return cls(missing, [name for name in given if name not in own], shapes, types)
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shapes)
+        return bool(self.missing or self.unexpected or self.shapes or self.types)
 
     def __str__(self) -> str:
         """Every kind with its number and its first names."""
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "other shape": self.shapes}
+        kinds |= {"other type": self.types} if self.types else {}
         return "; ".join(f"{kind} ({len(names)}): {', '.join(names[:8]) or 'none'}" for kind, names in kinds.items())
 
 
