@@ -27,6 +27,7 @@ from beit_finetuning import run_class_finetuning
 from beit_finetuning.modeling_finetune import create_beit
 from beit_finetuning.views import EvalView, beit_preprocess
 from beit_finetuning.weights import load_weights
+from exporting import formats
 from inputs.sizes import as_size, height_width
 from inputs.transforms import (
     Preprocess,
@@ -302,7 +303,7 @@ def test_exports_hold_the_shape(trained, tmp_path):
 def test_an_export_to_medclip_refuses_what_is_no_square(tmp_path):
     model = models.at_size(tiny_medslip(vocab_size=models.BERT_VOCABULARY), (96, 64))
     with pytest.raises(ValueError, match="square"):
-        export.to_medclip(models.Pretrained(model, model.preprocess, None, "c"), tmp_path)
+        formats.to_medclip(models.Pretrained(model, model.preprocess, None, "c"), tmp_path)
 
 
 def test_open_clips_own_views_would_be_others(tmp_path):
