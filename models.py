@@ -130,7 +130,9 @@ class ImageModel(nn.Module):
             raise ValueError(f"cannot freeze {tower!r}: this model has {list(self.parts)}")
         self.frozen += self.parts[tower]
         for name in self.parts[tower]:
-            getattr(self, name).requires_grad_(False)
+            part = getattr(self, name).requires_grad_(False)
+            if (own := getattr(part, "projection", None)) is not None:  # open_clip's text tower holds its own
+                own.requires_grad_(True)
         self.train(self.training)
 
     def hold_batchnorm(self) -> int:

@@ -119,3 +119,17 @@ def test_a_text_tower_is_the_mean_over_a_captions_own_tokens(made, kind):
         hidden = theirs(input_ids=torch.tensor([tokenizer(caption)["input_ids"][:24]])).last_hidden_state
         expected = hidden.mean(1) @ model.text_projection
         assert (model.encode_text(tokens)[i] - expected[0]).abs().max() < 1e-5
+
+
+LEARNS = {
+    "clip": "text_projection", "open_clip": "text_tower.model.text_projection",
+    "biomedclip": "text_tower.model.proj.0.weight",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LEARNS)
+def test_a_frozen_text_towers_projection_keeps_learning(made, kind):
+    model = models.load_pretrained(made(kind)).model.requires_grad_(True)
+    model.freeze("text")
+    text = {name for name, value in model.named_parameters() if name.startswith("text") and value.requires_grad}
+    assert LEARNS[kind] in text and all("proj" in name for name in text)
