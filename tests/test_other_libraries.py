@@ -9,7 +9,7 @@ import twins
 
 import models
 from inputs.transforms import eval_view
-from towers import library, sources
+from towers import library, pretrained, sources
 
 LABELS = ["a mammogram of a mass", "chest radiograph"]
 
@@ -133,3 +133,10 @@ def test_a_frozen_text_towers_projection_keeps_learning(made, kind):
     model.freeze("text")
     text = {name for name, value in model.named_parameters() if name.startswith("text") and value.requires_grad}
     assert LEARNS[kind] in text and all("proj" in name for name in text)
+
+
+def test_a_file_of_a_model_is_not_taken_from_its_preparation(made):
+    """timm's own record of the tower's name says another mean than the folder does."""
+    folder = made("biomedclip")
+    with pytest.raises(ValueError, match=f"says how images are prepared: --vision-weights {folder}"):
+        pretrained.vision_data("test_vit", folder / "open_clip_pytorch_model.bin")

@@ -54,6 +54,10 @@ def vision_data(tower: str, source: str | Path) -> dict[str, Any]:
     """
     if not timm.is_model(tower):
         raise ValueError(f"--vision-weights is for towers of timm, not {tower}: add --vision-tower NAME")
+    if Path(source).is_file() and (Path(source).parent / "open_clip_config.json").is_file():
+        folder = Path(source).parent
+        raise ValueError(f"{source} is a part of open_clip's model in {folder}, which says how images are prepared: "
+                         f"--vision-weights {folder}")  # fmt: skip
     cfg = timm.get_pretrained_cfg(tower, allow_unregistered=True)
     found = dict(mean=cfg.mean, std=cfg.std, input_size=cfg.input_size) if cfg else {}
     if Path(source).is_dir():
