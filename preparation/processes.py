@@ -1,22 +1,26 @@
-"""Work spread over processes that share one object."""
+"""What the commands that prepare images share: work over processes, a folder's settings, room on the disk."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import signal
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from runtime.signals import end_with_parent, signals_held_back
-from utils import write_json
+from utils import refuse_full, write_json
+
+log = logging.getLogger("medslip")
 
 
 @contextmanager
@@ -87,3 +91,19 @@ def keep_settings(path: Path, settings: dict, output: str) -> None:
         raise ValueError(f"{path.parent} is not empty and not begun by this command: choose another folder")
     else:
         write_json(path, settings)
+
+
+def say_room(output: Path, sources: Iterable[str | Path], copied: bool) -> None:
+    """Say what the files take that are to be written, at most, and what is free.
+
+    Args:
+        copied: they are written as they are: where they do not fit, that is an OSError before the first one.
+    """
+    needed = 0
+    for path in sources:
+        with suppress(OSError):  # absent or unreadable, which is said where it is read
+            found = os.stat(path)
+            needed += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    if needed:
+        free = refuse_full(output, needed if copied else 0, "the images")
+        log.info(f"{output}: at most {needed / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")

@@ -15,7 +15,7 @@ from inputs.dicom import is_dicom
 from inputs.display import DISPLAY, Display, add_frame_argument
 from inputs.images import UnreadableImage, decode_image
 from inputs.reader import Reader
-from preparation.processes import add_workers_argument, keep_settings, over_processes
+from preparation.processes import add_workers_argument, keep_settings, over_processes, say_room
 from preparation.shrink import check_short_side, encode, format_of, shrink
 from runtime.command_line import HelpFormatter
 from runtime.logs import progress
@@ -115,6 +115,8 @@ def make_shards(
     numbers = range(math.ceil(len(reader) / shard_size))
     missing = [number for number in numbers if not shards.path(number).is_file()]
     there = len(reader) - sum(len(shards.rows(number)) for number in missing)
+    named = (reader.name(i) for number in missing for i in shards.rows(number))  # of an archive's members no file
+    say_room(output, named, copied=short_side is None and frame == "first")
     with (
         over_processes(workers, shards) as each,
         progress(desc="writing", total=len(reader), initial=there, unit=" images") as bar,

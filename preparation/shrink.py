@@ -19,7 +19,7 @@ from PIL import Image
 from datasets import UnreadableImages
 from inputs.files import files_below
 from inputs.images import UnreadableImage, decode_image
-from preparation.processes import add_workers_argument, keep_settings, over_processes
+from preparation.processes import add_workers_argument, keep_settings, over_processes, say_room
 from runtime.command_line import HelpFormatter
 from runtime.logs import progress
 from utils import atomic_write
@@ -105,6 +105,7 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
     output.mkdir(parents=True, exist_ok=True)
     keep_settings(output / "shrink.json", {"root": str(root), "short_side": short_side}, "*")
     unreadable = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
+    say_room(output, files_below(root), copied=False)
     counts: Counter = Counter()
     names = (os.path.relpath(path, root) for path in files_below(root))
     paths = (name for name in names if name not in ("shrink.json", "bad_samples.txt"))  # of an earlier copy

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from source_tree import FILES, LARGE, grey_of, make_coco
 from test_dicom import write_dicom
 
 import make_dataset
+import utils
 from datasets import create_reader
 from inputs import archives
 from inputs.images import decode_image, to_rgb8
@@ -234,3 +236,18 @@ def test_a_dicom_file_of_any_name_goes_into_a_shard(tmp_path):
         found = create_reader("webdataset", tmp_path / str(short_side)).image(0)
         expected = reader.image(0) if short_side is None else reader.image(0).resize((32, 32), Image.Resampling.LANCZOS)
         assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 2
+
+
+def test_what_is_to_be_written_is_said_and_refused_where_it_does_not_fit(tmp_path, monkeypatch, caplog):
+    (tmp_path / "pairs").mkdir()
+    for i in range(3):
+        Image.new("L", (64, 64), i).save(tmp_path / "pairs" / f"{i}.bmp")
+    (tmp_path / "pairs" / "pairs.csv").write_text("image,caption\n" + "".join(f"{i}.bmp,a\n" for i in range(3)))
+    reader = create_reader("csv", tmp_path / "pairs", "pairs.csv")
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(9**9, 9**9, 100))
+    with pytest.raises(OSError, match="GB free; the images take"):
+        shards.make_shards(reader, tmp_path / "whole")
+    caplog.set_level("INFO")
+    shards.make_shards(reader, tmp_path / "smaller", short_side=8)  # of which nobody knows before how much it is
+    shrink.shrink_tree(tmp_path / "pairs", tmp_path / "copy", 8)
+    assert caplog.text.count("at most 0.0 GB to write, 0.0 GB free") == 2
