@@ -290,7 +290,9 @@ def report_rows(
     for path in baselines:
         theirs = Predictions.read(path, scheme)
         difference = score_difference(predictions, theirs, path, resamples)
-        differences.append(difference | {"settings_differ": settings_that_differ(path, settings)})
+        differ = settings_that_differ(path, settings)
+        differ.pop("weights_sha256", None)  # other weights are what is compared
+        differences.append(difference | {"settings_differ": differ})
     if differences:
         results |= {name: differences[0][name] for name in ("baseline", "difference")} | {"differences": differences}
     return results

@@ -330,3 +330,14 @@ def test_the_table_for_people_says_what_was_left_out_and_lines_its_columns_up(tm
     assert "Difference" not in alone and "Malignant against" in alone
     del plain["detection"]
     assert "against" not in predictions.describe_results(plain | {"lesions_skipped": {"test": 0}}, "k-NN")
+
+
+def test_other_weights_are_not_called_another_setting(tmp_path):
+    """They are what two checkpoints differ in; all else that differs is said."""
+    found = table(90)
+    found.write(tmp_path / "predictions.csv")
+    (tmp_path / "results.json").write_text(json.dumps({"settings": {"weights_sha256": "a" * 64, "folds": 0}}))
+    ours = {"weights_sha256": "b" * 64, "folds": 5}
+    baseline = [str(tmp_path / "predictions.csv")]
+    results = predictions.report_rows(found, (found.labels, found.prob), baseline, ours, Bootstrap(40))
+    assert results["differences"][0]["settings_differ"] == {"folds": [0, 5]}
