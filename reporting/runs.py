@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,7 @@ class Runs:
     settings: list[tuple[str, dict]] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)
     skipped: dict[str, dict] = field(default_factory=dict)  # table -> lesions without image, by split
+    names: dict[Path, str] = field(default_factory=dict)  # of the row of each results.json
     cbis: Path | None = None
     synthetic: bool = False
     read: list[Path] = field(default_factory=list)
@@ -107,6 +109,7 @@ def read_json(path: Path, runs: Runs) -> dict:
 def gather(folders: Sequence[Path], cbis_root: Path | None = None) -> Runs:
     """Everything that a report can show, from the files of runs. Raises where a folder has none."""
     runs = Runs(cbis=cbis_root)
+    runs.names = row_names(folders)
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder of a run")
@@ -114,7 +117,7 @@ def gather(folders: Sequence[Path], cbis_root: Path | None = None) -> Runs:
         if (folder / "tables.json").is_file():
             add_tables(folder, runs)
         else:
-            found = [path for path in sorted(folder.rglob("results.json")) if "earlier_" not in str(path)]
+            found = result_files(folder)
             # A run that is compared with others comes after them.
             for path in sorted(found, key=lambda path: "differences" in read_json(path, runs)):
                 add_results(path, folder, runs)
@@ -145,6 +148,40 @@ def row_name(path: Path, folder: Path, kind: str) -> str:
     """A probe's name without its table: vit_mammo for vit_mammo/calc, untrained for probe/calc_untrained."""
     words = [re.sub(rf"^{re.escape(kind)}_|_{re.escape(kind)}$", "", part) for part in named(path, folder).split("/")]
     return "/".join(word for word in words if word not in (kind, "probe", "")) or named(path, folder)
+
+
+GENERIC = {"runs", "probe", "linear", "finetuned", "training", *TABLES, *cbis.CBIS_SETS}  # tell no run from another
+
+
+def result_files(folder: Path) -> list[Path]:
+    """Of the probes and fine-tuned models in a folder, but for those that were set aside."""
+    return [path for path in sorted(folder.rglob("results.json")) if "earlier_" not in str(path)]
+
+
+def row_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """What the row of each results.json is called, by its whole path: no two runs of one table alike.
+
+    A run is called by its place below the folder that was given; where that tells nothing (the folder is the run, and
+    is called mass) or is another's name too, by the shortest end of its path that no other run of the table has.
+    """
+    of_table: dict[str, dict[Path, str]] = {}
+    for folder in folders:
+        for path in result_files(folder):
+            dataset = str(utils.read_json(path).get("dataset", ""))
+            kind = str(cbis.CBIS_SETS.get(dataset, dataset))
+            of_table.setdefault(kind, {})[path.resolve()] = row_name(path.parent, folder, kind)
+    names: dict[Path, str] = {}
+    for kind, own in of_table.items():
+        called = Counter(own.values())
+        unclear = [path for path, name in own.items() if called[name] > 1 or name in GENERIC or name == kind]
+        names |= own
+        words = {path: [part for part in path.parent.parts[1:] if part not in {kind, *GENERIC}] for path in unclear}
+        for length in range(1, max(map(len, words.values()), default=0) + 1):
+            ends = {path: "/".join(words[path][-length:]) or own[path] for path in unclear}
+            if len({*ends.values(), *(own[path] for path in own if path not in ends)}) == len(own):
+                names |= ends
+                break
+    return names
 
 
 def add_tables(folder: Path, runs: Runs) -> None:
@@ -203,7 +240,7 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
     require(result, path, files.RESULT)
     kind = str(cbis.CBIS_SETS.get(dataset, dataset))
     table = runs.tables.setdefault(kind, ResultTable(kind, tuple(result["classes"]), positive_class(result)))
-    name = row_name(path.parent, folder, kind)
+    name = runs.names[path.resolve()]
     table.tested(result, path)
     runs.skipped.setdefault(kind, result.get("lesions_skipped", {}))
     untrained = result.get("weights", {}).get("untrained")
@@ -216,7 +253,9 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
         )
     )  # fmt: skip
     for entry in result.get("differences", []):
-        table.comparisons.append({**entry, "row": name, "leaves_out": table.rows[-1].leaves_out, "primary": False})
+        beside = Path(entry["baseline"]).resolve().with_name("results.json")
+        entry = {**entry, "baseline": runs.names.get(beside, entry["baseline"]), "row": name}
+        table.comparisons.append({**entry, "leaves_out": table.rows[-1].leaves_out, "primary": False})
     if result.get("fractions"):
         runs.fractions.append((name, TABLES.get(kind, kind), result["fractions"]))
 

@@ -408,3 +408,22 @@ def test_the_page_lays_out_on_desk_and_phone_in_light_and_dark(runs, probed, tmp
     broken = tmp_path / "broken.html"
     broken.write_text("<html><head><title></title></head><body><script>missing()</script></body></html>")
     assert "missing is not defined" in laid_out(broken, 500, False, tmp_path)[1]  # a console error would be seen
+
+
+def test_runs_are_told_apart_by_the_shortest_part_of_their_paths(tmp_path, probed):
+    """README's own folders: runs/NAME/mass, each given by itself; a baseline has the name of its row."""
+    result = json.loads(next(path for path in probed.rglob("results.json")).read_text())
+    dataset = result["dataset"]
+    for name in ("vit_mammo", "vit_all", "old/vit_all"):
+        folder = tmp_path / "runs" / name / dataset.removeprefix("cbis_")
+        folder.mkdir(parents=True)
+        difference = {"baseline": str(tmp_path / "runs" / "vit_mammo" / folder.name / "predictions.csv")}
+        apart = {key: value | {"p_value": 0.5} for key, value in result["metrics"].items()}
+        more = {"differences": [difference | {"difference": apart}]} if name == "vit_all" else {}
+        (folder / "results.json").write_text(json.dumps(result | {"differences": []} | more))
+    folders = sorted(path.parent for path in tmp_path.rglob("results.json"))
+    (table,) = reporting_runs.gather(folders).tables.values()
+    names = sorted(row.name for row in table.rows)
+    assert "vit_mammo" in names and len(set(names)) == 3 and sum(name.endswith("vit_all") for name in names) == 2
+    (compared,) = table.comparisons
+    assert compared["baseline"] == "vit_mammo" and compared["row"] in names
