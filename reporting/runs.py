@@ -176,11 +176,13 @@ def row_names(folders: Sequence[Path]) -> dict[Path, str]:
         unclear = [path for path, name in own.items() if called[name] > 1 or name in GENERIC or name == kind]
         names |= own
         words = {path: [part for part in path.parent.parts[1:] if part not in {kind, *GENERIC}] for path in unclear}
-        for length in range(1, max(map(len, words.values()), default=0) + 1):
-            ends = {path: "/".join(words[path][-length:]) or own[path] for path in unclear}
-            if len({*ends.values(), *(own[path] for path in own if path not in ends)}) == len(own):
-                names |= ends
-                break
+        taken = {name for path, name in own.items() if path not in words}
+        for path, mine in words.items():
+            others = [theirs for other, theirs in words.items() if other != path]
+            for length in range(1, len(mine) + 1):
+                names[path] = "/".join(mine[-length:])
+                if names[path] not in taken and all(theirs[-length:] != mine[-length:] for theirs in others):
+                    break
     return names
 
 
