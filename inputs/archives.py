@@ -194,7 +194,10 @@ class Yfcc15m(Reader):
         return self.archives.read(*self._place(i))
 
 
-SHARD_IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp")  # extensions of a sample's image
+# Extensions of a sample's image.
+SHARD_IMAGES = (
+    "jpg", "jpeg", "jpe", "jfif", "png", "webp", "tif", "tiff", "gif", "bmp", "jp2", "avif", "dcm", "dicom",
+)  # fmt: skip
 SHARD_TEXTS = ("txt", "json")  # and of what may hold its captions
 
 

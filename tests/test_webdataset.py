@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TINY
+from PIL import Image
 from roco_tree import make_roco
 from source_tree import PREPROCESS, all_captions, grey_of, jpeg
+from test_dicom import LINE, write_dicom
 from torch.utils.data import DataLoader
 
 import main
@@ -460,3 +462,19 @@ def test_a_caption_that_stands_for_none_is_none(tmp_path):
             add(archive, f"{i}.txt", text.encode())
     reader = create_reader("webdataset", tmp_path)
     assert all_captions(reader) == ["a mass"] and "2 rows dropped because they have no caption" in "\n".join(reader.log)
+
+
+def test_members_of_every_kind_of_image_are_read(tmp_path):
+    write_dicom(tmp_path / "a.dcm", LINE)
+    members = {"2.dcm": (tmp_path / "a.dcm").read_bytes()}
+    for name, form in (("0.jp2", "JPEG2000"), ("1.jfif", "JPEG")):
+        buffer = io.BytesIO()
+        Image.new("RGB", (16, 16), (90, 90, 90)).save(buffer, form)
+        members[name] = buffer.getvalue()
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in sorted({**members, **{f"{i}.txt": b"a" for i in range(3)}}.items()):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    found = create_reader("webdataset", tmp_path)
+    assert [found.image(i).size for i in range(len(found))] == [(16, 16), (16, 16), (64, 64)]
