@@ -427,3 +427,6 @@ def test_runs_are_told_apart_by_the_shortest_part_of_their_paths(tmp_path, probe
     assert names == sorted(["old/vit_all", f"{tmp_path.name}/vit_all", "vit_mammo"])
     (compared,) = table.comparisons
     assert compared["baseline"] == "vit_mammo" and compared["row"] in names
+    make_report.main([*map(str, folders), "--output-dir", str(tmp_path / "page"), "--no-images"])
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert "Recall is the balanced accuracy" in page and "Grey: as published" not in page  # no such row is there
