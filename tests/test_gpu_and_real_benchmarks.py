@@ -111,7 +111,10 @@ def test_rows_are_trained_probed_and_compared(tmp_path, monkeypatch):
     for rows in report["table"].values():
         for name, cells in rows.items():
             value = cells["auroc"]
-            assert value["low"] <= value["value"] <= value["high"]
+            if value["low"] is None:  # on so few images some AUROC is 100 in every resample
+                assert value["value"] in (0, 100) and value["why"]
+            else:
+                assert value["low"] <= value["value"] <= value["high"]
             if name != "ImageNet" and "ImageNet" in rows:
                 gain = cells["auroc minus ImageNet"]
                 assert gain["value"] == pytest.approx(value["value"] - rows["ImageNet"]["auroc"]["value"])
