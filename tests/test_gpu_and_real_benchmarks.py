@@ -111,8 +111,8 @@ def test_rows_are_trained_probed_and_compared(tmp_path, monkeypatch):
     for rows in report["table"].values():
         for name, cells in rows.items():
             value = cells["auroc"]
-            if value["low"] is None:  # on so few images some AUROC is 100 in every resample
-                assert value["value"] in (0, 100) and value["why"]
+            if value["low"] is None:  # on so few images an AUROC may be the same in every resample
+                assert value["why"]
             else:
                 assert value["low"] <= value["value"] <= value["high"]
             if name != "ImageNet" and "ImageNet" in rows:
