@@ -293,6 +293,16 @@ def quiet() -> Iterator[None]:
             theirs.enable_progress_bar()
 
 
+def _there(auto: Any, folder: Path, lacks: str) -> Any:
+    """What one of transformers' Auto classes makes of a folder, without its code; ValueError says what it lacks."""
+    with quiet():
+        try:
+            return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of many kinds
+            why = str(error).strip().splitlines()
+            raise ValueError(f"{folder} {lacks} ({why[0] if why else type(error).__name__})") from error
+
+
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -300,13 +310,7 @@ def _hf_preprocess(folder: Path) -> Preprocess:
     """What a folder's image processor does, with its library's defaults; ValueError for more than Preprocess knows."""
     from transformers import AutoImageProcessor
 
-    with quiet():
-        try:
-            theirs = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of many kinds
-            why = str(error).strip().splitlines()
-            raise ValueError(f"{folder} does not say how images are prepared ({why[0] if why else error})") from error
-    given = theirs.to_dict()
+    given = _there(AutoImageProcessor, folder, "does not say how images are prepared").to_dict()
     if not given.get("do_resize", True) or abs(given.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
         raise ValueError(f"{folder}: its images are not resized, or not scaled to 1: no preparation that is known")
     normalised = given.get("do_normalize", True)
@@ -352,12 +356,7 @@ def _hf_tokenizer(folder: Path, longest: int, whole: bool = False, causal: bool 
     """
     from transformers import AutoTokenizer
 
-    with quiet():
-        try:
-            theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of many kinds
-            why = str(error).strip().splitlines()
-            raise ValueError(f"{folder} holds no tokenizer ({why[0] if why else type(error).__name__})") from error
+    theirs = _there(AutoTokenizer, folder, "holds no tokenizer")
     length = int(min(longest, theirs.model_max_length))
     return _own_tokenizer(theirs, folder, length, 0 if causal else theirs.pad_token_id or 0, whole)
 
