@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import twins
 from helpers import assert_same_run, stop_after
 from PIL import Image
@@ -16,6 +17,7 @@ import main_linear
 import models
 import predict
 from beit_finetuning import run_class_finetuning
+from inputs.transforms import eval_view
 
 PAIRS = {
     "clip": twins.clip, "siglip": twins.siglip, "siglip2": twins.siglip2, "open_clip": twins.open_clip_pair,
@@ -73,7 +75,7 @@ def test_a_model_of_another_library_through_the_commands(kind, data, tmp_path, m
     objective = "SLIP" if kind in PAIRS else "SIMCLR"
     train = ["--model", objective, "--init", str(source), "--dataset", "csv", "--root", str(data / "pairs"),
              "--lr", "1e-4", "--batch-size", "4", "--epochs", "2", "--workers", "0", "--gpu", "-1", "--ssl-mlp-dim",
-             "16", "--ssl-emb-dim", "8", "--val-fraction", "0"]  # fmt: skip
+             "16", "--ssl-emb-dim", "8", "--val-fraction", "0.25"]  # fmt: skip
     main.main([*train, "--output-dir", str(out / "whole")])
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # cut off after an epoch
         patched.setattr(main, "finish_epoch", stop_after(main.finish_epoch))
@@ -94,3 +96,20 @@ def test_a_model_of_another_library_through_the_commands(kind, data, tmp_path, m
     run_class_finetuning.main(tuned)
     rows = predict.main(["classify", str(out / "tuned"), str(data / "set" / "test"), "--gpu", "-1"])
     assert len(rows) == 8 and all(0 <= row["prob_bright"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("text", ["roberta", "modernbert"])
+def test_two_towers_of_different_models_are_trained_together(text, data, tmp_path):
+    image, words = twins.vision("dinov2", tmp_path / "dinov2"), twins.text(text, tmp_path / text)
+    train = ["--model", "SLIP", "--vision-weights", str(image), "--text-weights", str(words), "--dataset", "csv",
+             "--root", str(data / "pairs"), "--lr", "0", "--lr-start", "0", "--lr-end", "0", "--batch-size", "4",
+             "--epochs", "1", "--workers", "0", "--gpu", "-1", "--ssl-mlp-dim", "16", "--ssl-emb-dim", "8",
+             "--val-fraction", "0.25", "--wd", "0", "--output-dir", str(tmp_path / "run")]  # fmt: skip
+    main.main(train)
+    trained, alone = models.load_pretrained(tmp_path / "run" / "checkpoint_best.pt"), models.load_pretrained(image)
+    batch = torch.stack([eval_view(alone.preprocess)(picture, None) for picture in twins.images()])
+    with torch.inference_mode():
+        assert (trained.model.visual(batch) - alone.model.visual(batch)).abs().max() < 1e-6
+    shutil.rmtree(words)
+    theirs = models.load_pretrained(tmp_path / "run" / "checkpoint_best.pt")
+    assert np.ptp(theirs.embed_captions(twins.CAPTIONS), axis=0).max() > 1e-3
