@@ -41,7 +41,7 @@ from inputs.display import FRAMES, SHOWN, Display, add_frame_argument
 from inputs.files import IMAGE_SUFFIXES, images_below
 from inputs.images import decode_shown, frames_of, read_bytes
 from inputs.metadata import Table
-from inputs.transforms import eval_view, linear_eval_view
+from inputs.transforms import eval_view, linear_eval_view, takes_grey
 from runtime.checkpoints import is_finetuned, load_checkpoint
 from runtime.command_line import HelpFormatter, UsageError, positive_int, run_script
 from runtime.integrity import read_arrays
@@ -133,9 +133,9 @@ class Shown:
         """As answers name it; a frame of several by its number."""
         return f"{self.path}#{self.display.frame}" if isinstance(self.display.frame, int) else str(self.path)
 
-    def read(self) -> tuple[Image.Image, str]:
-        """The image, and where its grey values come from; raises as `read_bytes` and `decode_shown` do."""
-        return decode_shown(read_bytes(self.path), str(self.path), self.display)
+    def read(self, grey: bool = False) -> tuple[Image.Image, str]:
+        """What `decode_shown` gives; raises as that and `read_bytes` do."""
+        return decode_shown(read_bytes(self.path), str(self.path), self.display, grey)
 
 
 class ImageList(Dataset):
@@ -148,7 +148,7 @@ class ImageList(Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        image, greys = self.images[i].read()
+        image, greys = self.images[i].read(takes_grey(self.view))
         return self.view(image, None), SHOWN.index(greys)
 
 

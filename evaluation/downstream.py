@@ -36,7 +36,7 @@ from inputs.conventions import alike
 from inputs.display import DISPLAY, Display
 from inputs.files import composed, images_below, is_system, on_disk
 from inputs.images import read_image
-from inputs.transforms import Preprocess, View, as_view
+from inputs.transforms import Preprocess, View, as_view, takes_grey
 
 log = logging.getLogger("medslip")
 
@@ -104,7 +104,7 @@ class Downstream(Dataset):
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor | Image.Image, int]:
-        image = self.image(i)
+        image = self.plain(i) if takes_grey(self.transform) else self.image(i)
         return image if self.transform is None else self.transform(image), int(self.labels[i])
 
     def images_of_classes(self) -> list[int]:
@@ -116,6 +116,10 @@ class Downstream(Dataset):
     def image(self, i: int) -> Image.Image:
         """Sample i as RGB with 8 bits."""
         raise NotImplementedError
+
+    def plain(self, i: int) -> Image.Image:
+        """The same, or L where the sample is grey."""
+        return self.image(i)
 
     def contents(self) -> Iterator[Any]:
         """Arrays that tell these images from others: their paths, or their pixels."""
@@ -152,7 +156,8 @@ class Views(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        return self.view(self.images.image(index), rng), int(self.images.labels[index])
+        image = self.images.plain(index) if takes_grey(self.view) else self.images.image(index)
+        return self.view(image, rng), int(self.images.labels[index])
 
 
 class ImageFiles(Downstream):
@@ -168,6 +173,10 @@ class ImageFiles(Downstream):
     def image(self, i: int) -> Image.Image:
         """Sample i, read from its file."""
         return read_image(self.root / self.paths[i], self.display)
+
+    def plain(self, i: int) -> Image.Image:
+        """As `Downstream.plain`."""
+        return read_image(self.root / self.paths[i], self.display, grey=True)
 
     def contents(self) -> Iterator[Any]:
         """The paths, and how they are shown where that is not as the files say."""

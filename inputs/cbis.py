@@ -76,7 +76,7 @@ class CbisLesions(Dataset):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int, dict[str, str]]:
-        return self.view(read_image(self.paths[i]), None), self.labels[i], self.rows[i]
+        return self.view(read_image(self.paths[i], grey=True), None), self.labels[i], self.rows[i]
 
 
 def read_lesions(table: Path) -> list[dict[str, str]]:

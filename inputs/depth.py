@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from inputs.display import AS_STORED, BY_HAND, STRETCHED
 
 WINDOW_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")  # DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3
+PERCENTILES = (0.5, 99.5)  # what an image without a window is shown between
 
 
 def window_to_8bit(
@@ -15,19 +19,21 @@ def window_to_8bit(
     width: float | None = None,
     invert: bool = False,
     function: str = "LINEAR",
+    counts: np.ndarray | None = None,
 ) -> np.ndarray:
     """Map grey values of any range and type to uint8, same shape.
 
     With `center` and `width` by that DICOM VOI window and its `function` (one of WINDOW_FUNCTIONS), else linearly from
     the 0.5 to the 99.5 percentile of the finite values. `invert` is for MONOCHROME1, whose low values are bright. An
-    image of one value gives zeros; a value that is not finite gives 0. Inversion comes last.
+    image of one value gives zeros; a value that is not finite gives 0. Inversion comes last. `counts`, of the same
+    shape, says how often each value stands in the image, where `array` holds each once.
     """
     if function not in WINDOW_FUNCTIONS:
         raise ValueError(f"unknown window function {function!r}; choose from {', '.join(WINDOW_FUNCTIONS)}")
     x = np.asarray(array, dtype=np.float32 if array.dtype.itemsize <= 2 else np.float64)
     finite = np.isfinite(x)
     if center is None or width is None:
-        low, high = np.percentile(x[finite], (0.5, 99.5)) if finite.any() else (0.0, 0.0)
+        low, high = _percentiles(x[finite], None if counts is None else counts[finite])
     elif function == "LINEAR":
         low, high = center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2
     else:
@@ -41,17 +47,85 @@ def window_to_8bit(
     return np.rint(255 * (1 - fraction if invert else fraction)).astype(np.uint8)
 
 
-def to_8bit(values: np.ndarray, window: tuple[float, float] | None = None) -> tuple[np.ndarray, str]:
+def _percentiles(values: np.ndarray, counts: np.ndarray | None) -> tuple[Any, Any]:
+    """The 0.5 and 99.5 percentiles of floats, each standing `counts` times; zeros where there are none."""
+    if not values.size:
+        return 0.0, 0.0
+    if counts is None:
+        low, high = np.percentile(values, PERCENTILES)
+        return low, high
+    # As NumPy has it: between two neighbours in the sorted image. The counts say which values those are.
+    order = np.argsort(values)
+    upto = np.cumsum(counts[order])
+    places = (int(upto[-1]) - 1) * np.true_divide(PERCENTILES, 100)
+    below = np.floor(places).astype(np.int64)
+    first, second = (
+        values[order[np.searchsorted(upto, k, "right")]] for k in (below, np.minimum(below + 1, upto[-1] - 1))
+    )
+    part, step = places - below, second - first
+    low, high = np.where(part < 0.5, first + step * part, second - step * (1 - part))  # NumPy's rounding too
+    return low, high
+
+
+def to_8bit(
+    values: np.ndarray, window: tuple[float, float] | None = None, counts: np.ndarray | None = None
+) -> tuple[np.ndarray, str]:
     """Values of any depth to uint8, same shape, and which of `display.SHOWN` they come from.
 
     Those of an 8-bit image are taken as they are: it may be stored in 16 bits, or spread over their range (times 257,
     as PNG does it, or 256). Others go through `window` (center, width) where it is given, else between percentiles.
+    `counts` as in `window_to_8bit`.
     """
+    if counts is None and values.dtype != np.uint8 and (levels := levels_of(values)) is not None:
+        shown, how = to_8bit(levels.values, window, levels.counts)
+        return levels.spread(shown), how
     if (stored := _of_8_bits(values)) is not None:
         return stored, AS_STORED
     if window is not None:
         return window_to_8bit(values, *window), BY_HAND
-    return window_to_8bit(values), STRETCHED
+    return window_to_8bit(values, counts=counts), STRETCHED
+
+
+@dataclass(frozen=True)
+class Levels:
+    """An image of whole numbers by its different values: what is done to each value is done once, and not per pixel."""
+
+    image: np.ndarray  # of 8 or 16 bits, any shape
+    values: np.ndarray  # (n,), ascending, of the image's type
+    counts: np.ndarray  # (n,) int64, how often each stands there
+
+    def spread(self, shown: np.ndarray) -> np.ndarray:
+        """uint8 (n,), one for each of the values, to uint8 of the image's shape."""
+        first = int(self.values[0])
+        table = np.zeros(int(self.values[-1]) - first + 1, np.uint8)
+        table[self.values.astype(np.int64) - first] = shown
+        out = np.empty(self.image.shape, np.uint8)
+        for part, into in zip(_parts(self.image), _parts(out), strict=True):
+            index = part if first == 0 else part.astype(np.int64) - first
+            np.take(table, index, out=into, mode="clip")  # unlike "raise", without a copy of `into`
+        return out
+
+
+def levels_of(image: np.ndarray) -> Levels | None:
+    """An image's `Levels`; None where it has no whole numbers of 8 or 16 bits, or is too small to pay."""
+    if image.dtype.kind not in "iu" or image.dtype.itemsize > 2 or image.size < _PART:
+        return None
+    image = np.ascontiguousarray(image)
+    first, last = int(image.min()), int(image.max())
+    counts = np.zeros(last - first + 1, np.int64)
+    for part in _parts(image):
+        counts += np.bincount(part if first == 0 else part.astype(np.int64) - first, minlength=len(counts))
+    there = np.flatnonzero(counts)
+    return Levels(image, (there + first).astype(image.dtype), counts[there])
+
+
+_PART = 1 << 17  # pixels: NumPy makes 8 bytes of each number that it counts or looks up, which should stay in the cache
+
+
+def _parts(image: np.ndarray) -> list[np.ndarray]:
+    """Views of a contiguous image, one after the other."""
+    flat = image.reshape(-1)
+    return [flat[i : i + _PART] for i in range(0, flat.size, _PART)]
 
 
 def _of_8_bits(values: np.ndarray) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from inputs.depth import to_8bit, window_to_8bit
+from inputs.depth import levels_of, to_8bit, window_to_8bit
 from inputs.display import BY_FILE, BY_HAND, DISPLAY, Display
 from runtime.limits import BYTES, PIXELS
 
@@ -27,10 +27,11 @@ def is_dicom(data: bytes, name: str) -> bool:
 
 
 def displayed(data: bytes, display: Display = DISPLAY) -> tuple[Image.Image, str, int]:
-    """A frame as its file, or a person, wants it displayed, in RGB with 8 bits.
+    """A frame as its file, or a person, wants it displayed, with 8 bits.
 
     Returns:
-        the image, its pixels square; where its grey values come from, one of `display.SHOWN`; the number of frames.
+        the image, RGB or grey (L), its pixels square; where its grey values come from, one of `display.SHOWN`; the
+        number of frames.
 
     Raises:
         ImportError: without pydicom.
@@ -55,12 +56,19 @@ def displayed(data: bytes, display: Display = DISPLAY) -> tuple[Image.Image, str
         frame = apply_color_lut(frame, dataset)[..., :3]
         frame = frame if frame.dtype == np.uint8 else (frame >> 8).astype(np.uint8)  # entries fill all 16 bits
     _take_functional_groups(dataset, number)
-    shown, how = _grey(frame, dataset, display.window) if frame.ndim == 2 else to_8bit(frame)
-    return _square(Image.fromarray(shown), dataset).convert("RGB"), how, frames
+    if frame.ndim == 2:
+        levels = levels_of(frame)
+        shown, how = _grey(levels.values if levels else frame, dataset, display.window, levels and levels.counts)
+        shown = levels.spread(shown) if levels else shown
+    else:
+        shown, how = to_8bit(frame)
+    return _square(Image.fromarray(shown), dataset), how, frames
 
 
-def _grey(frame: np.ndarray, dataset: Any, window: tuple[float, float] | None) -> tuple[np.ndarray, str]:
-    """Stored values (H, W) to uint8, and where they come from."""
+def _grey(
+    frame: np.ndarray, dataset: Any, window: tuple[float, float] | None, counts: np.ndarray | None
+) -> tuple[np.ndarray, str]:
+    """Stored values, of any shape, to uint8, and where they come from; `counts` as in `window_to_8bit`."""
     padding = _padding(frame, dataset)
     values = _modality(frame, dataset)
     how = BY_HAND if window else BY_FILE
@@ -68,7 +76,7 @@ def _grey(frame: np.ndarray, dataset: Any, window: tuple[float, float] | None) -
     if grey is None:
         # No window: 8-bit values as they are, others between percentiles of what is not padding.
         grey = np.zeros(values.shape, np.uint8)
-        grey[~padding], how = to_8bit(values[~padding])
+        grey[~padding], how = to_8bit(values[~padding], counts=None if counts is None else counts[~padding])
         if (bits := int(dataset.get("BitsStored", 8))) < 8:  # a mask of one bit, say
             grey = np.rint(grey * (255 / ((1 << bits) - 1))).clip(0, 255).astype(np.uint8)
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":

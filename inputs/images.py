@@ -48,7 +48,13 @@ _DECODE_ERRORS = (
 
 
 def to_rgb8(img: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB with 8 bits.
+    """Any Pillow image as RGB with 8 bits."""
+    img = to_8_bits(img)
+    return img if img.mode == "RGB" else img.convert("RGB")
+
+
+def to_8_bits(img: Image.Image) -> Image.Image:
+    """Any Pillow image as RGB with 8 bits, or as L where it has one plane of grey values.
 
     Modes with more than 8 bits go through `to_8bit` (Pillow's own conversion clips them to white); transparent parts
     lie on white, the page on which a figure is printed.
@@ -56,11 +62,11 @@ def to_rgb8(img: Image.Image) -> Image.Image:
     if img.mode == "RGB":
         return img
     if _is_deep(img):
-        return Image.fromarray(to_8bit(np.asarray(img))[0]).convert("RGB")
+        return Image.fromarray(to_8bit(np.asarray(img))[0])
     if img.has_transparency_data:  # RGBA, LA, PA, and palettes with a transparent entry
         img = img.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", img.size, "white"), img).convert("RGB")
-    return img.convert("RGB")
+    return img if img.mode == "L" else img.convert("RGB")
 
 
 def _is_deep(img: Image.Image) -> bool:
@@ -143,29 +149,37 @@ def read_bytes(path: str | Path) -> bytes:
         raise UnreadableImage(f"cannot read the image {path}: {error}") from error
 
 
-def read_image(path: str | Path, display: Display = DISPLAY) -> Image.Image:
-    """The image at `path` as RGB with 8 bits; raises as `read_bytes` and `decode_image` do."""
-    return decode_image(read_bytes(path), str(path), display)
+def read_image(path: str | Path, display: Display = DISPLAY, grey: bool = False) -> Image.Image:
+    """The image at `path` as `decode_image` gives it; raises as that and `read_bytes` do."""
+    return decode_image(read_bytes(path), str(path), display, grey)
 
 
 def as_image(image: Any) -> Image.Image:
-    """A path, a Pillow image or an array of any depth as RGB with 8 bits."""
+    """A path, a Pillow image or an array of any depth as RGB with 8 bits, or L where it is grey."""
     if isinstance(image, (str, Path)):
-        return read_image(image)
-    return to_rgb8(image if isinstance(image, Image.Image) else Image.fromarray(to_8bit(np.asarray(image))[0]))
+        return read_image(image, grey=True)
+    return to_8_bits(image if isinstance(image, Image.Image) else Image.fromarray(to_8bit(np.asarray(image))[0]))
 
 
-def decode_image(data: bytes, name: str, display: Display = DISPLAY) -> Image.Image:
+def decode_image(data: bytes, name: str, display: Display = DISPLAY, grey: bool = False) -> Image.Image:
     """The image in `data` (DICOM, by content or name, or anything that Pillow reads) as RGB with 8 bits.
+
+    Args:
+        grey: leave an image of grey values in one plane (L), a third of the work and memory; our views take it.
 
     Raises:
         UnreadableImage: with `name` in the message.
     """
-    return decode_shown(data, name, display)[0]
+    return decode_shown(data, name, display, grey)[0]
 
 
-def decode_shown(data: bytes, name: str, display: Display = DISPLAY) -> tuple[Image.Image, str]:
+def decode_shown(data: bytes, name: str, display: Display = DISPLAY, grey: bool = False) -> tuple[Image.Image, str]:
     """What `decode_image` gives, and where its grey values come from, one of `display.SHOWN`."""
+    img, how = _decoded(data, name, display)
+    return img if grey else img.convert("RGB"), how
+
+
+def _decoded(data: bytes, name: str, display: Display) -> tuple[Image.Image, str]:
     if dicom.is_dicom(data, name) and not _is_another(data):
         return _dicom_image(data, name, display)
     try:
@@ -175,14 +189,18 @@ def decode_shown(data: bytes, name: str, display: Display = DISPLAY) -> tuple[Im
         if frame := display.index(frames):
             img.seek(frame)
         _refuse_planes(img)
-        if img.mode in ("RGB", "RGBA", "LA") and (deep := _channels_of_16_bits(data, frame)) is not None:
+        if (
+            img.format != "JPEG"
+            and img.mode in ("RGB", "RGBA", "LA")
+            and (deep := _channels_of_16_bits(data, frame)) is not None
+        ):
             return _rgb8_of_channels(deep, display.window)
         _refuse_lost_bits(img)
         img.load()
         if not _is_deep(img):
-            return to_rgb8(img), AS_STORED
+            return to_8_bits(img), AS_STORED
         grey, how = to_8bit(_unsigned(img), display.window)
-        return Image.fromarray(255 - grey if _white_is_zero(img) else grey).convert("RGB"), how
+        return Image.fromarray(255 - grey if _white_is_zero(img) else grey), how
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"cannot decode the image {name}: {error}{PIXELS.advice}") from error
     except UnidentifiedImageError as error:
@@ -286,14 +304,8 @@ def image_size(path: str | Path) -> tuple[int, int] | None:
 
 
 def decode_pixels(data: bytes, name: str) -> Tensor:
-    """What `decode_image` reads, as uint8 planes (3, H, W), the channels innermost; (1, H, W) of a grey JPEG."""
-    try:
-        img = Image.open(io.BytesIO(data))
-        if img.format == "JPEG" and img.mode in ("L", "RGB"):
-            return pixels_of(img)
-    except _DECODE_ERRORS:
-        pass  # `decode_image` says what is wrong
-    return pixels_of(decode_image(data, name))
+    """What `decode_image` reads, as uint8 planes (3, H, W), the channels innermost; (1, H, W) of a grey image."""
+    return pixels_of(decode_image(data, name, grey=True))
 
 
 def pixels_of(img: Image.Image) -> Tensor:

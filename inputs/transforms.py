@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from inputs.colour import Colour, draw_colour, luma
-from inputs.images import pixels_of, to_rgb8
+from inputs.images import pixels_of, to_8_bits, to_rgb8
 from inputs.sizes import Size, as_size, height_width
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -111,14 +111,14 @@ class Preprocess:
         return height_width(self.size)
 
     def whole(self, img: Image.Image) -> Image.Image:
-        """The whole image as the views take it: RGB ("slip") or grey and padded ("medclip"); idempotent."""
+        """The whole image as the views take it: RGB or grey, or ("medclip") grey and padded; idempotent."""
         if self.prepare != "medclip":
-            return to_rgb8(img)
+            return to_8_bits(img)
         return pad_to_shape(img if img.mode == "L" else to_rgb8(img).convert("L"), self.size)
 
     def pixels(self, image: Image.Image | Tensor) -> Tensor:
         """`whole` for uint8 planes (1 or 3, H, W), which the training views take; idempotent."""
-        pixels = pixels_of(to_rgb8(image)) if isinstance(image, Image.Image) else image
+        pixels = pixels_of(to_8_bits(image)) if isinstance(image, Image.Image) else image
         if self.prepare != "medclip":
             return pixels
         pixels = grey_if_equal(pixels)
@@ -250,6 +250,11 @@ def linear_train_view(preprocess: Preprocess, img: Image.Image, rng: np.random.G
     return preprocess.normalise(view.flip(-1) if rng.random() < 0.5 else view)
 
 
+def takes_grey(view: object) -> bool:
+    """Whether it is one of the views here, to which a grey image may come as one plane (L): the same view, sooner."""
+    return isinstance(view, partial) and view.func in (_eval, linear_eval_view, linear_train_view)
+
+
 def as_view(preprocess: Preprocess | View) -> View:
     """The evaluation view of a preparation; a view, another library's, stays what it is."""
     return eval_view(preprocess) if isinstance(preprocess, Preprocess) else preprocess
@@ -316,7 +321,7 @@ def _central(img: Image.Image, shape: tuple[int, int], fill: int) -> Image.Image
     """The central (H, W) of an image, on grey `fill` where it is smaller; torchvision's rounding."""
     height, width = shape
     if img.width < width or img.height < height:
-        ground = Image.new("RGB", (max(img.width, width), max(img.height, height)), (fill, fill, fill))
+        ground = Image.new(img.mode, (max(img.width, width), max(img.height, height)), (fill,) * len(img.getbands()))
         ground.paste(img, ((ground.width - img.width) // 2, (ground.height - img.height) // 2))
         img = ground
     x, y = round((img.width - width) / 2), round((img.height - height) / 2)

@@ -1,6 +1,7 @@
 """The views of training and evaluation against torchvision, and each model's own preparation."""
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from inputs.transforms import (
     IMAGENET_STD,
     MEDCLIP_MEAN,
     MEDCLIP_STD,
+    PREPARES,
     Preprocess,
     _crop_box,
     centre_crop,
@@ -28,6 +30,7 @@ from inputs.transforms import (
     padded_shape,
     random_resized_crop,
     ssl_pixels,
+    takes_grey,
 )
 
 SLIP = Preprocess(size=32)
@@ -245,7 +248,8 @@ def test_planes_are_prepared_as_images_are(img, size):
     assert np.array_equal(medclip.pixels(img), planes(medclip.whole(img)))
     assert np.array_equal(medclip.pixels(pixels_of(img)), planes(medclip.whole(img)))
     slip = Preprocess(size=size)
-    assert np.array_equal(np.broadcast_to(slip.pixels(img), (3, img.height, img.width)), planes(slip.whole(img)))
+    assert np.array_equal(slip.pixels(img), planes(slip.whole(img)))
+    assert np.array_equal(np.broadcast_to(slip.pixels(img), (3, img.height, img.width)), planes(img.convert("RGB")))
 
 
 @pytest.mark.parametrize("preprocess", [SLIP, MEDCLIP])
@@ -318,3 +322,19 @@ def test_padding_is_of_the_proportions_of_the_size_and_no_larger_than_it_must_be
         assert found[0] == height or found[1] == width or found == (h, w)  # one side touches
         assert min(abs(found[0] - found[1] * h / w), abs(found[1] - found[0] * w / h)) <= 0.5
         assert padded_shape(*found, (h, w)) == found
+
+
+@pytest.mark.parametrize("prepare", PREPARES)
+def test_a_grey_image_in_one_plane_is_seen_as_in_three(prepare):
+    preprocess = Preprocess(48, prepare=prepare, fill=90, interpolation="bicubic", resize_to=60)
+    for size in ((83, 61), (30, 200)):
+        grey = image(*size).convert("L")
+        for view in (
+            eval_view(preprocess),
+            partial(linear_eval_view, preprocess),
+            partial(linear_train_view, preprocess),
+        ):
+            assert takes_grey(view)
+            one, three = (view(img, np.random.default_rng(0)) for img in (grey, grey.convert("RGB")))
+            assert one.shape == (3, 48, 48) and torch.equal(one, three)
+    assert not takes_grey(lambda img, rng: img) and not takes_grey(None)
