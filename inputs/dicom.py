@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from inputs.codecs import CODECS, stored_values
 from inputs.depth import levels_of, to_8bit, window_to_8bit
 from inputs.display import BY_FILE, BY_HAND, DISPLAY, Display
 from runtime.limits import BYTES, PIXELS
@@ -38,7 +39,7 @@ def displayed(data: bytes, display: Display = DISPLAY) -> tuple[Image.Image, str
         Exception: of any kind, on a damaged file, or one without the frame.
     """
     import pydicom
-    from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.pixels import apply_color_lut
 
     _refuse_inflated(data)
     dataset = pydicom.dcmread(io.BytesIO(data))
@@ -49,7 +50,7 @@ def displayed(data: bytes, display: Display = DISPLAY) -> tuple[Image.Image, str
     number = display.index(frames)
     _take_sign(dataset, number)
     above = _above_the_low_bits(dataset)
-    frame = pixel_array(dataset, index=number)  # (H, W), or (H, W, 3) in RGB
+    frame = stored_values(dataset, number)  # (H, W), or (H, W, 3) in RGB
     frame = frame >> above if above else frame
     if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
         _mend_palette(dataset)
@@ -95,15 +96,22 @@ def frames_of(path: str | Path) -> int:
 
 def reason(error: Exception) -> str:
     """Why a file cannot be shown, in a user's words where pydicom has its own."""
+    from pydicom.uid import UID
+
+    first, *each = str(error).splitlines() or [""]
     text = str(error)
     if "missing dependencies" in text:  # its plugins, each with what it requires
         kind = re.search("'([^']+)'", text)
         packages = sorted(set(re.findall(r"\bpylibjpeg(?:-\w+)?", text)))
         named = f"it is {kind[1]}" if kind else "it is compressed"
-        return f"{named} and not damaged: to read it, pip install {' '.join(packages)}"
+        advice = f"pip install {' '.join(packages)}"
+        if kind and kind[1] in {UID(syntax).name for syntax in CODECS}:
+            advice = f"pip install imagecodecs (grey), or {advice} (colour too)"
+        return f"{named} and not damaged: to read it, {advice}"
     if type(error).__name__ == "InvalidDicomError":
         return "it does not begin as a DICOM file (128 bytes, then DICM): a DICOM tool such as dcmconv can rewrite it"
-    return text
+    # Of several decoders each says what it met, on a line of its own.
+    return "; ".join(line.strip() for line in each) if first.endswith("by all available plugins:") else text
 
 
 def _refuse_inflated(data: bytes) -> None:
