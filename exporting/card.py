@@ -20,7 +20,7 @@ from exporting.parts import described, file_name, image_lines
 from exporting.sources import Source
 from inputs.sizes import size_text
 from synthetic.world import is_synthetic
-from tokenizer import LibraryTokenizer, SimpleTokenizer, Tokenizer
+from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer
 
 ABSENT = "not recorded"
 
@@ -179,15 +179,15 @@ def captions_of(tokenizer: Tokenizer | None, context: int) -> str:
         return f"Token ids (B, L), L at most {context}; the vocabulary is not part of these files."
     if isinstance(tokenizer, SimpleTokenizer):
         how = "CLIP's byte pairs, in lower case: start, the text, end, zeros to the whole length"
-    elif isinstance(tokenizer, LibraryTokenizer):
-        to = "the whole length" if tokenizer.pad_to == "context" else "the longest of a batch"
-        how = "the tokenizer of the tower's library, padded "
-        how += f"with id {tokenizer.pad_id} on the {tokenizer.pad_side} to {to}"
-        if tokenizer.clean != "none":
-            how += f", after open_clip's cleaning {tokenizer.clean!r}"
+    elif isinstance(tokenizer, WordPieceTokenizer):
+        how = f"BERT's word pieces{', in lower case' * tokenizer.lowercase}: [CLS], the text, [SEP], zeros"
     else:
-        lower: bool = tokenizer.lowercase  # type: ignore[attr-defined]
-        how = f"BERT's word pieces{', in lower case' * lower}: [CLS], the text, [SEP], zeros"
+        theirs: Any = tokenizer
+        to = "the whole length" if theirs.pad_to == "context" else "the longest of a batch"
+        how = "the tokenizer of the tower's library, padded "
+        how += f"with id {theirs.pad_id} on the {theirs.pad_side} to {to}"
+        if theirs.clean != "none":
+            how += f", after open_clip's cleaning {theirs.clean!r}"
     return f"At most {context} tokens, of which a longer caption keeps the first and the end: {how}."
 
 
