@@ -311,6 +311,8 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
             raise ValueError(f"--text-weights is for models that read captions, not {args.model}")
         pretrained_towers.load_text(model, args.text_weights)
         log.info(f"{args.model}: text tower loaded from {args.text_weights}")
+    if parts and model.objective.text and not (own_text or bert):
+        log.info(f"{args.model}: the text tower, CLIP's, starts from fresh weights: --text-weights gives it others")
     if not (args.medclip_weights or args.init or expected or bert or parts):
         log.info(f"{args.model}: no weights given, every parameter starts from its initial distribution")
     if args.freeze:

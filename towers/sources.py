@@ -219,6 +219,9 @@ def _transformers(folder: Path, written: dict[str, Any], name: str) -> Found:
         model = _from_pretrained(cls, folder, **no_pooler)
         settings = library.plain_settings(model.config.to_dict())
         tokenizer = _hf_tokenizer(folder, min(CONTEXT_LENGTH, _positions(model.config)))
+        words = tokenizer._backend.get_vocab_size(with_added_tokens=False)
+        if words > model.config.vocab_size:
+            raise ValueError(f"{folder} has embeddings of {model.config.vocab_size} tokens, its tokenizer has {words}")
         config = _text_config(f"{library.TRANSFORMERS}{kind}", settings, tokenizer)
         weights = {f"text_tower.model.{key}": value for key, value in model.state_dict().items()}
         return Found(name, config, None, tokenizer, weights)
@@ -254,8 +257,6 @@ def _hf_pair(model: Any, image: str, text: str, folder: Path, name: str) -> Foun
 
 def _text_config(name: str, settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     length = tokenizer.context_length  # type: ignore[attr-defined]
-    if (rows := settings.get("vocab_size", tokenizer.vocab_size)) < tokenizer.vocab_size:
-        raise ValueError(f"{name} has embeddings of {rows} tokens, its tokenizer has {tokenizer.vocab_size}")
     return {
         "text_tower": name, "text_kwargs": settings, "context_length": length, "vocab_size": tokenizer.vocab_size,
     }  # fmt: skip
