@@ -95,6 +95,11 @@ def _predictors(facts: Facts) -> str | None:
     return f"image pixels alone{words}" if facts["rows"] else None
 
 
+def _eligibility(facts: Facts) -> str | None:
+    lesions = "lesions of the case tables with an image; " if facts["cbis"] else ""
+    return f"{lesions}see the flow diagram" if facts["flow"] else None
+
+
 def _of_cbis(text: str) -> Callable[[Facts], str | None]:
     """What is known of that set alone, by its name where there are others."""
     return lambda facts: ("CBIS-DDSM: " * bool(facts["sets"]) + text) if facts["cbis"] else None
@@ -112,7 +117,7 @@ TRIPOD_AI: list[tuple[str, str, Answer]] = [
     ("5a", "Data sources", _data),
     ("5b", "Dates of the data", None),
     ("6a", "Setting and centres", None),
-    ("6b", "Eligibility", _when("flow", "lesions of the case tables with an image; see the flow diagram")),
+    ("6b", "Eligibility", _eligibility),
     ("6c", "Treatments received", None),
     ("7", "Data preparation and quality checks", _missing),
     ("8a", "Outcome and how it was assessed", _REFERENCE),
@@ -165,7 +170,7 @@ CLAIM: list[tuple[str, str, Answer]] = [
     ("5", "Prospective or retrospective", _of_cbis("retrospective, a public data set")),
     ("6", "Kind of study", None),
     ("7", "Data sources", _data),
-    ("8", "Eligibility", _when("flow", "lesions of the case tables with an image; see the flow diagram")),
+    ("8", "Eligibility", _eligibility),
     ("9", "Preprocessing", _when("commands", "in each run's settings")),
     ("10", "Selection of subsets", _when("commands", "caption filters are among the commands' flags")),
     ("11", "Definitions of data elements", _REFERENCE),
@@ -198,7 +203,7 @@ CLAIM: list[tuple[str, str, Answer]] = [
     ("34", "Demographics by partition", _when("splits", "what the case tables say; they hold no age")),
     ("35", "Performance on all partitions", _when("rows", "validation scores are in results.json, test scores above")),
     ("36", "Accuracy with its precision", _uncertainty),
-    ("37", "Failure analysis", _when("misread", "missed cancers and confident errors are shown")),
+    ("37", "Failure analysis", _when("misread", "missed cases and confident errors are shown")),
     ("38", "Limitations", None),
     ("39", "Implications for practice", None),
     ("40", "Registration", None),

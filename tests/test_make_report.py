@@ -253,7 +253,7 @@ def test_checklists_say_of_another_set_what_its_files_say(tmp_path):
         rows.append(f"{i}.png,{('clear', 'effusion')[i % 2]},p{i // 2},{'train' if i < 14 else 'test'}")
     (tmp_path / "table.csv").write_text("image,label,patient,split\n" + "\n".join(rows) + "\n")
     entry = dict(path=str(tmp_path), type="csv", train="train", test="test", labels=["clear", "effusion"])
-    (tmp_path / "catalog.json").write_text(json.dumps({"hospital": entry | {"patient": "patient"}}))
+    (tmp_path / "catalog.json").write_text(json.dumps({"hospital": entry | {"columns": {"group": "patient"}}}))
     checkpoint = write_checkpoint(tmp_path / "checkpoint.pt", "vit")
     main_linear.main(["--dataset", "hospital", "--catalog", str(tmp_path / "catalog.json"), "--pretrained",
                       str(checkpoint), "--cache-features", "-j", "0", "--resamples", "50", "--output-dir",
