@@ -44,8 +44,8 @@ def to_transformers(loaded: models.Pretrained, folder: Path) -> list[str]:
     if model.objective.text:
         log.info(
             "transformers has no pair of these two towers (its VisionTextDualEncoder reads a text by BERT's pooler): "
-            "the image tower alone is written, without projection; --to safetensors and onnx hold both, --to open-clip a "
-            "tower of timm with its text tower"
+            "the image tower alone is written, without projection; --to safetensors and onnx hold both, --to open-clip "
+            "a tower of timm with its text tower"
         )
     return _image_lines(loaded, theirs.config)
 
