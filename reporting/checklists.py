@@ -51,7 +51,8 @@ def _missing(facts: Facts) -> str | None:
     if not facts["skipped"]:
         return None
     counts = (f"{kind} {sum(parts.values())}" for kind, parts in facts["skipped"].items())
-    return f"lesions skipped for a missing or corrupt image: {', '.join(counts)}; never imputed"
+    samples = "images" if facts["sets"] else "lesions"
+    return f"{samples} skipped for a missing or corrupt image: {', '.join(counts)}; never imputed"
 
 
 def _uncertainty(facts: Facts) -> str | None:

@@ -248,15 +248,16 @@ def open_clip_net(settings: dict[str, Any], size: Size | None = None) -> Any:
     vision["timm_model_pretrained"] = False
     by_timm = timm_config is not None or bool(vision.get("timm_model_name"))
     own = vision.get("image_size", 224)
-    other = size is not None and height_width(size) != height_width(own if isinstance(own, int) else tuple(own))
-    if other and not by_timm:
+    own_size = height_width(own if isinstance(own, int) else tuple(own))
+    other = size if size is not None and height_width(size) != own_size else None
+    if other is not None and not by_timm:
         if not isinstance(vision.get("layers", 12), int):
             raise ValueError(
                 f"open_clip's ResNet pools by attention over the positions of {size_text(own)} pixels, and takes no "
-                f"images of {size_text(size)}: leave --image-size out"
+                f"images of {size_text(other)}: leave --image-size out"
             )
-        refuse_margin("open_clip's ViT", (vision.get("patch_size", 16),) * 2, size)
-        vision["image_size"] = list(height_width(size))
+        refuse_margin("open_clip's ViT", (vision.get("patch_size", 16),) * 2, other)
+        vision["image_size"] = list(height_width(other))
     with tempfile.TemporaryDirectory() as folder:
         if timm_config is not None:
             (Path(folder) / "image").mkdir()
@@ -271,11 +272,12 @@ def open_clip_net(settings: dict[str, Any], size: Size | None = None) -> Any:
             net = CustomTextCLIP(**settings)
         except Exception as error:  # of any kind, on settings that are not its own
             raise ValueError(f"open_clip takes no such settings: {type(error).__name__}: {error}") from error
-    if other and by_timm:
-        patch = getattr(getattr(net.visual.trunk, "patch_embed", None), "patch_size", None)
+    if other is not None and by_timm:
+        visual: Any = net.visual
+        patch = getattr(getattr(visual.trunk, "patch_embed", None), "patch_size", None)
         if patch is not None:
-            refuse_margin("open_clip's tower of timm", height_width(patch), size)
-        net.visual.set_input_size(height_width(size))
+            refuse_margin("open_clip's tower of timm", height_width(patch), other)
+        visual.set_input_size(height_width(other))
     return net
 
 

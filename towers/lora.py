@@ -161,13 +161,15 @@ class _LowRank(nn.Module):
     def __init__(self, weight: Tensor, rank: int):
         super().__init__()
         out, into = weight.flatten(1).shape
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(into, rank, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, out, bias=False)})
-        nn.init.zeros_(self.lora_B["default"].weight)
+        a, b = nn.Linear(into, rank, bias=False), nn.Linear(rank, out, bias=False)
+        self.lora_A, self.lora_B = nn.ModuleDict({"default": a}), nn.ModuleDict({"default": b})
+        nn.init.zeros_(b.weight)
 
     def forward(self, weight: Tensor) -> Tensor:
         """W (out, in) to the same shape."""
-        change = self.lora_B["default"].weight @ self.lora_A["default"].weight  # (out, in)
+        a: Any = self.lora_A["default"]
+        b: Any = self.lora_B["default"]
+        change = b.weight @ a.weight  # (out, in)
         return weight + SCALE * change.reshape(weight.shape)
 
 

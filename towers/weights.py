@@ -53,10 +53,11 @@ def resize_position_embeddings(
 def _old_grid(places: int, size: Size | None, patch: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of `places` patches of images of `size`; a square, where that is another number or unknown."""
     if size is not None:
-        h, w = (side // p for side, p in zip(height_width(size), patch, strict=True))
-        if h * w == places:
-            return h, w
-    return (math.isqrt(places),) * 2  # where it is none, load_weights says that the shape is another
+        (h, w), (patch_h, patch_w) = height_width(size), patch
+        if (h // patch_h) * (w // patch_w) == places:
+            return h // patch_h, w // patch_w
+    side = math.isqrt(places)
+    return side, side  # where it is none, load_weights says that the shape is another
 
 
 @dataclass(frozen=True)
