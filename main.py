@@ -159,8 +159,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="start the image tower, one of timm's, from this file or folder (state dict, safetensors), "
                        "or from `timm`'s own cache; images then get the mean, deviation and size of these weights")
     start.add_argument("--text-weights", default="", type=str, metavar="FOLDER",
-                       help="start the text tower from a Hugging Face BERT (PubMedBERT, RadBERT, Bio_ClinicalBERT: "
-                       "config.json, vocab.txt, weights); it brings its vocabulary and sizes")
+                       help="start the text tower from a BERT, RoBERTa or ModernBERT of transformers (PubMedBERT, "
+                       "RadBERT, Bio_ClinicalBERT: config.json, tokenizer, weights); it brings vocabulary and sizes")
     start.add_argument("--freeze", default="", choices=("", "image", "text"),
                        help="hold one tower fixed and in eval mode; its projection keeps learning")
     start.add_argument("--lora", default=0, type=positive_int, metavar="RANK",
@@ -311,6 +311,8 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
             raise ValueError(f"--text-weights is for models that read captions, not {args.model}")
         pretrained_towers.load_text(model, args.text_weights)
         log.info(f"{args.model}: text tower loaded from {args.text_weights}")
+    if parts and model.objective.text and not (own_text or bert):
+        log.info(f"{args.model}: the text tower, CLIP's, starts from fresh weights: --text-weights gives it others")
     if not (args.medclip_weights or args.init or expected or bert or parts):
         log.info(f"{args.model}: no weights given, every parameter starts from its initial distribution")
     if args.freeze:
@@ -349,11 +351,18 @@ def other_libraries(args: argparse.Namespace) -> list[sources.Found]:
         found.append(sources.read_source(args.init))
     if sources.library_of(args.vision_weights) in ("open-clip", "transformers", "hub"):
         found.append(sources.read_source(args.vision_weights).side("image"))
-    if args.text_weights and sources.library_of(args.text_weights) and not pretrained_towers.is_bert(args.text_weights):
+    if args.text_weights and sources.library_of(args.text_weights) and not reads_as_medclip(args):
         found.append(sources.read_source(args.text_weights).side("text"))
     if args.vision_tower and any(part.has_image for part in found):
         raise ValueError(f"--vision-tower {args.vision_tower}: the image tower comes from the weights that are named")
     return found
+
+
+def reads_as_medclip(args: argparse.Namespace) -> bool:
+    """Whether --text-weights goes into MedCLIP's text tower, which averages three layers of a BERT: in a model whose
+    towers are named, where it fits. All else is transformers' own module, with the mean of the last layer.
+    """
+    return args.model.lower() not in models.OBJECTIVES and pretrained_towers.is_medclips(args.text_weights)
 
 
 def build_tokenizer(args: argparse.Namespace, config: models.ModelConfig, bert: dict | None = None) -> Tokenizer:

@@ -152,8 +152,7 @@ class ImageModel(nn.Module):
     def checkpoint_gradients(self) -> None:
         """Keep only the blocks' inputs of both towers for the backward pass (Chen et al. 2016, section 3)."""
         if self.joint_views:
-            enable = getattr(self.visual, "set_grad_checkpointing", None) or self.visual.gradient_checkpointing_enable
-            enable()
+            self.visual.set_grad_checkpointing()
         else:
             raise ValueError(
                 "gradient checkpointing runs the image tower twice, and its BatchNorm would count each "

@@ -183,77 +183,6 @@ class SimpleTokenizer:
         return _pad(rows, length)
 
 
-# --------------------------------------------------------------------------------------------- BERT WordPiece
-_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
-def read_vocab(path: str | Path) -> list[str]:
-    """The tokens of a BERT `vocab.txt`: one a line, the line number is the id."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no WordPiece vocabulary at {path} (a vocab.txt, one token a line)")
-    # Split at "\n" only: a cased vocabulary may hold other signs that Unicode takes for line ends.
-    lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
-    tokens = [line.removesuffix("\r") for line in lines]
-    return tokens[:-1] if tokens[-1] == "" else tokens
-
-
-class WordPieceTokenizer:
-    """BERT's WordPiece (Devlin et al. 2019) over a given vocabulary; reads nothing but that vocabulary.
-
-    Text is lower-cased and stripped of accents, by default although Bio_ClinicalBERT's vocabulary is cased: its own
-    tokenizer does so, and MedCLIP's weights have seen nothing else. `tok(texts)` gives (n, L) ids: [CLS], the
-    pieces, [SEP], zeros, with L the longest row, at most context_length, which is at most 512.
-    """
-
-    kind = "bert-wordpiece"
-    longest = 512  # BERT's position embeddings
-
-    def __init__(self, vocab: str | Path | list[str], context_length: int = CONTEXT_LENGTH, lowercase: bool = True):
-        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers  # comes with transformers
-
-        source = "the vocabulary" if isinstance(vocab, list) else str(vocab)
-        self.vocab = list(vocab) if isinstance(vocab, list) else read_vocab(vocab)
-        _check_length(context_length, self.longest)
-        self.context_length, self.lowercase = context_length, lowercase
-        ids = {token: i for i, token in enumerate(self.vocab)}
-        if len(ids) < len(self.vocab):
-            twice = next(token for i, token in enumerate(self.vocab) if ids[token] != i)
-            raise ValueError(f"{source} holds the token {twice!r} more than once")
-        missing = [token for token in _SPECIAL if token not in ids]
-        if missing:
-            raise ValueError(f"{source} is no BERT vocabulary: it lacks {', '.join(missing)}")
-        if ids["[PAD]"] != 0:
-            raise ValueError(f"{source} has [PAD] as id {ids['[PAD]']}, where the text towers expect 0")
-        self.start, self.end = ids["[CLS]"], ids["[SEP]"]
-        self._backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
-        self._backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-        self._backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self._backend.add_special_tokens(list(_SPECIAL))
-
-    @property
-    def vocab_size(self) -> int:
-        """How many ids there are."""
-        return len(self.vocab)
-
-    def spec(self) -> dict:
-        """Plain values, the vocabulary among them, from which `create_tokenizer` makes it again."""
-        case = {} if self.lowercase else {"lowercase": False}
-        return {"kind": self.kind, "context_length": self.context_length, "vocab": self.vocab, **case}
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no [CLS], [SEP] or padding, any length."""
-        # One text at a time: the library's batch call starts threads, which a forked worker does not have.
-        return self._backend.encode(text, add_special_tokens=False).ids
-
-    def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
-        """n texts to ids (n, L), L the longest row: [CLS], the pieces, [SEP], zeros."""
-        length = self.context_length if context_length is None else context_length
-        _check_length(length, self.longest)
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = [[self.start, *self.encode(text)[: length - 2], self.end] for text in texts]
-        return _pad(rows, max(map(len, rows), default=2))
-
-
 # ------------------------------------------------------------------------------------- those of other libraries
 CLEANS: dict[str, Callable[[str], str]] = {  # what open_clip does to a caption before its tokenizer
     "none": lambda text: text,
@@ -287,6 +216,7 @@ class LibraryTokenizer:
     """
 
     kind = "library"
+    longest: int | None = None  # that a context may be
 
     def __init__(
         self, definition: str, context_length: int, pad_id: int = 0, pad_to: str = "longest", pad_side: str = "right",
@@ -302,7 +232,7 @@ class LibraryTokenizer:
             self._backend = Tokenizer.from_str(definition)
         except Exception as error:  # the library has no kind of its own
             raise ValueError(f"the definition of the tokenizer cannot be read: {error}") from error
-        _check_length(context_length)
+        _check_length(context_length, self.longest)
         self._backend.no_padding()
         self.definition, self.context_length = definition, context_length
         self.pad_id, self.pad_to, self.pad_side, self.clean = pad_id, pad_to, pad_side, clean
@@ -320,7 +250,7 @@ class LibraryTokenizer:
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
         """n texts to ids (n, L) with the special tokens of the library."""
         length = self.context_length if context_length is None else context_length
-        _check_length(length)
+        _check_length(length, self.longest)
         self._backend.enable_truncation(length)
         texts = [texts] if isinstance(texts, str) else texts
         clean = CLEANS[self.clean]
@@ -332,8 +262,57 @@ class LibraryTokenizer:
         return _pad(rows, width, self.pad_id)
 
 
+# --------------------------------------------------------------------------------------------- BERT WordPiece
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def read_vocab(path: str | Path) -> list[str]:
+    """The tokens of a BERT `vocab.txt`: one a line, the line number is the id."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no WordPiece vocabulary at {path} (a vocab.txt, one token a line)")
+    # Split at "\n" only: a cased vocabulary may hold other signs that Unicode takes for line ends.
+    lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    tokens = [line.removesuffix("\r") for line in lines]
+    return tokens[:-1] if tokens[-1] == "" else tokens
+
+
+class WordPieceTokenizer(LibraryTokenizer):
+    """BERT's WordPiece (Devlin et al. 2019), transformers' own, over a given vocabulary; reads nothing but that.
+
+    Text is lower-cased and stripped of accents, by default although Bio_ClinicalBERT's vocabulary is cased: its own
+    tokenizer does so, and MedCLIP's weights have seen nothing else. `tok(texts)` gives (n, L) ids: [CLS], the
+    pieces, [SEP], zeros, with L the longest row, at most context_length, which is at most 512.
+    """
+
+    kind = "bert-wordpiece"
+    longest = 512  # BERT's position embeddings
+
+    def __init__(self, vocab: str | Path | list[str], context_length: int = CONTEXT_LENGTH, lowercase: bool = True):
+        from transformers import BertTokenizer  # takes a second to import, and only BERT's text tower needs it
+
+        source = "the vocabulary" if isinstance(vocab, list) else str(vocab)
+        self.vocab = list(vocab) if isinstance(vocab, list) else read_vocab(vocab)
+        self.lowercase = lowercase
+        ids = {token: i for i, token in enumerate(self.vocab)}
+        if len(ids) < len(self.vocab):
+            twice = next(token for i, token in enumerate(self.vocab) if ids[token] != i)
+            raise ValueError(f"{source} holds the token {twice!r} more than once")
+        missing = [token for token in _SPECIAL if token not in ids]
+        if missing:
+            raise ValueError(f"{source} is no BERT vocabulary: it lacks {', '.join(missing)}")
+        if ids["[PAD]"] != 0:
+            raise ValueError(f"{source} has [PAD] as id {ids['[PAD]']}, where the text towers expect 0")
+        theirs = BertTokenizer(vocab=ids, do_lower_case=lowercase)
+        super().__init__(theirs.backend_tokenizer.to_str(), context_length)
+
+    def spec(self) -> dict:
+        """Plain values, the vocabulary among them, from which `create_tokenizer` makes it again."""
+        case = {} if self.lowercase else {"lowercase": False}
+        return {"kind": self.kind, "context_length": self.context_length, "vocab": self.vocab, **case}
+
+
 # --------------------------------------------------------------------------------------------------- registry
-AnyTokenizer = SimpleTokenizer | WordPieceTokenizer | LibraryTokenizer
+AnyTokenizer = SimpleTokenizer | LibraryTokenizer
 TOKENIZERS: dict[str, Any] = {cls.kind: cls for cls in (SimpleTokenizer, WordPieceTokenizer, LibraryTokenizer)}
 _SETTINGS = {  # of a tokenizer in a checkpoint, with their types
     SimpleTokenizer.kind: {"context_length": int},

@@ -20,7 +20,7 @@ from exporting.parts import described, file_name, image_lines
 from exporting.sources import Source
 from inputs.sizes import size_text
 from synthetic.world import is_synthetic
-from tokenizer import LibraryTokenizer, SimpleTokenizer, Tokenizer
+from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer
 
 ABSENT = "not recorded"
 
@@ -133,7 +133,7 @@ def table(loaded: models.Pretrained, sources: Sequence[Source]) -> list[str]:
         "Model": f"{loaded.model.name}: image tower {config['vision_tower']} at {size} pixels"
         + f", text tower {config['text_tower']}" * loaded.model.objective.text,
         "Objective": config["objective"],
-        "Training": ", ".join(f"{k} {v}" for k, v in loaded.training.items()),
+        "Training": progress(loaded.training),
     }
     every = [facts(source) for source in sources]
     for name in every[0]:
@@ -179,25 +179,56 @@ def captions_of(tokenizer: Tokenizer | None, context: int) -> str:
         return f"Token ids (B, L), L at most {context}; the vocabulary is not part of these files."
     if isinstance(tokenizer, SimpleTokenizer):
         how = "CLIP's byte pairs, in lower case: start, the text, end, zeros to the whole length"
-    elif isinstance(tokenizer, LibraryTokenizer):
-        to = "the whole length" if tokenizer.pad_to == "context" else "the longest of a batch"
-        how = "the tokenizer of the tower's library, padded "
-        how += f"with id {tokenizer.pad_id} on the {tokenizer.pad_side} to {to}"
-        if tokenizer.clean != "none":
-            how += f", after open_clip's cleaning {tokenizer.clean!r}"
+    elif isinstance(tokenizer, WordPieceTokenizer):
+        how = f"BERT's word pieces{', in lower case' * tokenizer.lowercase}: [CLS], the text, [SEP], zeros"
     else:
-        lower: bool = tokenizer.lowercase  # type: ignore[attr-defined]
-        how = f"BERT's word pieces{', in lower case' * lower}: [CLS], the text, [SEP], zeros"
+        theirs: Any = tokenizer
+        to = "the whole length" if theirs.pad_to == "context" else "the longest of a batch"
+        how = "the tokenizer of the tower's library, padded "
+        how += f"with id {theirs.pad_id} on the {theirs.pad_side} to {to}"
+        if theirs.clean != "none":
+            how += f", after open_clip's cleaning {theirs.clean!r}"
     return f"At most {context} tokens, of which a longer caption keeps the first and the end: {how}."
 
 
-OUTPUTS = {
-    "onnx": "Both graphs give unit vectors (B, d).",
-    "timm": "The tower's features (B, d), before any projection, not normalised.",
-    "medclip": "As MedCLIP's own code gives them.",
-    "transformers": "Its processor and the lines below agree to two of 256 levels, and where an odd margin is cut off, "
-    "to a pixel.",
+NEEDS = {  # by formats.FORMATS: what the lines of Python import
+    "open-clip": "`pip install open_clip_torch transformers`",
+    "timm": "`pip install timm`",
+    "transformers": "`pip install torch torchvision transformers pillow`",
+    "onnx": "`pip install onnxruntime tokenizers ftfy numpy pillow`",
+    "safetensors": "a checkout of MedSLIP with its requirements.txt",
+    "medclip": "MedCLIP's code, https://github.com/RyanWangZf/MedCLIP",
 }
+
+
+def outputs(loaded: models.Pretrained, form: str, reads: bool) -> str:
+    """What the lines of Python need, take and give."""
+    model: Any = loaded.model
+    h, w = loaded.preprocess.shape
+    d = model.config["embed_dim"] if model.objective.text else model.feature_dim
+    given = {
+        "onnx": f"image.onnx: `image` (n, 3, {h}, {w}) float32 to `unit_vector` (n, {d}) of length 1."
+        + f" text.onnx: `text` (n, {model.config['context_length']}) int64 to the same." * model.objective.text,
+        "timm": f"The tower's features (n, {model.feature_dim}), before any projection, not normalised.",
+        "medclip": "As MedCLIP's own code gives them.",
+        "transformers": "Its processor and the lines below agree to two of 256 levels, and where an odd margin is cut "
+        "off, to a pixel."
+        + f" The image tower alone is here: its features (n, {model.feature_dim}) are not projected." * (not reads),
+        "open-clip": f"Vectors (n, {d}) of length 1 of images and of captions."
+        + " Its tokenizer first repairs mojibake and HTML entities and joins white space, which "
+        "leaves captions without these as they are." * (getattr(loaded.tokenizer, "clean", "") == "none"),
+        "safetensors": f"Vectors (n, {d}) of length 1.",
+    }  # fmt: skip
+    return f"Needs {NEEDS[form]}. {given[form]}"
+
+
+def progress(training: dict[str, Any]) -> str:
+    """How far the weights were trained, in words."""
+    if "epochs" not in training:
+        return ", ".join(f"{key} {value}" for key, value in training.items())
+    step = f", step {training['step']}" if "step" in training else ""
+    end = "was" if training["finished"] else "was not"
+    return f"epoch {training['epoch']} of {training['epochs']}{step}; its run {end} finished"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,7 +261,7 @@ def card(
     lines += [
         "```python", f"folder = {name!r}  # where this folder lies",
         "# image is an image of Pillow" + ", captions a list of texts" * reads, *use, "```", "",
-        OUTPUTS.get(form, ""), "",
+        outputs(loaded, form, reads), "",
         *table(loaded, sources), "", *inputs(loaded, reads), "## Measured", "",
         *([result.line for result in found] or [f"Probes: {ABSENT}."]), "", *validation(sources), *LIMITS,
         f"- Weights it started from: {as_text('; '.join(dict.fromkeys(map(start_of, sources))))}; their licence: "

@@ -31,22 +31,16 @@ def tokenizers_definition(tokenizer: Tokenizer) -> str:
 
     Of a caption that is cleaned as `cleaning` says; cut at the context, without padding.
     """
-    if isinstance(tokenizer, LibraryTokenizer):
-        definition = json.loads(tokenizer.definition)
-        definition["truncation"], definition["padding"] = None, None
-        whole = _library_of(json.dumps(definition))
-    elif isinstance(tokenizer, SimpleTokenizer):
-        whole = _clip_bpe(tokenizer)
-    else:
-        whole = _word_pieces(tokenizer)
-    whole.enable_truncation(tokenizer.context_length)  # type: ignore[attr-defined]
-    return whole.to_str(pretty=True)
-
-
-def _library_of(definition: str) -> Any:
     from tokenizers import Tokenizer as Backend
 
-    return Backend.from_str(definition)
+    if isinstance(tokenizer, SimpleTokenizer):
+        whole = _clip_bpe(tokenizer)
+    else:
+        definition = json.loads(tokenizer.definition)  # type: ignore[attr-defined]
+        definition["truncation"], definition["padding"] = None, None
+        whole = Backend.from_str(json.dumps(definition))
+    whole.enable_truncation(tokenizer.context_length)  # type: ignore[attr-defined]
+    return whole.to_str(pretty=True)
 
 
 def _clip_bpe(tokenizer: SimpleTokenizer) -> Any:
@@ -61,15 +55,6 @@ def _clip_bpe(tokenizer: SimpleTokenizer) -> Any:
     whole.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     ends = [("<|startoftext|>", tokenizer.start), ("<|endoftext|>", tokenizer.end)]
     whole.post_processor = processors.TemplateProcessing("<|startoftext|> $A <|endoftext|>", special_tokens=ends)
-    return whole
-
-
-def _word_pieces(tokenizer: Any) -> Any:
-    from tokenizers import processors
-
-    whole = _library_of(tokenizer._backend.to_str())
-    ends = [("[CLS]", tokenizer.start), ("[SEP]", tokenizer.end)]
-    whole.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
     return whole
 
 

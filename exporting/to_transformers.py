@@ -42,7 +42,11 @@ def to_transformers(loaded: models.Pretrained, folder: Path) -> list[str]:
         write_tokenizer(loaded.tokenizer, folder)
         return _pair_lines(loaded, names[0], theirs.config.vision_config)
     if model.objective.text:
-        log.info("transformers has no pair of these two towers: the image tower alone is written, without projection")
+        log.info(
+            "transformers has no pair of these two towers (its VisionTextDualEncoder reads a text by BERT's pooler): "
+            "the image tower alone is written, without projection; --to safetensors and onnx hold both, --to open-clip "
+            "a tower of timm with its text tower"
+        )
     return _image_lines(loaded, theirs.config)
 
 

@@ -42,14 +42,17 @@ def _data(facts: Facts) -> str | None:
     pairs = (
         f"; image-caption pairs for training: {', '.join(f'{n:,}' for n in facts['pairs'])}" if facts["pairs"] else ""
     )
-    return f"CBIS-DDSM (Lee et al. 2017), digitised film mammograms{pairs}" if facts["tables"] else None
+    cbis = ["CBIS-DDSM (Lee et al. 2017), digitised film mammograms"] if facts["cbis"] else []
+    named = [f"the labelled sets {', '.join(facts['sets'])}, whose origin no run's file holds"] if facts["sets"] else []
+    return "; ".join(cbis + named) + pairs if cbis or named else None
 
 
 def _missing(facts: Facts) -> str | None:
     if not facts["skipped"]:
         return None
     counts = (f"{kind} {sum(parts.values())}" for kind, parts in facts["skipped"].items())
-    return f"lesions skipped for a missing or corrupt image: {', '.join(counts)}; never imputed"
+    samples = "images" if facts["sets"] else "lesions"
+    return f"{samples} skipped for a missing or corrupt image: {', '.join(counts)}; never imputed"
 
 
 def _uncertainty(facts: Facts) -> str | None:
@@ -77,13 +80,33 @@ _SPLIT = _when(
 
 
 def _all_metrics(facts: Facts) -> str | None:
-    of_class = f"; precision and recall of {', '.join(facts['positive'])}" if facts["positive"] else ""
-    return f"macro AUROC, F1, precision, recall{of_class}" if facts["rows"] else None
+    return ", ".join(facts["metrics"]) or None
 
 
-_REFERENCE = _when(
-    "cbis", "pathology in the case tables; benign without callback means neither biopsy nor further films"
-)
+def _output(facts: Facts) -> str | None:
+    return "; ".join(f"probabilities of {', '.join(classes)}" for classes in facts["classes"]) or None
+
+
+def _clusters(facts: Facts) -> str | None:
+    return f"{facts['units']} are kept whole in splits and resamples" if facts["units"] and facts["rows"] else None
+
+
+def _predictors(facts: Facts) -> str | None:
+    words = "; reference rows use the radiologist's words" if facts["radiologist"] else ""
+    return f"image pixels alone{words}" if facts["rows"] else None
+
+
+def _eligibility(facts: Facts) -> str | None:
+    lesions = "lesions of the case tables with an image; " if facts["cbis"] else ""
+    return f"{lesions}see the flow diagram" if facts["flow"] else None
+
+
+def _of_cbis(text: str) -> Callable[[Facts], str | None]:
+    """What is known of that set alone, by its name where there are others."""
+    return lambda facts: ("CBIS-DDSM: " * bool(facts["sets"]) + text) if facts["cbis"] else None
+
+
+_REFERENCE = _of_cbis("pathology in the case tables; benign without callback means neither biopsy nor further films")
 
 TRIPOD_AI: list[tuple[str, str, Answer]] = [
     ("1", "Title names the study as prediction model development or evaluation", None),
@@ -95,13 +118,13 @@ TRIPOD_AI: list[tuple[str, str, Answer]] = [
     ("5a", "Data sources", _data),
     ("5b", "Dates of the data", None),
     ("6a", "Setting and centres", None),
-    ("6b", "Eligibility", _when("flow", "lesions of the case tables with an image; see the flow diagram")),
+    ("6b", "Eligibility", _eligibility),
     ("6c", "Treatments received", None),
     ("7", "Data preparation and quality checks", _missing),
     ("8a", "Outcome and how it was assessed", _REFERENCE),
     ("8b", "Assessors of the outcome", None),
     ("8c", "Blinding of outcome assessment", None),
-    ("9a", "Choice of predictors", _when("rows", "image pixels alone; reference rows use the radiologist's words")),
+    ("9a", "Choice of predictors", _predictors),
     ("9b", "Definition and measurement of predictors", _when("commands", "preprocessing is in each run's settings")),
     ("9c", "Assessors of predictors", None),
     ("10", "Sample size", _sizes),
@@ -109,13 +132,13 @@ TRIPOD_AI: list[tuple[str, str, Answer]] = [
     ("12a", "How data were used for development and evaluation", _SPLIT),
     ("12b", "Handling of predictors", None),
     ("12c", "Model type and building steps", _model),
-    ("12d", "Heterogeneity between clusters", _when("rows", "patients are kept whole in splits and resamples")),
+    ("12d", "Heterogeneity between clusters", _clusters),
     ("12e", "Performance measures", _all_metrics),
     ("12f", "Model updating", None),
     ("12g", "How predictions are computed", _when("commands", "the commands below reproduce each run")),
     ("13", "Class imbalance", None),
     ("14", "Fairness", _when("subgroups", "by density, subtlety, view, side, assessment, size; no demographics exist")),
-    ("15", "Output of the model", _when("rows", "probabilities of three pathologies")),
+    ("15", "Output of the model", _output),
     ("16", "Differences between training and evaluation", _SPLIT),
     ("17", "Ethical approval", None),
     ("18a", "Funding", None),
@@ -145,14 +168,14 @@ CLAIM: list[tuple[str, str, Answer]] = [
     ("2", "Structured summary", None),
     ("3", "Background and clinical role", None),
     ("4", "Aims and hypotheses", _comparisons),
-    ("5", "Prospective or retrospective", _when("tables", "retrospective, a public data set")),
+    ("5", "Prospective or retrospective", _of_cbis("retrospective, a public data set")),
     ("6", "Kind of study", None),
     ("7", "Data sources", _data),
-    ("8", "Eligibility", _when("flow", "lesions of the case tables with an image; see the flow diagram")),
+    ("8", "Eligibility", _eligibility),
     ("9", "Preprocessing", _when("commands", "in each run's settings")),
     ("10", "Selection of subsets", _when("commands", "caption filters are among the commands' flags")),
     ("11", "Definitions of data elements", _REFERENCE),
-    ("12", "De-identification", _when("tables", "by the data set's publishers")),
+    ("12", "De-identification", _of_cbis("by the data set's publishers")),
     ("13", "Missing data", _missing),
     ("14", "Ground truth", _REFERENCE),
     ("15", "Why this reference standard", None),
@@ -166,7 +189,7 @@ CLAIM: list[tuple[str, str, Answer]] = [
     ("23", "Software", _software),
     ("24", "Initial weights", _when("commands", "each run's settings name the file, or the seed")),
     ("25", "Training: augmentation, hyperparameters, number of models", _when("commands", "the commands below")),
-    ("26", "Choice of the final model", _when("rows", "on validation patients; the test table is read at the end")),
+    ("26", "Choice of the final model", _when("rows", "on a validation split; the test table is read at the end")),
     ("27", "Ensembling", _when("rows", "none")),
     ("28", "Metrics", _all_metrics),
     ("29", "Uncertainty and significance", _uncertainty),
@@ -181,7 +204,7 @@ CLAIM: list[tuple[str, str, Answer]] = [
     ("34", "Demographics by partition", _when("splits", "what the case tables say; they hold no age")),
     ("35", "Performance on all partitions", _when("rows", "validation scores are in results.json, test scores above")),
     ("36", "Accuracy with its precision", _uncertainty),
-    ("37", "Failure analysis", _when("misread", "missed cancers and confident errors are shown")),
+    ("37", "Failure analysis", _when("misread", "missed cases and confident errors are shown")),
     ("38", "Limitations", None),
     ("39", "Implications for practice", None),
     ("40", "Registration", None),

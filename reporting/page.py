@@ -215,6 +215,7 @@ def versions_of(runs: Runs) -> dict[str, str]:
 def facts_of(runs: Runs, sections: list[dict[str, Any]]) -> dict[str, Any]:
     """What the checklists are answered from."""
     models = [row for table in runs.tables.values() for row in table.rows if row.kind == "measured"]
+    measured = [table for table in runs.tables.values() if any(row.kind == "measured" for row in table.rows)]
     derived = [settings.get("derived", {}) for _, settings in runs.settings]
     return {
         "tables": {TABLES.get(kind, kind): table.size() for kind, table in runs.tables.items() if table.lesions},
@@ -224,8 +225,11 @@ def facts_of(runs: Runs, sections: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": len(models),
         "seeds": max((len(row.folders) for row in models), default=0),
         "skipped": runs.skipped,
-        "positive": sorted({metrics.class_title(t.positive) for t in runs.tables.values() if t.positive}),
-        "cbis": any(s["lesion"] for s in sections),
+        "cbis": any(kind in cbis.CBIS_KINDS and table.lesions for kind, table in runs.tables.items()),
+        "sets": [kind for kind, table in runs.tables.items() if kind not in cbis.CBIS_KINDS and table.lesions],
+        "classes": list(dict.fromkeys(table.classes for table in measured)),
+        "metrics": list(dict.fromkeys(title for table in measured for title in columns_of(table).values())),
+        "units": " and ".join(sorted({table.unit for table in measured} - {"images", "lesions"})),
         "comparisons": any(table.comparisons for table in runs.tables.values()),
         "primary": runs.primary,
         "detection": any(row.detection for row in models),

@@ -109,9 +109,10 @@ SUMS = "SHA256SUMS"
 
 
 def write_sums(folder: Path) -> None:
-    """The SHA-256 of each file of a new folder, in SUMS beside them."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    (folder / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files), encoding="utf8")
+    """The SHA-256 of each file of a new folder and of those in it, in SUMS."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = (f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+    (folder / SUMS).write_text("".join(lines), encoding="utf8")
 
 
 def check_sums(path: Path) -> None:

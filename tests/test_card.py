@@ -1,6 +1,7 @@
 """The model card: what it says of the run, and that its own lines prepare images and captions as the model has them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -77,6 +78,32 @@ def test_retrieval_on_a_card_is_that_of_the_weights_in_it(run, tmp_path):
         text = card_of(path, tmp_path / path.stem)
         said = ", ".join(f"`{k.removeprefix('val_')}` {v:.4g}" for k, v in row.items() if k.startswith("val_"))
         assert f"Retrieval on the validation pairs, of these weights: {said}." in text
+
+
+def test_the_best_checkpoint_has_the_figures_of_its_own_epoch(run, tmp_path):
+    """And not of the log's last row."""
+    folder, first = tmp_path / "run", min(run.glob("checkpoint_step*.pt"))
+    shutil.copytree(run, folder)
+    shutil.copyfile(first, folder / "checkpoint_best.pt")
+    before, last = read_rows(run / "log.jsonl", "epoch")
+    text = card_of(folder / "checkpoint_best.pt", tmp_path / "out")
+    assert f"`epoch 1 of 2, step {before['step']}; its run was finished`" in text
+    differ = [k for k in before if k.startswith("val_") and before[k] != last[k]]
+    assert differ and all(f"`{k.removeprefix('val_')}` {before[k]:.4g}" in text for k in differ)
+
+
+@pytest.mark.parametrize("form, said", [
+    ("onnx", "`image` (n, 3, 32, 32) float32 to `unit_vector` (n, 16) of length 1. text.onnx: `text` (n, 24) int64"),
+    ("open-clip", "Needs `pip install open_clip_torch transformers`. Vectors (n, 16) of length 1"),
+    ("timm", "features (n, 32), before any projection"),
+    ("transformers", "The image tower alone is here: its features (n, 32) are not projected."),
+])  # fmt: skip
+def test_a_card_says_what_goes_in_and_what_comes_out(run, tmp_path, form, said):
+    for package in {"onnx": ("onnx", "onnxscript"), "open-clip": ("open_clip",)}.get(form, ()):
+        pytest.importorskip(package)
+    out = export.main([str(run / "checkpoint.pt"), "--to", form, "--output", str(tmp_path / form)])
+    text = (out / "README.md").read_text(encoding="utf8")
+    assert said in text and str(tmp_path) not in text and f"folder = '{form}'" in text
 
 
 def test_files_of_another_run_beside_a_checkpoint_are_not_its_own(run, tmp_path):

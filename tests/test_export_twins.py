@@ -158,6 +158,48 @@ def test_a_pair_of_open_clip_goes_back_to_it(kind, tmp_path, monkeypatch):
     assert np.abs(again.embed_captions(twins.CAPTIONS) - ours.embed_captions(twins.CAPTIONS)).max() < 1e-5
 
 
+@pytest.mark.parametrize("flags", [
+    ("--model", "SLIP_VITS16", "--image-size", "48", "--override", "vision.depth=2", "vision.num_heads=12",
+     "text_layers=1", "text_width=64", "text_heads=2", "embed_dim=32"),
+    ("--model", "CLIP_VITT16", "--image-size", "64", "--text-weights", "bert", "--override", "vision.depth=2"),
+    ("--model", "SIGLIP_VITT16", "--vision-tower", "test_resnet", "--image-size", "64", "--text-weights", "roberta"),
+], ids=["ViT of another size, CLIP's text", "and BERT", "ResNet and RoBERTa"])  # fmt: skip
+def test_a_tower_of_timm_with_settings_beside_any_text_tower_goes_to_open_clip(flags, tmp_path, monkeypatch):
+    """The tower's settings and image size lie in a folder of timm's, the BERT's in config.json; nothing is fetched."""
+    pytest.importorskip("open_clip")
+    monkeypatch.chdir(tmp_path)  # the card's lines change it
+    flags = [str(twins.text(flag, tmp_path / flag)) if flag in ("bert", "roberta") else flag for flag in flags]
+    checkpoint = built(tmp_path / "c.pt", "--ssl-mlp-dim", "8", *flags)
+    folder, ours, names = exported(checkpoint, "open-clip", tmp_path / "out")
+    views = torch.stack([names["view"](image) for image in twins.images()])
+    with torch.inference_mode():
+        found = names["model"].encode_image(views, normalize=True).numpy()
+    text = ours.embed_captions(twins.CAPTIONS)
+    assert np.abs(found - ours.embed_images(twins.images())).max() < 1e-5
+    assert np.abs(names["text"].numpy() - text).max() < 1e-5 and np.ptp(text, axis=0).max() > 1e-3
+    again = models.load_pretrained(folder)
+    assert np.abs(again.embed_images(twins.images()) - found).max() < 1e-5
+    assert np.abs(again.embed_captions(twins.CAPTIONS) - text).max() < 1e-5
+    named = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert named >= {str(path.relative_to(folder)) for path in folder.rglob("*.json")}
+
+
+def test_towers_of_open_clip_go_back_at_another_image_size(tmp_path, monkeypatch):
+    pytest.importorskip("open_clip")
+    monkeypatch.chdir(tmp_path)
+    for kind, size in (("clip", 48), ("bert", 96)):
+        source = twins.open_clip_pair(tmp_path / kind, kind)
+        checkpoint = built(tmp_path / f"{kind}.pt", "--model", "CLIP", "--init", str(source), "--image-size", str(size))
+        folder, ours, names = exported(checkpoint, "open-clip", tmp_path / f"out {kind}")
+        images = torch.stack([names["view"](image) for image in twins.images()])
+        assert images.shape[-2:] == (size, size)
+        with torch.inference_mode():
+            found = names["model"].encode_image(images, normalize=True).numpy()
+        assert np.abs(found - ours.embed_images(twins.images())).max() < 1e-5
+        again = models.load_pretrained(folder)
+        assert np.abs(again.embed_images(twins.images()) - found).max() < 1e-5
+
+
 def test_timm_is_told_how_images_of_its_tower_were_prepared(tmp_path):
     source = twins.timm_tower(tmp_path / "source")
     folder, ours, names = exported(trained(source, tmp_path / "c.pt", "SIMCLR"), "timm", tmp_path / "out")

@@ -11,6 +11,7 @@ from helpers import DROPOUT, ROOT, assert_same_run, command, environment, stop_a
 from model_helpers import batches, gradients, tiny_medslip, tiny_model, write_checkpoint
 from roco_tree import make_roco
 from torch import nn
+from torch.nn.utils import parametrize
 
 import main
 import models
@@ -33,20 +34,28 @@ def library_pair(maker):
     return lambda folder: models.load_pretrained(maker(folder / "twin")).model
 
 
-# Each with a layer that must have an adapter, and one that looks like it and must have none.
+# Each with a layer that peft must adapt, one whose weight is read past it, and one that looks like them and has none.
 MODELS = {
-    "timm's ViT, CLIP's text": (lambda _: tiny_model("SLIP"), "transformer.resblocks.0.mlp.c_fc", "visual.patch_embed"),
-    "Swin, BERT": (lambda _: tiny_medslip(), "bert.encoder.layer.2.attention.self.query", "text_projection"),
+    "timm's ViT, CLIP's text": (
+        lambda _: tiny_model("SLIP"), "transformer.resblocks.0.mlp.c_fc", "transformer.resblocks.1.attn.in_proj_weight",
+        "visual.patch_embed"),
+    "Swin, BERT": (lambda _: tiny_medslip(), "bert.encoder.layer.2.attention.self.query", "", "text_projection"),
     "CLIP of transformers": (
-        library_pair(twins.clip), "visual.model.encoder.layers.1.self_attn.q_proj", "image_projection"),
+        library_pair(twins.clip), "visual.model.encoder.layers.1.self_attn.q_proj", "", "image_projection"),
+    "SigLIP of transformers": (  # whose image side ends in an attention of torch's
+        library_pair(twins.siglip), "visual.model.encoder.layers.1.self_attn.q_proj",
+        "visual.model.head.attention.in_proj_weight", "image_projection"),
     "open_clip": (
         library_pair(twins.open_clip_pair), "text_tower.model.transformer.resblocks.1.mlp.c_proj",
-        "visual.model.transformer.resblocks.0.attn.out_proj"),  # torch's attention reads its weight itself
+        "visual.model.transformer.resblocks.0.attn.out_proj.weight", "visual.model.conv1"),
+    "open_clip's text": (
+        library_pair(twins.open_clip_pair), "text_tower.model.transformer.resblocks.1.mlp.c_proj",
+        "text_tower.model.transformer.resblocks.1.attn.in_proj_weight", "text_tower.model.token_embedding"),
     "timm's BEiT": (
         lambda _: simclr("beit_base_patch16_224", depth=2, embed_dim=32, num_heads=2), "visual.blocks.1.attn.proj",
-        "visual.blocks.1.attn.qkv"),  # whose weight is read, too
+        "visual.blocks.1.attn.qkv.weight", "visual.patch_embed"),
     "ResNet-50": (
-        lambda _: simclr("medclip-resnet50"), "visual.layer1.0.conv1", "visual.layer1.0.conv2"),  # 1x1 and 3x3
+        lambda _: simclr("medclip-resnet50"), "visual.layer1.0.conv1", "", "visual.layer1.0.conv2"),  # 1x1 and 3x3
 }  # fmt: skip
 
 
@@ -72,16 +81,23 @@ def learnt(model):
 
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_every_adapter_learns_and_merged_weights_answer_the_same(kind, tmp_path):
-    make, adapted, passed_over = MODELS[kind]
+    make, adapted, read, passed_over = MODELS[kind]
     torch.manual_seed(0)
     model = make(tmp_path)
     names, before = list(model.state_dict()), answers(model)
     beside = {n for n, _ in model.named_parameters() if n.split(".")[0] not in sum(model.parts.values(), ())}
-    lora.adapt_model(model, 3)
+    said = lora.adapt_model(model, 3)
     for ours, theirs in zip(answers(model), before, strict=True):  # nothing has changed yet
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert adapted in layers and not any(name.startswith(passed_over) for name in layers)
+    sums = {
+        f"{name}.{own}": (module, own)
+        for name, module in model.named_modules() if parametrize.is_parametrized(module)
+        for own in module.parametrizations
+    }  # fmt: skip
+    assert set(sums) >= {read} - {""} and bool(sums) == bool(read)
+    assert f"in {len(layers) + len(sums)} adapted layers" in said and adapted.rpartition(".")[2] in said
     learns = {name for name, value in model.named_parameters() if value.requires_grad}
     assert {n for n in learns if ".lora_" not in n and ".projection" not in n} >= beside - {"logit_bias"}
 
@@ -90,13 +106,17 @@ def test_every_adapter_learns_and_merged_weights_answer_the_same(kind, tmp_path)
     assert all(p.grad is not None for n, p in model.named_parameters() if ".lora_" in n)
     raw = {name: value.clone() for name, value in model.state_dict().items()}
     state = lora.stored(raw)
-    assert list(state["state_dict"]) == names
+    assert sorted(state["state_dict"]) == sorted(names)
     again = lora.restored(state)
     assert again.keys() == raw.keys() and all(torch.equal(again[name], raw[name]) for name in raw)
     for name, layer in layers.items():  # by peft itself
         layer.merge()
         theirs = layer.base_layer.weight
         torch.testing.assert_close(state["state_dict"][f"{name}.weight"], theirs, rtol=1e-5, atol=1e-6)
+    for name, (module, own) in sums.items():  # by torch
+        assert (module.parametrizations[own].original - state["state_dict"][name]).abs().max() > 1e-3
+        parametrize.remove_parametrizations(module, own)
+        torch.testing.assert_close(state["state_dict"][name], getattr(module, own), rtol=1e-5, atol=1e-6)
     plain = models.rebuilt(model, seed=9)
     plain.load_state_dict(state["state_dict"])
     for ours, theirs, start in zip(answers(plain), found, before, strict=True):
@@ -210,8 +230,9 @@ def test_only_linear_layers_of_towers_and_what_is_beside_them_move(start, whole)
     before, after = weights(start.parent), weights(whole)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     inside = {name for name in moved if name.startswith(("visual.", "transformer.", "token_", "ln_final"))}
-    assert {name.rsplit(".", 2)[1] for name in inside} == {"qkv", "proj", "fc1", "fc2", "out_proj", "c_fc", "c_proj"}
-    assert all(name.endswith(".weight") for name in inside) and "visual.patch_embed.proj.weight" not in moved
+    layers = {name.removesuffix(".weight").rpartition(".")[2] for name in inside}
+    assert layers == {"qkv", "proj", "fc1", "fc2", "out_proj", "c_fc", "c_proj", "in_proj_weight"}
+    assert all(name.endswith("weight") for name in inside) and "visual.patch_embed.proj.weight" not in moved
     assert {"image_projection", "text_projection", "logit_scale", "image_mlp.layer1.weight"} <= moved
 
 

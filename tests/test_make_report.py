@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from model_helpers import write_checkpoint
+from PIL import Image
 from roco_tree import make_roco
 
 import main_linear
@@ -241,6 +242,32 @@ def test_checklists_answer_from_files_or_say_not_reported(runs):
         assert sum(text == "not reported" for text in answers.values()) == len(answers) - entry["answered"]
     answers = {number: text for number, _, text in names["CLAIM"]["items"]}
     assert answers["42"] == "not reported" and "torch" in answers["23"] and "test lesions" in answers["19"]
+
+
+def test_checklists_say_of_another_set_what_its_files_say(tmp_path):
+    """A table of a hospital's own: no word of CBIS-DDSM, its pathologies or its publishers."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(24):
+        pixels = rng.integers(0, 100, (8, 8), dtype=np.uint8) + 100 * (i % 2)
+        Image.fromarray(pixels.astype(np.uint8)).resize((32, 32)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{('clear', 'effusion')[i % 2]},p{i // 2},{'train' if i < 14 else 'test'}")
+    (tmp_path / "table.csv").write_text("image,label,patient,split\n" + "\n".join(rows) + "\n")
+    entry = dict(path=str(tmp_path), type="csv", train="train", test="test", labels=["clear", "effusion"])
+    (tmp_path / "catalog.json").write_text(json.dumps({"hospital": entry | {"columns": {"group": "patient"}}}))
+    checkpoint = write_checkpoint(tmp_path / "checkpoint.pt", "vit")
+    main_linear.main(["--dataset", "hospital", "--catalog", str(tmp_path / "catalog.json"), "--pretrained",
+                      str(checkpoint), "--cache-features", "-j", "0", "--resamples", "50", "--output-dir",
+                      str(tmp_path / "runs" / "probe")])  # fmt: skip
+    page, html = report(tmp_path / "runs")
+    tripod, claim = ({number: text for number, _, text in entry["items"]} for entry in page["checklists"])
+    assert "hospital" in tripod["5a"] and "clear, effusion" in tripod["15"] and "patients" in tripod["12d"]
+    for number in ("8a", "12a", "14"):
+        assert tripod[number] == "not reported"
+    for number in ("5", "11", "12", "14", "34"):
+        assert claim[number] == "not reported"
+    said = " ".join([*tripod.values(), *claim.values()])
+    assert not re.search("CBIS|Lee et al|patholog|mammogra|lesion|radiologist", said)
+    assert set(tripod["12e"].split(", ")) == set(page["sections"][0]["columns"])
 
 
 def test_names_cannot_break_the_page(runs):

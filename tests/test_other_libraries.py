@@ -1,5 +1,7 @@
 """Models of open_clip, transformers and timm as towers: the same numbers as in their own library."""
 
+import warnings
+
 import numpy as np
 import pytest
 import timm
@@ -7,6 +9,7 @@ import torch
 import transformers
 import twins
 
+import main
 import models
 from inputs.transforms import eval_view
 from towers import library, pretrained, sources
@@ -84,6 +87,92 @@ def test_a_pair_of_open_clip_computes_what_it_computes_there(made, kind, tmp_pat
     got = loaded.zero_shot(twins.images(), LABELS, ["{}"])
     assert np.abs(got - expected.double().numpy()).max() < 1e-5 and np.ptp(got) > 1e-3
     assert np.abs(loaded.embed_captions(LABELS) - text.numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind, size, own", [("open_clip", 48, 32), ("open_clip", (48, 24), 32), ("biomedclip", 96, 160)]
+)
+@torch.no_grad()
+def test_a_pair_of_open_clip_takes_another_image_size_as_it_does_there(made, kind, size, own, tmp_path):
+    """Position embeddings are those of its own force_image_size, and back at its own size by and large the old."""
+    open_clip = pytest.importorskip("open_clip")
+    loaded = models.load_pretrained(made(kind), image_size=size)
+    named = twins.with_text_config(made(kind), tmp_path / "named") if kind == "biomedclip" else made(kind)
+    net, _ = open_clip.create_model_from_pretrained(f"local-dir:{named}", force_image_size=size)
+    images = batch_of(loaded)
+    assert images.shape[2:] == (size if isinstance(size, tuple) else (size, size))
+    expected = net.eval().encode_image(images)
+    assert (loaded.model.encode_image(images) - expected).abs().max() < 1e-5 and expected.std(0).mean() > 1e-3
+    found = sources.read_source(made(kind))  # as a training starts
+    model = models.create_model("CLIP", **{**found.config, "image_size": size})
+    sources.load(found, model)
+    assert (model.eval().encode_image(images) - expected).abs().max() < 1e-5
+    assert models.at_size(loaded.model, own).visual(torch.rand(1, 3, own, own)).isfinite().all()
+
+
+def test_an_image_size_that_a_tower_of_open_clip_cannot_take_says_why(made):
+    pytest.importorskip("open_clip")
+    with pytest.raises(ValueError, match="patches of 8 pixels, which 44 pixels are no multiple of"):
+        models.load_pretrained(made("open_clip"), image_size=44)
+    settings = dict(
+        embed_dim=8, vision_cfg=dict(layers=[1, 1, 1, 1], width=16, image_size=64, patch_size=None),
+        text_cfg=dict(width=16, heads=2, layers=1),
+    )  # fmt: skip
+    assert library.build_image_tower("open-clip:", settings, 64)[1] == 8
+    with pytest.raises(ValueError, match="attention over the positions of 64 pixels, and takes no images of 96"):
+        library.build_image_tower("open-clip:", settings, 96)
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert", "biomedclip", "dinov2"])
+def test_gradient_checkpointing_is_asked_for_by_its_name_of_today(made, kind):
+    """transformers 5.24 warns of the older name."""
+    found = sources.read_source(made(kind))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        if found.has_image:
+            model = models.create_model("CLIP" if found.has_text else "SIMCLR", **found.config, ssl_mlp_dim=8)
+            model.checkpoint_gradients()
+            parts = [model.visual, *([model.text_tower] if found.has_text else [])]
+        else:
+            tower = library.HFTextTower(found.config["text_kwargs"])
+            tower.set_grad_checkpointing()
+            parts = [tower]
+    theirs = [m for part in parts for m in part.modules() if isinstance(m, transformers.PreTrainedModel)]
+    assert theirs and all(m.is_gradient_checkpointing for m in theirs)
+
+
+@pytest.mark.parametrize("kind", ["timm", "dinov2", "vit"])
+def test_a_pair_starts_from_an_image_tower_alone_beside_a_fresh_text_tower(made, kind, caplog):
+    flags = [
+        "--model",
+        "SLIP",
+        "--init",
+        str(made(kind)),
+        "--override",
+        "text_layers=1",
+        "text_width=64",
+        "text_heads=2",
+    ]
+    with caplog.at_level("INFO"):
+        model, tokenizer = main.build_model(main.get_args_parser().parse_args(flags))
+    assert "the text tower, CLIP's, starts from fresh weights: --text-weights gives it others" in caplog.text
+    alone = models.load_pretrained(made(kind))
+    images = batch_of(alone)
+    with torch.inference_mode():
+        assert (model.eval().visual(images) - alone.model.visual(images)).abs().max() < 1e-6
+        assert model.encode_text(tokenizer(LABELS)).shape == model.encode_image(images)[:2].shape
+
+
+@pytest.mark.parametrize("kind", ["clip", "open_clip"])
+def test_simclr_takes_the_image_tower_of_a_pair(made, kind):
+    model, tokenizer = main.build_model(
+        main.get_args_parser().parse_args(["--model", "SIMCLR", "--init", str(made(kind))])
+    )
+    whole = models.load_pretrained(made(kind))
+    images = batch_of(whole)
+    with torch.inference_mode():
+        assert (model.eval().visual(images) - whole.model.visual(images)).abs().max() < 1e-6
+    assert tokenizer is None and model.preprocess == whole.preprocess
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import twins
 from helpers import command
 from PIL import Image
 from roco_tree import make_roco
@@ -202,13 +203,36 @@ def test_a_text_tower_and_its_tokens_are_those_of_transformers(tmp_path):
     torch.testing.assert_close(model.eval().encode_text(tokens), expected)
 
 
+@pytest.mark.parametrize("sizes, model", [
+    (dict(intermediate_size=48), "CLIP_VITT16"), (dict(num_hidden_layers=1), "MEDSLIP_RESNET"),
+    (dict(max_position_embeddings=40, type_vocab_size=1, hidden_act="relu"), "CLIP_VITT16"), ({}, "SLIP"),
+])  # fmt: skip
+def test_a_bert_of_other_sizes_and_of_any_pair_is_the_module_of_transformers(sizes, model, tmp_path):
+    """With the mean of its last layer; in a vocab.txt alone lie its tokens."""
+    folder = bert_folder(tmp_path / "bert", **sizes)
+    init = ["--init", str(twins.vision("dinov2", tmp_path / "dinov2"))] if model == "SLIP" else []
+    ours, tokenizer = build("--text-weights", str(folder), *init, model=model)
+    captions = ["axial CT of a", "cts of cts and nothing else " * 20]
+    theirs = BertTokenizer(str(folder / "vocab.txt"), do_lower_case=False)
+    length = min(77, sizes.get("max_position_embeddings", 77))
+    read = theirs(captions, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    tokens = tokenizer(captions)
+    assert tokens.tolist() == read["input_ids"].tolist() and tokens.shape[1] == length
+    hidden = BertForMaskedLM.from_pretrained(folder).eval().bert(**read).last_hidden_state
+    mask = read["attention_mask"][..., None]
+    expected = (hidden * mask).sum(1) / mask.sum(1) @ ours.text_projection
+    torch.testing.assert_close(ours.eval().encode_text(tokens), expected)
+
+
 def test_a_bert_that_the_text_tower_cannot_hold_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="intermediate_size 64 instead of 128"):
-        build("--text-weights", str(bert_folder(tmp_path / "thin", intermediate_size=64)))
     folder = bert_folder(tmp_path / "short")
     (folder / "vocab.txt").write_text("\n".join(VOCAB[:-1]))
     with pytest.raises(ValueError, match=f"counts {len(VOCAB)} tokens, its vocabulary {len(VOCAB) - 1}"):
         build("--text-weights", str(folder))
+    thin = bert_folder(tmp_path / "thin", intermediate_size=64)
+    (thin / "vocab.txt").write_text("\n".join([*VOCAB, "more"]))
+    with pytest.raises(ValueError, match=f"embeddings of {len(VOCAB)} tokens, its tokenizer has {len(VOCAB) + 1}"):
+        build("--text-weights", str(thin))
     with pytest.raises(FileNotFoundError, match="config.json"):
         build("--text-weights", str(tmp_path))
     with pytest.raises(ValueError, match="models that read captions"):

@@ -1,12 +1,16 @@
 import json
 import pickle
 import string
+import subprocess
+import sys
 import tracemalloc
 import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from helpers import ROOT
 
 from tokenizer import SimpleTokenizer, TokenizedTexts, WordPieceTokenizer, clean_text, create_tokenizer
 
@@ -124,15 +128,27 @@ def wordpiece() -> WordPieceTokenizer:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_wordpiece_equals_a_second_implementation(wordpiece, text):
-    assert wordpiece.encode(text) == reference_wordpiece(text, VOCAB)
+    cls, sep = VOCAB.index("[CLS]"), VOCAB.index("[SEP]")
+    assert wordpiece(text, context_length=512).tolist() == [[cls, *reference_wordpiece(text, VOCAB), sep]]
 
 
-def test_wordpiece_equals_transformers(wordpiece):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.BertTokenizer(vocab={token: i for i, token in enumerate(VOCAB)})
+def test_wordpiece_equals_a_folder_of_transformers(wordpiece, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf8")
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
     texts = [*TEXTS, "[MASK] and [SEP] in a caption", "mass " * 200]
     for text in texts:
         assert wordpiece(text).tolist() == [theirs(text, truncation=True, max_length=77)["input_ids"]]
+
+
+def test_a_worker_process_reads_captions_without_transformers(wordpiece, tmp_path):
+    """Which takes a second to import in each."""
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(wordpiece))
+    code = "import pickle, sys; sys.modules['transformers'] = None; "
+    code += "print(pickle.load(open(sys.argv[1], 'rb'))('chest mass').tolist())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "tokenizer.pkl")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(wordpiece("chest mass").tolist()), done.stderr
 
 
 def test_wordpiece_pads_to_the_longest_row_and_keeps_sep(wordpiece):

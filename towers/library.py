@@ -77,6 +77,12 @@ def _is_plain(value: object) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def keep_inputs_alone(module: Any) -> None:
+    """Checkpoint the gradients of a module of transformers, by the name that its release has for it (5.24: the new)."""
+    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    enable()
+
+
 def _pooled(out: Any) -> Tensor:
     return out.pooler_output
 
@@ -171,7 +177,7 @@ class HFImageTower(nn.Module):
 
     def set_grad_checkpointing(self) -> None:
         """Keep only the blocks' inputs for the backward pass."""
-        self.model.gradient_checkpointing_enable()
+        keep_inputs_alone(self.model)
 
 
 def patches_of(images: Tensor, patch: int) -> dict[str, Tensor]:
@@ -211,7 +217,7 @@ class HFTextTower(nn.Module):
 
     def set_grad_checkpointing(self) -> None:
         """Keep only the layers' inputs for the backward pass."""
-        self.model.gradient_checkpointing_enable()
+        keep_inputs_alone(self.model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,21 +225,45 @@ class HFTextTower(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def open_clip_net(settings: dict[str, Any]) -> Any:
+def open_clip_net(settings: dict[str, Any], size: Size | None = None) -> Any:
     """open_clip's own pair from its `model_cfg`, with fresh weights; ImportError without open_clip.
 
-    A text tower of transformers is named by a hub's id there. Its configuration, under `text_config` here, is put where
-    the library looks for it, so that nothing is fetched.
+    A text tower of transformers is named by a hub's id there, a tower of timm by its name. Their own configurations,
+    under `text_config` and `timm_config` here, are put where the library looks for them, so that nothing is fetched.
+
+    Args:
+        size: of the images in pixels, where it is not that of `settings`.
+
+    Raises:
+        ValueError: settings or a size that the towers do not take.
     """
     try:
         from open_clip.model import CustomTextCLIP
     except ImportError as error:
         raise ImportError("this model is open_clip's: pip install open_clip_torch") from error
     settings = json.loads(json.dumps(settings))  # a copy, tuples as lists
-    text_config = settings.pop("text_config", None)
+    text_config, timm_config = settings.pop("text_config", None), settings.pop("timm_config", None)
     settings.pop("custom_text", None)
-    settings["vision_cfg"]["timm_model_pretrained"] = False
+    vision = settings["vision_cfg"]
+    vision["timm_model_pretrained"] = False
+    by_timm = timm_config is not None or bool(vision.get("timm_model_name"))
+    own = vision.get("image_size", 224)
+    own_size = height_width(own if isinstance(own, int) else tuple(own))
+    other = size if size is not None and height_width(size) != own_size else None
+    if other is not None and not by_timm:
+        if not isinstance(vision.get("layers", 12), int):
+            raise ValueError(
+                f"open_clip's ResNet pools by attention over the positions of {size_text(own)} pixels, and takes no "
+                f"images of {size_text(other)}: leave --image-size out"
+            )
+        refuse_margin("open_clip's ViT", (vision.get("patch_size", 16),) * 2, other)
+        vision["image_size"] = list(height_width(other))
     with tempfile.TemporaryDirectory() as folder:
+        if timm_config is not None:
+            (Path(folder) / "image").mkdir()
+            written = json.dumps({**timm_config, "pretrained_cfg": {}})
+            (Path(folder) / "image" / "config.json").write_text(written)
+            vision["timm_model_name"] = f"local-dir:{folder}/image"
         if text_config is not None:
             (Path(folder) / "config.json").write_text(json.dumps(text_config))
             settings["text_cfg"] |= {"hf_model_name": folder, "hf_model_pretrained": False}
@@ -242,6 +272,12 @@ def open_clip_net(settings: dict[str, Any]) -> Any:
             net = CustomTextCLIP(**settings)
         except Exception as error:  # of any kind, on settings that are not its own
             raise ValueError(f"open_clip takes no such settings: {type(error).__name__}: {error}") from error
+    if other is not None and by_timm:
+        visual: Any = net.visual
+        patch = getattr(getattr(visual.trunk, "patch_embed", None), "patch_size", None)
+        if patch is not None:
+            refuse_margin("open_clip's tower of timm", height_width(patch), other)
+        visual.set_input_size(height_width(other))
     return net
 
 
@@ -270,6 +306,12 @@ class OpenCLIPImageTower(nn.Module):
         elif isinstance(head, nn.Sequential) and len(head):  # a tower of timm
             self.projection, visual.head = head, nn.Identity()
         self.model = visual
+
+    @property
+    def positioned(self) -> tuple[str, nn.Module]:
+        """The module that holds the position embeddings, by its name in this one."""
+        trunk = getattr(self.model, "trunk", None)
+        return ("model.", self.model) if trunk is None else ("model.trunk.", trunk)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to features (B, d)."""
@@ -300,7 +342,11 @@ class OpenCLIPTextTower(nn.Module):
 
     def set_grad_checkpointing(self) -> None:
         """Keep only the layers' inputs for the backward pass."""
-        self.model.set_grad_checkpointing()
+        theirs = getattr(self.model, "transformer", None)
+        if hasattr(theirs, "gradient_checkpointing_enable"):  # of transformers
+            keep_inputs_alone(theirs)
+        else:
+            self.model.set_grad_checkpointing()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,10 +379,7 @@ def build_image_tower(name: str, settings: dict[str, Any], size: Size) -> tuple[
         elif settings["model_type"].startswith("siglip"):
             projection = nn.Identity()
         return tower, tower.width, projection
-    own = settings["vision_cfg"].get("image_size", 224)
-    if height_width(size) != height_width(own if isinstance(own, int) else tuple(own)):
-        raise ValueError(f"open_clip's tower takes images of {size_text(own)} pixels alone, not {size_text(size)}")
-    tower = OpenCLIPImageTower(open_clip_net(settings).visual)
+    tower = OpenCLIPImageTower(open_clip_net(settings, size).visual)
     projection, tower.projection = tower.projection, nn.Identity()
     was_training = tower.training
     with torch.no_grad():

@@ -22,6 +22,7 @@ from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 import utils
 from inputs.sizes import Size, height_width, size_text
 from runtime.limits import BYTES
+from towers.library import keep_inputs_alone
 from towers.weights import Mismatch
 
 POOLINGS = ("masked", "medclip")
@@ -34,6 +35,10 @@ class SwinTower(SwinModel):
     def forward(self, pixel_values: Tensor) -> Any:  # a Tensor: the mean pooling is always there
         """Images (B, 3, H, W) to features (B, 768)."""
         return super().forward(pixel_values, interpolate_pos_encoding=True).pooler_output
+
+    def set_grad_checkpointing(self) -> None:
+        """Keep only the blocks' inputs for the backward pass."""
+        keep_inputs_alone(self)
 
 
 SWIN_SETTINGS = (
@@ -118,7 +123,7 @@ class BertText:
 
     def checkpoint_gradients(self, model: Any) -> None:
         """Keep only the layers' inputs for the backward pass."""
-        model.bert.gradient_checkpointing_enable()
+        keep_inputs_alone(model.bert)
 
     def encode(self, model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids (B, L) to embeddings (B, embed_dim); real tokens are those up to the last id that is not 0."""

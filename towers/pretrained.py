@@ -150,7 +150,7 @@ def _classifiers(name: str) -> tuple[str, ...]:
 # Text towers
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What medclip.BertText does not vary: fields of a BERT's config.json.
+# What medclip.BertText does not vary: fields of a BERT's config.json. One with others is transformers' own module.
 _FIXED = {
     "model_type": "bert", "hidden_act": "gelu", "max_position_embeddings": 512, "type_vocab_size": 2,
     "layer_norm_eps": 1e-12, "position_embedding_type": "absolute",
@@ -166,10 +166,7 @@ def read_bert(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     config = utils.read_json(folder / "config.json")
-    width = config.get("hidden_size", 768)
-    fixed = {**_FIXED, "intermediate_size": 4 * width}
-    other = [f"{k} {config[k]!r} instead of {v!r}" for k, v in fixed.items() if config.get(k, v) != v]
-    if other:
+    if other := _other(config):
         raise ValueError(f"{folder} is no BERT that the text tower can hold: {', '.join(other)}")
     vocab = _bert_vocabulary(folder)
     if (size := config.get("vocab_size", len(vocab))) != len(vocab):
@@ -179,7 +176,7 @@ def read_bert(folder: str | Path) -> dict[str, Any]:
     return {
         "config": {
             "text_tower": "bert",
-            "text_width": width,
+            "text_width": config.get("hidden_size", 768),
             "text_heads": config.get("num_attention_heads", 12),
             "text_layers": config.get("num_hidden_layers", 12),
         },
@@ -187,10 +184,18 @@ def read_bert(folder: str | Path) -> dict[str, Any]:
     }
 
 
-def is_bert(folder: str | Path) -> bool:
-    """Whether a folder's config.json calls it a BERT, or calls it nothing."""
+def is_medclips(folder: str | Path) -> bool:
+    """Whether MedCLIP's text tower can hold a folder's model: a BERT of any width and heads, by its config.json."""
     file = Path(folder) / "config.json"
-    return not file.is_file() or utils.read_json(file).get("model_type", "bert") == "bert"
+    return not file.is_file() or not _other(utils.read_json(file))
+
+
+def _other(config: dict[str, Any]) -> list[str]:
+    """What MedCLIP's text tower has no place for."""
+    fixed = {**_FIXED, "intermediate_size": 4 * config.get("hidden_size", 768)}
+    other = [f"{k} {config[k]!r} instead of {v!r}" for k, v in fixed.items() if config.get(k, v) != v]
+    layers = config.get("num_hidden_layers", 12)
+    return other + [f"{layers} layer where it reads two and the last"] * (layers < 2)
 
 
 def _bert_vocabulary(folder: Path) -> list[str]:

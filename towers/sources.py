@@ -33,11 +33,12 @@ from runtime.checkpoints import refuse_not_finite
 from tokenizer import CONTEXT_LENGTH, LibraryTokenizer, SimpleTokenizer, Tokenizer
 from towers import library, pretrained
 from towers.build import build_timm_tower
-from towers.weights import Mismatch, with_fitting_scale
+from towers.weights import Mismatch, resize_position_embeddings, with_fitting_scale
 
 log = logging.getLogger("medslip")
 
 HF, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+FOLDER_OF_TIMM = "local-dir:"  # in place of timm's name for a tower
 
 
 _FIELDS = {
@@ -127,13 +128,15 @@ def read_source(path: str | Path) -> Found:
 def load(found: Found, model: Any) -> None:
     """Copy what was found to a model that was made from its settings, its preparation too.
 
-    What the model has besides (a SimCLR head, a projection that the source lacks) stays as it is, so do scale and bias
-    of the logits where they belong to another loss (`with_fitting_scale`), and what the model
-    has no place for (the text side, of a model without one) is left out. Raises ValueError, naming them, for tensors of
-    a part that both have which do not fit.
+    Position embeddings follow the model's image size. What the model has besides (a SimCLR head, a projection that the
+    source lacks) stays as it is, so do scale and bias of the logits where they belong to another loss
+    (`with_fitting_scale`), and what the model has no place for (the text side, of a model without one) is left out.
+    Raises ValueError, naming them, for tensors of a part that both have which do not fit.
     """
     own = model.state_dict()
     weights = with_fitting_scale(found.weights, own)
+    if found.preprocess is not None:
+        weights = resize_position_embeddings(weights, model.visual, found.preprocess.size)
     parts = {name.partition(".")[0] for name in own} & {name.partition(".")[0] for name in weights}
     place, given = ({k: v for k, v in some.items() if k.partition(".")[0] in parts} for some in (own, weights))
     if differ := Mismatch.between(place, given):
@@ -216,6 +219,9 @@ def _transformers(folder: Path, written: dict[str, Any], name: str) -> Found:
         model = _from_pretrained(cls, folder, **no_pooler)
         settings = library.plain_settings(model.config.to_dict())
         tokenizer = _hf_tokenizer(folder, min(CONTEXT_LENGTH, _positions(model.config)))
+        words = tokenizer._backend.get_vocab_size(with_added_tokens=False)
+        if words > model.config.vocab_size:
+            raise ValueError(f"{folder} has embeddings of {model.config.vocab_size} tokens, its tokenizer has {words}")
         config = _text_config(f"{library.TRANSFORMERS}{kind}", settings, tokenizer)
         weights = {f"text_tower.model.{key}": value for key, value in model.state_dict().items()}
         return Found(name, config, None, tokenizer, weights)
@@ -395,6 +401,10 @@ def _open_clip(written: dict[str, Any], folder: Path, name: str, weights: Path |
     text_name = settings["text_cfg"].get("hf_model_name")
     tokenizer = _open_clip_tokenizer(settings["text_cfg"], folder, name)
     config = library.plain_settings(settings)
+    timm_name = str(settings["vision_cfg"].get("timm_model_name") or "")
+    if timm_name.startswith(FOLDER_OF_TIMM):  # of a folder beside, as this project exports a tower with settings
+        about = utils.read_json(folder / timm_name.removeprefix(FOLDER_OF_TIMM) / HF)
+        config["timm_config"] = library.plain_settings({k: about[k] for k in ("architecture", "model_args")})
     file = weights or _open_clip_weights(folder)
     if text_name:
         config["text_config"] = library.plain_settings(_text_settings(str(text_name), folder, file))

@@ -17,20 +17,28 @@ def resize_position_embeddings(
 ) -> dict[str, Tensor]:
     """`state_dict` with a ViT's position embeddings (1, p + h*w, d), and timm's Swin's tables, fit to `tower`.
 
+    Of an image tower of open_clip, those of its own ViT (1 + h*w, d), or of the tower of timm in it.
+
     Args:
         size: of the images that the weights were trained with; None for a square.
         prefix: of the tower's names in `state_dict`.
     """
+    if hasattr(tower, "positioned"):  # open_clip's, in which they are another module's
+        inner, tower = tower.positioned
+        prefix += inner
     own, changed = dict(tower.named_parameters()), {}
+    key = f"{prefix}positional_embedding"
+    if "positional_embedding" in own and hasattr(tower, "grid_size") and key in state_dict:
+        h, w = tower.grid_size
+        old = _old_grid(len(state_dict[key]) - 1, size, tower.patch_size)
+        if old != (h, w) and old[0] * old[1] == len(state_dict[key]) - 1:
+            changed[key] = resample_abs_pos_embed(state_dict[key][None], [h, w], list(old))[0]
     key = f"{prefix}pos_embed"
     if "pos_embed" in own and key in state_dict and own["pos_embed"].ndim == 3:
         h, w = tower.patch_embed.grid_size
         special = own["pos_embed"].shape[1] - h * w  # 0 where class and register tokens have no position
         places = state_dict[key].shape[1] - special
-        patch = tower.patch_embed.patch_size
-        old = tuple(side // p for side, p in zip(height_width(size), patch, strict=True)) if size is not None else None
-        if old is None or old[0] * old[1] != places:  # a square grid, or load_weights says that the shape is another
-            old = (math.isqrt(places),) * 2
+        old = _old_grid(places, size, tower.patch_embed.patch_size)
         if old != (h, w) and old[0] * old[1] == places:
             changed[key] = resample_abs_pos_embed(state_dict[key], [h, w], list(old), num_prefix_tokens=special)
     for key, table in state_dict.items():  # of windows, which timm makes smaller where a stage has less room
@@ -40,6 +48,16 @@ def resize_position_embeddings(
             if window is not None and math.isqrt(len(table)) ** 2 == len(table):  # of a square window
                 changed[key] = resize_rel_pos_bias_table(table, window, own[name].shape)
     return {**state_dict, **changed}
+
+
+def _old_grid(places: int, size: Size | None, patch: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of `places` patches of images of `size`; a square, where that is another number or unknown."""
+    if size is not None:
+        (h, w), (patch_h, patch_w) = height_width(size), patch
+        if (h // patch_h) * (w // patch_w) == places:
+            return h // patch_h, w // patch_w
+    side = math.isqrt(places)
+    return side, side  # where it is none, load_weights says that the shape is another
 
 
 @dataclass(frozen=True)
