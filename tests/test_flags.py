@@ -139,3 +139,9 @@ def test_nearest_names_two_only_where_both_are_as_near():
     assert nearest("--modle", ["--model", "--compile"]) == ": did you mean --model?"
     assert nearest("SLIP_VITB61", names.MODELS) == ": did you mean SLIP_VITB16 or SIGLIP_VITB16?"
     assert nearest("zzz", names.MODELS) == ""
+
+
+def test_predict_loads_no_library_that_only_evaluations_and_other_towers_need():
+    code = "import predict, sys; print([m for m in ('sklearn', 'scipy.stats', 'transformers') if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "[]"
