@@ -15,7 +15,9 @@ import hashlib
 import json
 import logging
 import math
+import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from flags.training import check_arguments, get_args_parser
-from runtime.command_line import UsageError, answer_flags, parse_with_config, run_script
+from runtime.command_line import UsageError, answer_flags, given_flags, parse_with_config, run_script
 
 if __name__ == "__main__":  # before PyTorch is loaded
     answer_flags(get_args_parser(), check_arguments)
@@ -49,6 +51,7 @@ from inputs.colour import apply_colour_batch
 from inputs.reader import NoSplit, NothingKept, Reader
 from inputs.transforms import Preprocess
 from runtime.checkpoints import (
+    checkpoint_bytes,
     differences,
     find_training_checkpoint,
     load_checkpoint,
@@ -59,8 +62,8 @@ from runtime.checkpoints import (
     upgraded,
 )
 from runtime.logs import MetricWriter, format_seconds, start_logging
-from runtime.meeting import meet, meeting_due
-from runtime.one_run import SETTINGS, one_run, own_folder
+from runtime.meeting import Rhythm
+from runtime.one_run import SETTINGS, one_run, own_folder, stored_args
 from runtime.signals import StopRequest
 from runtime.versions import versions
 from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer
@@ -233,16 +236,22 @@ def build_reader(args: argparse.Namespace, split: str, caption_filter: str, quie
         raise ValueError(f"--root is missing: the folder of the {args.dataset} dataset")
     # The published default belongs to yfcc15m alone.
     metadata = "" if args.dataset != "yfcc15m" and args.metadata == "yfcc15m.pkl" else args.metadata
-    reader = datasets.create_reader(
-        args.dataset,
-        args.root,
-        metadata,
-        split,
-        caption_filter,
-        cache_dir=args.cache_dir,
-        val_fraction=args.val_fraction,
-        by_image=began_by_image(args),
-    )
+    try:
+        reader = datasets.create_reader(
+            args.dataset,
+            args.root,
+            metadata,
+            split,
+            caption_filter,
+            cache_dir=args.cache_dir,
+            val_fraction=args.val_fraction,
+            by_image=began_by_image(args),
+        )
+    except FileNotFoundError as error:
+        if args.dataset != "yfcc15m":
+            raise
+        others = ", ".join(name for name in datasets.READERS if name != "yfcc15m")
+        raise FileNotFoundError(f"{error}; if it is not YFCC15M, say by --dataset what it is: {others}") from error
     for line in () if quiet else reader.log:
         log.info(f"{args.dataset} {split}: {line}")
     return reader
@@ -372,6 +381,7 @@ class Run(Learner):
     best: float = -math.inf  # highest validation score so far
     epoch_sums: list[float] = field(default_factory=list)  # sums of the metrics over this epoch, then their count
     last_save: float = field(default_factory=time.monotonic)
+    pace: float = 0.0  # seconds of a step, as the ranks measured it last
 
     @property
     def step(self) -> int:
@@ -451,9 +461,9 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
         "parameters": sum(p.numel() for p in run.model.parameters()),
     }
     if run.processes.is_main:
-        settings = {"args": vars(args), "derived": derived, "versions": versions()}
+        settings = {"args": stored_args(args), "derived": derived, "versions": versions()}
         utils.write_json(Path(args.output_dir) / SETTINGS, settings)
-    log.info(json.dumps(vars(args), default=str))
+    log.info(f"settings: {given_flags(get_args_parser(), args)}; all of them are in {SETTINGS}")
     log.info(", ".join(f"{k} {v}" for k, v in versions().items()))
     log.info(f"weight decay: {utils.describe_groups(run.optimizer.param_groups)}")
     if run.model.objective.sigmoid:
@@ -508,7 +518,7 @@ def save(run: Run, is_best: bool = False) -> None:
         "epoch_sums": run.epoch_sums,
         "random": random_states,
         "settings": run.settings,
-        "args": json.loads(json.dumps(vars(run.args), default=str)),
+        "args": json.loads(json.dumps(stored_args(run.args), default=str)),
         "model": {"name": run.model.name, "config": run.model.config},
         "preprocess": run.model.preprocess.to_dict(),
         "tokenizer": run.tokenizer.spec() if run.tokenizer else None,
@@ -581,7 +591,9 @@ def resume(run: Run) -> None:
     if run.epoch >= run.args.epochs:
         log.info(f"this run is finished: it has done {run.epoch} of {run.args.epochs} epochs")
         return
-    log.info(f"continuing at epoch {run.epoch}, step {run.step_in_epoch} of {run.steps_per_epoch}")
+    log.info(
+        f"continuing in epoch {run.epoch + 1} of {run.args.epochs}, step {run.step_in_epoch} of {run.steps_per_epoch}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -752,9 +764,13 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
     run.epoch_sums = run.epoch_sums or [0.0] * (len(keys) + 1)
     shown = run.processes.is_main and sys.stderr.isatty()
     bar = tqdm(
-        desc=f"epoch {run.epoch}", total=run.steps_per_epoch, initial=run.step_in_epoch, leave=False, disable=not shown
+        desc=f"epoch {run.epoch + 1}",
+        total=run.steps_per_epoch,
+        initial=run.step_in_epoch,
+        leave=False,
+        disable=not shown,
     )
-    interval = Interval(run)
+    interval, rhythm = Interval(run), Rhythm(run.processes, stop, args.print_freq, run.pace)
     with closing(bar):
         while run.step_in_epoch < run.steps_per_epoch:
             random_numbers = utils.random_state(device)  # of the last whole step
@@ -768,12 +784,13 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
                 save_last_step(run, totals)
                 raise
             bar.update()
-            if not meeting_due(run.processes, stop, run.step_in_epoch, run.steps_per_epoch, args.print_freq):
+            if not rhythm.due(run.step_in_epoch, run.steps_per_epoch):
                 continue
 
             # The one point of the interval at which the host waits for the device.
             save_due = run.processes.is_main and time.monotonic() - run.last_save > 60 * args.save_every_minutes
-            meeting = meet(run.processes, totals.flat(), stop, save_due)
+            meeting = rhythm.meet(totals.flat(), save_due)
+            run.pace = rhythm.pace
             totals = Totals.zero(len(keys), device)
             *sums, skipped = meeting.sums
             run.add(sums)
@@ -782,7 +799,7 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
             if meeting.stopping:
                 save(run)
                 log.info(
-                    f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, step {run.step_in_epoch}; "
+                    f"stopped by {stop.name}: checkpoint written in epoch {run.epoch + 1}, step {run.step_in_epoch}; "
                     "the same command continues from it"
                 )
                 return False
@@ -811,7 +828,7 @@ def save_last_step(run: Run, totals: Totals) -> None:
     except Exception as error:  # the first one is what the user needs to see
         log.warning(f"no checkpoint of the last step: {error}")
     else:
-        log.info(f"checkpoint of the last whole step written: epoch {run.epoch}, step {run.step_in_epoch}")
+        log.info(f"checkpoint of the last whole step written: epoch {run.epoch + 1}, step {run.step_in_epoch}")
 
 
 class Interval:
@@ -853,8 +870,8 @@ class Interval:
         left = (run.steps_per_epoch * args.epochs - run.step) * seconds / steps
         parts = "  ".join(f"{k} {v:.4g}" for k, v in {**metrics, **scale}.items())
         log.info(
-            f"epoch {run.epoch} [{run.step_in_epoch}/{run.steps_per_epoch}]  {parts}  lr {row['lr']:.3g}  "
-            f"{row['samples_per_second']:.0f} samples/s  data {100 * row['waiting_for_data']:.0f}%"
+            f"epoch {run.epoch + 1}/{args.epochs} [{run.step_in_epoch}/{run.steps_per_epoch}]  {parts}  "
+            f"lr {row['lr']:.3g}  {row['samples_per_second']:.0f} samples/s  data {100 * row['waiting_for_data']:.0f}%"
             + (f"  mem {row['memory_gib']:.1f} GiB" if row["memory_gib"] else "")
             + f"  left {format_seconds(left)}"
         )
@@ -863,7 +880,7 @@ class Interval:
             log.warning(f"{skipped:.0f} of {steps} updates had a gradient that is not finite and were skipped")
         if skipped >= steps and not (run.scaler.is_enabled() and math.isfinite(metrics["loss"])):
             raise FloatingPointError(
-                f"loss or gradient not finite in all {steps} updates up to epoch {run.epoch}, step "
+                f"loss or gradient not finite in all {steps} updates up to epoch {run.epoch + 1}, step "
                 f"{run.step_in_epoch}: lower --lr, or look at the data; the last checkpoint is intact"
             )
 
@@ -948,6 +965,65 @@ def train(args: argparse.Namespace, processes: Processes, writer: MetricWriter) 
     return scores
 
 
+WARM_STEPS, MEASURED_STEPS = 2, 5  # of --estimate: the first ones compile, and fill the loader's queue
+
+
+def estimate(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+    """What a run with these flags takes, from a few of its steps; nothing stays in --output-dir.
+
+    Returns samples_per_second, waiting_for_data (a fraction), memory_gib (of this process), hours (of the training
+    without validation), steps, and disk_gb.
+    """
+    utils.seed_everything(args.seed)
+    model, tokenizer = build_model(args)
+    with distributed.main_process_first(processes):
+        reader = build_reader(args, "train", args.caption_filter)
+    with tempfile.TemporaryDirectory() as folder:  # for the names of images that cannot be read
+        kept = argparse.Namespace(**{**vars(args), "output_dir": folder})
+        run = build_run(kept, processes, MetricWriter(Path(folder), False), model, tokenizer, reader)
+        run.wrapped.train()
+        totals = Totals.zero(len(run.model.objective.metrics), processes.device)
+        warm = min(WARM_STEPS, run.steps_per_epoch - 1)
+        interval = Interval(run)
+        with closing(loader.batches(run.loader)) as batches:
+            for step in range(min(warm + MEASURED_STEPS, run.steps_per_epoch)):
+                if step == warm:
+                    totals.flat().tolist()  # waits for the device
+                    interval = Interval(run)
+                with interval.waiting():
+                    micro_batches = list(islice(batches, args.update_freq))
+                interval.images += sum(len(batch["index"]) for batch in micro_batches) * processes.world_size
+                update(run, micro_batches, totals)
+            totals.flat().tolist()
+    seconds, measured = time.monotonic() - interval.since, run.step_in_epoch - interval.first
+    steps = run.steps_per_epoch * (args.epochs - args.start_epoch)
+    found = {
+        "samples_per_second": interval.images / seconds,
+        "waiting_for_data": interval.waited / seconds,
+        "memory_gib": peak_memory(processes.device),
+        "steps": steps,
+        "hours": steps * seconds / measured / 3600,
+        "disk_gb": (args.keep_last + 2) * checkpoint_bytes(run.model.parameters()) / 1e9,
+    }
+    log.info(
+        f"estimate from {measured} steps on {utils.device_name(processes.device)} in {processes.precision}: "
+        f"{found['samples_per_second']:.3g} samples/s, {100 * found['waiting_for_data']:.0f}% of the time waiting for "
+        f"data; peak memory {found['memory_gib']:.1f} GiB a process"
+    )
+    log.info(
+        f"{len(reader):,} pairs, {run.steps_per_epoch:,} steps an epoch, {steps:,} steps: "
+        f"{format_seconds(3600 * found['hours'])}, validation not counted; up to {args.keep_last + 2} checkpoints: {found['disk_gb']:.1f} GB of disk"
+    )
+    return found
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: what tensors took of a GPU at most, or this process of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; returns the last epoch's scores, and `stopped_by` where a signal came first."""
     args = parse_with_config(get_args_parser(), argv)
@@ -955,9 +1031,9 @@ def main(argv: list[str] | None = None) -> dict:
     processes = distributed.init_distributed(args)
     if args.shard and processes.world_size == 1:
         raise UsageError("--shard splits the model over several processes: start it with torchrun or submitit")
-    if args.evaluate:  # which writes nothing
+    if args.evaluate or args.estimate:  # which write nothing
         with start_logging(is_main=processes.is_main), distributed.ending_together(processes):
-            return evaluate(args, processes)
+            return (evaluate if args.evaluate else estimate)(args, processes)
     with start_logging(is_main=processes.is_main):
         own_folder(args, "training")
         with (

@@ -42,7 +42,7 @@ from evaluation.run_folder import set_aside_other_results
 from evaluation.set_probes import find_set, probe_set
 from inputs.cbis import CBIS_SETS, read_lesions
 from runtime.logs import start_logging
-from runtime.one_run import SETTINGS, one_run, own_folder
+from runtime.one_run import SETTINGS, one_run, own_folder, stored_args
 from runtime.versions import versions
 
 log = logging.getLogger("medslip")
@@ -147,7 +147,7 @@ def record_settings(args: argparse.Namespace, backbone: Backbone, processes: dis
         "device": str(processes.device),
     }
     settings = {
-        "args": vars(args), "derived": derived, "versions": {**versions(), "scikit-learn": sklearn.__version__},
+        "args": stored_args(args), "derived": derived, "versions": {**versions(), "scikit-learn": sklearn.__version__},
     }  # fmt: skip
     utils.write_json(Path(args.output_dir) / SETTINGS, settings)
     log.info(f"{args.dataset}: {backbone.name}, {backbone.features} features")

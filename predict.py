@@ -169,8 +169,11 @@ def compare_greys(images: Sequence[Shown], greys: Sequence[str], trained: dict[s
 
 def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Probabilities of a fitted probe, its decision at validation's threshold, and whether the image is far off."""
-    if not (args.run / "head.safetensors").is_file() and (args.run / "checkpoint.pt").is_file():
-        return classify_finetuned(args)
+    if not (args.run / "head.safetensors").is_file():
+        if (args.run / "checkpoint.pt").is_file():
+            return classify_finetuned(args)
+        what = "is no folder" if not args.run.is_dir() else "holds neither head.safetensors nor checkpoint.pt"
+        raise FileNotFoundError(f"{args.run} {what}: name a run of main_linear.py or run_class_finetuning.py")
     probe = fitted_probe(args.run, args.weights)
     heads, about, backbone = probe.heads, probe.about, probe.backbone
     loading = loading_of(args, about.get("precision", "fp32"))

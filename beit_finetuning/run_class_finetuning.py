@@ -31,7 +31,7 @@ if __name__ == "__main__":  # started as a file, whose folder is then the first 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from flags.finetuning import check_arguments, get_args_parser
-from runtime.command_line import answer_flags, parse_with_config, run_script
+from runtime.command_line import answer_flags, given_flags, parse_with_config, run_script
 
 if __name__ == "__main__":  # before PyTorch is loaded
     answer_flags(get_args_parser(), check_arguments)
@@ -61,9 +61,9 @@ from runtime.checkpoints import (
     refuse_full_disk,
     save_training_checkpoint,
 )
-from runtime.logs import MetricWriter, start_logging
-from runtime.meeting import meet, meeting_due
-from runtime.one_run import SETTINGS, one_run, own_folder
+from runtime.logs import MetricWriter, format_seconds, start_logging
+from runtime.meeting import Rhythm
+from runtime.one_run import SETTINGS, one_run, own_folder, stored_args
 from runtime.signals import StopRequest
 from runtime.versions import versions
 from towers import lora
@@ -114,6 +114,7 @@ class Run:
     best: float = -math.inf  # validation score
     epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the loss, and updates
     last_save: float = field(default_factory=time.monotonic)
+    pace: float = 0.0  # seconds of an update, as the ranks measured it last
 
     @property
     def steps_per_epoch(self) -> int:
@@ -245,9 +246,9 @@ def record_settings(run: Run) -> None:
         "parameters": sum(p.numel() for p in run.model.parameters()),
     }
     if run.processes.is_main:
-        settings = {"args": vars(args), "derived": derived, "versions": versions()}
+        settings = {"args": stored_args(args), "derived": derived, "versions": versions()}
         utils.write_json(Path(args.output_dir) / SETTINGS, settings)
-    log.info(json.dumps(vars(args), default=str))
+    log.info(f"settings: {given_flags(get_args_parser(), args)}; all of them are in {SETTINGS}")
     scales = sorted({group["lr_scale"] for group in run.optimizer.param_groups})
     log.info(f"{run.network.name}: {derived['parameters']:,} parameters")
     log.info(f"factors on the rate {scales[0]:.3g} to {scales[-1]:g}, from the stem to the head")
@@ -300,36 +301,40 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
     run.wrapped.train()
     run.sampler.set_epoch(run.epoch, start_step=run.step_in_epoch * args.update_freq)
     batches = loader.batches(run.source)
+    rhythm = Rhythm(processes, stop, args.print_freq, run.pace)
     loss_sum, updates, since, images = torch.zeros((), device=processes.device), 0, time.monotonic(), 0
     while run.step_in_epoch < run.steps_per_epoch:
         group = list(islice(batches, args.update_freq))
         images += sum(len(labels) for _, labels in group) * processes.world_size
         loss_sum += update(run, group)
         updates += 1
-        if not meeting_due(processes, stop, run.step_in_epoch, run.steps_per_epoch, args.print_freq):
+        if not rhythm.due(run.step_in_epoch, run.steps_per_epoch):
             continue
         # The one point at which the host waits for the device.
         save_due = processes.is_main and time.monotonic() - run.last_save > 60 * args.save_every_minutes
-        meeting = meet(processes, loss_sum[None], stop, save_due)
+        meeting = rhythm.meet(loss_sum[None], save_due)
+        run.pace = rhythm.pace
         mean = meeting.sums[0] / processes.world_size / updates
         if not math.isfinite(mean):  # the same on every rank
             raise FloatingPointError(
-                f"the loss is {mean} up to epoch {run.epoch}, update {run.step_in_epoch}: lower --lr {args.lr:g}; the "
-                "last checkpoint is intact"
+                f"the loss is {mean} up to epoch {run.epoch + 1}, update {run.step_in_epoch}: lower --lr {args.lr:g}; "
+                "the last checkpoint is intact"
             )
         run.epoch_sums = [run.epoch_sums[0] + mean * updates, run.epoch_sums[1] + updates]
         rate = max(group["lr"] for group in run.optimizer.param_groups)
-        speed = images / (time.monotonic() - since)
+        seconds = time.monotonic() - since
+        speed = images / seconds
+        left = (run.steps_per_epoch * args.epochs - run.step) * seconds / updates
         log.info(
-            f"epoch {run.epoch} [{run.step_in_epoch}/{run.steps_per_epoch}]  loss {mean:.4f}  lr {rate:.3g}  "
-            f"{speed:.0f} images/s"
+            f"epoch {run.epoch + 1}/{args.epochs} [{run.step_in_epoch}/{run.steps_per_epoch}]  loss {mean:.4f}  "
+            f"lr {rate:.3g}  {speed:.0f} images/s  left {format_seconds(left)}"
         )
         run.writer.row("train", run.step, {"loss": mean, "lr": rate, "images_per_second": speed})
         loss_sum, updates, since, images = torch.zeros_like(loss_sum), 0, time.monotonic(), 0
         if meeting.stopping:
             save(run)
             log.info(
-                f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, update {run.step_in_epoch}; the "
+                f"stopped by {stop.name}: checkpoint written in epoch {run.epoch + 1}, update {run.step_in_epoch}; the "
                 "same command continues from it"
             )
             return False
@@ -346,11 +351,11 @@ def finish_epoch(run: Run) -> None:
     if run.evaluation.sets.val is not None:
         score = run.evaluation.validation_score(run.model)
         row["validation"] = score
-        log.info(f"epoch {run.epoch}: validation macro AUROC {score:.4f}")
+        log.info(f"epoch {done}: validation macro AUROC {score:.4f}")
     elif not args.disable_eval_during_finetuning and done < args.epochs:
         scores = run.evaluation.test_scores(run.model)
         row |= {f"test_{k}": v for k, v in scores.items() if k != "metric"}
-        log.info(f"epoch {run.epoch}: test {scores['metric']} {scores['score']:.2f}")
+        log.info(f"epoch {done}: test {scores['metric']} {scores['score']:.2f}")
     is_best = score > run.best if score is not None else True
     run.best = max(run.best, score) if score is not None else run.best
     run.epoch, run.step_in_epoch, run.epoch_sums = done, 0, [0.0, 0.0]
@@ -383,7 +388,7 @@ def save(run: Run, is_best: bool = False) -> None:
         "epoch_sums": run.epoch_sums,
         "random": states,
         "settings": run.settings,
-        "args": json.loads(json.dumps(vars(run.args), default=str)),
+        "args": json.loads(json.dumps(stored_args(run.args), default=str)),
         "versions": versions(),
     }
     save_training_checkpoint(state, Path(run.args.output_dir), run.step, is_best, keep_last=2)
@@ -414,7 +419,7 @@ def resume(run: Run) -> None:
     else:
         log.info("the number of processes has changed: dropout goes on from fresh random numbers")
     log.info(
-        f"continuing at epoch {run.epoch} of {run.args.epochs}, update {run.step_in_epoch} of {run.steps_per_epoch}"
+        f"continuing in epoch {run.epoch + 1} of {run.args.epochs}, update {run.step_in_epoch} of {run.steps_per_epoch}"
     )
 
 

@@ -166,6 +166,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
                      help="checkpoints to keep beside the best")
     run.add_argument("--save-every-minutes", default=30.0, type=float, metavar="MINUTES",
                      help="checkpoint within an epoch this often, beside the one after every epoch")
+    run.add_argument("--estimate", action="store_true",
+                     help="before a run: take a few steps with these flags on this device, say what it will take "
+                     "(memory, samples a second, hours, disk), and write nothing")
     run.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
 
 
@@ -178,6 +181,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     others = [name for name in starts if name != "--resume"] + ["--bert-vocab"] * bool(args.bert_vocab)
     if towers and others:
         raise UsageError(f"{towers[0]} says where a tower comes from: leave out {' '.join(others)}")
+    if args.evaluate and args.estimate:
+        raise UsageError("--evaluate validates weights and --estimate looks at a training: choose one")
     if args.start_epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
     if args.shard and args.accum_negatives == "full":

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -113,6 +114,23 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: list[str] | None) -
             raise ValueError(f"--config {path} is of another script or version: no flag for {', '.join(unknown)}")
         parser.set_defaults(**given)
     return parser.parse_args(argv)
+
+
+def given_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The flags whose values are not the parser's defaults, as a command line has them."""
+    found = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if value == action.default or not action.option_strings:
+            continue
+        name = next((text for text in action.option_strings if text.startswith("--")), action.option_strings[0])
+        if isinstance(value, bool):
+            negative = f"--no-{name.removeprefix('--')}"
+            found.append(name if value or negative not in action.option_strings else negative)
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            found.append(shlex.join([name, *map(str, values)]))
+    return " ".join(found) or "the defaults"
 
 
 def answer_flags(parser: argparse.ArgumentParser, check: Callable[[argparse.Namespace], object] | None = None) -> None:

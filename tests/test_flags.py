@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,9 @@ from beit_finetuning.modeling_finetune import BEIT_MODELS
 from beit_finetuning.views import Augmentation
 from evaluation import catalog, heads
 from exporting.formats import FORMATS
-from flags import finetuning, names, preparing
+from flags import finetuning, names, preparing, training
 from inputs import cbis
-from runtime.command_line import Parser, nearest
+from runtime.command_line import Parser, given_flags, nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
@@ -133,6 +134,15 @@ def test_only_one_rank_says_what_is_wrong(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         Parser("x.py").parse_args(["--no-such"])
     assert capsys.readouterr().err == ""
+
+
+def test_given_flags_are_what_differs_from_the_defaults_and_give_it_again():
+    parser = training.get_args_parser()
+    argv = ["--lr", "0.001", "--root", "a b", "--no-gather-with-grad", "--override", "x=1", "y=2", "--mask-duplicates"]
+    args = parser.parse_args(argv)
+    said = given_flags(training.get_args_parser(), args)
+    assert parser.parse_args(shlex.split(said)) == args and len(shlex.split(said)) == len(argv)
+    assert given_flags(parser, parser.parse_args([])) == "the defaults"
 
 
 def test_nearest_names_two_only_where_both_are_as_near():
