@@ -126,50 +126,6 @@ def processes_of_node(processes: Processes) -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size)))
 
 
-def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of processes, device and precision, the same for all scripts."""
-    group = parser.add_argument_group("processes and device")
-    group.add_argument(
-        "--world-size", default=1, type=int, help="number of processes; torchrun and submitit set it, so leave it alone"
-    )
-    group.add_argument("--rank", default=0, type=int, help="rank of this process; set by the launcher")
-    group.add_argument(
-        "--local_rank",
-        "--local-rank",
-        default=0,
-        type=int,
-        help="rank of this process on its node; set by the launcher",
-    )
-    group.add_argument(
-        "--dist-url",
-        default="env://",
-        type=str,
-        help="rendezvous; env:// reads MASTER_ADDR and MASTER_PORT, which torchrun sets",
-    )
-    group.add_argument("--dist-backend", default="nccl", type=str, help="nccl on GPUs; on the CPU gloo is always used")
-    group.add_argument(
-        "--dist-timeout",
-        default=600,
-        type=float,
-        metavar="SECONDS",
-        help="a collective that hangs longer than this ends the run",
-    )
-    group.add_argument(
-        "--gpu",
-        default=None,
-        type=int,
-        help="index of the GPU to use; by default the local rank's. -1 computes on the CPU",
-    )
-    group.add_argument(
-        "--precision",
-        default="auto",
-        choices=("auto", *PRECISIONS),
-        help="what the towers are computed in; weights and losses stay in float32. auto: bf16 on a GPU that has it, "
-        "else fp16; fp32 on a CPU, where bf16 is faster if the processor has units for it (recent server CPUs)",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-
-
 def init_distributed(args: argparse.Namespace) -> Processes:
     """Join the processes that a launcher started, or stay alone; the only place that decides on rank and device.
 

@@ -14,7 +14,6 @@ and of its training what the run's own files say; what they do not is "not recor
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import secrets
@@ -22,11 +21,16 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from flags.exports import get_args_parser
+from runtime.command_line import answer_flags, run_script
+
+if __name__ == "__main__":  # before PyTorch is loaded
+    answer_flags(get_args_parser())
+
 import utils
 from exporting.card import card
 from exporting.formats import FORMATS
 from exporting.sources import load_mean
-from runtime.command_line import HelpFormatter, run_script
 from runtime.integrity import write_sums
 from runtime.logs import start_logging
 
@@ -34,33 +38,6 @@ log = logging.getLogger("medslip")
 
 
 # fmt: off
-def get_args_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser("export.py", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="checkpoint",
-                        help="any weights that this project reads; of several, which started from the same weights, "
-                        "the mean")
-    parser.add_argument("--to", required=True, choices=list(FORMATS),
-                        help="open-clip holds both towers; transformers both of its own pairs, of others the image "
-                        "tower; timm the image tower's features, not projected; onnx, one graph for each side, "
-                        "needs pip install onnx onnxscript")
-    parser.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
-    parser.add_argument(
-        "--bert-vocab",
-        default=None,
-        metavar="VOCAB.TXT",
-        help="vocabulary of Bio_ClinicalBERT; only MedCLIP's own weights need it",
-    )
-    parser.add_argument(
-        "--results",
-        default=[],
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="folders of probes and fine-tunings whose results.json goes into the card",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-    return parser
 # fmt: on
 
 

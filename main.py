@@ -15,7 +15,9 @@ import hashlib
 import json
 import logging
 import math
+import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
@@ -23,6 +25,12 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from flags.training import check_arguments, get_args_parser
+from runtime.command_line import UsageError, answer_flags, given_flags, parse_with_config, run_script
+
+if __name__ == "__main__":  # before PyTorch is loaded
+    answer_flags(get_args_parser(), check_arguments)
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +49,9 @@ from evaluation.metrics import percent, retrieval_metrics
 from inputs import loader
 from inputs.colour import apply_colour_batch
 from inputs.reader import NoSplit, NothingKept, Reader
-from inputs.sizes import ImageSize
 from inputs.transforms import Preprocess
 from runtime.checkpoints import (
+    checkpoint_bytes,
     differences,
     find_training_checkpoint,
     load_checkpoint,
@@ -53,17 +61,9 @@ from runtime.checkpoints import (
     save_training_checkpoint,
     upgraded,
 )
-from runtime.command_line import (
-    HelpFormatter,
-    UsageError,
-    add_config_argument,
-    parse_with_config,
-    positive_int,
-    run_script,
-)
 from runtime.logs import MetricWriter, format_seconds, start_logging
-from runtime.meeting import meet, meeting_due
-from runtime.one_run import SETTINGS, one_run, own_folder
+from runtime.meeting import Rhythm
+from runtime.one_run import SETTINGS, one_run, own_folder, stored_args
 from runtime.signals import StopRequest
 from runtime.versions import versions
 from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer
@@ -71,173 +71,12 @@ from towers import lora, sources
 from towers import pretrained as pretrained_towers
 
 log = logging.getLogger("medslip")
-HERE = Path(__file__).parent
 # What must not differ between a run and its continuation: the model, the data, and the schedule.
 RESUME_SETTINGS = (
     "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
     "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze",
     "shard", "mask_duplicates", "hold_batchnorm", "lora",
 )  # fmt: skip
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """All flags, in titled groups; SLIP's names and defaults stay valid."""
-    parser = argparse.ArgumentParser("main.py", description=__doc__, formatter_class=HelpFormatter)
-    add_data_arguments(parser)
-    add_model_arguments(parser)
-    add_training_arguments(parser)
-    add_run_arguments(parser)
-    distributed.add_distributed_arguments(parser)
-    add_config_argument(parser)
-    return parser
-
-
-# fmt: off
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which pairs, and where outputs go."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="yfcc15m", choices=list(datasets.READERS),
-                      help="which reader; the README shows the layout each expects")
-    data.add_argument("--root", default="", type=str,
-                      help="folder of the dataset; for roco the one that holds train/, validation/ and test/")
-    data.add_argument("--metadata", default="yfcc15m.pkl", type=str,
-                      help="file of captions where the layout does not fix it; for csv the table of pairs, with a "
-                      "column `split` or {split} in its name where there is a validation split")
-    data.add_argument("--val-fraction", default=0.1, type=float, metavar="FRACTION",
-                      help="csv: of a table that names no splits, hold out this fraction for validation, of the "
-                      "patients where a column tells them, else of the images, the same ones in every run; 0 trains on "
-                      "all and does not validate")
-    data.add_argument("--caption-filter", default="all", type=str, metavar="FILTER",
-                      help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in "
-                      "inputs/caption_filters.py), or a regular expression, matched without regard to case; validation "
-                      "is filtered too")
-    data.add_argument("--cache-dir", default="", type=str,
-                      help="where the index of a large dataset is kept; by default beside its metadata")
-    data.add_argument("--max-bad-fraction", "--max-bad-share", default=0.01, type=float, metavar="FRACTION",
-                      help="end the run when more than this fraction of the images cannot be decoded; those that "
-                      "cannot are named in bad_samples.txt and replaced")
-    data.add_argument("-j", "--workers", default=10, type=int,
-                      help="loader processes for each training process; never more than the cores it may use")
-    data.add_argument("--output-dir", default="./", type=str,
-                      help="checkpoints, logs and settings go here, to the subfolder training where it holds another "
-                      "command's run; a run found here is continued")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, and the weights it starts from."""
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", default="SLIP_VITB16", choices=list(models.MODELS), metavar="NAME",
-                       help="one of " + ", ".join(models.MODELS))
-    model.add_argument("--ssl-mlp-dim", default=4096, type=int, help="hidden width of the SimCLR projection head")
-    model.add_argument("--ssl-emb-dim", default=256, type=int, help="output width of the SimCLR projection head")
-    model.add_argument("--image-size", default=None, action=ImageSize,
-                       help="pixels of the training images, the side of a square or height and width, as 1520 912 for "
-                       "whole mammograms (default: the model's, 224); position embeddings follow")
-    model.add_argument("--vision-tower", default=None, type=str, metavar="TIMM_NAME",
-                       help="replace the image tower by any timm image model, e.g. convnext_atto")
-    model.add_argument("--override", default=[], nargs="+", metavar="KEY=VALUE",
-                       help="other settings of the model (fields of models.ModelConfig), e.g. text_layers=4; "
-                       "vision.KEY=VALUE reaches the image tower's constructor, e.g. vision.depth=4")
-    model.add_argument("--context-length", default=None, type=int, metavar="TOKENS",
-                       help="longest caption (default 77; up to 512 with a BERT text tower); longer ones are cut")
-    model.add_argument("--bert-vocab", default="", type=str, metavar="VOCAB.TXT",
-                       help="vocabulary of Bio_ClinicalBERT, needed with MedCLIP's weights; without it a BERT tower "
-                       "starts afresh on CLIP's vocabulary")
-    model.add_argument("--text-pooling", default=None, choices=("masked", "medclip"),
-                       help="BERT towers: average over a caption's own tokens (masked, the default), or also over "
-                       "padding as MedCLIP does, so that an embedding depends on the captions beside it; --evaluate "
-                       "takes what the checkpoint was trained with")
-
-    start = parser.add_argument_group("where to start from")
-    start.add_argument("--resume", default="", type=str, metavar="CKPT",
-                       help="continue this run: weights, optimizer, schedule, position in the data")
-    start.add_argument("--init", default="", type=str, metavar="CKPT",
-                       help="start a new run from these weights alone; position embeddings are resized")
-    start.add_argument("--medclip-weights", default="", type=str, metavar="PATH",
-                       help="MedCLIP's folder, zip or pytorch_model.bin, for the MEDCLIP_* and MEDSLIP_* models")
-    start.add_argument("--vision-weights", default="", type=str, metavar="PATH",
-                       help="start the image tower, one of timm's, from this file or folder (state dict, safetensors), "
-                       "or from `timm`'s own cache; images then get the mean, deviation and size of these weights")
-    start.add_argument("--text-weights", default="", type=str, metavar="FOLDER",
-                       help="start the text tower from a BERT, RoBERTa or ModernBERT of transformers (PubMedBERT, "
-                       "RadBERT, Bio_ClinicalBERT: config.json, tokenizer, weights); it brings vocabulary and sizes")
-    start.add_argument("--freeze", default="", choices=("", "image", "text"),
-                       help="hold one tower fixed and in eval mode; its projection keeps learning")
-    start.add_argument("--lora", default=0, type=positive_int, metavar="RANK",
-                       help="train low-rank adapters in the linear layers of the towers that are not frozen, and the "
-                       "projections and heads in full, in less memory; checkpoints hold plain weights as ever; needs "
-                       "pip install peft")
-    start.add_argument("--hold-batchnorm", action="store_true",
-                       help="BatchNorm of the image tower keeps the statistics of the weights it starts from: what a "
-                       "pre-trained convolutional tower forgets first is not in its weights")
-    start.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch of a new run")
-
-
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Batch, rates, losses and memory."""
-    train = parser.add_argument_group("training")
-    train.add_argument("--epochs", default=25, type=positive_int, help="passes over the training pairs")
-    train.add_argument("--warmup-epochs", default=1, type=int, help="epochs of linear warm-up from --lr-start")
-    train.add_argument("--batch-size", default=64, type=positive_int,
-                       help="pairs for each process and micro-batch")
-    train.add_argument("--update-freq", default=1, type=positive_int,
-                       help="micro-batches for each optimizer step (gradient accumulation)")
-    train.add_argument("--accum-negatives", default="micro", choices=("micro", "full"),
-                       help="with --update-freq: contrast within each micro-batch, as published, or over the whole "
-                       "step, which gives the gradient of the one big batch for a second pass through the towers "
-                       "(exact but for BatchNorm inside an image tower, a ResNet's, which sees micro-batches)")
-    train.add_argument("--compile", default=None, action=argparse.BooleanOptionalAction,
-                       help="compile the towers with torch.compile at the first step, a minute or so, for faster "
-                       "ones; validation runs without (default: on a GPU with Triton and a C compiler, unless "
-                       "--shard)")
-    train.add_argument("--grad-checkpointing", action="store_true",
-                       help="keep only the blocks' inputs of both towers for the backward pass and compute the rest "
-                       "again: less memory, about a third more time; not for ResNet-50")
-    train.add_argument("--lr", default=3e-3, type=float,
-                       help="peak learning rate; 3e-3 is SLIP's for training from scratch at batch 4096 and would "
-                       "wreck pre-trained towers: fine-tune MedCLIP with about 5e-5")
-    train.add_argument("--lr-start", default=1e-6, type=float, help="learning rate at the first step")
-    train.add_argument("--lr-end", default=1e-5, type=float, help="learning rate at the last step")
-    train.add_argument("--wd", default=0.1, type=float, help="weight decay; SLIP used 0.1, CLIP 0.5")
-    train.add_argument("--betas", default=(0.9, 0.98), nargs=2, type=float, help="of AdamW")
-    train.add_argument("--eps", default=1e-8, type=float, help="of AdamW")
-    train.add_argument("--ssl-scale", default=1.0, type=float, help="weight of the SimCLR loss beside another")
-    train.add_argument("--ssl-temp", default=0.1, type=float, help="softmax temperature of the SimCLR loss")
-    train.add_argument("--gather-with-grad", default=True, action=argparse.BooleanOptionalAction,
-                       help="let the CLIP loss's gradient reach the other processes' features, so that N processes "
-                       "equal one at the same global batch; --no-gather-with-grad reproduces the published multi-GPU "
-                       "runs, where about half of that gradient is missing")
-    train.add_argument("--mask-duplicates", action="store_true",
-                       help="pairs of a batch with the same image or the same caption are not each other's negatives "
-                       "in the image-text loss; the published ones take them for negatives")
-    train.add_argument("--shard", action="store_true",
-                       help="split parameters, gradients and optimizer state over the processes (PyTorch's FSDP2), "
-                       "for models that do not fit one GPU; same losses and weights, more communication")
-    train.add_argument("--disable-amp", action="store_true", help="the published name of --precision fp32")
-    train.add_argument("--seed", default=0, type=int, help="of weights, data order, views and dropout")
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Validation, checkpoints and logging."""
-    run = parser.add_argument_group("validation, checkpoints, logging")
-    run.add_argument("--eval-freq", default=1, type=positive_int,
-                     help="validate every so many epochs, and after the last")
-    run.add_argument("-e", "--evaluate", action="store_true", help="only validate the weights of --resume or --init")
-    run.add_argument("--skip-broken", action="store_true",
-                     help="validate on the images that can be decoded, and report the smaller number; by default an "
-                     "unreadable or missing validation image is an error that names it")
-    run.add_argument("--zeroshot-set", default="imagenet", type=str, metavar="NAME",
-                     help="dataset of dataset_catalog.json for zero-shot validation; skipped where its path is absent")
-    run.add_argument("--catalog", default=str(HERE / "dataset_catalog.json"), type=str,
-                     help="where the downstream datasets are")
-    run.add_argument("--print-freq", default=10, type=positive_int, metavar="STEPS",
-                     help="steps between log lines")
-    run.add_argument("--keep-last", default=2, type=positive_int, metavar="K",
-                     help="checkpoints to keep beside the best")
-    run.add_argument("--save-every-minutes", default=30.0, type=float, metavar="MINUTES",
-                     help="checkpoint within an epoch this often, beside the one after every epoch")
-    run.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
-# fmt: on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,16 +245,22 @@ def build_reader(args: argparse.Namespace, split: str, caption_filter: str, quie
         raise ValueError(f"--root is missing: the folder of the {args.dataset} dataset")
     # The published default belongs to yfcc15m alone.
     metadata = "" if args.dataset != "yfcc15m" and args.metadata == "yfcc15m.pkl" else args.metadata
-    reader = datasets.create_reader(
-        args.dataset,
-        args.root,
-        metadata,
-        split,
-        caption_filter,
-        cache_dir=args.cache_dir,
-        val_fraction=args.val_fraction,
-        by_image=began_by_image(args),
-    )
+    try:
+        reader = datasets.create_reader(
+            args.dataset,
+            args.root,
+            metadata,
+            split,
+            caption_filter,
+            cache_dir=args.cache_dir,
+            val_fraction=args.val_fraction,
+            by_image=began_by_image(args),
+        )
+    except FileNotFoundError as error:
+        if args.dataset != "yfcc15m":
+            raise
+        others = ", ".join(name for name in datasets.READERS if name != "yfcc15m")
+        raise FileNotFoundError(f"{error}; if it is not YFCC15M, say by --dataset what it is: {others}") from error
     for line in () if quiet else reader.log:
         log.info(f"{args.dataset} {split}: {line}")
     return reader
@@ -545,6 +390,7 @@ class Run(Learner):
     best: float = -math.inf  # highest validation score so far
     epoch_sums: list[float] = field(default_factory=list)  # sums of the metrics over this epoch, then their count
     last_save: float = field(default_factory=time.monotonic)
+    pace: float = 0.0  # seconds of a step, as the ranks measured it last
 
     @property
     def step(self) -> int:
@@ -624,9 +470,9 @@ def record_settings(args: argparse.Namespace, run: Run, n_pairs: int) -> None:
         "parameters": sum(p.numel() for p in run.model.parameters()),
     }
     if run.processes.is_main:
-        settings = {"args": vars(args), "derived": derived, "versions": versions()}
+        settings = {"args": stored_args(args), "derived": derived, "versions": versions()}
         utils.write_json(Path(args.output_dir) / SETTINGS, settings)
-    log.info(json.dumps(vars(args), default=str))
+    log.info(f"settings: {given_flags(get_args_parser(), args)}; all of them are in {SETTINGS}")
     log.info(", ".join(f"{k} {v}" for k, v in versions().items()))
     log.info(f"weight decay: {utils.describe_groups(run.optimizer.param_groups)}")
     if run.model.objective.sigmoid:
@@ -681,7 +527,7 @@ def save(run: Run, is_best: bool = False) -> None:
         "epoch_sums": run.epoch_sums,
         "random": random_states,
         "settings": run.settings,
-        "args": json.loads(json.dumps(vars(run.args), default=str)),
+        "args": json.loads(json.dumps(stored_args(run.args), default=str)),
         "model": {"name": run.model.name, "config": run.model.config},
         "preprocess": run.model.preprocess.to_dict(),
         "tokenizer": run.tokenizer.spec() if run.tokenizer else None,
@@ -754,7 +600,9 @@ def resume(run: Run) -> None:
     if run.epoch >= run.args.epochs:
         log.info(f"this run is finished: it has done {run.epoch} of {run.args.epochs} epochs")
         return
-    log.info(f"continuing at epoch {run.epoch}, step {run.step_in_epoch} of {run.steps_per_epoch}")
+    log.info(
+        f"continuing in epoch {run.epoch + 1} of {run.args.epochs}, step {run.step_in_epoch} of {run.steps_per_epoch}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -925,9 +773,13 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
     run.epoch_sums = run.epoch_sums or [0.0] * (len(keys) + 1)
     shown = run.processes.is_main and sys.stderr.isatty()
     bar = tqdm(
-        desc=f"epoch {run.epoch}", total=run.steps_per_epoch, initial=run.step_in_epoch, leave=False, disable=not shown
+        desc=f"epoch {run.epoch + 1}",
+        total=run.steps_per_epoch,
+        initial=run.step_in_epoch,
+        leave=False,
+        disable=not shown,
     )
-    interval = Interval(run)
+    interval, rhythm = Interval(run), Rhythm(run.processes, stop, args.print_freq, run.pace)
     with closing(bar):
         while run.step_in_epoch < run.steps_per_epoch:
             random_numbers = utils.random_state(device)  # of the last whole step
@@ -941,12 +793,13 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
                 save_last_step(run, totals)
                 raise
             bar.update()
-            if not meeting_due(run.processes, stop, run.step_in_epoch, run.steps_per_epoch, args.print_freq):
+            if not rhythm.due(run.step_in_epoch, run.steps_per_epoch):
                 continue
 
             # The one point of the interval at which the host waits for the device.
             save_due = run.processes.is_main and time.monotonic() - run.last_save > 60 * args.save_every_minutes
-            meeting = meet(run.processes, totals.flat(), stop, save_due)
+            meeting = rhythm.meet(totals.flat(), save_due)
+            run.pace = rhythm.pace
             totals = Totals.zero(len(keys), device)
             *sums, skipped = meeting.sums
             run.add(sums)
@@ -955,7 +808,7 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
             if meeting.stopping:
                 save(run)
                 log.info(
-                    f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, step {run.step_in_epoch}; "
+                    f"stopped by {stop.name}: checkpoint written in epoch {run.epoch + 1}, step {run.step_in_epoch}; "
                     "the same command continues from it"
                 )
                 return False
@@ -984,7 +837,7 @@ def save_last_step(run: Run, totals: Totals) -> None:
     except Exception as error:  # the first one is what the user needs to see
         log.warning(f"no checkpoint of the last step: {error}")
     else:
-        log.info(f"checkpoint of the last whole step written: epoch {run.epoch}, step {run.step_in_epoch}")
+        log.info(f"checkpoint of the last whole step written: epoch {run.epoch + 1}, step {run.step_in_epoch}")
 
 
 class Interval:
@@ -1026,8 +879,8 @@ class Interval:
         left = (run.steps_per_epoch * args.epochs - run.step) * seconds / steps
         parts = "  ".join(f"{k} {v:.4g}" for k, v in {**metrics, **scale}.items())
         log.info(
-            f"epoch {run.epoch} [{run.step_in_epoch}/{run.steps_per_epoch}]  {parts}  lr {row['lr']:.3g}  "
-            f"{row['samples_per_second']:.0f} samples/s  data {100 * row['waiting_for_data']:.0f}%"
+            f"epoch {run.epoch + 1}/{args.epochs} [{run.step_in_epoch}/{run.steps_per_epoch}]  {parts}  "
+            f"lr {row['lr']:.3g}  {row['samples_per_second']:.0f} samples/s  data {100 * row['waiting_for_data']:.0f}%"
             + (f"  mem {row['memory_gib']:.1f} GiB" if row["memory_gib"] else "")
             + f"  left {format_seconds(left)}"
         )
@@ -1036,7 +889,7 @@ class Interval:
             log.warning(f"{skipped:.0f} of {steps} updates had a gradient that is not finite and were skipped")
         if skipped >= steps and not (run.scaler.is_enabled() and math.isfinite(metrics["loss"])):
             raise FloatingPointError(
-                f"loss or gradient not finite in all {steps} updates up to epoch {run.epoch}, step "
+                f"loss or gradient not finite in all {steps} updates up to epoch {run.epoch + 1}, step "
                 f"{run.step_in_epoch}: lower --lr, or look at the data; the last checkpoint is intact"
             )
 
@@ -1121,26 +974,63 @@ def train(args: argparse.Namespace, processes: Processes, writer: MetricWriter) 
     return scores
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise UsageError for flags that exclude each other."""
-    starts = [f"--{n.replace('_', '-')}" for n in ("resume", "init", "medclip_weights") if getattr(args, n)]
-    if len(starts) > 1:
-        raise UsageError(f"{' and '.join(starts)} cannot both say where the weights come from: choose one")
-    towers = [f"--{n}-weights" for n in ("vision", "text") if getattr(args, f"{n}_weights")]
-    others = [name for name in starts if name != "--resume"] + ["--bert-vocab"] * bool(args.bert_vocab)
-    if towers and others:
-        raise UsageError(f"{towers[0]} says where a tower comes from: leave out {' '.join(others)}")
-    if args.start_epoch >= args.epochs:
-        raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
-    if args.shard and args.accum_negatives == "full":
-        raise UsageError("--shard keeps no whole tower to run twice: use it with --accum-negatives micro")
-    if not args.gather_with_grad and models.objective_of(models.MODELS[args.model]).sigmoid:
-        raise UsageError(
-            f"--no-gather-with-grad is how CLIP's loss ran in SLIP's code; the sigmoid loss of {args.model} compares "
-            "images with gathered captions, and the text tower would not learn"
-        )
-    if not 0 <= args.val_fraction < 1:
-        raise UsageError(f"--val-fraction {args.val_fraction}: a fraction from 0 to below 1")
+WARM_STEPS, MEASURED_STEPS = 2, 5  # of --estimate: the first ones compile, and fill the loader's queue
+
+
+def estimate(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+    """What a run with these flags takes, from a few of its steps; nothing stays in --output-dir.
+
+    Returns samples_per_second, waiting_for_data (a fraction), memory_gib (of this process), hours (of the training
+    without validation), steps, and disk_gb.
+    """
+    utils.seed_everything(args.seed)
+    model, tokenizer = build_model(args)
+    with distributed.main_process_first(processes):
+        reader = build_reader(args, "train", args.caption_filter)
+    with tempfile.TemporaryDirectory() as folder:  # for the names of images that cannot be read
+        kept = argparse.Namespace(**{**vars(args), "output_dir": folder})
+        run = build_run(kept, processes, MetricWriter(Path(folder), False), model, tokenizer, reader)
+        run.wrapped.train()
+        totals = Totals.zero(len(run.model.objective.metrics), processes.device)
+        warm = min(WARM_STEPS, run.steps_per_epoch - 1)
+        interval = Interval(run)
+        with closing(loader.batches(run.loader)) as batches:
+            for step in range(min(warm + MEASURED_STEPS, run.steps_per_epoch)):
+                if step == warm:
+                    totals.flat().tolist()  # waits for the device
+                    interval = Interval(run)
+                with interval.waiting():
+                    micro_batches = list(islice(batches, args.update_freq))
+                interval.images += sum(len(batch["index"]) for batch in micro_batches) * processes.world_size
+                update(run, micro_batches, totals)
+            totals.flat().tolist()
+    seconds, measured = time.monotonic() - interval.since, run.step_in_epoch - interval.first
+    steps = run.steps_per_epoch * (args.epochs - args.start_epoch)
+    found = {
+        "samples_per_second": interval.images / seconds,
+        "waiting_for_data": interval.waited / seconds,
+        "memory_gib": peak_memory(processes.device),
+        "steps": steps,
+        "hours": steps * seconds / measured / 3600,
+        "disk_gb": (args.keep_last + 2) * checkpoint_bytes(run.model.parameters()) / 1e9,
+    }
+    log.info(
+        f"estimate from {measured} steps on {utils.device_name(processes.device)} in {processes.precision}: "
+        f"{found['samples_per_second']:.3g} samples/s, {100 * found['waiting_for_data']:.0f}% of the time waiting for "
+        f"data; peak memory {found['memory_gib']:.1f} GiB a process"
+    )
+    log.info(
+        f"{len(reader):,} pairs, {run.steps_per_epoch:,} steps an epoch, {steps:,} steps: "
+        f"{format_seconds(3600 * found['hours'])}, validation not counted; up to {args.keep_last + 2} checkpoints: {found['disk_gb']:.1f} GB of disk"
+    )
+    return found
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: what tensors took of a GPU at most, or this process of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -1150,9 +1040,9 @@ def main(argv: list[str] | None = None) -> dict:
     processes = distributed.init_distributed(args)
     if args.shard and processes.world_size == 1:
         raise UsageError("--shard splits the model over several processes: start it with torchrun or submitit")
-    if args.evaluate:  # which writes nothing
+    if args.evaluate or args.estimate:  # which write nothing
         with start_logging(is_main=processes.is_main), distributed.ending_together(processes):
-            return evaluate(args, processes)
+            return (evaluate if args.evaluate else estimate)(args, processes)
     with start_logging(is_main=processes.is_main):
         own_folder(args, "training")
         with (

@@ -10,14 +10,18 @@ tables.tex. A number that no file holds is shown as missing; nothing is computed
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 from typing import Any
 
+from flags.report import get_args_parser
+from runtime.command_line import answer_flags, run_script
+
+if __name__ == "__main__":  # before PyTorch is loaded
+    answer_flags(get_args_parser())
+
 from reporting.page import build_page, write_report
 from reporting.runs import gather
-from runtime.command_line import HelpFormatter, run_script
 from runtime.logs import start_logging
 
 log = logging.getLogger("medslip")
@@ -25,23 +29,6 @@ HERE = Path(__file__).resolve().parent
 
 
 # fmt: off
-def get_args_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser("make_report.py", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="folders with tables.json, results.json, zeroshot.json or log.jsonl, or above such")
-    parser.add_argument("--output-dir", default=Path("report"), type=Path, help="report.html and the rest go here")
-    parser.add_argument("--title", default="MedSLIP: results", type=str, help="of the page")
-    parser.add_argument("--cbis", default=None, type=Path,
-                        help="folder of CBIS-DDSM for images and the table of its splits (default: the runs' own)")
-    parser.add_argument("--no-images", action="store_true", help="leave out images of patients")
-    parser.add_argument("--saliency", default=0, type=int, metavar="LESIONS",
-                        help="explain the last probe of each table on up to this many test cancers, on the whole "
-                        "mammogram against the radiologist's outline; needs captum and the run's weights")
-    parser.add_argument("--roco", default=None, type=Path,
-                        help="folder of ROCO: the nearest captions and images of its validation split for the missed "
-                        "cancers, by the last probe's model; passes that split once")
-    return parser
 # fmt: on
 
 

@@ -17,6 +17,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from flags.tables import check_arguments, get_args_parser
+from runtime.command_line import answer_flags, run_script
+
+if __name__ == "__main__":  # before PyTorch is loaded
+    answer_flags(get_args_parser(), check_arguments)
+
 import main as training
 import main_linear
 import models
@@ -27,44 +33,10 @@ from preparation.cbis_tables import read_case_tables, refuse_without_images
 from reporting.plan import INPUTS, TABLES, Plan, PlannedRow, read_plan
 from reporting.steps import Step, folder_of, plan_steps, run_steps
 from reporting.tables import collect, describe, name_primary
-from runtime.command_line import HelpFormatter, UsageError, positive_int, run_script
 from runtime.logs import start_logging
 from runtime.one_run import one_run
 
 log = logging.getLogger("medslip")
-HERE = Path(__file__).resolve().parent
-
-
-# fmt: off
-def get_args_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser("make_tables.py", description=__doc__, formatter_class=HelpFormatter)
-    data = parser.add_argument_group("what the rows are made from")
-    data.add_argument("--roco", default="", type=str, help="folder of ROCO")
-    data.add_argument("--cbis", default="", type=str, help="folder of CBIS-DDSM; its tables are prepared where absent")
-    data.add_argument("--medclip-vit", default="", type=str, help="MedCLIP's medclip-vit: folder, zip or .bin")
-    data.add_argument("--medclip-resnet", default="", type=str, help="MedCLIP's medclip-resnet: folder, zip or .bin")
-    data.add_argument("--bert-vocab", default="", type=str, help="vocab.txt of Bio_ClinicalBERT")
-    rows = parser.add_argument_group("rows")
-    rows.add_argument("--rows", default=str(HERE / "table_rows.json"), type=str, metavar="JSON",
-                      help="the rows; copy the default to change them")
-    rows.add_argument("--seeds", default=[0, 1, 2], nargs="+", type=int,
-                      help="trainings of each row. One says nothing of the training's chance, three are few; a "
-                      "published model as it is has none")
-    rows.add_argument("--primary", default=None, nargs=2, metavar=("TABLE", "ROW"),
-                      help="the one comparison that is tested without correction, named before results are there "
-                      "(default: the rows file's)")
-    rows.add_argument("--resamples", default=2000, type=positive_int, help="of the patients, for intervals")
-    run = parser.add_argument_group("running")
-    run.add_argument("--output-dir", default="./tables", type=str, help="runs and tables go here")
-    run.add_argument("-j", "--workers", default=8, type=int, help="loader processes of each step")
-    run.add_argument("--dry-run", action="store_true", help="check everything, print each step's command and stop")
-    run.add_argument("--submit", default=None, nargs="?", const="", type=str, metavar="FLAGS",
-                     help="send the trainings to Slurm through run_with_submitit.py with these flags, e.g. "
-                     "--submit='--partition gpu --nodes 1 --ngpus 1'; the same command again says which still wait or "
-                     "run, and goes on when they have ended")
-    return parser
-# fmt: on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,6 +113,7 @@ def check_training(row: PlannedRow) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Make the tables; returns what tables.json holds, or {} after --dry-run. A failed row ends with an error."""
     args = get_args_parser().parse_args(argv)
+    check_arguments(args)
     with start_logging():
         return make_tables(args)
 
@@ -148,10 +121,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def make_tables(args: argparse.Namespace) -> dict[str, Any]:
     """The command once logging has started; returns what `main` does."""
     places = {name: getattr(args, name) for name in INPUTS}
-    if not args.cbis:
-        raise UsageError("--cbis is missing: the folder of CBIS-DDSM")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise UsageError(f"--seeds {args.seeds}: a seed is there twice")
     for name, path in places.items():
         if path and not Path(path).exists():
             raise FileNotFoundError(f"{INPUTS[name]} {path} does not exist")

@@ -37,7 +37,7 @@ from tokenizer import SimpleTokenizer, TokenizedTexts, Tokenizer, WordPieceToken
 from towers import sources
 from towers.build import build_image_tower, build_text_tower, is_medclip_tower, preprocess_of
 from towers.files import is_medclip_state, read_pretrained
-from towers.weights import load_weights, require_finite, resize_position_embeddings
+from towers.weights import load_weights, require_finite, resize_position_embeddings, unfilled
 
 log = logging.getLogger("medslip")
 
@@ -621,7 +621,7 @@ def _from_ours(state: dict, path: str | Path, pooling: dict) -> tuple[ImageModel
     name, config = state["model"].get("name"), dict(state["model"]["config"])
     config.pop("objective", None)
     _refuse_larger(str(name), {**config, **pooling}, state["state_dict"], path)
-    model = create_model(str(name), **{**config, **pooling})
+    model = unfilled(create_model, str(name), **{**config, **pooling})
     load_weights(model, state["state_dict"], str(path))
     model.preprocess = Preprocess.from_dict(state["preprocess"])
     spec = state.get("tokenizer")
@@ -663,7 +663,7 @@ def _from_published(state: dict, path: str | Path, name: str | None) -> tuple[Im
         head = dict(
             ssl_mlp_dim=len(weights["image_mlp.layer1.weight"]), ssl_emb_dim=len(weights["image_mlp.layer3.weight"])
         )
-    model = create_model(name, **head)
+    model = unfilled(create_model, name, **head)
     load_weights(model, weights, str(path))
     tokenizer = SimpleTokenizer() if model.objective.text else None
     return model, tokenizer, "published checkpoint"

@@ -14,7 +14,6 @@ Nothing here is a medical device.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +21,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from flags.predicting import check_arguments, get_args_parser
+from runtime.command_line import answer_flags, run_script
+
+if __name__ == "__main__":  # before PyTorch is loaded
+    answer_flags(get_args_parser(), check_arguments)
 
 import numpy as np
 import torch
@@ -37,13 +42,12 @@ from evaluation.features import Backbone, Loading, each_once
 from evaluation.heads import Linear
 from evaluation.neighbours import nearest
 from evaluation.probe import fitted_probe
-from inputs.display import FRAMES, SHOWN, Display, add_frame_argument
+from inputs.display import SHOWN, Display
 from inputs.files import IMAGE_SUFFIXES, images_below
 from inputs.images import decode_shown, frames_of, read_bytes
 from inputs.metadata import Table
 from inputs.transforms import eval_view, linear_eval_view, takes_grey
 from runtime.checkpoints import is_finetuned, load_checkpoint
-from runtime.command_line import HelpFormatter, UsageError, positive_int, run_script
 from runtime.integrity import read_arrays
 from runtime.logs import start_logging
 from towers.sources import is_name
@@ -52,68 +56,6 @@ log = logging.getLogger("medslip")
 
 
 # fmt: off
-def get_args_parser() -> argparse.ArgumentParser:
-    """The subcommands and their flags."""
-    parser = argparse.ArgumentParser("predict.py", description=__doc__, formatter_class=HelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    classify = commands.add_parser("classify", help="by a fitted probe or a fine-tuned tower",
-                                   formatter_class=HelpFormatter)
-    classify.add_argument("run", type=Path, help="folder of main_linear.py, with head.safetensors and settings.json, "
-                          "or of run_class_finetuning.py")
-    add_images(classify)
-    classify.add_argument("--weights", default="", type=str, help="where the run's weights are now, if they were moved")
-    classify.add_argument("--explain", default=None, type=Path, metavar="DIR",
-                          help="write each image with the places in red that its score comes from, the malignant one "
-                          "or the predicted class's; make_report.py --saliency says how far to trust such maps")
-
-    zero = commands.add_parser("zero-shot", help="by labels in words", formatter_class=HelpFormatter)
-    add_weights(zero)
-    add_images(zero)
-    zero.add_argument("--labels", default=[], nargs="+", type=str, help="the classes, in words; quote those of several")
-    zero.add_argument("--templates", default=["{}."], nargs="+", type=str, metavar="TEXT",
-                      help="prompts with {} for the label; several are averaged")
-    zero.add_argument("--set", default="", type=str, metavar="NAME",
-                      help="take labels and templates from this entry of the catalog, labels.json and templates.json")
-
-    embed = commands.add_parser("embed", help="images or captions to a file of vectors",
-                                formatter_class=HelpFormatter)
-    add_weights(embed)
-    add_images(embed, nargs="*")
-    embed.add_argument("--captions", default="", type=str, metavar="TXT", help="a file of captions instead, one a line")
-
-    search = commands.add_parser("search", help="nearest in an embedded set", formatter_class=HelpFormatter)
-    search.add_argument("bank", type=Path, help="what embed wrote: images or captions")
-    add_images(search, nargs="*")
-    search.add_argument("--text", default=[], nargs="+", type=str, help="captions to look for")
-    search.add_argument("-k", default=5, type=positive_int, help="how many of the nearest")
-    search.add_argument("--weights", default="", type=str, help="where the set's weights are now, if they were moved")
-    search.add_argument("--bert-vocab", default=None, type=str, help="for MedCLIP's own weights")
-    return parser
-
-
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Which model."""
-    parser.add_argument("weights", type=str, help="a checkpoint, a published SLIP file or MedCLIP's weights")
-    parser.add_argument("--bert-vocab", default=None, type=str, metavar="VOCAB.TXT",
-                        help="Bio_ClinicalBERT's vocabulary; only MedCLIP's own weights need it")
-
-
-def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
-    """Which images, where answers go, and how the images are loaded."""
-    parser.add_argument("images", nargs=nargs, type=Path, help="image files, folders, or CSVs with a column image")
-    add_frame_argument(parser, "of DICOM files and TIFFs with several frames or pages: first, middle, a number from 1, "
-                       "or all, each an answer of its own called FILE#NUMBER", words=(*FRAMES, "all"))
-    parser.add_argument("--window", default=None, nargs=2, type=float, metavar=("CENTER", "WIDTH"),
-                        help="show images of more than 8 bits through this window (in what the device measured, "
-                        "Hounsfield units for CT) in place of the file's own or their percentiles")
-    parser.add_argument("--output", default="", type=str, help="CSV, or .npz of embed (embed needs one)")
-    parser.add_argument("--batch-size", default=64, type=positive_int, help="memory and speed only")
-    parser.add_argument("-j", "--workers", default=0, type=int, help="loader processes")
-    parser.add_argument("--gpu", default=None, type=int, help="index of the GPU; by default the first, -1: the CPU")
-    parser.add_argument("--precision", default="auto", choices=("auto", *distributed.PRECISIONS),
-                        help="of image features; auto: a run's own where this machine has it, else bf16 on a GPU and "
-                        "fp32 on a CPU")
 # fmt: on
 
 
@@ -175,8 +117,6 @@ def find_files(given: Sequence[Path]) -> list[Path]:
 def find_images(args: argparse.Namespace) -> list[Shown]:
     """The images that the flags name, shown as they say; of --frame all each frame of a file with several."""
     window = tuple(args.window) if args.window else None
-    if window and window[1] < 1:
-        raise UsageError(f"--window {window[0]:g} {window[1]:g}: a width is at least 1")
     found = []
     for path in find_files(args.images):
         if args.frame != "all":
@@ -229,10 +169,11 @@ def compare_greys(images: Sequence[Shown], greys: Sequence[str], trained: dict[s
 
 def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Probabilities of a fitted probe, its decision at validation's threshold, and whether the image is far off."""
-    if args.explain and importlib.util.find_spec("captum") is None:  # before the images are read
-        raise UsageError("--explain needs captum: pip install captum")
-    if not (args.run / "head.safetensors").is_file() and (args.run / "checkpoint.pt").is_file():
-        return classify_finetuned(args)
+    if not (args.run / "head.safetensors").is_file():
+        if (args.run / "checkpoint.pt").is_file():
+            return classify_finetuned(args)
+        what = "is no folder" if not args.run.is_dir() else "holds neither head.safetensors nor checkpoint.pt"
+        raise FileNotFoundError(f"{args.run} {what}: name a run of main_linear.py or run_class_finetuning.py")
     probe = fitted_probe(args.run, args.weights)
     heads, about, backbone = probe.heads, probe.about, probe.backbone
     loading = loading_of(args, about.get("precision", "fp32"))
@@ -378,12 +319,6 @@ def zero_shot(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise ValueError(f"--set {args.set!r} is not in labels.json; choose from {', '.join(prompts)}")
         labels = prompts[args.set]
         templates = read_prompts("templates.json").get(args.set) or templates
-    if len(labels) < 2:
-        raise UsageError("zero-shot needs --labels, at least two, or --set")
-    if not args.set and (twice := [label for label, n in Counter(labels).items() if n > 1]):
-        raise UsageError(f"--labels holds {twice[0]!r} more than once: a column of the answers is of one label")
-    if lacking := [template for template in templates if "{}" not in template]:
-        raise UsageError(f"template {lacking[0]!r} has no {{}} for the label")
     loaded = models.load_pretrained(args.weights, bert_vocab=args.bert_vocab)
     vectors, paths = unit_vectors(loaded, args, "zero-shot")
     prob = loaded.label_probabilities(vectors, labels, templates)
@@ -419,10 +354,6 @@ def unit_vectors(loaded: models.Pretrained, args: argparse.Namespace, title: str
 
 def embed(args: argparse.Namespace) -> dict[str, Any]:
     """Unit vectors to an .npz: ids (n,), vectors (n, d), what they are of, and the weights by path and hash."""
-    if not args.output.endswith(".npz"):
-        raise UsageError(f"embed needs --output with the ending .npz, not {args.output!r}")
-    if bool(args.images) == bool(args.captions):
-        raise UsageError("embed takes images or --captions, one of the two")
     loaded = models.load_pretrained(args.weights, bert_vocab=args.bert_vocab)
     if args.captions:
         loaded.model.to(loading_of(args).device)
@@ -456,8 +387,6 @@ def read_captions(path: Path) -> list[str]:
 
 def search(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The nearest of an embedded set for each image or caption, best first."""
-    if not args.images and not args.text:
-        raise UsageError("search needs images or --text to look for")
     bank = read_arrays(args.bank)
     if lacking := {"ids", "vectors", "weights", "weights_sha256"} - set(bank):
         raise ValueError(f"{args.bank} is not what `predict.py embed` writes: it lacks {', '.join(sorted(lacking))}")
@@ -501,9 +430,8 @@ def show(rows: list[dict[str, Any]], most: int = 20) -> str:
 def main(argv: list[str] | None = None) -> Any:
     """Run a command; returns its rows, or what embed wrote."""
     args = get_args_parser().parse_args(argv)
+    check_arguments(args)
     if args.output:  # before the images are read
-        if Path(args.output).is_dir():
-            raise UsageError(f"--output {args.output} is a folder: name a file in it")
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with start_logging():
         if args.command == "embed":

@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import submitit
@@ -228,15 +227,26 @@ class Sbatch(submitit.SlurmExecutor):
         return self._make_submission_file_text(self._submitit_command_str, "dry-run")
 
 
-def split_arguments(script: ModuleType, argv: list[str] | None, timeout: int, nodes: int):
+# Where the flags of a script are told without loading it.
+FLAGS = {
+    "main": "flags.training",
+    "main_linear": "flags.linear",
+    "beit_finetuning.run_class_finetuning": "flags.finetuning",
+}
+
+
+def split_arguments(script: str, argv: list[str] | None, timeout: int, nodes: int):
     """(all arguments, the script's part of the command line); the script's own parser has checked its part."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = script.get_args_parser()
+    flags = importlib.import_module(FLAGS.get(script, script))
+    parser = flags.get_args_parser()
     parser.prog, parser.allow_abbrev = Path(sys.argv[0]).name, False
-    parser.description = (__doc__ or "").replace("main.py", f"{script.__name__}.py")
+    parser.description = (__doc__ or "").replace("main.py", f"{script}.py")
     parser.set_defaults(output_dir=None)
     add_job_arguments(parser, timeout, nodes)
     args = parser.parse_args(argv)
+    if script in FLAGS:
+        flags.check_arguments(args)
     job_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_job_arguments(job_only, timeout, nodes)
     return args, job_only.parse_known_args(argv)[1]
@@ -285,7 +295,7 @@ def submit(script: str, argv: list[str] | None = None, timeout: int = 2800, node
 
     `timeout` and `nodes` are the defaults of these flags. Returns the jobs: none after --dry-run.
     """
-    args, script_argv = split_arguments(importlib.import_module(script), argv, timeout, nodes)
+    args, script_argv = split_arguments(script, argv, timeout, nodes)
     with start_logging():
         return submit_script(script, args, script_argv)
 

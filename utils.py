@@ -50,6 +50,13 @@ def compilation_pays(device: torch.device) -> bool:
     )
 
 
+def device_name(device: torch.device) -> str:
+    """For people: the GPU's name, or the CPU with the threads that compute on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"the CPU ({torch.get_num_threads()} threads)"
+
+
 def compile_towers(model: nn.Module, **options) -> None:
     """Have torch compile the towers at their first call, in place: parameters keep their names.
 

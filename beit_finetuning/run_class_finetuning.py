@@ -27,18 +27,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # started as a file, whose folder is then the first place of imports
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from flags.finetuning import check_arguments, get_args_parser
+from runtime.command_line import answer_flags, given_flags, parse_with_config, run_script
+
+if __name__ == "__main__":  # before PyTorch is loaded
+    answer_flags(get_args_parser(), check_arguments)
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-if __name__ == "__main__":  # started as a file, whose folder is then the first place of imports
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import distributed
 import utils
 from beit_finetuning import optim
-from beit_finetuning.modeling_finetune import BEIT_MODELS
 from beit_finetuning.networks import Network, adapt_network, build_network, described
 from beit_finetuning.results import Evaluation, Finished, report
 from beit_finetuning.sets import Sets, class_weights, open_sets
@@ -46,11 +51,9 @@ from beit_finetuning.views import Augmentation, Criterion, EvalView, Mix, TrainV
 from datasets import GlobalBatchSampler
 from distributed import Processes
 from evaluation import downstream
-from evaluation.catalog import CATALOG
 from evaluation.features import Loading, greys_of
 from evaluation.resamples import Bootstrap
 from inputs import cbis, loader
-from inputs.sizes import ImageSize
 from runtime.checkpoints import (
     differences,
     find_training_checkpoint,
@@ -58,17 +61,9 @@ from runtime.checkpoints import (
     refuse_full_disk,
     save_training_checkpoint,
 )
-from runtime.command_line import (
-    HelpFormatter,
-    UsageError,
-    add_config_argument,
-    parse_with_config,
-    positive_int,
-    run_script,
-)
-from runtime.logs import MetricWriter, start_logging
-from runtime.meeting import meet, meeting_due
-from runtime.one_run import SETTINGS, one_run, own_folder
+from runtime.logs import MetricWriter, format_seconds, start_logging
+from runtime.meeting import Rhythm
+from runtime.one_run import SETTINGS, one_run, own_folder, stored_args
 from runtime.signals import StopRequest
 from runtime.versions import versions
 from towers import lora
@@ -85,165 +80,6 @@ RESUME_SETTINGS = (
 
 
 # fmt: off
-def get_args_parser() -> argparse.ArgumentParser:
-    """All flags, in titled groups; BEiT's underscores, and dashes where this project's scripts have them."""
-    parser = argparse.ArgumentParser(
-        "run_class_finetuning.py", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    )
-    add_model_arguments(parser)
-    add_data_arguments(parser)
-    add_optimizer_arguments(parser)
-    add_augmentation_arguments(parser)
-    add_run_arguments(parser)
-    distributed.add_distributed_arguments(parser)
-    add_config_argument(parser)
-    return parser
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The network, and the weights it starts from."""
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", default="tower", type=str, metavar="NAME",
-                       help=f"{', '.join(BEIT_MODELS)}: BEiT's architecture as the published commands name it. tower: "
-                       "that of --finetune with its own preprocessing. A name of models.MODELS or timm: that tower, "
-                       "with the weights of --finetune or fresh ones")
-    model.add_argument("--finetune", default="", type=str, metavar="CKPT",
-                       help="the weights to start from: a published SLIP file, a checkpoint of ours, BEiT's; with "
-                       "--model tower also MedCLIP's folder, zip or pytorch_model.bin")
-    model.add_argument("--model_key", default="model|module|state_dict", type=str,
-                       help="where a file keeps its weights; with | between several, the first that is there, or its "
-                       "moving average (the name with _ema)")
-    model.add_argument("--model_prefix", default="", type=str,
-                       help="what the tower's names begin with, module.visual. in SLIP's files; extra or missing "
-                       "`module.` does not matter")
-    model.add_argument("--input_size", default=None, action=ImageSize,
-                       help="pixels of the images, a side or height and width (default: the model's, 224); position "
-                       "embeddings are interpolated")
-    positions = model.add_mutually_exclusive_group()
-    positions.add_argument("--rel_pos_bias", dest="rel_pos_bias", action="store_true", default=True,
-                           help="a table of relative positions in each block, BEiT's default")
-    positions.add_argument("--disable_rel_pos_bias", dest="rel_pos_bias", action="store_false",
-                           help="none, as SLIP's towers have none")
-    model.add_argument("--abs_pos_emb", action="store_true", help="absolute position embeddings, as SLIP's towers have")
-    model.add_argument("--layer_scale_init_value", default=0.1, type=float,
-                       help="start of the factor on each block's output; 0 for none, as SLIP's towers have none")
-    pooling = model.add_mutually_exclusive_group()
-    pooling.add_argument("--use_mean_pooling", dest="use_mean_pooling", action="store_true", default=True,
-                         help="read the mean of the patches, BEiT's default")
-    pooling.add_argument("--use_cls", dest="use_mean_pooling", action="store_false", help="read the class token")
-    model.add_argument("--init_scale", default=0.001, type=float, help="factor on the head's initial weights")
-    model.add_argument("--drop", default=0.0, type=float, help="dropout in the blocks; BEiT's architecture only")
-    model.add_argument("--attn_drop_rate", default=0.0, type=float, help="of attention; BEiT's architecture only")
-    model.add_argument("--drop_path", default=0.1, type=float,
-                       help="stochastic depth of the last block, rising from 0 at the first; ResNet-50 takes only 0")
-    model.add_argument("--lora", default=0, type=positive_int, metavar="RANK",
-                       help="train low-rank adapters in the tower's linear layers, and the head in full, in less "
-                       "memory; checkpoints hold plain weights as ever; needs pip install peft")
-    model.add_argument("--train_batchnorm", action="store_true",
-                       help="let BatchNorm (a ResNet's) gather statistics anew; by default it keeps those of "
-                       "pre-training, because fine-tuning's batches are small and mixed")
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The labelled set."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_set", default="IMNET", type=str, metavar="NAME",
-                      help="IMNET (the catalog's imagenet), CIFAR (its cifar100), image_folder (--data_path and "
-                      f"--eval_data_path), {', '.join(cbis.CBIS_SETS)}, or any other labelled set of the catalog")
-    data.add_argument("--data_path", default="", type=str,
-                      help="where the set lies (default: its path in the catalog); of image_folder the training images")
-    data.add_argument("--eval_data_path", default="", type=str, help="image_folder: the images to evaluate on")
-    data.add_argument("--catalog", default=str(CATALOG), type=str, help="where the sets are")
-    data.add_argument("--nb_classes", default=0, type=int,
-                      help="number of classes (default: what the set has); another number than the set's is an error")
-    data.add_argument("--imagenet_default_mean_and_std", action="store_true",
-                      help="normalise by ImageNet's mean and std, as SLIP's towers expect; BEiT's architecture is "
-                      "normalised by 0.5 otherwise, other towers always as they were trained")
-    data.add_argument("--image_kind", default="crop", choices=cbis.CBIS_IMAGES, help="CBIS: which image of a lesion")
-    data.add_argument("--skip_broken", "--skip-broken", action="store_true",
-                      help="evaluate on the images that can be decoded, and report fewer; by default an error")
-    data.add_argument("--num_workers", "--workers", "-j", default=10, type=int,
-                      help="loader processes for each process, never more than its cores")
-
-
-def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Batch, rates and schedule."""
-    train = parser.add_argument_group("optimisation")
-    train.add_argument("--batch_size", default=64, type=positive_int, help="images for each process")
-    train.add_argument("--epochs", default=30, type=positive_int, help="passes over the training images")
-    train.add_argument("--update_freq", default=1, type=positive_int, help="micro-batches for each update")
-    train.add_argument("--lr", default=5e-4, type=float,
-                       help="peak learning rate of the head, absolute: the published 4e-3 belongs to 8 x 128 images")
-    train.add_argument("--lr_for_batch", default=0, type=int, metavar="IMAGES",
-                       help="scale --lr linearly from this batch to the batch of all processes, 1024 for the published "
-                       "rates; 0 leaves it as it is, as published")
-    train.add_argument("--min_lr", default=1e-6, type=float, help="at the last update")
-    train.add_argument("--warmup_lr", default=1e-6, type=float, help="unused, as in the published code: it starts at 0")
-    train.add_argument("--warmup_epochs", default=5, type=int, help="epochs of linear warm-up")
-    train.add_argument("--warmup_steps", default=-1, type=int, help="updates of warm-up in place of --warmup_epochs")
-    train.add_argument("--layer_decay", default=0.9, type=float,
-                       help="factor on the rate from one layer to the one before it; 0.65 for ViT-S and B, 0.75 for L")
-    train.add_argument("--opt", default="adamw", choices=("adamw",), help="the recipe's optimizer")
-    train.add_argument("--opt_betas", default=(0.9, 0.999), nargs=2, type=float, help="of AdamW")
-    train.add_argument("--opt_eps", default=1e-8, type=float, help="of AdamW")
-    train.add_argument("--weight_decay", default=0.05, type=float, help="of what has two dimensions or more")
-    train.add_argument("--weight_decay_end", default=None, type=float, help="by half a cosine to this, else constant")
-    train.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true",
-                       help="spare tables of relative positions")
-    train.add_argument("--clip_grad", default=None, type=float, metavar="NORM", help="of the gradient; none by default")
-    train.add_argument("--enable_deepspeed", action="store_true",
-                       help="half precision (fp16) with a dynamic loss scale on GPUs, as deepspeed did it in the "
-                       "published commands; deepspeed itself is not needed. Otherwise bf16 where the GPU has it")
-    train.add_argument("--disable-amp", "--disable_amp", action="store_true",
-                       help="the published name of --precision fp32")
-    train.add_argument("--class_weights", default="none", choices=("none", "balanced"),
-                       help="balanced: each class weighs the same in the loss; choose by `validation` in results.json")
-    train.add_argument("--model_ema", action="store_true", help="keep a moving average of the weights, evaluated too")
-    train.add_argument("--model_ema_decay", default=0.9999, type=float, help="of the moving average")
-    train.add_argument("--seed", default=0, type=int, help="of the head, batches, views, dropout and the bootstrap")
-
-
-def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
-    """The training views and what happens to labels."""
-    views = parser.add_argument_group("training views")
-    a = Augmentation()
-    views.add_argument("--aa", default=a.auto_augment, type=str, help="timm's policy; \"\" for none")
-    views.add_argument("--color_jitter", default=a.color_jitter, type=float, help="used where --aa is none")
-    views.add_argument("--train_interpolation", default=a.interpolation, choices=("bicubic", "bilinear", "random"),
-                       help="of the random crop")
-    views.add_argument("--reprob", default=a.erase_prob, type=float, help="probability of erasing a part")
-    views.add_argument("--remode", default=a.erase_mode, choices=("const", "rand", "pixel"), help="what fills it")
-    views.add_argument("--recount", default=a.erase_count, type=int, help="parts erased")
-    views.add_argument("--hflip", default=a.flip_prob, type=float,
-                       help="probability of mirroring left and right; 0 where sides matter, as in digits")
-    views.add_argument("--mixup", default=0.0, type=float, help="alpha of mixup; 0.8 in the published commands")
-    views.add_argument("--cutmix", default=0.0, type=float, help="alpha of CutMix; 1 in the published commands")
-    views.add_argument("--cutmix_minmax", default=None, nargs=2, type=float, help="side fractions in place of --cutmix")
-    views.add_argument("--mixup_prob", default=1.0, type=float, help="of mixing a batch at all")
-    views.add_argument("--mixup_switch_prob", default=0.5, type=float, help="of CutMix where both are on")
-    views.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a draw")
-    views.add_argument("--smoothing", default=0.1, type=float, help="of labels, inside mixed targets too")
-    views.add_argument("--crop_pct", default=None, type=float,
-                       help="evaluation: the centre's fraction of the short side (default: 224/256, from 384 pixels 1)")
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Evaluation, checkpoints and logging."""
-    run = parser.add_argument_group("evaluation, checkpoints, logging")
-    run.add_argument("--output_dir", "--output-dir", default="./", type=str,
-                     help="checkpoints, logs and results go here, to the subfolder finetuned where it holds another "
-                     "command's run; a run found here is continued")
-    run.add_argument("--disable_eval_during_finetuning", action="store_true",
-                     help="evaluate after the last epoch alone; a validation split is always evaluated")
-    run.add_argument("--eval", "--evaluate", "-e", dest="evaluate", action="store_true",
-                     help="only evaluate the run in --output_dir")
-    run.add_argument("--print-freq", "--print_freq", default=10, type=positive_int, metavar="UPDATES",
-                     help="updates between log lines")
-    run.add_argument("--save-every-minutes", "--save_every_minutes", default=30.0, type=float, metavar="MINUTES",
-                     help="checkpoint within an epoch this often")
-    run.add_argument("--resamples", default=2000, type=positive_int, help="CBIS: of the patients, for intervals")
-    run.add_argument("--baseline", default=[], nargs="+", type=str, metavar="PREDICTIONS.CSV",
-                     help="CBIS: other runs' predictions: adds the paired difference to each")
 # fmt: on
 
 
@@ -278,6 +114,7 @@ class Run:
     best: float = -math.inf  # validation score
     epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the loss, and updates
     last_save: float = field(default_factory=time.monotonic)
+    pace: float = 0.0  # seconds of an update, as the ranks measured it last
 
     @property
     def steps_per_epoch(self) -> int:
@@ -322,8 +159,6 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: MetricWrit
         minmax = tuple(args.cutmix_minmax) if args.cutmix_minmax else None
         mix = Mix(num_classes, args.mixup, args.cutmix, minmax, args.mixup_prob, args.mixup_switch_prob,
                   args.mixup_mode, args.smoothing)  # fmt: skip
-        if args.batch_size % 2:
-            raise UsageError(f"mixup and cutmix pair the images of a batch: --batch_size {args.batch_size} is odd")
     augmentation = Augmentation(
         args.aa, args.color_jitter, args.train_interpolation, args.reprob, args.remode, args.recount, args.hflip
     )
@@ -411,9 +246,9 @@ def record_settings(run: Run) -> None:
         "parameters": sum(p.numel() for p in run.model.parameters()),
     }
     if run.processes.is_main:
-        settings = {"args": vars(args), "derived": derived, "versions": versions()}
+        settings = {"args": stored_args(args), "derived": derived, "versions": versions()}
         utils.write_json(Path(args.output_dir) / SETTINGS, settings)
-    log.info(json.dumps(vars(args), default=str))
+    log.info(f"settings: {given_flags(get_args_parser(), args)}; all of them are in {SETTINGS}")
     scales = sorted({group["lr_scale"] for group in run.optimizer.param_groups})
     log.info(f"{run.network.name}: {derived['parameters']:,} parameters")
     log.info(f"factors on the rate {scales[0]:.3g} to {scales[-1]:g}, from the stem to the head")
@@ -466,36 +301,40 @@ def train_one_epoch(run: Run, stop: StopRequest) -> bool:
     run.wrapped.train()
     run.sampler.set_epoch(run.epoch, start_step=run.step_in_epoch * args.update_freq)
     batches = loader.batches(run.source)
+    rhythm = Rhythm(processes, stop, args.print_freq, run.pace)
     loss_sum, updates, since, images = torch.zeros((), device=processes.device), 0, time.monotonic(), 0
     while run.step_in_epoch < run.steps_per_epoch:
         group = list(islice(batches, args.update_freq))
         images += sum(len(labels) for _, labels in group) * processes.world_size
         loss_sum += update(run, group)
         updates += 1
-        if not meeting_due(processes, stop, run.step_in_epoch, run.steps_per_epoch, args.print_freq):
+        if not rhythm.due(run.step_in_epoch, run.steps_per_epoch):
             continue
         # The one point at which the host waits for the device.
         save_due = processes.is_main and time.monotonic() - run.last_save > 60 * args.save_every_minutes
-        meeting = meet(processes, loss_sum[None], stop, save_due)
+        meeting = rhythm.meet(loss_sum[None], save_due)
+        run.pace = rhythm.pace
         mean = meeting.sums[0] / processes.world_size / updates
         if not math.isfinite(mean):  # the same on every rank
             raise FloatingPointError(
-                f"the loss is {mean} up to epoch {run.epoch}, update {run.step_in_epoch}: lower --lr {args.lr:g}; the "
-                "last checkpoint is intact"
+                f"the loss is {mean} up to epoch {run.epoch + 1}, update {run.step_in_epoch}: lower --lr {args.lr:g}; "
+                "the last checkpoint is intact"
             )
         run.epoch_sums = [run.epoch_sums[0] + mean * updates, run.epoch_sums[1] + updates]
         rate = max(group["lr"] for group in run.optimizer.param_groups)
-        speed = images / (time.monotonic() - since)
+        seconds = time.monotonic() - since
+        speed = images / seconds
+        left = (run.steps_per_epoch * args.epochs - run.step) * seconds / updates
         log.info(
-            f"epoch {run.epoch} [{run.step_in_epoch}/{run.steps_per_epoch}]  loss {mean:.4f}  lr {rate:.3g}  "
-            f"{speed:.0f} images/s"
+            f"epoch {run.epoch + 1}/{args.epochs} [{run.step_in_epoch}/{run.steps_per_epoch}]  loss {mean:.4f}  "
+            f"lr {rate:.3g}  {speed:.0f} images/s  left {format_seconds(left)}"
         )
         run.writer.row("train", run.step, {"loss": mean, "lr": rate, "images_per_second": speed})
         loss_sum, updates, since, images = torch.zeros_like(loss_sum), 0, time.monotonic(), 0
         if meeting.stopping:
             save(run)
             log.info(
-                f"stopped by {stop.name}: checkpoint written at epoch {run.epoch}, update {run.step_in_epoch}; the "
+                f"stopped by {stop.name}: checkpoint written in epoch {run.epoch + 1}, update {run.step_in_epoch}; the "
                 "same command continues from it"
             )
             return False
@@ -512,11 +351,11 @@ def finish_epoch(run: Run) -> None:
     if run.evaluation.sets.val is not None:
         score = run.evaluation.validation_score(run.model)
         row["validation"] = score
-        log.info(f"epoch {run.epoch}: validation macro AUROC {score:.4f}")
+        log.info(f"epoch {done}: validation macro AUROC {score:.4f}")
     elif not args.disable_eval_during_finetuning and done < args.epochs:
         scores = run.evaluation.test_scores(run.model)
         row |= {f"test_{k}": v for k, v in scores.items() if k != "metric"}
-        log.info(f"epoch {run.epoch}: test {scores['metric']} {scores['score']:.2f}")
+        log.info(f"epoch {done}: test {scores['metric']} {scores['score']:.2f}")
     is_best = score > run.best if score is not None else True
     run.best = max(run.best, score) if score is not None else run.best
     run.epoch, run.step_in_epoch, run.epoch_sums = done, 0, [0.0, 0.0]
@@ -549,7 +388,7 @@ def save(run: Run, is_best: bool = False) -> None:
         "epoch_sums": run.epoch_sums,
         "random": states,
         "settings": run.settings,
-        "args": json.loads(json.dumps(vars(run.args), default=str)),
+        "args": json.loads(json.dumps(stored_args(run.args), default=str)),
         "versions": versions(),
     }
     save_training_checkpoint(state, Path(run.args.output_dir), run.step, is_best, keep_last=2)
@@ -580,7 +419,7 @@ def resume(run: Run) -> None:
     else:
         log.info("the number of processes has changed: dropout goes on from fresh random numbers")
     log.info(
-        f"continuing at epoch {run.epoch} of {run.args.epochs}, update {run.step_in_epoch} of {run.steps_per_epoch}"
+        f"continuing in epoch {run.epoch + 1} of {run.args.epochs}, update {run.step_in_epoch} of {run.steps_per_epoch}"
     )
 
 
@@ -627,6 +466,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, writer: MetricWrit
 def main(argv: list[str] | None = None) -> dict:
     """Fine-tune as the command line says; returns what results.json holds, or `stopped_by` after a signal."""
     args = parse_with_config(get_args_parser(), argv)
+    check_arguments(args)
     processes = distributed.init_distributed(args)
     with start_logging(is_main=processes.is_main):
         own_folder(args, "finetuned")

@@ -31,6 +31,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,8 @@ def read_catalog(path: str | Path = CATALOG) -> Catalog:
     catalog = Catalog({name: entry for name, entry in entries.items() if not name.startswith("_")}, path)
     for name, entry in catalog.items():
         _check_entry(f"{path}: {name}", name, entry)
+        if isinstance(entry["path"], str) and entry["path"]:  # relative to the catalog, wherever a command starts
+            entry["path"] = os.path.join(os.path.dirname(os.path.abspath(path)), entry["path"])
     return catalog
 
 

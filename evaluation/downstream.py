@@ -22,8 +22,6 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
 from evaluation.catalog import CATALOG, display_of, entry_of, metric_of, prompts_of, read_catalog
@@ -472,6 +470,9 @@ def _from_torchvision(name: str, kind: type, entry: dict, download: bool, **spli
 
 def _digits(name: str, entry: dict, train: bool, transform, download: bool) -> ImageArray:
     """scikit-learn's 1,797 scanned digits of 8x8 pixels, at 32x32; a fixed fifth of each is for testing."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits: Any = load_digits()
     pixels = (digits.images * 15.9375).round().astype(np.uint8)  # 0 to 16 becomes 0 to 255
     rows = train_test_split(np.arange(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0)

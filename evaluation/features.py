@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +100,8 @@ def load_backbone(
         FileNotFoundError, ValueError: as models.load_pretrained and create_model; a model without the projection.
     """
     fresh = f"untrained (seed {seed})"
-    source = dict(pretrained=str(pretrained), model=model, arch=arch, untrained=untrained, seed=seed)
+    stored = os.path.abspath(pretrained) if os.path.exists(pretrained) else str(pretrained)
+    source = dict(pretrained=stored, model=model, arch=arch, untrained=untrained, seed=seed)
     tower: Any
     training: dict[str, Any] = {}
     if pretrained:

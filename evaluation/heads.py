@@ -17,10 +17,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
 from scipy.special import softmax
-from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -185,6 +182,8 @@ def best_of(sweep: list[dict[str, float]]) -> dict[str, float]:
 
 def folds_of(samples: Samples, choice: Choice) -> list[tuple[Samples, Samples]]:
     """(training, held-out) samples of each fold: whole groups, classes in proportion."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
     groups = [row[choice.group] for row in samples.rows]
     if choice.folds < 2 or len(set(groups)) < choice.folds:
         raise ValueError(f"{choice.folds} folds: choose 2 to {len(set(groups))}, the number of {choice.group}s")
@@ -283,6 +282,9 @@ def logistic_path(
     steps even where axes differ by orders of magnitude. Each fit starts where the three before it point (their
     solutions lie on a smooth curve), so a sweep over evenly spaced log penalties costs little more than a fit.
     """
+    from scipy.optimize import minimize
+    from sklearn.preprocessing import StandardScaler
+
     classes, labels = np.unique(samples.labels, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"logistic regression needs samples of two classes; all are of class {classes.tolist()}")
@@ -344,9 +346,7 @@ def _scaled_loss(
     return loss, (gradient * scale).ravel()
 
 
-def _linear(
-    scaler: StandardScaler, weight: np.ndarray, bias: np.ndarray, classes: np.ndarray, num_classes: int
-) -> Linear:
+def _linear(scaler: Any, weight: np.ndarray, bias: np.ndarray, classes: np.ndarray, num_classes: int) -> Linear:
     """The head with a column for each of num_classes classes; those that the training samples lack are never called."""
     every = np.zeros((len(weight), num_classes)), np.full(num_classes, -np.inf)
     every[0][:, classes], every[1][classes] = weight, bias
@@ -378,6 +378,8 @@ def fit_medslip(train: Samples, val: Samples, num_classes: int, choice: Choice |
 
 def train_medslip(samples: Samples, num_classes: int, rate: float, seed: int, balanced: bool = False) -> Linear:
     """50 epochs over shuffled batches of 16, one cosine over the whole run; returns features -> probabilities."""
+    from sklearn.preprocessing import StandardScaler
+
     torch.manual_seed(seed)
     scaler = StandardScaler().fit(samples.features)
     x = torch.as_tensor(scaler.transform(samples.features), dtype=torch.float32)  # (n, d)

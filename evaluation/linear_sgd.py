@@ -37,8 +37,8 @@ from runtime.checkpoints import (
     load_checkpoint,
     save_training_checkpoint,
 )
-from runtime.logs import MetricWriter
-from runtime.meeting import meet, meeting_due
+from runtime.logs import MetricWriter, format_seconds
+from runtime.meeting import Rhythm
 from runtime.signals import StopRequest
 
 log = logging.getLogger("medslip")
@@ -85,6 +85,7 @@ class LinearRun:
     settings: dict[str, Any]  # compared when the run is continued
     epoch: int = 0
     step_in_epoch: int = 0
+    pace: float = 0.0  # seconds of a step, as the processes measured it last
     best: float = -math.inf  # score on the test split
     last_save: float = field(default_factory=time.monotonic)
     unlearnt: list[int] = field(default_factory=list)  # classes that no training image has
@@ -201,6 +202,7 @@ def train_epoch(run: LinearRun, stop: StopRequest) -> bool:
     run.sampler.set_epoch(run.epoch, start_step=run.step_in_epoch)
     backbone.model.eval()
     sums = torch.zeros(3, device=processes.device)  # loss, correct and images, since the epoch's start
+    rhythm, since, first = Rhythm(processes, stop, recipe.print_freq, run.pace), time.monotonic(), run.step_in_epoch
     for images, labels in loader.batches(run.source):
         labels = labels.to(processes.device, non_blocking=True)  # (B,)
         with torch.no_grad():
@@ -213,15 +215,17 @@ def train_epoch(run: LinearRun, stop: StopRequest) -> bool:
         run.step_in_epoch += 1
         correct = (logits.argmax(1) == labels).sum()
         sums += torch.stack([loss.detach() * len(labels), correct.float(), sums.new_full((), len(labels))])
-        if not meeting_due(processes, stop, run.step_in_epoch, steps, recipe.print_freq):
+        if not rhythm.due(run.step_in_epoch, steps):
             continue
-        meeting = meet(processes, sums, stop)
+        meeting = rhythm.meet(sums)
+        run.pace = rhythm.pace
+        left = (steps * recipe.epochs - run.step) * (time.monotonic() - since) / (run.step_in_epoch - first)
         loss_sum, found, seen = meeting.sums
         if not math.isfinite(loss_sum):  # the same on every process
-            raise ValueError(f"the loss is {loss_sum} in epoch {run.epoch}: lower --lr {recipe.lr:g}")
+            raise ValueError(f"the loss is {loss_sum} in epoch {run.epoch + 1}: lower --lr {recipe.lr:g}")
         log.info(
             f"epoch {run.epoch + 1}/{recipe.epochs} step {run.step_in_epoch}/{steps}: loss {loss_sum / seen:.4f}, "
-            f"top-1 {100 * found / seen:.2f}, learning rate {rate:.4g}"
+            f"top-1 {100 * found / seen:.2f}, learning rate {rate:.4g}, {format_seconds(left)} left"
         )
         run.writer.row("train", run.step, {"loss": loss_sum / seen, "top1": 100 * found / seen, "lr": rate})
         if meeting.stopping and run.step_in_epoch < steps:

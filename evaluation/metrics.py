@@ -17,9 +17,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_softmax, logit, softmax
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 from torch import Tensor
 
 Scores = dict[str, Any]  # numbers by name, and names (the metric, the split)
@@ -165,6 +163,8 @@ def classification_metrics(
     Raises ValueError for logits in place of probabilities, labels out of range, and a class without samples,
     for which neither recall nor AUROC exists.
     """
+    from sklearn.metrics import precision_recall_fscore_support, roc_auc_score  # a second, which predict.py spares
+
     labels, prob = checked(y_true, prob, classes, unlearnt)
     over, score = [c for c, name in enumerate(classes) if name not in unlearnt], ranked(prob)
     auroc = [roc_auc_score(labels == c, score[:, c]) for c in over]
@@ -251,6 +251,8 @@ def operating_point(
     lowest is a hair above one of these, and would call each new sample that lies as close: there the threshold is the
     middle, by log-odds, between that sample and the next higher, which calls these samples alike.
     """
+    from scipy.optimize import minimize_scalar
+
     labels, prob = np.asarray(y_true), np.asarray(prob, dtype=np.float64)
     rows, logs = np.arange(len(labels)), _log(prob)
 
@@ -338,6 +340,8 @@ def classification_scores(
     if metric == "roc_auc":
         if n_classes != 2 or len(targets.unique()) != 2:
             raise ValueError("ROC-AUC needs two classes, and samples of both")
+        from sklearn.metrics import roc_auc_score
+
         scores["roc_auc"] = float(roc_auc_score(targets.numpy(), margins.numpy()))
     counts = {"samples": len(targets), "classes": n_classes}
     return {"metric": metric, "score": scores[metric], **scores, **counts}

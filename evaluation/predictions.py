@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import confusion_matrix
 
 import utils
 from evaluation import metrics
@@ -206,6 +205,8 @@ def score_predictions(
         resamples: of these samples; drawn here where they are of no further use.
         point: fixed on validation samples, for the positive class against the others (metrics.DETECTION).
     """
+    from sklearn.metrics import confusion_matrix
+
     labels, prob, scheme = predictions.labels, predictions.prob, predictions.scheme
     resamples = resamples or predictions.resamples()
     never = [name for c, name in enumerate(scheme.classes) if not (prob.argmax(1) == c).any()]

@@ -15,6 +15,7 @@ import utils
 from evaluation.features import Backbone, Loading, extract_or_reuse, load_backbone
 from evaluation.heads import Linear, load_heads, save_heads
 from evaluation.resamples import BOOTSTRAP, Bootstrap
+from evaluation.run_folder import places_of
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,21 @@ def fitted_probe(folder: Path, weights: str = "", device: torch.device | str = "
     """
     heads, about = load_heads(folder / "head.safetensors")
     source = {**(about.get("tower") or _tower_of_flags(folder))}
-    source["pretrained"] = weights or source["pretrained"]
-    size = about["preprocess"]["size"]
-    backbone = load_backbone(**source, features=about["features"], size=size, device=device)
-    if backbone.fingerprint() != about["weights_sha256"]:
-        raise ValueError(f"{source['pretrained']} are not the weights that {folder} was fitted on")
-    return FittedProbe(heads, about, backbone)
+    size, stored = about["preprocess"]["size"], source["pretrained"]
+    places = [weights] if weights else places_of(stored, folder)
+    if not places:
+        raise FileNotFoundError(
+            f"{stored}, the weights that {folder} was fitted on, are not there, nor where they lay from it: name them "
+            "by --weights"
+        )
+    for place in places:
+        source["pretrained"] = place
+        backbone = load_backbone(**source, features=about["features"], size=size, device=device)
+        if backbone.fingerprint() == about["weights_sha256"]:
+            return FittedProbe(heads, about, backbone)
+    raise ValueError(
+        f"{' and '.join(places)} are not the weights that {folder} was fitted on" + ("" if weights else ": --weights")
+    )
 
 
 def _tower_of_flags(folder: Path) -> dict[str, Any]:

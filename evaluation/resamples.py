@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.stats import beta
 
 from evaluation.metrics import (
     MALIGNANT,
@@ -71,6 +70,8 @@ def interval_of(value: float, bounds: tuple[float, float], of: float, level: flo
 def clopper_pearson(value: float, of: float, level: float = 0.95) -> tuple[float, float]:
     """The exact interval of a proportion of `of` samples (Clopper and Pearson 1934), which may be no whole number."""
     tail, hits = (1 - level) / 2, value * of
+    from scipy.stats import beta
+
     low = beta.ppf(tail, hits, of - hits + 1) if hits > 0 else 0.0
     return float(low), float(beta.ppf(1 - tail, hits + 1, of - hits) if hits < of else 1.0)
 

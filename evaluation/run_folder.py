@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
+from towers.sources import is_name
 
 log = logging.getLogger("medslip")
 
@@ -23,6 +24,23 @@ def settings_that_differ(path: str | Path, ours: dict[str, Any]) -> dict[str, li
     theirs |= theirs["settings"] if isinstance(theirs.get("settings"), dict) else {}
     ours = json.loads(json.dumps(ours))  # as a file holds them
     return {k: [theirs[k], v] for k, v in ours.items() if k in theirs and theirs[k] != v}
+
+
+def places_of(stored: str, folder: Path) -> list[str]:
+    """Where a file may be now that a run in `folder` names by its place then: there, or as it lay from the run.
+
+    A run that was moved with what lies around it has the same names above and beside it. Those that are there, the
+    stored place first; what is no path stays as it is.
+    """
+    if not stored or is_name(stored):
+        return [stored]
+    parts, here = Path(stored).parts, folder.absolute()
+    beside = [
+        above.joinpath(*parts[-kept:])
+        for above in (here, *list(here.parents)[:3])
+        for kept in range(min(len(parts) - 1, 3), 0, -1)
+    ]
+    return list(dict.fromkeys(str(path) for path in (Path(stored), *beside) if path.exists()))
 
 
 RESULT_FILES = ("results.json", "predictions.csv", "settings.json", "head.safetensors")

@@ -31,11 +31,12 @@ from torch import Tensor
 
 from evaluation import metrics
 from evaluation.predictions import Predictions, scheme_of
+from flags.preparing import THRESHOLD
 from inputs import metadata
 from inputs.files import IMAGE_SUFFIXES, composed, images_below
 from inputs.images import UnreadableImage, decode_image, read_bytes
-from preparation.processes import add_workers_argument, over_processes
-from runtime.command_line import HelpFormatter, UsageError
+from preparation.processes import over_processes
+from runtime.command_line import UsageError
 from runtime.logs import progress
 from utils import atomic_write, csv_text, csv_value
 
@@ -49,35 +50,8 @@ FEW = 64**2  # pairs that are all compared: so few images say little about what 
 LEAST = 0.6  # cosine of hashes below which a pair is no candidate, unless it is an image's nearest
 CROP = 0.9  # side of the crops of the first step
 SCALES = (1.0, 0.95, 0.9, 0.85)  # sides of the crops of the second, which are refined to what lies between and below
-# Correlation from which a pair counts as a copy; benchmarks/bench_audit.py says what it finds and lists wrongly.
-THRESHOLD = 0.88
 WORTH_REFINING = 0.7  # coarse correlation to the pixel from which fractions of one are tried
 WORTH_A_CLOSE_LOOK = 0.85  # and after that the fine one; pairs below are never listed
-
-
-def add_parser(commands: Any) -> None:
-    """The flags of `audit`."""
-    parser = commands.add_parser(
-        "audit",
-        help="near duplicates within a set of images, or between two",
-        description="Lists pairs of images that are copies of one another: resized, re-encoded, mirrored or cropped by "
-        "up to a sixth. One set is compared with itself, several with one another. Exit code 0 whether there are any "
-        "or not; unreadable images are counted and named.",
-        formatter_class=HelpFormatter,
-    )
-    # fmt: off
-    parser.add_argument("sets", nargs="+", metavar="NAME=PATH",
-                        help="a folder, searched with all below it, or a CSV with a column image")
-    parser.add_argument("--output", type=Path, default=Path("duplicates.csv"), help="the pairs, most alike first")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="correlation from which a pair is listed")
-    parser.add_argument("--pretrained", default="", metavar="PATH",
-                        help="weights of a model: its nearest neighbours are candidates too, pairs get their cosine")
-    parser.add_argument("--predictions", type=Path, default=None, metavar="PREDICTIONS.CSV",
-                        help="of a set of type csv: its metrics on all test images, and without those that have a copy "
-                        "in another set")
-    # fmt: on
-    add_workers_argument(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

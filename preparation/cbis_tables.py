@@ -22,7 +22,6 @@ from inputs.cbis import CBIS_CLASSES, CBIS_COLUMNS, CBIS_IMAGES, CBIS_READING, C
 from inputs.files import files_below, is_system, on_disk
 from inputs.images import image_size, read_image
 from inputs.metadata import read_table
-from runtime.command_line import HelpFormatter
 from runtime.logs import aligned, progress
 from utils import atomic_write, refuse_lfs_pointer
 
@@ -357,46 +356,6 @@ def count_table(rows: list[dict[str, str]]) -> str:
         distinct = [len({row[column] for row in part} - {""}) for column in ("patient", *CBIS_IMAGES)]
         lines.append((title, len(part), *(pathology[name] for name in CBIS_CLASSES), *distinct))
     return aligned(lines)
-
-
-def add_parser(commands) -> None:
-    """The flags of `cbis`."""
-    parser = commands.add_parser(
-        "cbis",
-        help="join CBIS-DDSM's case tables with its images",
-        description="Joins the four case tables of CBIS-DDSM with the images of its JPEG edition (csv/ and "
-        "jpeg/) or DICOM edition (CBIS-DDSM/, as NBIA, tcia_utils or idc-index lay it) and writes calc.csv and "
-        "mass.csv into --root: "
-        f"one row a lesion with the columns {', '.join(CBIS_COLUMNS)}. The last three are paths relative to "
-        "--root, empty where no image was found; those rows are named. Behind them stand what the radiologist noted "
-        "(density, assessment, subtlety, descriptors) and the crop's size in pixels.",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument(
-        "--root",
-        type=Path,
-        required=True,
-        help="folder of the download; the case tables lie in it or in its csv/",
-    )
-    parser.add_argument(
-        "--val-folds",
-        type=int,
-        default=5,
-        help="one part in this many of the training table's patients becomes the validation split",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="draws the validation patients; keep it for results that are to be compared",
-    )
-    parser.add_argument(
-        "--merge-types",
-        action="store_true",
-        help="write both types into both.csv instead. Refused when a patient of one type's training table is "
-        "in the other's test table, as 31 are in the published tables",
-    )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

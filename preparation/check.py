@@ -15,37 +15,18 @@ from typing import Any
 
 import datasets
 from evaluation import downstream
-from evaluation.catalog import CATALOG, read_catalog
+from evaluation.catalog import read_catalog
 from inputs.columns import TextColumn
 from inputs.conventions import crossing
 from inputs.files import on_disk
 from inputs.images import UnreadableImage
 from inputs.reader import NoSplit, Reader
-from preparation.processes import add_workers_argument, over_processes
-from runtime.command_line import HelpFormatter, UsageError
+from preparation.processes import over_processes
+from runtime.command_line import UsageError
 from runtime.logs import aligned, progress
 from utils import atomic_write
 
 log = logging.getLogger("medslip")
-
-
-def add_parser(commands: Any) -> None:
-    """The flags of `check`."""
-    parser = commands.add_parser(
-        "check",
-        help="count a finished download, and name the images that cannot be decoded",
-        description="Decodes every image of a dataset of main.py, or of a set of the catalog, split by split. "
-        "Exit code 1 where some cannot be decoded; they are named in --output.",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--dataset", default="", choices=["", *datasets.READERS], help="which reader, as for main.py")
-    parser.add_argument("--root", default="", help="folder of the dataset, as for main.py")
-    parser.add_argument("--metadata", default="", help="file of captions where the layout does not fix it")
-    parser.add_argument("--set", default="", metavar="NAME", help="a labelled set of the catalog instead")
-    parser.add_argument("--catalog", default=str(CATALOG), help="where the labelled sets are")
-    parser.add_argument("--output", type=Path, default=Path("unreadable.txt"), help="the images that cannot be decoded")
-    add_workers_argument(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import multiprocessing
@@ -65,17 +64,6 @@ def _keep(shared: object) -> None:
 
 def _call(function: Callable, item: object) -> Any:
     return function(_kept, item)
-
-
-def add_workers_argument(parser: argparse.ArgumentParser) -> None:
-    """`-j`, how many processes."""
-    parser.add_argument(
-        "-j",
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="processes; about one for each CPU core it may use",
-    )
 
 
 def keep_settings(path: Path, settings: dict, output: str) -> None:

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from datasets import READERS, UnreadableImages, create_reader
+from datasets import UnreadableImages, create_reader
 from inputs.dicom import is_dicom
-from inputs.display import DISPLAY, Display, add_frame_argument
+from inputs.display import DISPLAY, Display
 from inputs.images import UnreadableImage, decode_image
 from inputs.reader import Reader
-from preparation.processes import add_workers_argument, keep_settings, over_processes, say_room
+from preparation.processes import keep_settings, over_processes, say_room
 from preparation.shrink import check_short_side, encode, format_of, shrink
-from runtime.command_line import HelpFormatter
 from runtime.logs import progress
 from utils import atomic_write
 
@@ -25,39 +24,6 @@ log = logging.getLogger("medslip")
 EXTENSIONS = {  # Pillow's name of a format that --dataset webdataset reads -> the extension in a shard
     "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif", "GIF": "gif", "BMP": "bmp",
 }  # fmt: skip
-
-
-def add_parser(commands) -> None:
-    """The flags of `shards`."""
-    parser = commands.add_parser(
-        "shards",
-        help="write any dataset of main.py as tar shards",
-        description="Writes a dataset's images and captions as WebDataset shards in img2dataset's form: samples "
-        "key.jpg, key.txt (its first caption) and key.json (all captions), in OUTPUT/00000.tar and so on, for "
-        "--dataset webdataset. An image that is not shrunk is copied byte for byte; one that cannot be decoded is "
-        "skipped and named in OUTPUT/bad_samples.txt. Run again after an interruption, it writes the shards that "
-        "are missing.",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--dataset", required=True, choices=list(READERS), help="which reader, as for main.py")
-    parser.add_argument("--root", required=True, help="folder of the dataset, as for main.py")
-    parser.add_argument("--metadata", default="", help="file of captions where the layout does not fix it")
-    parser.add_argument("--split", default="train", help="train, validation or test")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the shards; one for each split")
-    parser.add_argument("--shard-size", type=int, default=5000, help="images in a shard; 1,000 to 10,000 are usual")
-    parser.add_argument(
-        "--short-side",
-        type=int,
-        default=None,
-        metavar="PIXELS",
-        help="shrink larger images to this short side, as JPEG of quality 95 (PNG stays PNG); twice the training "
-        "size, 448, keeps what crops need. Default: copy",
-    )
-    add_frame_argument(
-        parser, "which frame of DICOM files and TIFFs with several (a tomosynthesis): first, middle, or a number from 1"
-    )
-    add_workers_argument(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

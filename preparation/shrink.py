@@ -19,8 +19,7 @@ from PIL import Image
 from datasets import UnreadableImages
 from inputs.files import files_below
 from inputs.images import UnreadableImage, decode_image
-from preparation.processes import add_workers_argument, keep_settings, over_processes, say_room
-from runtime.command_line import HelpFormatter
+from preparation.processes import keep_settings, over_processes, say_room
 from runtime.logs import progress
 from utils import atomic_write
 
@@ -58,30 +57,6 @@ def check_short_side(short_side: int | None) -> None:
     """ValueError for a short side below a pixel."""
     if short_side is not None and short_side < 1:
         raise ValueError(f"--short-side {short_side}: give at least 1 pixel")
-
-
-def add_parser(commands) -> None:
-    """The flags of `shrink`."""
-    parser = commands.add_parser(
-        "shrink",
-        help="copy a folder with its images shrunk",
-        description="Copies a folder tree; JPEG and PNG files whose short side is longer than --short-side are shrunk "
-        "to it (JPEG quality 95; more than 8 bits are windowed as in training), all other files are copied as they "
-        "are, so that readers find the layout they know. Images inside zip or tar archives are not touched: for "
-        "those there is `shards`. Run again after an interruption, it continues.",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--root", type=Path, required=True, help="folder to copy")
-    parser.add_argument("--output", type=Path, required=True, help="the copy; outside --root")
-    parser.add_argument(
-        "--short-side",
-        type=int,
-        default=448,
-        metavar="PIXELS",
-        help="448 is twice the usual training size, which leaves room for crops",
-    )
-    add_workers_argument(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

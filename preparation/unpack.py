@@ -26,54 +26,19 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
+from flags.preparing import COLUMNS
 from inputs.archives import open_zip, read_member
 from inputs.conventions import SPLIT_OF, no_value
 from inputs.files import IMAGE_SUFFIXES, composed, on_disk
 from inputs.images import UnreadableImage, decode_image, read_bytes
 from inputs.metadata import Table, inside
-from preparation.processes import add_workers_argument, keep_settings
+from preparation.processes import keep_settings
 from preparation.shrink import check_short_side, encode, format_of, shrink
-from runtime.command_line import HelpFormatter
 from runtime.limits import BYTES
 from runtime.logs import progress
 from utils import atomic_write, refuse_full, refuse_lfs_pointer, write_json
 
 log = logging.getLogger("medslip")
-
-COLUMNS = {  # names by which each column is found, the first that is there
-    "image": ("image", "img", "jpg"),
-    "caption": ("caption", "text", "captions"),
-    "id": ("image_id", "id", "name"),
-}
-
-
-def add_parser(commands: Any) -> None:
-    """The flags of `unpack`."""
-    parser = commands.add_parser(
-        "unpack",
-        help="ROCO's parquet folders (Hugging Face) or ROCO v2's zips (Zenodo) to ROCO's layout",
-        description="Writes OUTPUT/{train,validation,test}/radiology/images/<id>.jpg and captions.txt for --dataset "
-        "roco. The source is a folder of parquet files whose names or folders begin with their split "
-        "(train-00000-of-00026.parquet), or of <split>_captions.csv beside <split>_images.zip or its unpacked folder. "
-        "Images keep their bytes; one that cannot be decoded is left out and named in OUTPUT/bad_samples.txt. Run "
-        "again after an interruption, it goes on; a finished copy is verified.",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--source", type=Path, required=True, help="folder of the download")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the copy")
-    parser.add_argument(
-        "--short-side",
-        type=int,
-        default=None,
-        metavar="PIXELS",
-        help="shrink larger images to this short side; 448 is twice the usual training size. Default: copy",
-    )
-    for role in COLUMNS:
-        usual = ", ".join(COLUMNS[role])
-        text = f"parquet: the column of the {role}, where it is none of {usual}"
-        parser.add_argument(f"--{role}-column", default=None, metavar="NAME", help=text)
-    add_workers_argument(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 
 from datasets import create_reader
 from inputs.index import RawFile, rows_index, write_index
-from runtime.command_line import HelpFormatter
 from runtime.logs import progress
 from utils import atomic_write, refuse_lfs_pointer
 
@@ -31,41 +30,6 @@ YFCC_SOURCES = {
     "yfcc100m_dataset.txt": "the core dataset, https://multimediacommons.wordpress.com/yfcc100m-core-dataset/, "
     "with the line number as its first column",
 }
-
-
-def add_parser(commands) -> None:
-    """The flags of `yfcc15m`."""
-    parser = commands.add_parser(
-        "yfcc15m",
-        help="collect the captions of YFCC15M",
-        description="Reads YFCC100M's table line by line and writes two pickled lists: yfcc15m.pkl with (number, "
-        "title, description) of the captioned images, yfcc100m.pkl with the numbers of all that were downloaded. "
-        "yfcc15m.pkl.rows holds the first once more as arrays, from which main.py starts without unpickling.",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument(
-        "--ids", type=Path, default=Path("flickr_unique_ids.npy"), help="numbers of the downloaded images"
-    )
-    parser.add_argument(
-        "--subset",
-        type=Path,
-        default=Path("yfcc100m_subset_data.tsv"),
-        help="OpenAI's list of captioned images, number first",
-    )
-    parser.add_argument(
-        "--dataset",
-        type=Path,
-        default=Path("yfcc100m_dataset.txt"),
-        help="YFCC100M's table: number, title and description in columns 1, 9 and 10, URL-encoded",
-    )
-    parser.add_argument("--output-dir", type=Path, default=Path("."), help="where the lists are written")
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=None,
-        help="folder that holds images/: its archives are indexed now instead of at the first training run",
-    )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

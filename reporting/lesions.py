@@ -15,6 +15,7 @@ from PIL import Image
 from datasets import create_reader
 from evaluation import metrics, neighbours, saliency
 from evaluation.predictions import Predictions
+from evaluation.run_folder import places_of
 from inputs import cbis
 from inputs.images import UnreadableImage, read_image
 from reporting.runs import MISSING, ResultTable, Runs, read_json
@@ -152,7 +153,8 @@ def nearest(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, roco
     crops = {row["lesion"]: runs.cbis / row["crop"] for row in rows if row["crop"]}
     names = [own.rows[i]["lesion"] for i in missed_cancers(own)]
     names = [name for name in names if name in crops and thumbnail(crops[name])]
-    weights = read_json(model.folders[0] / "settings.json", runs)["args"]["pretrained"]
+    stored = read_json(model.folders[0] / "settings.json", runs)["args"]["pretrained"]
+    weights = next(iter(places_of(stored, model.folders[0])), stored)
     try:
         bank = neighbours.Neighbours(weights, create_reader("roco", str(roco), "", "validation", "all"))
         found = bank.of([read_image(crops[name]) for name in names])

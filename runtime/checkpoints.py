@@ -10,6 +10,7 @@ import pathlib
 import re
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -184,11 +185,20 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     for mark, kind in kinds.items():
         if start.startswith(mark):
             return f"it is {kind}"
-    if start.lstrip()[:1] in (b"{", b"<"):
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return "its end is missing, as where a copy or a download was cut off: copy it again"
+    if start.lstrip()[:1] in (b"{", b"<") or _is_text(start):
         return f"it is text that begins {start.lstrip()[:40]!r}, perhaps a failed download"
     if named := re.search(r"(?:GLOBAL|type|global) (\S+) (?:was not|is not|that)", str(error)):
         return f"it holds {named[1]}, which is neither a tensor nor a plain value and would be code to run"
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        return start.decode("utf8", "strict" if len(start) < 512 else "ignore").replace("\n", "").isprintable()
+    except UnicodeDecodeError:
+        return False
 
 
 def training_progress(state: dict, path: str | Path) -> dict[str, Any]:
@@ -284,7 +294,7 @@ def refuse_full_disk(output_dir: Path, parameters: Iterable[Tensor], kept: int, 
     adapters. Those that the run has already are taken off.
     """
     there = {status.st_ino: status.st_size for status in map(os.stat, output_dir.glob(f"{files.prefix}*.pt"))}
-    each = 4 * sum((3 if parameter.requires_grad else 2) * parameter.numel() for parameter in parameters)
+    each = checkpoint_bytes(parameters)
     free = utils.refuse_full(output_dir, each, "a checkpoint's weights and averages")
     needed = (kept + 2) * each - sum(there.values())
     if needed > free:
@@ -292,6 +302,11 @@ def refuse_full_disk(output_dir: Path, parameters: Iterable[Tensor], kept: int, 
             f"{output_dir} has {free / 1e9:.1f} GB free; up to {kept + 2} checkpoints will be there, which take "
             f"{needed / 1e9:.1f} GB more (--keep-last)"
         )
+
+
+def checkpoint_bytes(parameters: Iterable[Tensor]) -> int:
+    """Of one checkpoint: the weights, and the optimizer's two averages of those that learn or a second copy."""
+    return 4 * sum((3 if parameter.requires_grad else 2) * parameter.numel() for parameter in parameters)
 
 
 def find_training_checkpoint(

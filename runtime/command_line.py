@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from runtime.signals import ENDS_WITH_PARENT, end_with_parent
 
@@ -19,6 +23,46 @@ HERE = Path(__file__).resolve().parents[1]
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with each flag's default and the description's own line breaks."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers bad usage with one line, which names what is nearest, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with the line, from one rank alone; the usage of a hundred flags would hide it."""
+        if wrong := re.match(r"argument .*: invalid choice: '(.*?)' \(choose from (.*)\)", message, re.DOTALL):
+            message += nearest(wrong[1], re.findall(r"'(.*?)'|([^\s,']+)", wrong[2]))
+        if int(os.environ.get("RANK", 0)) == 0:
+            self._print_message(f"error: {message} ({self.prog} --help)\n", sys.stderr)
+        raise SystemExit(2)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's, but for what it says of flags that are not there."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+            known = self._of_command(getattr(found, "command", None))._option_string_actions
+            said = [f"no flag {flag}{nearest(flag, known)}" for flag in flags]
+            self.error("; ".join(said) if said else f"nothing is known of {' '.join(unknown)}")
+        return found
+
+    def _of_command(self, name: str | None) -> argparse.ArgumentParser:
+        """The parser of a subcommand, or this one."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and name in action.choices:
+                return action.choices[name]
+        return self
+
+
+def nearest(word: str, known: Iterable[Any]) -> str:
+    """ ", did you mean ..." with up to two of those that are spelt almost so; "" where none is."""
+    names = ["".join(name) for name in known]
+    folded = {name.lower().replace("_", "-"): name for name in names}
+    word = word.lower().replace("_", "-")
+    found = difflib.get_close_matches(word, folded, n=2, cutoff=0.6)
+    ratios = [difflib.SequenceMatcher(None, name, word).ratio() for name in found]
+    found = [name for name, ratio in zip(found, ratios, strict=True) if ratio > ratios[0] - 0.1]  # as near, or nearly
+    return f": did you mean {' or '.join(folded[name] for name in found)}?" if found else ""
 
 
 def positive_int(text: str) -> int:
@@ -54,7 +98,10 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: list[str] | None) -
     Raises:
         FileNotFoundError, ValueError: no such file; not a run's settings; settings that this script does not know.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known = {action.dest for action in parser._actions}
+    if "config" not in known:
+        return parser.parse_args(argv)
+    first = Parser(parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="")
     path = first.parse_known_args(argv)[0].config
     if path:
@@ -63,11 +110,38 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: list[str] | None) -
             given = {name: value for name, value in settings.items() if name not in _NOT_REPLAYED}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"--config {path} is no settings.json of a run: {error!r}") from error
-        known = {action.dest for action in parser._actions}
         if unknown := sorted(set(given) - known):
             raise ValueError(f"--config {path} is of another script or version: no flag for {', '.join(unknown)}")
         parser.set_defaults(**given)
     return parser.parse_args(argv)
+
+
+def given_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The flags whose values are not the parser's defaults, as a command line has them."""
+    found = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if value == action.default or not action.option_strings:
+            continue
+        name = next((text for text in action.option_strings if text.startswith("--")), action.option_strings[0])
+        if isinstance(value, bool):
+            negative = f"--no-{name.removeprefix('--')}"
+            found.append(name if value or negative not in action.option_strings else negative)
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            found.append(shlex.join([name, *map(str, values)]))
+    return " ".join(found) or "the defaults"
+
+
+def answer_flags(parser: argparse.ArgumentParser, check: Callable[[argparse.Namespace], object] | None = None) -> None:
+    """What a script calls before it loads PyTorch: --help, a typo and flags that do not go together end it at once."""
+
+    def answer() -> None:
+        args = parse_with_config(parser, None)
+        if check is not None:
+            check(args)
+
+    run_script(answer)
 
 
 class UsageError(ValueError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,6 @@ class Meeting:
     save_due: bool  # some rank wants a checkpoint
 
 
-def meeting_due(processes: distributed.Processes, stop: StopRequest, step: int, steps: int, every: int) -> bool:
-    """Whether the ranks meet after `step` of an epoch's `steps`: each `every` of them, after the last and, where there
-    is one process, as soon as a signal has come."""
-    return not step % every or step == steps or (processes.world_size == 1 and bool(stop.name))
-
-
 def meet(processes: distributed.Processes, sums: Tensor, stop: StopRequest, save_due: bool = False) -> Meeting:
     """What all ranks know together; every one of them calls this after the same step.
 
@@ -43,3 +38,40 @@ def meet(processes: distributed.Processes, sums: Tensor, stop: StopRequest, save
     if stopping:
         stop.name = next(filter(None, distributed.gather_objects(processes, stop.name)))
     return Meeting(totals, bool(stopping), bool(save))
+
+
+QUIET_SECONDS = 30  # without a line, at most, but for a step that takes longer
+
+
+class Rhythm:
+    """When the ranks of an epoch meet: each `every` steps, after the last, and before QUIET_SECONDS have passed.
+
+    One process looks at its clock, and meets as soon as a signal has come. Several need the same answer without asking
+    one another: they meet once to learn how long a step takes, and from then on count the steps of QUIET_SECONDS.
+
+    Args:
+        every: steps.
+        pace: seconds of a step, as the last epoch's `Rhythm` knew them; 0 where nothing is known.
+    """
+
+    def __init__(self, processes: distributed.Processes, stop: StopRequest, every: int, pace: float = 0.0):
+        self.processes, self.stop, self.every, self.pace = processes, stop, every, pace
+        self.since, self.steps = time.monotonic(), 0  # of the last meeting
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether the ranks meet after `step` of an epoch's `steps`; asked once after each."""
+        self.steps += 1
+        if not step % self.every or step == steps:
+            return True
+        if self.processes.world_size == 1:
+            return bool(self.stop.name) or time.monotonic() - self.since >= QUIET_SECONDS
+        return self.steps >= max(1, int(QUIET_SECONDS / self.pace) if self.pace else 1)
+
+    def meet(self, sums: Tensor, save_due: bool = False) -> Meeting:
+        """`meet`, and what it takes to know when the next one is due."""
+        seconds = time.monotonic() - self.since
+        met = meet(self.processes, torch.cat([sums, sums.new_tensor([seconds])]), self.stop, save_due)
+        *totals, seconds = met.sums
+        self.pace = seconds / self.processes.world_size / max(self.steps, 1)  # the same on all ranks
+        self.since, self.steps = time.monotonic(), 0
+        return replace(met, sums=totals)

@@ -37,6 +37,23 @@ SETTINGS = "settings.json"
 KINDS = {"training": "ssl_scale", "linear": "cache_features", "finetuned": "finetune"}
 
 
+PATHS = (
+    "root", "metadata", "cache_dir", "output_dir", "catalog", "resume", "init", "medclip_weights", "bert_vocab",
+    "vision_weights", "text_weights", "pretrained", "finetune", "data_path", "eval_data_path", "baseline",
+)  # fmt: skip
+
+
+def stored_args(args: argparse.Namespace) -> dict:
+    """Flags as a run's files keep them: what names a file or a folder that is there, from the root of the system."""
+
+    def absolute(value: object) -> object:
+        if isinstance(value, list):
+            return [absolute(item) for item in value]
+        return os.path.abspath(value) if isinstance(value, str) and value and os.path.exists(value) else value
+
+    return {name: absolute(value) if name in PATHS else value for name, value in vars(args).items()}
+
+
 class FolderInUse(ValueError):
     """Another run writes into the folder."""
 

@@ -79,3 +79,14 @@ def test_a_bad_catalog_names_its_fault(tmp_path, text, message):
 def test_an_absent_catalog_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         evaluation_catalog.read_catalog(tmp_path / "none.json")
+
+
+def test_a_relative_path_is_relative_to_the_catalog_wherever_the_command_starts(tmp_path, monkeypatch):
+    (tmp_path / "lab").mkdir()
+    entry = {"path": "sets/mine", "type": "imagefolder", "train": "train", "test": "test"}
+    (tmp_path / "lab" / "catalog.json").write_text(
+        json.dumps({"mine": entry, "digits": {**entry, "path": "", "type": "special"}})
+    )
+    monkeypatch.chdir(tmp_path)
+    found = evaluation_catalog.read_catalog("lab/catalog.json")
+    assert found["mine"]["path"] == str(tmp_path / "lab" / "sets" / "mine") and found["digits"]["path"] == ""

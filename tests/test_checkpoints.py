@@ -8,6 +8,7 @@ import torch
 
 from evaluation import linear_sgd
 from runtime import checkpoints
+from towers.files import read_pretrained
 
 
 def test_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
@@ -93,3 +94,28 @@ def test_wrappers_are_taken_off_parameter_names_wherever_they_stand():
     ):
         assert list(checkpoints.strip_wrappers({name: torch.zeros(1)})) == ["a.b"]
     assert list(checkpoints.strip_wrappers(dict.fromkeys(("model.a", "b"), torch.zeros(1)))) == ["model.a", "b"]
+
+
+def test_text_and_a_file_that_was_cut_off_are_said_to_be_that(tmp_path):
+    path = tmp_path / "c.pt"
+    checkpoints.save_checkpoint({"a": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="its end is missing"):
+        checkpoints.load_checkpoint(path)
+    for text in ("not a checkpoint\n", "Überschrift " * 99):
+        path.write_text(text, encoding="utf8")
+        with pytest.raises(ValueError, match="it is text that begins"):
+            checkpoints.load_checkpoint(path)
+
+
+def test_what_is_no_file_of_weights_is_said_to_be_what_it_is(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="empty folder"):
+        read_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.pt").touch()
+    with pytest.raises(ValueError, match="name its weights, .*run/checkpoint.pt"):
+        read_pretrained(tmp_path / "run")
+    bare = tmp_path / "timm.pth"
+    torch.save({"cls_token": torch.zeros(1), "blocks.0.norm1.weight": torch.zeros(1)}, bare)
+    with pytest.raises(ValueError, match="--vision-tower NAME --vision-weights FILE"):
+        read_pretrained(bare)

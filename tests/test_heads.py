@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
@@ -207,14 +208,14 @@ def test_axes_of_less_than_a_millionth_of_the_largest_variance_are_none():
 
 
 def test_a_fit_that_ran_out_of_steps_says_so(monkeypatch, recwarn):
-    samples, minimize = clusters(40, d=2), heads.minimize
+    samples, minimize = clusters(40, d=2), scipy.optimize.minimize
     heads.logistic_path(samples, [0.1, 0.01], 3)
     assert not recwarn.list
 
     def cut_short(*args, options, **more):
         return minimize(*args, options={**options, "maxiter": 1}, **more)
 
-    monkeypatch.setattr(heads, "minimize", cut_short)
+    monkeypatch.setattr(scipy.optimize, "minimize", cut_short)
     with pytest.warns(UserWarning, match="logistic regression at penalty 0.01: STOP: TOTAL NO. OF ITERATIONS"):
         heads.logistic_path(samples, [0.01], 3)
 

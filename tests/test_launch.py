@@ -141,11 +141,11 @@ def test_torchrun_asked_to_end_leaves_a_checkpoint(roco, tmp_path):
     finally:
         torchrun.kill()
     stopped = re.search(
-        r"stopped by SIGTERM: checkpoint written at epoch (\d+), step (\d+)", (tmp_path / "log.txt").read_text()
+        r"stopped by SIGTERM: checkpoint written in epoch (\d+), step (\d+)", (tmp_path / "log.txt").read_text()
     )
     assert stopped, output
     state = checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")
-    assert (state["epoch"], state["step_in_epoch"]) == tuple(map(int, stopped.groups()))
+    assert (state["epoch"] + 1, state["step_in_epoch"]) == tuple(map(int, stopped.groups()))
 
 
 # --- the end of one rank is the end of all ---------------------------------------------------------------------------

@@ -13,6 +13,7 @@ STEPS = (
     ("utils", "losses"),
     ("runtime",),
     ("inputs",),
+    ("flags",),
     ("towers", "datasets"),
     ("models",),
     ("evaluation",),

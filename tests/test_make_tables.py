@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,7 +244,7 @@ def test_a_rows_name_is_one_folder(tmp_path):
 
 def test_the_default_rows_are_the_eight_of_both_tables():
     places = dict.fromkeys(reporting_plan.INPUTS, "/some/path")
-    plan = reporting_plan.read_plan(make_tables.HERE / "table_rows.json", places, None)
+    plan = reporting_plan.read_plan(Path(make_tables.__file__).with_name("table_rows.json"), places, None)
     assert len(plan.rows) == 8 and sum(row.train is not None for row in plan.rows) == 6
     assert [len(plan.published[kind]) for kind in ("calc", "mass")] == [11, 11]
     parser = make_tables.training.get_args_parser()
@@ -252,7 +253,9 @@ def test_the_default_rows_are_the_eight_of_both_tables():
             args = parser.parse_args(shlex.split(row.train))
             assert args.mask_duplicates and args.lr == 5e-5 and args.medclip_weights == "/some/path"
     with pytest.raises(command_line.UsageError, match="--bert-vocab, --medclip-resnet, --medclip-vit"):
-        reporting_plan.read_plan(make_tables.HERE / "table_rows.json", {"roco": "r", "cbis": "c"}, None)
+        reporting_plan.read_plan(
+            Path(make_tables.__file__).with_name("table_rows.json"), {"roco": "r", "cbis": "c"}, None
+        )
 
 
 def test_a_world_without_readme_is_not_called_synthetic(tmp_path, drawn):

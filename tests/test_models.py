@@ -430,3 +430,23 @@ def test_a_checkpoint_without_a_part_names_it(stored, part):
 def test_a_size_that_the_patches_do_not_fill_is_refused(size, choose):
     with pytest.raises(ValueError, match=f"which .* the margin would never be seen; choose {choose}$"):
         models.create_model("SIMCLR_VITT16", image_size=size)
+
+
+@pytest.mark.parametrize("tower", ["vit_tiny_patch16_224", "resnet18", "medclip-swin"])
+def test_a_network_that_weights_are_put_onto_is_not_drawn_first(tower):
+    """Its buffers, some of which no file holds, are those of a network that is drawn, and so are its answers."""
+    from towers.weights import load_weights, unfilled
+
+    small = dict(vision_tower=tower, text_layers=1, text_width=32, text_heads=2, embed_dim=16)
+    torch.manual_seed(0)
+    drawn = models.create_model("CLIP_VITT16", **small)
+    torch.manual_seed(0)
+    empty = unfilled(models.create_model, "CLIP_VITT16", **small)
+    large = max(empty.state_dict(), key=lambda name: empty.state_dict()[name].numel())
+    assert not torch.equal(empty.state_dict()[large], drawn.state_dict()[large])
+    load_weights(empty, drawn.state_dict(), "drawn")
+    theirs = dict(drawn.named_buffers())
+    assert all(torch.equal(value, theirs[name]) for name, value in empty.named_buffers())
+    images = torch.rand(1, 3, 224, 224)
+    with torch.inference_mode():
+        assert torch.equal(drawn.eval().encode_image(images), empty.eval().encode_image(images))

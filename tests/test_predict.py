@@ -27,6 +27,7 @@ import predict
 import utils
 from beit_finetuning import run_class_finetuning
 from beit_finetuning.modeling_finetune import create_beit
+from evaluation import run_folder
 from evaluation.features import Backbone
 from evaluation.heads import load_heads
 from evaluation.saliency import Explainer, identity_head
@@ -404,3 +405,31 @@ def test_vectors_that_a_disk_cannot_hold_are_refused_before_the_images_are_read(
     monkeypatch.setattr(utils.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(OSError, match="GB free; the vectors take"):
         predict.main(["embed", str(clip), str(folder), "--output", str(tmp_path / "bank.npz")])
+
+
+def test_a_run_that_was_moved_with_its_weights_is_found_and_without_them_asks_for_weights(probed, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "probe").mkdir(parents=True)
+    shutil.copy(probed / "checkpoint.pt", old / "checkpoint.pt")
+    shutil.copy(probed / "run" / "head.safetensors", old / "probe")
+    image = str(next((probed / "cbis").rglob("*.jpg")))
+    expected = predict.main(["classify", str(probed / "run"), image])
+    assert run_folder.places_of(str(old / "checkpoint.pt"), old / "probe") == [str(old / "checkpoint.pt")]
+    old.rename(new)
+    assert run_folder.places_of(str(old / "checkpoint.pt"), new / "probe") == [str(new / "checkpoint.pt")]
+    assert run_folder.places_of("timm:resnet18", new) == ["timm:resnet18"]
+    stored = probed / "checkpoint.pt"
+    stored.rename(probed / "away.pt")
+    try:
+        assert predict.main(["classify", str(new / "probe"), image]) == expected
+        (new / "checkpoint.pt").unlink()
+        with pytest.raises(FileNotFoundError, match="name them by --weights"):
+            predict.main(["classify", str(new / "probe"), image])
+    finally:
+        (probed / "away.pt").rename(stored)
+
+
+def test_what_is_no_run_is_said(tmp_path):
+    for folder, what in ((tmp_path, "holds neither head.safetensors nor"), (tmp_path / "none", "is no folder")):
+        with pytest.raises(FileNotFoundError, match=what):
+            predict.main(["classify", str(folder), "a.png"])

@@ -518,10 +518,9 @@ def unbroken(roco, tmp_path_factory):
 
 
 def steps_done(folder: Path) -> list[tuple[int, int]]:
-    """(epoch, step in it) at each point where a run stopped or went on."""
-    return [
-        tuple(map(int, m)) for m in re.findall(r"(?:written|continuing) at epoch (\d+), step (\d+)", logged(folder))
-    ]
+    """(epochs done, step in the next) at each point where a run stopped or went on."""
+    found = re.findall(r"(?:written|continuing) in epoch (\d+)(?: of \d+)?, step (\d+)", logged(folder))
+    return [(int(epoch) - 1, int(step)) for epoch, step in found]
 
 
 @pytest.mark.slow
@@ -541,7 +540,7 @@ def test_slurm_time_out_requeues_and_continues_exactly(cluster, roco, unbroken, 
 @pytest.mark.slow
 def test_slurm_preempted_job_returns_and_continues_exactly(cluster, roco, unbroken, tmp_path):
     job = submit("paced", tmp_path, *command(roco, *LONG), *TWO_NODES, "--timeout", "30")
-    wait_for(lambda: "epoch 1 [1/3]" in logged(tmp_path), 90, "training")
+    wait_for(lambda: re.search(r"epoch 2/\d+ \[1/3\]", logged(tmp_path)), 90, "training")
     urgent = subprocess.run(
         [
             "sbatch",
@@ -569,7 +568,7 @@ def test_slurm_preempted_job_returns_and_continues_exactly(cluster, roco, unbrok
 @pytest.mark.slow
 def test_slurm_cancelled_job_leaves_a_checkpoint_and_stays_cancelled(cluster, roco, tmp_path):
     job = submit("paced", tmp_path, *command(roco, *LONG), *TWO_NODES, "--timeout", "30")
-    wait_for(lambda: "epoch 1 [1/3]" in logged(tmp_path), 90, "training")
+    wait_for(lambda: re.search(r"epoch 2/\d+ \[1/3\]", logged(tmp_path)), 90, "training")
     subprocess.run(["scancel", job.job_id], check=True)
     assert wait_for_end(job, 60) == "CANCELLED", logs(tmp_path)
     (stopped,) = steps_done(tmp_path)
@@ -585,7 +584,7 @@ def test_slurm_cancelled_job_leaves_a_checkpoint_and_stays_cancelled(cluster, ro
 @pytest.mark.slow
 def test_slurm_rank_that_dies_ends_the_job_with_one_message(cluster, roco, tmp_path):
     job = submit("paced", tmp_path, *command(roco, *LONG), *TWO_NODES, "--timeout", "30")
-    wait_for(lambda: "epoch 1 [1/3]" in logged(tmp_path), 90, "training")
+    wait_for(lambda: re.search(r"epoch 2/\d+ \[1/3\]", logged(tmp_path)), 90, "training")
     os.kill(int((tmp_path / "rank1.pid").read_text()), signal.SIGKILL)
     assert wait_for_end(job, 60) == "FAILED", logs(tmp_path)
     assert "rank 0 has lost another rank" in logged(tmp_path)

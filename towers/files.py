@@ -12,6 +12,7 @@ import utils
 from runtime.checkpoints import load_checkpoint, refuse_finetuned, refuse_not_finite, take_average
 from runtime.integrity import check_sums
 
+RUN_WEIGHTS = ("checkpoint_best.pt", "checkpoint.pt")
 SAFETENSORS_FORMAT = "medslip 1"  # of config.json beside model.safetensors, which export.py writes
 
 
@@ -30,6 +31,7 @@ def read_pretrained(path: str | Path) -> dict:
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return _read_exported(path)
     if path.is_dir() or path.suffix == ".zip":
+        _refuse_run(path)
         from towers import medclip
 
         return medclip.read_weights(path)
@@ -37,7 +39,21 @@ def read_pretrained(path: str | Path) -> dict:
     refuse_finetuned(state, path)
     state = take_average(state, path)
     bare = state and all(isinstance(value, Tensor) for value in state.values()) and not is_medclip_state(state)
+    if bare and not any("visual." in key for key in state):
+        raise ValueError(
+            f"{path} holds weights by themselves, called {', '.join(list(state)[:3])} and so on, of no model of this "
+            "project: an image tower of timm starts a training by --vision-tower NAME --vision-weights FILE, and goes "
+            "elsewhere by timm:NAME or as a folder with its config.json"
+        )
     return {"state_dict": state} if bare else state
+
+
+def _refuse_run(folder: Path) -> None:
+    """ValueError for a folder of a run, or an empty one, in place of its weights."""
+    if folder.is_dir() and (found := [name for name in RUN_WEIGHTS if (folder / name).is_file()]):
+        raise ValueError(f"{folder} is the folder of a run: name its weights, {folder / found[0]}")
+    if folder.is_dir() and not any(folder.iterdir()):
+        raise ValueError(f"{folder} is an empty folder: no weights are there")
 
 
 def _read_exported(folder: Path) -> dict:

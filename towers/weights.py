@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from inputs.sizes import Size, height_width
 
@@ -58,6 +60,31 @@ def _old_grid(places: int, size: Size | None, patch: tuple[int, int]) -> tuple[i
             return h // patch_h, w // patch_w
     side = math.isqrt(places)
     return side, side  # where it is none, load_weights says that the shape is another
+
+
+# In-place functions by which fresh parameters get their values.
+_FILL = {
+    "normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_",
+    "xavier_uniform_", "xavier_normal_",
+}  # fmt: skip
+
+
+class _Unfilled(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _FILL:
+            target = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(target, nn.Parameter):
+                return target
+        return func(*args, **(kwargs or {}))
+
+
+def unfilled(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`build(...)`, a network, whose parameters are not drawn: for weights that `load_weights` puts onto all of them.
+
+    Random numbers for 150 million parameters take longer than reading these from a file.
+    """
+    with _Unfilled():
+        return build(*args, **kwargs)
 
 
 @dataclass(frozen=True)

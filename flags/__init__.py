@@ -1,0 +1,1 @@
+"""What each command takes on its command line. Loads no PyTorch: --help and a typo are answered at once."""
