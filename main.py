@@ -974,7 +974,7 @@ def train(args: argparse.Namespace, processes: Processes, writer: MetricWriter) 
     return scores
 
 
-WARM_STEPS, MEASURED_STEPS = 2, 5  # of --estimate: the first ones compile, and fill the loader's queue
+WARM_STEPS, MEASURED_STEPS = 2, 5  # of --estimate; the first ones compile
 
 
 def estimate(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
@@ -992,19 +992,21 @@ def estimate(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         run = build_run(kept, processes, MetricWriter(Path(folder), False), model, tokenizer, reader)
         run.wrapped.train()
         totals = Totals.zero(len(run.model.objective.metrics), processes.device)
-        warm = min(WARM_STEPS, run.steps_per_epoch - 1)
-        interval = Interval(run)
-        with closing(loader.batches(run.loader)) as batches:
-            for step in range(min(warm + MEASURED_STEPS, run.steps_per_epoch)):
-                if step == warm:
-                    totals.flat().tolist()  # waits for the device
-                    interval = Interval(run)
-                with interval.waiting():
-                    micro_batches = list(islice(batches, args.update_freq))
-                interval.images += sum(len(batch["index"]) for batch in micro_batches) * processes.world_size
-                update(run, micro_batches, totals)
-            totals.flat().tolist()
-    seconds, measured = time.monotonic() - interval.since, run.step_in_epoch - interval.first
+        # While the first steps compile, the loader's processes fill their queue: it is emptied before the clock starts.
+        ahead = run.loader.num_workers * (run.loader.prefetch_factor or 0)
+        warm = min(WARM_STEPS + math.ceil(ahead / args.update_freq), run.steps_per_epoch - 1)
+        last = warm + max(MEASURED_STEPS, math.ceil(run.loader.num_workers / args.update_freq))
+        batches, interval = loader.batches(run.loader), Interval(run)
+        for step in range(min(last, run.steps_per_epoch)):
+            if step == warm:
+                totals.flat().tolist()  # waits for the device
+                interval = Interval(run)
+            with interval.waiting():
+                micro_batches = list(islice(batches, args.update_freq))
+            interval.images += sum(len(batch["index"]) for batch in micro_batches) * processes.world_size
+            update(run, micro_batches, totals)
+        totals.flat().tolist()
+        seconds, measured = time.monotonic() - interval.since, run.step_in_epoch - interval.first
     steps = run.steps_per_epoch * (args.epochs - args.start_epoch)
     found = {
         "samples_per_second": interval.images / seconds,
@@ -1019,9 +1021,10 @@ def estimate(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         f"{found['samples_per_second']:.3g} samples/s, {100 * found['waiting_for_data']:.0f}% of the time waiting for "
         f"data; peak memory {found['memory_gib']:.1f} GiB a process"
     )
+    length = format_seconds(3600 * found["hours"])
     log.info(
-        f"{len(reader):,} pairs, {run.steps_per_epoch:,} steps an epoch, {steps:,} steps: "
-        f"{format_seconds(3600 * found['hours'])}, validation not counted; up to {args.keep_last + 2} checkpoints: {found['disk_gb']:.1f} GB of disk"
+        f"{len(reader):,} pairs, {run.steps_per_epoch:,} steps an epoch, {steps:,} steps: {length}, validation not "
+        f"counted; up to {args.keep_last + 2} checkpoints: {found['disk_gb']:.1f} GB of disk"
     )
     return found
 

@@ -124,3 +124,5 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that exclude each other."""
     if args.baseline and args.dataset not in CBIS_SETS and not args.cache_features:
         raise UsageError("--baseline compares probes: on other sets than CBIS-DDSM add --cache-features")
+    if args.knn and args.dataset in CBIS_SETS:
+        raise UsageError("--knn is for other sets than CBIS-DDSM")

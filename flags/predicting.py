@@ -98,6 +98,8 @@ def check_classify(args: argparse.Namespace) -> None:
 
 def check_zero_shot(args: argparse.Namespace) -> None:
     """Labels and templates."""
+    if args.set and args.labels:
+        raise UsageError("--set brings its labels: leave out --labels, or --set")
     if not args.set and len(args.labels) < 2:
         raise UsageError("zero-shot needs --labels, at least two, or --set")
     if not args.set and (twice := [label for label, n in Counter(args.labels).items() if n > 1]):

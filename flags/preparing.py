@@ -23,7 +23,7 @@ COLUMNS = {  # of `unpack`: names by which each column is found, the first that 
 
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
-    """The subcommands; each of preparation/ adds its own."""
+    """The subcommands; `module` is the file of preparation/ whose `run` does it."""
     parser = Parser("make_dataset.py", description=description("make_dataset.py"), formatter_class=HelpFormatter)
     commands = parser.add_subparsers(title="datasets", dest="command", required=True)
     for add in (add_yfcc, add_cbis_tables, add_shards, add_shrink, add_unpack, add_check, add_audit, add_demo):

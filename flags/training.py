@@ -185,6 +185,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--evaluate validates weights and --estimate looks at a training: choose one")
     if args.start_epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
+    if args.warmup_epochs > args.epochs:
+        raise UsageError(
+            f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}: the run would end before it "
+            f"reaches --lr {args.lr:g}"
+        )
+    if args.val_fraction != 0.1 and args.dataset != "csv":
+        raise UsageError(f"--val-fraction is for --dataset csv; {args.dataset} has its publisher's splits")
     if args.shard and args.accum_negatives == "full":
         raise UsageError("--shard keeps no whole tower to run twice: use it with --accum-negatives micro")
     if not args.gather_with_grad and MODELS[args.model] in SIGMOID:

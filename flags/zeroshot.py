@@ -79,3 +79,5 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that exclude each other."""
     if args.root and not args.retrieval:
         raise UsageError("--root is where --retrieval reads its pairs; add --retrieval, or edit the catalog")
+    if args.root and args.datasets:
+        raise UsageError("--root is one set of pairs, and --datasets are sets of the catalog: choose one of the two")

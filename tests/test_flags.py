@@ -29,6 +29,12 @@ SCRIPTS = (
 REFUSED = (
     ("main.py", ["--init", "a", "--resume", "b"], "--resume and --init"),
     ("main.py", ["--model", "SIGLIP_VITT16", "--no-gather-with-grad"], "sigmoid"),
+    ("main.py", ["--warmup-epochs", "3", "--epochs", "2"], "--warmup-epochs 3 is more than --epochs 2"),
+    ("main.py", ["--val-fraction", "0.2", "--dataset", "roco"], "--val-fraction is for --dataset csv"),
+    ("main.py", ["--evaluate", "--estimate"], "choose one"),
+    ("main_linear.py", ["--dataset", "cbis_calc", "--knn", "20"], "--knn is for other sets"),
+    ("predict.py", ["zero-shot", "w.pt", "a.png", "--set", "pets", "--labels", "a", "b"], "leave out --labels"),
+    ("eval_zeroshot.py", ["--retrieval", "--root", "x", "--datasets", "roco"], "choose one of the two"),
     ("main_linear.py", ["--dataset", "imagenet", "--baseline", "a.csv"], "--cache-features"),
     ("eval_zeroshot.py", ["--root", "x"], "add --retrieval"),
     ("predict.py", ["zero-shot", "w.pt", "a.png", "--labels", "one"], "at least two"),
