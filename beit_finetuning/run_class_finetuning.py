@@ -45,7 +45,7 @@ from beit_finetuning.sets import Sets, class_weights, open_sets
 from beit_finetuning.views import Augmentation, Criterion, EvalView, Mix, TrainView
 from datasets import GlobalBatchSampler
 from distributed import Processes
-from evaluation import downstream
+from evaluation import downstream, metrics
 from evaluation.catalog import CATALOG
 from evaluation.features import Loading, greys_of
 from evaluation.resamples import Bootstrap
@@ -515,8 +515,8 @@ def finish_epoch(run: Run) -> None:
         log.info(f"epoch {run.epoch}: validation macro AUROC {score:.4f}")
     elif not args.disable_eval_during_finetuning and done < args.epochs:
         scores = run.evaluation.test_scores(run.model)
-        row |= {f"test_{k}": v for k, v in scores.items() if k != "metric"}
-        log.info(f"epoch {run.epoch}: test {scores['metric']} {scores['score']:.2f}")
+        row |= {f"test_{k}": v for k, v in metrics.percent(scores).items() if k != "metric"}
+        log.info(f"epoch {run.epoch}: test {metrics.shown_score(scores)}")
     is_best = score > run.best if score is not None else True
     run.best = max(run.best, score) if score is not None else run.best
     run.epoch, run.step_in_epoch, run.epoch_sums = done, 0, [0.0, 0.0]
