@@ -8,6 +8,9 @@ chosen is chosen on the validation split of the training table; the test table i
 are results.json and predictions.csv, which --baseline takes for the paired comparison of two runs. Each reading of
 the test table is a line of test_readings.jsonl. Results of other settings are set aside, never overwritten.
 
+--cross-validate 5 predicts every row of CBIS-DDSM's tables or of a table of your own once, by a probe that saw nobody
+of its patient; such a table needs no splits. --where "side == 'RIGHT'" keeps some rows of a table.
+
 Any other set of dataset_catalog.json: SGD over random crops and flips as SLIP did it (after MoCo v3), or, on
 features extracted once, logistic regression (--cache-features), label fractions (--fraction) and k-NN (--knn).
 """
@@ -27,6 +30,7 @@ import models
 import utils
 from evaluation.catalog import CATALOG, cbis_root
 from evaluation.cbis_probe import LesionImages, probe_cbis
+from evaluation.cross_validation import probe_cross_validated
 from evaluation.features import Backbone, Loading, load_backbone
 from evaluation.heads import CLASS_WEIGHTS, MEDSLIP_SIZE, PROTOCOLS
 from evaluation.linear_sgd import Recipe, learning_rate, train_sgd
@@ -35,7 +39,7 @@ from evaluation.probe import Fitting, Fractions, Probe
 from evaluation.resamples import Bootstrap
 from evaluation.run_folder import set_aside_other_results
 from evaluation.set_probes import find_set, probe_set
-from inputs.cbis import CBIS_IMAGES, CBIS_SETS, read_lesions
+from inputs.cbis import CBIS_IMAGES, CBIS_SETS, read_lesions, select_lesions
 from inputs.sizes import ImageSize
 from runtime.command_line import (
     HelpFormatter,
@@ -73,6 +77,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--root", default="", type=str, help="folder of the dataset; by default its path in the catalog")
     data.add_argument("--catalog", default=str(CATALOG), type=str,
                       help="where the datasets are; sets of your own are entries of a copy of dataset_catalog.json")
+    data.add_argument("--where", default="", type=str, metavar="EXPRESSION",
+                      help="CBIS and sets of type csv: only the rows of all splits for which it holds, a column's name "
+                      "before a value: \"side == 'RIGHT' and density in (3, 4)\", \"not 40 <= age < 60\"")
     data.add_argument("--image-kind", "--picture", default="crop", choices=CBIS_IMAGES,
                       help="CBIS: which image of a lesion the tower sees; the results name it")
     data.add_argument("--skip-broken", action="store_true",
@@ -122,8 +129,13 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
                       "of a rare one and is wrong about it more often; validated: what gives the better macro F1 on "
                       "validation")
     cbis.add_argument("--folds", default=0, type=int, metavar="K",
-                      help="choose on K folds over all training patients in place of one validation split; 5 is "
-                      "usual and steadier, and costs K times the fits")
+                      help="choose the penalty, and nothing else, on K folds over all training patients in place of "
+                      "one validation split; 5 is usual and steadier, and costs K times the fits. The test split stays "
+                      "what is reported: --cross-validate is cross-validation")
+    cbis.add_argument("--cross-validate", default=0, type=int, metavar="K",
+                      help="CBIS and sets of type csv, on cached features: no test split, every row is predicted once "
+                      "by a probe that saw nobody of its patient, in K folds of whole patients; the penalty is chosen "
+                      "on folds within the training patients of each; 5 is usual")
 
     other = parser.add_argument_group("other sets, on features extracted once")
     other.add_argument("--cache-features", action="store_true",
@@ -176,12 +188,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict[str, Any]:
     """The command once its processes have met: from flags to what each evaluation needs of them."""
     on_cbis = args.dataset in CBIS_SETS
+    if args.cross_validate:
+        refuse_beside_cross_validation(args)
     # What is missing ends the run before a model is loaded.
-    if args.baseline and not on_cbis and not args.cache_features:
+    if args.baseline and not (on_cbis or args.cache_features or args.cross_validate):
         raise UsageError("--baseline compares probes: on other sets than CBIS-DDSM add --cache-features")
     fitting = Fitting(args.protocol, args.class_weights, args.folds, args.seed)
     fractions = Fractions(args.fraction, args.fraction_seeds)
-    source = lesion_images(args) if on_cbis else find_set(args.dataset, args.root, args.catalog)
+    source = lesion_images(args) if on_cbis else find_set(args.dataset, args.root, args.catalog, args.where)
     backbone = frozen_tower(args, processes)
     settings = settings_of(args, backbone) | {"precision": processes.precision}
     if processes.is_main:
@@ -197,7 +211,9 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
         args.baseline,
         Bootstrap(args.resamples, args.seed),
     )
-    if isinstance(source, LesionImages):
+    if args.cross_validate:
+        results = probe_cross_validated(probe, source, fitting, args.cross_validate)
+    elif isinstance(source, LesionImages):
         results = probe_cbis(probe, source, fitting, fractions)
     elif on_features(args):
         results = probe_set(probe, source, fitting, fractions, logistic=args.cache_features, neighbours=args.knn)
@@ -212,10 +228,21 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
 def lesion_images(args: argparse.Namespace) -> LesionImages:
     """The table of lesions, which must be there, and the baselines, which must be of its test lesions."""
     root = Path(cbis_root(args.dataset, args.root, args.catalog))
-    rows = read_lesions(root / f"{CBIS_SETS[args.dataset]}.csv")
+    table = root / f"{CBIS_SETS[args.dataset]}.csv"
+    rows, lines = select_lesions(read_lesions(table), args.where, table)
+    for line in lines:
+        log.info(line)
+    tested = [row for row in rows if row["split"] == "test" or args.cross_validate]
     for baseline in args.baseline:  # an hour of features before the comparison
-        check_baseline(baseline, [row for row in rows if row["split"] == "test" and row[args.image_kind]])
-    return LesionImages(root, CBIS_SETS[args.dataset], args.image_kind, args.skip_broken)
+        check_baseline(baseline, [row for row in tested if row[args.image_kind]])
+    return LesionImages(root, CBIS_SETS[args.dataset], args.image_kind, args.skip_broken, args.where)
+
+
+def refuse_beside_cross_validation(args: argparse.Namespace) -> None:
+    """UsageError for flags that do not go with --cross-validate."""
+    flags = {"--fraction": args.fraction, "--knn": args.knn, "--evaluate": args.evaluate, "--resume": args.resume}
+    if given := [flag for flag, value in flags.items() if value]:
+        raise UsageError(f"--cross-validate fits a probe for each fold: no {' and no '.join(given)} with it")
 
 
 def frozen_tower(args: argparse.Namespace, processes: distributed.Processes) -> Backbone:
@@ -230,7 +257,7 @@ def frozen_tower(args: argparse.Namespace, processes: distributed.Processes) -> 
 
 def on_features(args: argparse.Namespace) -> bool:
     """Whether another set than CBIS-DDSM is evaluated on features extracted once, not by SGD."""
-    return bool(args.cache_features or args.fraction or args.knn)
+    return bool(args.cache_features or args.fraction or args.knn or args.cross_validate)
 
 
 def settings_of(args: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
@@ -241,10 +268,13 @@ def settings_of(args: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
         settings["image_size"] = backbone.preprocess.to_dict()["size"]
     if args.dataset in CBIS_SETS:
         settings |= {name: getattr(args, name) for name in ("image_kind", "protocol", "class_weights", "folds")}
-        settings["fraction"] = args.fraction
+        settings |= {"fraction": args.fraction, "where": args.where, "cross_validate": args.cross_validate}
     elif on_features(args):
         settings |= {"cache_features": args.cache_features, "fraction": args.fraction, "knn": args.knn}
         settings |= {"class_weights": args.class_weights, "folds": args.folds}
+        settings |= {"where": args.where, "cross_validate": args.cross_validate}
+    else:
+        settings["where"] = args.where
     return settings
 
 

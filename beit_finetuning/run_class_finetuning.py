@@ -80,7 +80,7 @@ RESUME_SETTINGS = (
     "min_lr", "layer_decay", "weight_decay", "weight_decay_end", "opt_betas", "opt_eps", "update_freq", "clip_grad",
     "drop_path", "drop", "attn_drop_rate", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode",
     "smoothing", "aa", "color_jitter", "train_interpolation", "reprob", "remode", "recount", "hflip", "class_weights",
-    "model_ema", "model_ema_decay", "seed", "enable_deepspeed", "lora",
+    "model_ema", "model_ema_decay", "seed", "enable_deepspeed", "lora", "where",
 )  # fmt: skip
 
 
@@ -154,6 +154,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                       help="where the set lies (default: its path in the catalog); of image_folder the training images")
     data.add_argument("--eval_data_path", default="", type=str, help="image_folder: the images to evaluate on")
     data.add_argument("--catalog", default=str(CATALOG), type=str, help="where the sets are")
+    data.add_argument("--where", default="", type=str, metavar="EXPRESSION",
+                      help="CBIS and sets of type csv: only the rows of all splits for which it holds, such as "
+                      "\"side == 'RIGHT' and density in (3, 4)\"")
     data.add_argument("--nb_classes", default=0, type=int,
                       help="number of classes (default: what the set has); another number than the set's is an error")
     data.add_argument("--imagenet_default_mean_and_std", action="store_true",
@@ -563,7 +566,9 @@ def resume(run: Run) -> None:
         return
     if not is_finetuned(state):
         raise ValueError(f"{output_dir} holds the checkpoints of another kind of run: choose another --output_dir")
-    if differ := differences({"lora": 0, **state["settings"]}, run.settings):  # which earlier runs did not record
+    if differ := differences(
+        {"lora": 0, "where": "", **state["settings"]}, run.settings
+    ):  # which earlier runs did not record
         raise ValueError(
             f"cannot continue the run in {output_dir}, its settings differ (a new run takes another --output_dir): "
             + "; ".join(differ)
@@ -592,7 +597,7 @@ def resume(run: Run) -> None:
 def finished(run: Run) -> Finished:
     """The run as its results are made from it."""
     args = run.args
-    compared = {"dataset": args.data_set, "protocol": "fine-tuning", "seed": args.seed}
+    compared = {"dataset": args.data_set, "protocol": "fine-tuning", "seed": args.seed, "where": args.where}
     if args.data_set in cbis.CBIS_SETS:
         compared["image_kind"] = args.image_kind
     average = None if run.ema is None else run.ema.module

@@ -31,6 +31,7 @@ class LesionImages:
     kind: str  # calc, mass or both
     image_kind: str = "crop"  # of inputs.cbis.CBIS_IMAGES
     skip_broken: bool = False
+    where: str = ""  # an inputs.selection
 
 
 class Lesions:
@@ -45,7 +46,8 @@ class Lesions:
         """A split's features, labels and rows."""
         images, backbone = self.images, self.probe.backbone
         lesions = CbisLesions(
-            images.root, images.kind, split, images.image_kind, backbone.preprocess, images.skip_broken
+            images.root, images.kind, split, images.image_kind, backbone.preprocess, images.skip_broken,
+            images.where,
         )  # fmt: skip
         features, kept = self.probe.features(lesions, f"{self.probe.dataset}_{images.image_kind}_{split}")
         if split == "train":

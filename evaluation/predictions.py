@@ -373,7 +373,9 @@ def describe_measured(results: dict, title: str) -> list[str]:
     over = results["interval"]["over"]
     images = int(np.sum(results["confusion"]))
     of = f" of {results[f'test_{over}']} {over}" if over != "images" else ""
-    lines = [f"{title}: {images} test images{of}; percent, with 95% intervals over {over}"]
+    whole = "cross_validation" in results
+    samples = "samples, each by the fold without it," if whole else "test images"
+    lines = [f"{title}: {images} {samples}{of}; percent, with 95% intervals over {over}"]
     titles = metrics.headings(metrics.METRICS, results["positive"])
     for name, value in results["metrics"].items():
         lines.append(f"  {titles[name]:<22} {metrics.Interval.of(value).percent()}")

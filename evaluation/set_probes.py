@@ -15,7 +15,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 import utils
 from evaluation import downstream, metrics
-from evaluation.catalog import Catalog, entry_of, metric_of, read_catalog
+from evaluation.catalog import Catalog, entry_of, metric_of, read_catalog, with_selection
 from evaluation.features import greys_of
 from evaluation.heads import Choice, Head, Linear, Samples, fit_logistic, knn_probabilities, stratified_part
 from evaluation.predictions import Predictions, check_baseline, describe_measured, report_rows, unlearnt_classes
@@ -29,14 +29,15 @@ from runtime.command_line import UsageError
 log = logging.getLogger("medslip")
 
 
-def find_set(dataset: str, root: str, catalog_file: str) -> Catalog:
-    """The catalog with `root` in the set's entry; an unknown set, or one without classes, is a ValueError."""
+def find_set(dataset: str, root: str, catalog_file: str, where: str = "") -> Catalog:
+    """The catalog with `root` and `where` in the set's entry; an unknown set, or one without classes, is a ValueError."""
     catalog = read_catalog(catalog_file)
     if dataset not in catalog:
         raise ValueError(f"unknown dataset {dataset!r}; choose from {', '.join([*CBIS_SETS, *catalog])}")
     entry_of(dataset, catalog)
     if root:
         catalog[dataset] = {**catalog[dataset], "path": root}
+    catalog[dataset] = with_selection(dataset, catalog[dataset], where)
     return catalog
 
 

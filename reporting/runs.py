@@ -242,6 +242,8 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
     if not isinstance(dataset, str) or not dataset:
         return  # a summary of other runs, such as the demo's
     kind, name = str(cbis.CBIS_SETS.get(dataset, dataset)), runs.names[path.resolve()]
+    if "cross_validation" in result:  # of other samples than the test split's, hence a table of its own
+        kind = f"{TABLES.get(kind, kind)}, {result['cross_validation']['folds']}-fold cross-validation"
     if result.get("fractions"):
         runs.fractions.append((name, TABLES.get(kind, kind), fractions_of(result)))
     neighbours = result.get("knn") or {}
