@@ -26,9 +26,9 @@ A set is one entry:
     frame, window       csv: how files of several frames and of more than 8 bits are shown: first, middle or a number
                         from 1; [center, width]
 
-All after type are optional, and for csv train and test too ("train" and "test" then). Without labels and templates those
-of labels.json and templates.json under the set's own name are taken, else the class folders' names and "a photo of a
-{}."; a published set keeps its metric and folders. Keys that start with "_" are notes.
+All after type are optional, and for csv train and test too ("train" and "test" then). Without labels and templates
+those of labels.json and templates.json under the set's own name are taken, else the class folders' names and "a photo
+of a {}."; a published set keeps its metric and folders. Keys that start with "_" are notes.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ log = logging.getLogger("medslip")
 
 
 def find_set(dataset: str, root: str, catalog_file: str, where: str = "") -> Catalog:
-    """The catalog with `root` and `where` in the set's entry; an unknown set, or one without classes, is a ValueError."""
+    """The catalog with `root` and `where` in the set's entry; ValueError for an unknown set, or one without classes."""
     catalog = read_catalog(catalog_file)
     if dataset not in catalog:
         raise ValueError(f"unknown dataset {dataset!r}; choose from {', '.join([*CBIS_SETS, *catalog])}")

@@ -53,6 +53,7 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str | 
     rows = metadata.read_table(table, [columns.image, *columns.labels, *columns.unit, *columns.subgroups])
     _refuse_lacking(rows, columns, "group" in given, wanted is not None, table)
     numbered, remarks = _wanted(rows, columns, splits, wanted, table)
+    every = {row[columns.labels[0]] for _, row, _ in numbered}
     numbered, lines = _selected(numbered, columns, entry.get("where", ""), table)
     remarks += lines
     kept = [columns.sample(row, split, f"{table}, row {number}") for number, row, split in numbered]
@@ -80,7 +81,7 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str | 
     # Over both splits: a class that one of them lacks must not shift the others.
     classes = [str(c) for c in given["label"]] if columns.several else in_order({row["label"] for row in kept})
     if "classes" in entry:
-        classes, lines = _declared(name, entry["classes"], classes, table)
+        classes, lines = _declared(name, entry["classes"], classes, every, table)
         remarks += lines
     positive = _positive(name, entry.get("positive"), classes)
     if columns.unit:
@@ -172,12 +173,20 @@ def _selected(numbered: _Numbered, columns: _Columns, where: str, table: Path) -
     return [one for one, keep in zip(numbered, kept, strict=True) if keep], lines
 
 
-def _declared(name: str, given: Sequence[str], found: Sequence[str], table: Path) -> tuple[list[str], list[str]]:
-    """The classes in the order that an entry declares, by the table's spelling, and a line about those without rows."""
+def _declared(
+    name: str, given: Sequence[str], found: Sequence[str], every: set[str], table: Path
+) -> tuple[list[str], list[str]]:
+    """The classes in the order that an entry declares, by the table's spelling, and a line about those without rows.
+
+    Args:
+        found, every: labels that are left, and those before --where, which takes a class that it empties away.
+    """
     number = {conventions.whole_number(label): label for label in found}
     declared = [number.get(conventions.whole_number(label), label) for label in given]
     if other := [label for label in found if label not in declared]:
         raise ValueError(f'{table}: the label {other[0]!r} is not among the "classes" of {name}: {", ".join(given)}')
+    lost = set(map(conventions.whole_number, every)) - set(map(conventions.whole_number, found))
+    declared = [label for label in declared if conventions.whole_number(label) not in lost]
     empty = [label for label in declared if label not in found]
     lines = [f'{table}: no row of class {", ".join(empty)}, which the "classes" of {name} declare'] if empty else []
     return declared, lines
