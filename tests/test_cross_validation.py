@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import cbis_tree
 import numpy as np
@@ -120,7 +121,7 @@ def test_lesions_of_all_splits_are_cross_validated_and_selected(checkpoint, tmp_
         [*tuned, "--where", "side == RIGHT", "--output_dir", str(tmp_path / "c")]
     )  # fmt: skip
     assert results["lesions"]["test"] == plain["lesions"]["test"] and results["settings"]["where"] == "side == RIGHT"
-    with pytest.raises(ValueError, match="where: side == RIGHT there,  now"):
+    with pytest.raises(ValueError, match="where: 'side == RIGHT' there, '' now"):
         run_class_finetuning.main([*tuned, "--output_dir", str(tmp_path / "c")])
     with pytest.raises(ValueError, match="none of the .* rows of class BENIGN in the split 'train' is left"):
         main_linear.main([*flags[:-1], "pathology != BENIGN", "--output-dir", str(tmp_path / "d")])
@@ -257,8 +258,6 @@ def test_predictions_with_folds_are_read_with_and_without_them(tmp_path):
     rows = [{"image": str(i), "group": str(i), "label": "ab"[i % 2], "fold": "1"} for i in range(4)]
     scheme = set_scheme(["a", "b"])
     prob = np.array([[0.5, 0.5]] * 4)
-    from dataclasses import replace
-
     Predictions(rows, prob, replace(scheme, columns=(*scheme.columns, "fold"))).write(tmp_path / "p.csv")
     with open(tmp_path / "p.csv", newline="") as file:
         assert next(csv.reader(file)) == ["image", "group", "label", "fold", "predicted", "prob_a", "prob_b"]
