@@ -3,8 +3,9 @@
     python eval_zeroshot.py --resume checkpoint.pt                       all of dataset_catalog.json
     python eval_zeroshot.py --resume checkpoint.pt --retrieval --dataset roco --root /path/to/roco
 
-Prints a row for each set and writes zeroshot.json, both in percent. main.py validates with the same functions, which
-live in evaluation/: features.py (one pass over each sample), metrics.py (scores), catalog.py (class names, prompts).
+Prints a row for each set in percent and writes zeroshot.json, fractions. main.py validates with the same functions,
+which live in evaluation/: features.py (one pass over each sample), metrics.py (scores), catalog.py (class names,
+prompts).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from evaluation import downstream, metrics
 from evaluation.catalog import read_catalog
 from evaluation.downstream import ZeroShotSet
 from evaluation.features import Loading, classify_zeroshot, embed_pairs, zeroshot_probabilities
-from evaluation.predictions import Predictions, score_predictions, without_metrics
+from evaluation.predictions import Predictions, describe_measured, score_predictions, without_metrics
 from evaluation.run_folder import count_reading
 from inputs.reader import Reader
 from inputs.transforms import Preprocess, View
@@ -137,7 +138,7 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
     loading = Loading(args.batch_size, args.workers, args.skip_broken, processes)
     # Between the epochs of main.py the weights change, so only this command keeps text features.
     cache = TextCache.of(model, processes.device, Path(args.output_dir) / "features", processes.is_main)
-    report = {"model": loaded.source, "unit": "percent", "zero_shot": {}, "retrieval": {}, "skipped": absent}
+    report = {"model": loaded.source, "unit": "fraction", "zero_shot": {}, "retrieval": {}, "skipped": absent}
     file = Path(args.output_dir) / "zeroshot.json"
     for name, source in opened.items():
         if isinstance(source, Reader):
@@ -161,18 +162,18 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
 def score_labelled(
     model: Any, tokenizer: Tokenizer, source: ZeroShotSet, loading: Loading, cache: TextCache | None, file: Path
 ) -> metrics.Scores:
-    """Metrics in percent; where the rows are known (CBIS-DDSM, type csv) also intervals, and predictions in `file`."""
+    """All metrics; where the rows are known (CBIS-DDSM, type csv) also intervals, and predictions in `file`."""
     scheme = source.dataset.scheme
     if source.dataset.findings is not None:
         raise ValueError("zero-shot takes sets with one class for each image, not several findings")
     if scheme is None:
-        return metrics.percent(classify_zeroshot(model, tokenizer, source, loading, cache))
+        return classify_zeroshot(model, tokenizer, source, loading, cache)
     if loading.processes.is_main:
         file.parent.mkdir(parents=True, exist_ok=True)
         count_reading(file.parent, {"zero_shot": file.stem})
     numbers, prob = zeroshot_probabilities(model, tokenizer, source, loading, cache)
     found = Predictions([source.dataset.rows[i] for i in numbers], prob, scheme)
-    scores = metrics.percent(metrics.score_outputs(found.labels, metrics.log_prob(prob), source.metric))
+    scores = metrics.score_outputs(found.labels, metrics.log_prob(prob), source.metric)
     if loading.processes.is_main:
         found.write(file)
     try:
@@ -182,25 +183,32 @@ def score_labelled(
 
 
 def score_pairs(loaded: models.Pretrained, reader: Reader, loading: Loading) -> metrics.Scores:
-    """Retrieval over one reader, in percent, with its split and the number of images skipped."""
+    """Retrieval over one reader with its split and the number of images skipped."""
     tokenizer = cast(Tokenizer, loaded.tokenizer)
     images, texts, captions = embed_pairs(loaded.model, reader, loaded.preprocess, tokenizer, loading)
-    scores = metrics.percent(metrics.retrieval_metrics(images, texts, captions))
+    scores = metrics.retrieval_metrics(images, texts, captions)
     return scores | {"split": reader.split, "broken": len(reader) - len(captions)}
 
 
 def zeroshot_line(name: str, scores: dict) -> str:
-    """A set's scores, in percent, as one line."""
+    """A set's scores, in percent, as one line, and below it what its known rows have, with intervals."""
+    rows = scores.get("rows", scores)
+    more = describe_measured(rows, f"{name}, zero-shot")
+    if "metrics" in rows and rows["positive"] is None and rows["interval"]["over"] == "images":  # one of many sets
+        more = more[:3]  # AUROC and F1
+    scores = metrics.percent(scores)
     top5 = f"  top-5 {scores['top5']:6.2f}" if "top5" in scores else " " * 14
-    return (
+    line = (
         f"{name:<18}  {scores['metric']:<14} {scores['score']:6.2f}  |  "
         f"top-1 {scores['top1']:6.2f}{top5}  |  "
         f"{scores['samples']} images, {scores['classes']} classes{_skipped(scores)}"
     )
+    return "\n".join([line, *more])
 
 
 def retrieval_line(name: str, scores: dict) -> str:
     """A split's recalls, in percent, as one line."""
+    scores = metrics.percent(scores)
     ways = [
         f"{words} R@1 {scores[way + '_r1']:6.2f}  R@5 {scores[way + '_r5']:6.2f}  "
         f"R@10 {scores[way + '_r10']:6.2f}  median rank {scores[way + '_median_rank']:g}"

@@ -8,6 +8,9 @@ chosen is chosen on the validation split of the training table; the test table i
 are results.json and predictions.csv, which --baseline takes for the paired comparison of two runs. Each reading of
 the test table is a line of test_readings.jsonl. Results of other settings are set aside, never overwritten.
 
+--cross-validate 5 predicts every row of CBIS-DDSM's tables or of a table of your own once, by a probe that saw nobody
+of its patient; such a table needs no splits. --where "side == 'RIGHT'" keeps some rows of a table.
+
 Any other set of dataset_catalog.json: SGD over random crops and flips as SLIP did it (after MoCo v3), or, on
 features extracted once, logistic regression (--cache-features), label fractions (--fraction) and k-NN (--knn).
 """
@@ -32,6 +35,7 @@ import distributed
 import utils
 from evaluation.catalog import cbis_root
 from evaluation.cbis_probe import LesionImages, probe_cbis
+from evaluation.cross_validation import probe_cross_validated
 from evaluation.features import Backbone, Loading, load_backbone
 from evaluation.heads import MEDSLIP_SIZE
 from evaluation.linear_sgd import Recipe, learning_rate, train_sgd
@@ -40,7 +44,7 @@ from evaluation.probe import Fitting, Fractions, Probe
 from evaluation.resamples import Bootstrap
 from evaluation.run_folder import set_aside_other_results
 from evaluation.set_probes import find_set, probe_set
-from inputs.cbis import CBIS_SETS, read_lesions
+from inputs.cbis import CBIS_SETS, read_lesions, select_lesions
 from runtime.logs import start_logging
 from runtime.one_run import SETTINGS, one_run, own_folder, stored_args
 from runtime.versions import versions
@@ -66,7 +70,7 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
     # What is missing ends the run before a model is loaded.
     fitting = Fitting(args.protocol, args.class_weights, args.folds, args.seed)
     fractions = Fractions(args.fraction, args.fraction_seeds)
-    source = lesion_images(args) if on_cbis else find_set(args.dataset, args.root, args.catalog)
+    source = lesion_images(args) if on_cbis else find_set(args.dataset, args.root, args.catalog, args.where)
     backbone = frozen_tower(args, processes)
     settings = settings_of(args, backbone) | {"precision": processes.precision}
     if processes.is_main:
@@ -82,7 +86,9 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
         args.baseline,
         Bootstrap(args.resamples, args.seed),
     )
-    if isinstance(source, LesionImages):
+    if args.cross_validate:
+        results = probe_cross_validated(probe, source, fitting, args.cross_validate)
+    elif isinstance(source, LesionImages):
         results = probe_cbis(probe, source, fitting, fractions)
     elif on_features(args):
         results = probe_set(probe, source, fitting, fractions, logistic=args.cache_features, neighbours=args.knn)
@@ -97,10 +103,14 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
 def lesion_images(args: argparse.Namespace) -> LesionImages:
     """The table of lesions, which must be there, and the baselines, which must be of its test lesions."""
     root = Path(cbis_root(args.dataset, args.root, args.catalog))
-    rows = read_lesions(root / f"{CBIS_SETS[args.dataset]}.csv")
+    table = root / f"{CBIS_SETS[args.dataset]}.csv"
+    rows, lines = select_lesions(read_lesions(table), args.where, table)
+    for line in lines:
+        log.info(line)
+    tested = [row for row in rows if row["split"] == "test" or args.cross_validate]
     for baseline in args.baseline:  # an hour of features before the comparison
-        check_baseline(baseline, [row for row in rows if row["split"] == "test" and row[args.image_kind]])
-    return LesionImages(root, CBIS_SETS[args.dataset], args.image_kind, args.skip_broken)
+        check_baseline(baseline, [row for row in tested if row[args.image_kind]])
+    return LesionImages(root, CBIS_SETS[args.dataset], args.image_kind, args.skip_broken, args.where)
 
 
 def frozen_tower(args: argparse.Namespace, processes: distributed.Processes) -> Backbone:
@@ -115,7 +125,7 @@ def frozen_tower(args: argparse.Namespace, processes: distributed.Processes) -> 
 
 def on_features(args: argparse.Namespace) -> bool:
     """Whether another set than CBIS-DDSM is evaluated on features extracted once, not by SGD."""
-    return bool(args.cache_features or args.fraction or args.knn)
+    return bool(args.cache_features or args.fraction or args.knn or args.cross_validate)
 
 
 def settings_of(args: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
@@ -126,10 +136,13 @@ def settings_of(args: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
         settings["image_size"] = backbone.preprocess.to_dict()["size"]
     if args.dataset in CBIS_SETS:
         settings |= {name: getattr(args, name) for name in ("image_kind", "protocol", "class_weights", "folds")}
-        settings["fraction"] = args.fraction
+        settings |= {"fraction": args.fraction, "where": args.where, "cross_validate": args.cross_validate}
     elif on_features(args):
         settings |= {"cache_features": args.cache_features, "fraction": args.fraction, "knn": args.knn}
         settings |= {"class_weights": args.class_weights, "folds": args.folds}
+        settings |= {"where": args.where, "cross_validate": args.cross_validate}
+    else:
+        settings["where"] = args.where
     return settings
 
 

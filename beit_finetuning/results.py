@@ -55,7 +55,7 @@ class Evaluation:
         return self.sets.val.labels[kept], probabilities(logits)
 
     def test_scores(self, model: nn.Module) -> metrics.Scores:
-        """All metrics of the set in percent."""
+        """All metrics of the set, as fractions."""
         return self.scores_of(*self.logits(model, self.sets.test, "test"))
 
     def scores_of(self, logits: np.ndarray, kept: np.ndarray) -> metrics.Scores:
@@ -63,7 +63,7 @@ class Evaluation:
         test = self.sets.test
         skipped = {"samples_skipped": len(test) - len(kept)} if len(kept) < len(test) else {}
         scores = metrics.score_outputs(test.labels[kept], logits, self.sets.metric, self.sets.unlearnt)
-        return {**metrics.percent(scores), **skipped}
+        return {**scores, **skipped}
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -101,17 +101,19 @@ def report_last(run: Finished, evaluation: Evaluation) -> dict[str, Any]:
     test = evaluation.sets.test
     logits, kept = evaluation.logits(run.model, test, "test")
     scores = evaluation.scores_of(logits, kept)
-    results: dict[str, Any] = {"unit": "percent", **scores}
+    results: dict[str, Any] = {"unit": "fraction", **scores}
     if test.scheme is not None:
         scheme = test.scheme.without(evaluation.sets.unlearnt)
         found = Predictions([test.rows[i] for i in kept], probabilities(logits), scheme)
         if evaluation.loading.processes.is_main:
             found.write(run.output_dir / "predictions.csv")
-        results |= predictions.report_rows(found, None, run.baselines, run.compared, run.bootstrap)
-    log.info(f"{run.dataset}: {scores['metric']} {scores['score']:.2f} after {run.settings['epochs']} epochs")
+        results |= subgroups.report_set(found, None, run.baselines, run.compared, run.bootstrap)
+        title = f"{run.dataset}, fine-tuned end to end"
+        log.info("\n".join(predictions.describe_measured(results, title)))
+    log.info(f"{run.dataset}: {metrics.shown_score(scores)} after {run.settings['epochs']} epochs")
     if run.average is not None:
         results["ema"] = average = evaluation.test_scores(run.average)
-        log.info(f"{run.dataset}, averaged weights: {average['metric']} {average['score']:.2f}")
+        log.info(f"{run.dataset}, averaged weights: {metrics.shown_score(average)}")
     return results
 
 
@@ -138,7 +140,7 @@ def report_lesions(run: Finished, evaluation: Evaluation) -> dict[str, Any]:
         "lesions": {split: len(rows) for split, rows in sets.lesions.items()} | {"test": len(kept)},
         "lesions_skipped": {**sets.absent, "test": sets.absent["test"] + len(sets.test) - len(kept)},
     }
-    results |= subgroups.report_lesions(found, held_out, run.baselines, run.compared, run.bootstrap)
+    results |= subgroups.report_set(found, held_out, run.baselines, run.compared, run.bootstrap)
     if run.average is not None:
         run.average.load_state_dict(lora.restored(best, "_ema"))
         averaged, _ = evaluation.logits(run.average, sets.test, "test, averaged weights")

@@ -50,7 +50,7 @@ from beit_finetuning.sets import Sets, class_weights, open_sets
 from beit_finetuning.views import Augmentation, Criterion, EvalView, Mix, TrainView
 from datasets import GlobalBatchSampler
 from distributed import Processes
-from evaluation import downstream
+from evaluation import downstream, metrics
 from evaluation.features import Loading, greys_of
 from evaluation.resamples import Bootstrap
 from inputs import cbis, loader
@@ -75,7 +75,7 @@ RESUME_SETTINGS = (
     "min_lr", "layer_decay", "weight_decay", "weight_decay_end", "opt_betas", "opt_eps", "update_freq", "clip_grad",
     "drop_path", "drop", "attn_drop_rate", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode",
     "smoothing", "aa", "color_jitter", "train_interpolation", "reprob", "remode", "recount", "hflip", "class_weights",
-    "model_ema", "model_ema_decay", "seed", "enable_deepspeed", "lora",
+    "model_ema", "model_ema_decay", "seed", "enable_deepspeed", "lora", "where",
 )  # fmt: skip
 
 
@@ -354,8 +354,8 @@ def finish_epoch(run: Run) -> None:
         log.info(f"epoch {done}: validation macro AUROC {score:.4f}")
     elif not args.disable_eval_during_finetuning and done < args.epochs:
         scores = run.evaluation.test_scores(run.model)
-        row |= {f"test_{k}": v for k, v in scores.items() if k != "metric"}
-        log.info(f"epoch {done}: test {scores['metric']} {scores['score']:.2f}")
+        row |= {f"test_{k}": v for k, v in metrics.percent(scores).items() if k != "metric"}
+        log.info(f"epoch {done}: test {metrics.shown_score(scores)}")
     is_best = score > run.best if score is not None else True
     run.best = max(run.best, score) if score is not None else run.best
     run.epoch, run.step_in_epoch, run.epoch_sums = done, 0, [0.0, 0.0]
@@ -402,7 +402,9 @@ def resume(run: Run) -> None:
         return
     if not is_finetuned(state):
         raise ValueError(f"{output_dir} holds the checkpoints of another kind of run: choose another --output_dir")
-    if differ := differences({"lora": 0, **state["settings"]}, run.settings):  # which earlier runs did not record
+    if differ := differences(
+        {"lora": 0, "where": "", **state["settings"]}, run.settings
+    ):  # which earlier runs did not record
         raise ValueError(
             f"cannot continue the run in {output_dir}, its settings differ (a new run takes another --output_dir): "
             + "; ".join(differ)
@@ -431,7 +433,7 @@ def resume(run: Run) -> None:
 def finished(run: Run) -> Finished:
     """The run as its results are made from it."""
     args = run.args
-    compared = {"dataset": args.data_set, "protocol": "fine-tuning", "seed": args.seed}
+    compared = {"dataset": args.data_set, "protocol": "fine-tuning", "seed": args.seed, "where": args.where}
     if args.data_set in cbis.CBIS_SETS:
         compared["image_kind"] = args.image_kind
     average = None if run.ema is None else run.ema.module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from evaluation import downstream, predictions
-from evaluation.catalog import cbis_root, entry_of, metric_of, read_catalog
+from evaluation.catalog import cbis_root, entry_of, metric_of, read_catalog, with_selection
 from inputs import cbis
 from runtime.command_line import UsageError
+
+log = logging.getLogger("medslip")
 
 
 @dataclass
@@ -45,6 +48,7 @@ def open_sets(args: argparse.Namespace) -> Sets:
     if args.data_set in cbis.CBIS_SETS:
         return open_lesions(args)
     if args.data_set == "image_folder":
+        with_selection(args.data_set, {}, args.where)
         if not args.data_path or not args.eval_data_path:
             raise UsageError("--data_set image_folder needs --data_path and --eval_data_path")
         folders = Path(args.data_path), Path(args.eval_data_path)
@@ -60,6 +64,7 @@ def open_sets(args: argparse.Namespace) -> Sets:
     entry = entry_of(name, catalog)
     if args.data_path:
         catalog[name] = {**entry, "path": args.data_path}
+    catalog[name] = with_selection(name, catalog[name], args.where)
     train, test = downstream.open_splits(name, catalog)
     if test.findings is not None:
         raise ValueError(f"{name} has several findings for each image; fine-tuning takes sets with one class each")
@@ -74,8 +79,13 @@ def open_lesions(args: argparse.Namespace) -> Sets:
     """CBIS-DDSM: its patient-grouped validation split chooses the epoch, its test table is read at the end."""
     root = cbis_root(args.data_set, args.data_path, args.catalog)
     images, rows, absent = {}, {}, {}
+    table = Path(root) / f"{cbis.CBIS_SETS[args.data_set]}.csv"
+    for line in cbis.select_lesions(cbis.read_lesions(table), args.where, table)[1]:
+        log.info(line)
     for split in cbis.CBIS_SPLITS:
-        lesions = cbis.CbisLesions(root, cbis.CBIS_SETS[args.data_set], split, args.image_kind, None, args.skip_broken)
+        lesions = cbis.CbisLesions(
+            root, cbis.CBIS_SETS[args.data_set], split, args.image_kind, None, args.skip_broken, args.where
+        )
         images[split] = downstream.lesion_images(lesions, None)
         rows[split], absent[split] = lesions.rows, lesions.dropped
     parts = {"training": images["train"], "validation": images["val"], "test": images["test"]}

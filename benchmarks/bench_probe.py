@@ -43,8 +43,8 @@ import models
 import utils
 from evaluation import downstream, heads, predictions
 from evaluation.features import Backbone, Loading, extract_or_reuse, load_backbone
+from evaluation.metrics import score_outputs
 from evaluation.resamples import Resamples
-from evaluation.set_probes import score_set
 from inputs.cbis import CBIS_CLASSES, CBIS_KINDS, CbisLesions
 from inputs.transforms import Preprocess, eval_view
 from runtime.versions import versions
@@ -114,7 +114,7 @@ def open_set(name: str, root: Path | None, preprocess: Preprocess, seed: int) ->
 
 
 def top1(labels: np.ndarray, prob: np.ndarray) -> float:
-    return score_set(labels, prob, "top1")["score"]
+    return score_outputs(labels, prob, "top1")["score"]
 
 
 def view_of(preprocess: Preprocess, image) -> torch.Tensor:

@@ -46,6 +46,7 @@ import main as training
 import make_dataset
 import utils
 from evaluation import comparisons
+from evaluation.cross_validation import cross_validate
 from evaluation.downstream import create_downstream
 from evaluation.features import Loading, extract, load_backbone
 from evaluation.heads import Choice, Samples, fit_logistic
@@ -344,22 +345,18 @@ def probe_set(
         views = [create_downstream(dataset, part, eval_view(backbone.preprocess), catalog) for part in (True, False)]
         scheme = views[1].scheme or CAPTIONS
         train, test = map(samples, views)
-    every, groups = train + test, [row[scheme.group] for row in train.rows + test.rows]
-    places = np.arange(len(every.labels))
     choice = Choice(partial(macro_auroc, scheme=scheme), folds=5, group=scheme.group)
     folder.mkdir(parents=True, exist_ok=True)
     for way in ways:
-        parts: Any = [(places[: len(train.labels)], places[len(train.labels) :])]
         if way == "folds":
-            kinds = StratifiedGroupKFold(PROBE_FOLDS, shuffle=True, random_state=0)
-            parts = list(kinds.split(every.features, every.labels, groups))
-        probabilities = []
-        for kept, _ in parts:
-            head = fit_logistic(every[kept], every[places[:0]], len(scheme.classes), choice)
-            probabilities.append(head.probabilities(every.features))
-        tested = np.concatenate([held for _, held in parts])
-        prob = np.concatenate([p[held] for p, (_, held) in zip(probabilities, parts, strict=True)])
-        Predictions(every[tested].rows, prob, scheme).write(folder / f"{way}.csv")
+            every = train + test
+            found = Predictions(
+                every.rows, cross_validate(every, len(scheme.classes), PROBE_FOLDS, choice).prob, scheme
+            )
+        else:
+            head = fit_logistic(train, train[np.arange(0)], len(scheme.classes), choice)
+            found = Predictions(test.rows, head.probabilities(test.features), scheme)
+        found.write(folder / f"{way}.csv")
 
 
 def label_in_words(args: argparse.Namespace, catalog: dict, tower: Path, folder: Path) -> None:

@@ -16,14 +16,19 @@ A set is one entry:
                         called otherwise. A group (the patient) is whole in a split and in a resample of the intervals;
                         without one each image counts by itself. A list of names for label: several findings of 0 and 1
                         for each image
+    classes             csv: the classes in their order, where sorting the labels is not what is meant
+    ordered             true: the classes stand in an order, which errors are measured by (metrics.ORDERED_METRICS)
+    unit                csv: the column, or columns, that tell what several images are of (a breast, a study), which has
+                        figures of its own
+    subgroups           csv: columns whose values have figures of their own
     positive            csv: the class that is looked for, which has columns of its own in results
     blank, uncertain    csv with several findings: what an empty cell and a -1 count as: negative, positive or skip
     frame, window       csv: how files of several frames and of more than 8 bits are shown: first, middle or a number
                         from 1; [center, width]
 
-All after type are optional. Without labels and templates those of labels.json and templates.json under the set's own
-name are taken, else the class folders' names and "a photo of a {}."; a published set keeps its metric and folders. Keys
-that start with "_" are notes.
+All after type are optional, and for csv train and test too ("train" and "test" then). Without labels and templates
+those of labels.json and templates.json under the set's own name are taken, else the class folders' names and "a photo
+of a {}."; a published set keeps its metric and folders. Keys that start with "_" are notes.
 """
 
 from __future__ import annotations
@@ -38,9 +43,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import READERS
-from evaluation.metrics import SET_METRICS
+from evaluation.metrics import ORDERED_METRICS, SET_METRICS
 from inputs.cbis import CBIS_SETS
 from inputs.display import Display, frame_of
+from inputs.selection import Selection
+from runtime.command_line import UsageError
 
 log = logging.getLogger("medslip")
 
@@ -48,8 +55,10 @@ HERE = Path(__file__).resolve().parents[1]
 CATALOG = HERE / "dataset_catalog.json"
 TYPES = ("imagefolder", "filelist", "csv", "special")
 REQUIRED = ("path", "type", "train", "test")
-CSV_ONLY = ("table", "columns", "positive", "blank", "uncertain", "frame", "window")
-OPTIONAL = ("labels", "templates", "metric", "folders", "images", *CSV_ONLY)
+CSV_ONLY = (
+    "table", "columns", "positive", "blank", "uncertain", "frame", "window", "classes", "unit", "subgroups",
+)  # fmt: skip
+OPTIONAL = ("labels", "templates", "metric", "folders", "images", "ordered", *CSV_ONLY)
 COLUMNS = ("image", "label", "split", "group")
 COUNT_AS = {"negative": 0, "positive": 1, "skip": -1}  # what an unclear finding counts as
 DEFAULT_TEMPLATES = ["a photo of a {}."]
@@ -82,10 +91,22 @@ def read_catalog(path: str | Path = CATALOG) -> Catalog:
         raise ValueError(f"dataset catalog {path} holds a {type(entries).__name__}, not {{set: entry}}")
     catalog = Catalog({name: entry for name, entry in entries.items() if not name.startswith("_")}, path)
     for name, entry in catalog.items():
+        if isinstance(entry, dict) and entry.get("type") == "csv":
+            catalog[name] = entry = {"train": "train", "test": "test", **entry}
         _check_entry(f"{path}: {name}", name, entry)
         if isinstance(entry["path"], str) and entry["path"]:  # relative to the catalog, wherever a command starts
             entry["path"] = os.path.join(os.path.dirname(os.path.abspath(path)), entry["path"])
     return catalog
+
+
+def with_selection(name: str, entry: dict[str, Any], where: str) -> dict[str, Any]:
+    """The entry with the rows that --where selects, which are a table's; UsageError for a set without one."""
+    if not where:
+        return entry
+    if entry.get("type") != "csv":
+        raise UsageError(f"--where selects rows of a table: of {', '.join(CBIS_SETS)} and sets of type csv, not {name}")
+    Selection(where)  # what is no expression is said before anything is read
+    return {**entry, "where": where}
 
 
 def _check_entry(where: str, name: str, entry: dict[str, Any]) -> None:
@@ -120,6 +141,24 @@ def _check_entry(where: str, name: str, entry: dict[str, Any]) -> None:
     for key in ("blank", "uncertain"):
         if entry.get(key, "skip") not in COUNT_AS:
             raise ValueError(f"{where} counts {key} as {entry[key]!r}; choose from {', '.join(COUNT_AS)}")
+    _check_structure(where, entry, several=isinstance(columns.get("label"), list))
+
+
+def _check_structure(where: str, entry: dict[str, Any], several: bool) -> None:
+    """What an entry says of its classes' order, its units and its subgroups."""
+    if not isinstance(entry.get("ordered", False), bool):
+        raise ValueError(f'{where}: "ordered" is true or false, not {entry["ordered"]!r}')
+    if entry.get("metric") in ORDERED_METRICS and not entry.get("ordered"):
+        raise ValueError(f'{where}: the metric {entry["metric"]} is of classes in an order: add "ordered": true')
+    for key in ("classes", "unit", "subgroups"):
+        if key not in entry:
+            continue
+        if several:
+            raise ValueError(f'{where}: a set of several findings has no "{key}"')
+        one = key == "unit" and isinstance(entry[key], str)
+        names = _strings(f'{where}, "{key}"', [entry[key]] if one else entry[key])
+        if len(set(names)) != len(names):
+            raise ValueError(f'{where}: "{key}" names {next(n for n in names if names.count(n) > 1)!r} twice')
 
 
 def display_of(entry: dict[str, Any], where: str = "the catalog entry") -> Display:

@@ -17,7 +17,7 @@ from evaluation.heads import PROTOCOLS, Choice, Samples, stratified_part
 from evaluation.predictions import CBIS, Predictions, Scheme, describe_results, macro_auroc, macro_f1, unlearnt_classes
 from evaluation.probe import Fitting, Fractions, Probe
 from evaluation.run_folder import count_reading
-from evaluation.subgroups import SEVERITY, report_lesions
+from evaluation.subgroups import SEVERITY, report_set
 from inputs.cbis import CBIS_CLASSES, CbisLesions
 
 log = logging.getLogger("medslip")
@@ -31,6 +31,7 @@ class LesionImages:
     kind: str  # calc, mass or both
     image_kind: str = "crop"  # of inputs.cbis.CBIS_IMAGES
     skip_broken: bool = False
+    where: str = ""  # an inputs.selection
 
 
 class Lesions:
@@ -45,7 +46,8 @@ class Lesions:
         """A split's features, labels and rows."""
         images, backbone = self.images, self.probe.backbone
         lesions = CbisLesions(
-            images.root, images.kind, split, images.image_kind, backbone.preprocess, images.skip_broken
+            images.root, images.kind, split, images.image_kind, backbone.preprocess, images.skip_broken,
+            images.where,
         )  # fmt: skip
         features, kept = self.probe.features(lesions, f"{self.probe.dataset}_{images.image_kind}_{split}")
         if split == "train":
@@ -75,18 +77,17 @@ def probe_cbis(probe: Probe, images: LesionImages, fitting: Fitting, fractions: 
         "protocol": fitting.protocol,
         "test_readings": readings,
         "chosen": head.chosen,
-        "validation": head.validation,
-        "validation_score": "auroc",
         "lesions": {"train": len(train.rows), "val": len(val.rows), "test": len(test.rows)},
         "lesions_skipped": lesions.skipped,
     }
-    results |= report_lesions(predictions, head.held_out, probe.baselines, probe.settings, probe.bootstrap)
+    results |= report_set(predictions, head.held_out, probe.baselines, probe.settings, probe.bootstrap)
     results["two_class"] = score_two_classes(test)
     if fractions.wanted and "metrics" in results:
         results["fractions"] = [
             lesion_fraction(probe, fitting, scheme, train + val, test, fraction, fractions.draws if fraction < 1 else 1)
             for fraction in fractions.wanted
         ]
+    results |= {"validation_score": "auroc", "validation": head.validation}  # long: after all that is read
     if probe.is_main:
         predictions.write(probe.output_dir / "predictions.csv")
         how = f"{probe.backbone.features} features, {fitting.protocol} protocol"

@@ -24,6 +24,27 @@ from evaluation.resamples import Drawn, Resamples, interval_of, two_sided
 
 # Said beside every interval and p-value of a trained row with one seed.
 ONE_SEED = "one training seed: leaves out how another training would have gone"
+# Said where rows of few seeds have intervals of very different widths.
+FEW_SEEDS = (
+    "Of two or three seeds the spread between trainings is hardly known: t's quantile of one degree of freedom is "
+    "12.7, of two 4.3, where that of many is 2.0, so seeds that happen to differ give an interval many times as wide "
+    "as seeds that happen to agree"
+)
+
+
+def few_seeds_matter(rows: Sequence[tuple[int, float | None]]) -> bool:
+    """Whether FEW_SEEDS is to be said of rows, each a number of seeds and the width of an interval.
+
+    One of two or three seeds is more than twice as wide as the narrowest of the table, or wider than 40 points.
+    """
+    widths = [width for _, width in rows if width]
+    return any(2 <= seeds <= 3 and width and width > min(2 * min(widths), 0.4) for seeds, width in rows)
+
+
+def width(value: dict[str, Any]) -> float | None:
+    """Of the interval that a results file holds of a metric; None where there is none."""
+    low, high = value.get("low"), value.get("high")
+    return None if low is None or high is None else high - low
 
 
 @dataclass(frozen=True)

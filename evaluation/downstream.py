@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from evaluation.catalog import CATALOG, display_of, entry_of, metric_of, prompts_of, read_catalog
-from evaluation.predictions import CBIS, Scheme, set_scheme
+from evaluation.predictions import CBIS, OWN_COLUMN, Scheme, set_scheme
 from evaluation.set_tables import in_order, read_set_table
 from inputs import metadata
 from inputs.cbis import CBIS_CLASSES, CBIS_SETS, CbisLesions
@@ -35,6 +35,7 @@ from inputs.display import DISPLAY, Display
 from inputs.files import composed, images_below, is_system, on_disk
 from inputs.images import read_image
 from inputs.transforms import Preprocess, View, as_view, takes_grey
+from runtime.command_line import UsageError
 
 log = logging.getLogger("medslip")
 
@@ -234,7 +235,24 @@ def open_splits(
     for line in dict.fromkeys([*parts[0].remarks, *parts[1].remarks]):
         log.warning(line)
     name_missing_classes(name, {"training": parts[0], "test": parts[1]})
+    labels = entry_of(name, catalog).get("labels")
+    if isinstance(labels, list) and len(labels) != len(parts[0].classes):
+        found = ", ".join(map(str, parts[0].classes[:10]))
+        log.warning(
+            f'{name}: its "labels" name {len(labels)} classes, and {len(parts[0].classes)} have images: {found}'
+        )
     return parts
+
+
+def open_every_row(name: str, catalog: dict[str, dict[str, Any]], transform: Transform | None) -> Downstream:
+    """All rows of a set of type csv, whatever their split, for cross-validation; raises as create_downstream."""
+    entry = entry_of(name, catalog)
+    if entry["type"] != "csv":
+        raise UsageError(f"--cross-validate is for {', '.join(CBIS_SETS)} and sets of type csv, not {name}")
+    found = csv_set(name, entry, _existing(name, Path(entry["path"])), None, transform)
+    for line in found.remarks:
+        log.warning(line)
+    return found
 
 
 def name_missing_classes(name: str, parts: dict[str, Downstream]) -> None:
@@ -257,7 +275,7 @@ def name_missing_classes(name: str, parts: dict[str, Downstream]) -> None:
 MOST_CELLS, MOST_IMAGES = 200_000, 20_000
 
 
-def give_rows(found: Downstream) -> None:
+def give_rows(found: Downstream, ordered: bool = False) -> None:
     """Rows for a test split that no table describes: each image, by its path or number, is a group of its own."""
     n = len(found)
     names = [str(name) for name in found.classes]
@@ -275,7 +293,7 @@ def give_rows(found: Downstream) -> None:
         {"image": image, "group": image, "label": names[label], "split": "test"}
         for image, label in zip(images, found.labels, strict=True)
     ]
-    found.scheme = set_scheme(names)
+    found.scheme = set_scheme(names, ordered=ordered)
 
 
 def _read_set(
@@ -283,7 +301,7 @@ def _read_set(
 ) -> Downstream:
     found = _open(name, train, transform, catalog, download)
     if not train and found.scheme is None:
-        give_rows(found)
+        give_rows(found, bool(entry_of(name, read_catalog() if catalog is None else catalog).get("ordered")))
     return found
 
 
@@ -397,20 +415,30 @@ def file_list(
     return ImageFiles(path, column, classes, labels, transform)
 
 
-def csv_set(name: str, entry: dict[str, Any], path: Path, split: str, transform: Transform | None) -> ImageFiles:
+def csv_set(
+    name: str, entry: dict[str, Any], path: Path, split: str | None, transform: Transform | None
+) -> ImageFiles:  # fmt: skip
     """A table with the columns image, label, split and perhaps group; each row an image below `path` or `images`.
+
+    `split` None: every row.
 
     With several label columns each is a finding of 0 and 1 and the class a sample's only one: `findings` has them all,
     `labels` are 0. Raises as set_tables.read_set_table.
     """
     table = read_set_table(name, entry, _existing(name, path / entry.get("table", "table.csv")), split)
-    own = [i for i, row in enumerate(table.rows) if row["split"] == split]
+    own = [i for i, row in enumerate(table.rows) if split in (None, row["split"])]
     number_of = {label: number for number, label in enumerate(table.classes)}
     labels = np.array([number_of.get(table.rows[i]["label"], 0) for i in own])
     paths = TextColumn.from_strings((table.rows[i]["image"] for i in own), paths=True)
     found = ImageFiles(Path(entry.get("images", path)), paths, table.classes, labels, transform, display_of(entry))
     found.rows, found.remarks = [table.rows[i] for i in own], table.remarks
-    found.scheme = set_scheme(table.classes, table.positive, table.unit)
+    unit = entry.get("unit", [])
+    name_of_unit = unit if isinstance(unit, str) else " and ".join(unit)
+    found.scheme = set_scheme(
+        table.classes, table.positive, table.unit, bool(entry.get("ordered")),
+        units=((name_of_unit, ("unit",)),) if unit else (),
+        subgroups=tuple(f"{OWN_COLUMN}{metadata.column_name(column)}" for column in entry.get("subgroups", [])),
+    )  # fmt: skip
     if table.findings is not None:
         found.findings = table.findings[own]
     return found

@@ -409,10 +409,12 @@ def classify_zeroshot(
     names = labelled.classnames
 
     def compute(logits: Tensor, targets: Tensor) -> list[Tensor]:
-        return [targets, metrics.target_ranks(logits, targets), metrics.binary_margins(logits)]
+        return [targets, metrics.target_ranks(logits, targets), metrics.binary_margins(logits), logits.argmax(1)]
 
-    _, targets, ranks, margins = _zeroshot_pass(model, tokenizer, labelled, loading, cache, compute)
-    return metrics.classification_scores(targets, ranks, margins, len(names), labelled.metric)
+    _, targets, ranks, margins, first = _zeroshot_pass(model, tokenizer, labelled, loading, cache, compute)
+    return metrics.classification_scores(
+        targets, ranks, margins, len(names), labelled.metric, predicted=first
+    )  # fmt: skip
 
 
 def zeroshot_probabilities(

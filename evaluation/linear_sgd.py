@@ -25,9 +25,9 @@ from evaluation import downstream, metrics
 from evaluation.catalog import Catalog, metric_of
 from evaluation.features import extract, greys_of
 from evaluation.heads import Linear
-from evaluation.predictions import Predictions, report_rows, unlearnt_classes
+from evaluation.predictions import Predictions, describe_measured, unlearnt_classes
 from evaluation.probe import Probe
-from evaluation.set_probes import score_set
+from evaluation.subgroups import report_set
 from inputs import loader
 from inputs.transforms import linear_eval_view, linear_train_view
 from runtime.checkpoints import (
@@ -131,25 +131,32 @@ def train_sgd(probe: Probe, catalog: Catalog, recipe: Recipe) -> dict[str, Any]:
             if run.epoch == recipe.epochs or run.epoch % recipe.eval_freq == 0:
                 outputs = pass_test(run, test)
                 scores = score_test(run, test, metric, *outputs)
-                is_best, run.best = scores["score"] > run.best, max(run.best, scores["score"])
-                run.writer.row("test", run.step, {k: v for k, v in scores.items() if k != "metric"})
-                log.info(f"epoch {run.epoch}: test {scores['metric']} {scores['score']:.2f} (best {run.best:.2f})")
+                shown = metrics.percent(scores)
+                is_best, run.best = shown["score"] > run.best, max(run.best, shown["score"])
+                run.writer.row("test", run.step, {k: v for k, v in shown.items() if k != "metric"})
+                log.info(f"epoch {run.epoch}: test {metrics.shown_score(scores)} (best {run.best:.2f})")
             save_sgd(run, is_best)
     outputs = outputs or pass_test(run, test)
     if probe.backbone.fingerprint() != run.settings["weights_sha256"]:
         raise RuntimeError("the frozen tower has changed; its features and this result are not those of --pretrained")
     scores = score_test(run, test, metric, *outputs)
-    log.info(f"{probe.dataset}: {scores['metric']} {scores['score']:.2f} after {recipe.epochs} epochs")
+    reported = report_test(run, test, *outputs)
+    log.info(
+        "\n".join([
+            *describe_measured(reported, f"{probe.dataset}, by SGD"),
+            f"{probe.dataset}: {metrics.shown_score(scores)} after {recipe.epochs} epochs",
+        ])
+    )  # fmt: skip
     keep_layer(run, train)
     return {
         **probe.described(),
         "protocol": "sgd",
-        "unit": "percent",
+        "unit": "fraction",
         "settings": run.settings,
         **({"unlearnt": [str(train.classes[c]) for c in run.unlearnt]} if run.unlearnt else {}),
         **scores,
-        **report_test(run, test, *outputs),
-        "best_score_on_test": run.best,
+        **reported,
+        "best_score_on_test": run.best if metric == "quadratic_kappa" else run.best / 100,
     }
 
 
@@ -189,6 +196,7 @@ def build_linear_run(probe: Probe, recipe: Recipe, train: downstream.Downstream)
             "features": backbone.features,
             "weights_sha256": backbone.fingerprint(),
             "images and labels": train.fingerprint(),
+            **({"where": where} if (where := probe.settings.get("where")) else {}),  # which earlier runs did not record
         },
         epoch=recipe.start_epoch,
     )
@@ -251,9 +259,9 @@ def pass_test(run: LinearRun, test: downstream.Downstream) -> tuple[np.ndarray, 
 def score_test(
     run: LinearRun, test: downstream.Downstream, metric: str, logits: np.ndarray, kept: np.ndarray
 ) -> metrics.Scores:
-    """All metrics of the set in percent, of what `pass_test` returned."""
+    """All metrics of the set, of what `pass_test` returned."""
     skipped = {"samples_skipped": len(test) - len(kept)} if len(kept) < len(test) else {}
-    return {**score_set(test.labels[kept], logits, metric, run.unlearnt), **skipped}
+    return {**metrics.score_outputs(test.labels[kept], logits, metric, run.unlearnt), **skipped}
 
 
 def report_test(run: LinearRun, test: downstream.Downstream, logits: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
@@ -264,7 +272,7 @@ def report_test(run: LinearRun, test: downstream.Downstream, logits: np.ndarray,
     found = Predictions([test.rows[i] for i in kept], prob, scheme)
     if run.probe.is_main:
         found.write(run.probe.output_dir / "predictions.csv")
-    return report_rows(found, None, [], run.settings, run.probe.bootstrap)
+    return report_set(found, None, [], run.settings, run.probe.bootstrap)
 
 
 def keep_layer(run: LinearRun, train: downstream.Downstream) -> None:

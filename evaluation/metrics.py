@@ -3,8 +3,8 @@
 Three kinds: the probes' classification metrics with their bootstrap over patients, the metrics of labelled sets
 (zero-shot and linear classification) and the recall of image-text retrieval.
 
-All of them are fractions (0 to 1). Files and tables that are in percent get them through `percent`, once, where they
-are written.
+All of them are fractions (0 to 1), in results.json and zeroshot.json too. What people read, and log.jsonl, is in
+percent: through `percent`, once, where it is written.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ DETECTION = {
 # Those that are a fraction of samples, each right or wrong.
 PROPORTIONS = ("precision_malignant", "recall_malignant", "sensitivity", "specificity")
 SPECIFICITY = 0.9  # on validation, at the threshold of "sensitivity"
-# What a labelled set of the catalog can report; CLIP's evaluation uses these four.
-SET_METRICS = ("top1", "mean_per_class", "mean_top1_top5", "roc_auc")
+# What a labelled set of the catalog can report; CLIP's evaluation uses the first four, ordered classes have two more.
+ORDERED_METRICS = {"quadratic_kappa": "Quadratic weighted kappa", "adjacent_accuracy": "Accuracy within one class"}
+SET_METRICS = ("top1", "mean_per_class", "mean_top1_top5", "roc_auc", *ORDERED_METRICS)
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
 # The values of `classification_scores` and `retrieval_metrics` that are fractions; the others are ranks and counts.
-_FRACTIONS = {*SET_METRICS, *RECALLS, "top5", "score"}
+_FRACTIONS = {*SET_METRICS, *RECALLS, "top5", "score"} - {"quadratic_kappa"}
 
 
 @dataclass(frozen=True)
@@ -301,6 +302,7 @@ def classification_scores(
     n_classes: int,
     metric: str = "top1",
     unlearnt: Sequence[int] = (),
+    predicted: Tensor | None = None,
 ) -> Scores:
     """All metrics of a labelled set, as fractions, from one row a sample.
 
@@ -311,11 +313,12 @@ def classification_scores(
         metric: one of SET_METRICS, the one that the set reports.
         unlearnt: classes without training samples, which the mean over classes leaves out; elsewhere their samples
             count as they come, which is wrong.
+        predicted: (N,) the class that came first; only the metrics of ordered classes read it.
 
     Returns:
         top1, mean_per_class (over the classes that have samples), top5 where there are more than five classes, and
-        mean_top1_top5 or roc_auc (class 1 against class 0) where `metric` asks for it; "score" repeats the value that
-        `metric` names; "samples" and "classes" are counts.
+        mean_top1_top5, roc_auc (class 1 against class 0) or one of ORDERED_METRICS where `metric` asks for it; "score"
+        repeats the value that `metric` names; "samples" and "classes" are counts.
 
     Raises:
         ValueError: unknown metric, no samples, or ROC-AUC of other than two classes with samples of both.
@@ -343,6 +346,13 @@ def classification_scores(
         from sklearn.metrics import roc_auc_score
 
         scores["roc_auc"] = float(roc_auc_score(targets.numpy(), margins.numpy()))
+    if metric in ORDERED_METRICS:
+        if predicted is None:
+            raise ValueError(f"{metric} needs the predicted classes")
+        from sklearn.metrics import confusion_matrix
+
+        confusion = confusion_matrix(targets.numpy(), predicted.numpy(), labels=range(n_classes))
+        scores[metric] = float(ordered_metrics(confusion)[metric])
     counts = {"samples": len(targets), "classes": n_classes}
     return {"metric": metric, "score": scores[metric], **scores, **counts}
 
@@ -353,16 +363,51 @@ def score_outputs(
     """`classification_scores` of labels (n,) and logits or log-probabilities (n, k)."""
     targets, values = torch.as_tensor(labels), torch.as_tensor(outputs)
     ranks, margins = target_ranks(values, targets), binary_margins(values)
-    return classification_scores(targets, ranks, margins, values.shape[1], metric, unlearnt)
+    return classification_scores(targets, ranks, margins, values.shape[1], metric, unlearnt, values.argmax(1))
+
+
+def ordered_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """ORDERED_METRICS of confusion matrices (..., k, k), a row for each true class, the classes in their order.
+
+    Kappa weighs an error by the square of the steps between the classes (Cohen 1968), from -1 to 1; 0 where truth and
+    predictions are one class, which it is not defined for. Adjacent accuracy is the fraction at most one step off.
+    """
+    confusion = np.asarray(confusion, dtype=np.float64)
+    place = np.arange(confusion.shape[-1])
+    steps = np.abs(place[:, None] - place)  # (k, k)
+    total = confusion.sum((-2, -1))
+    observed = (confusion * steps**2).sum((-2, -1))
+    chance = confusion.sum(-1)[..., :, None] * confusion.sum(-2)[..., None, :]  # (..., k, k), times the total
+    expected = (chance * steps**2).sum((-2, -1)) / np.maximum(total, 1)
+    kappa = np.where(expected > 0, 1 - observed / np.where(expected > 0, expected, 1), 0.0)
+    return {"quadratic_kappa": kappa, "adjacent_accuracy": (confusion * (steps <= 1)).sum((-2, -1)) / total}
 
 
 def percent(scores: Scores) -> Scores:
-    """Scores with their fractions in percent and everything else (ranks, counts, names) as it is.
+    """Scores with their fractions in percent and everything else (kappa, ranks, counts, names) as it is.
 
-    The edge of the library: zeroshot.json, the rows of main.py's log and the results on other sets than CBIS-DDSM have
-    always been in percent.
+    For people and for log.jsonl, where they have always been in percent.
     """
-    return {k: 100.0 * v if k in _FRACTIONS and isinstance(v, float) else v for k, v in scores.items()}
+    kappa = scores.get("metric") == "quadratic_kappa"
+    kept = {"score"} if kappa else set()
+    return {k: 100.0 * v if k in _FRACTIONS - kept and isinstance(v, float) else v for k, v in scores.items()}
+
+
+def fractions(scores: Scores, unit: str) -> Scores:
+    """Scores of a results file as fractions: what earlier versions wrote was in percent, and said so ("unit")."""
+    if unit != "percent":
+        return scores
+    return {k: v / 100.0 if k in _FRACTIONS and isinstance(v, float) else v for k, v in scores.items()}
+
+
+def shown_score(scores: Scores) -> str:
+    """The metric that a set reports and its value for people: percent, but for kappa."""
+    value = percent(scores)["score"]
+    return (
+        f"{scores['metric']} {value:.3f}"
+        if scores["metric"] == "quadratic_kappa"
+        else (f"{scores['metric']} {value:.2f}")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from evaluation.resamples import BOOTSTRAP, Bootstrap, Resamples
 from evaluation.run_folder import settings_that_differ
 from inputs.cbis import CBIS_CLASSES
 from inputs.metadata import Table
+from runtime.logs import aligned
 
 log = logging.getLogger("medslip")
 
@@ -42,6 +43,12 @@ class Scheme:
     positive: str | None = None  # the class that is looked for
     unit: str = "patients"  # what a group is: patients, groups, or images that count by themselves
     unlearnt: tuple[str, ...] = ()  # classes that no training sample had (`without`)
+    ordered: bool = False  # the classes stand in an order: metrics.ORDERED_METRICS
+    # What several samples are images of, (name, the columns that tell it), and the classes from the one that counts for
+    # all of it on: a breast with a malignant lesion is malignant.
+    units: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    gravest_first: tuple[str, ...] = ()
+    subgroups: tuple[str, ...] = ()  # columns whose values have figures of their own
 
     def without(self, unlearnt: Sequence[int]) -> Scheme:
         """The same for a model that has not seen these classes, by number: means over classes leave them out.
@@ -67,12 +74,29 @@ def unlearnt_classes(classes: Sequence[str], labels: np.ndarray, dataset: str) -
 CBIS = Scheme(
     CBIS_CLASSES, "lesion", "pathology", "patient",
     ("lesion", "patient", "side", "view", "abnormality", "pathology"), metrics.MALIGNANT,
+    units=(("breast", ("patient", "side")), ("patient", ("patient",))),
+    gravest_first=("MALIGNANT", "BENIGN", "BENIGN_WITHOUT_CALLBACK"),
+    subgroups=("density", "subtlety", "view", "side", "assessment", "size"),
 )  # fmt: skip
 
 
-def set_scheme(classes: Sequence[str], positive: str | None = None, unit: str = "images") -> Scheme:
-    """That of a set whose rows have the columns image, group and label, as all do but CBIS-DDSM."""
-    return Scheme(tuple(classes), "image", "label", "group", ("image", "group", "label"), positive, unit)
+OWN_COLUMN = "column "  # how a row of a csv set calls its table's own columns, beside image, label, group and split
+
+
+def set_scheme(
+    classes: Sequence[str], positive: str | None = None, unit: str = "images", ordered: bool = False, **more: Any
+) -> Scheme:
+    """That of a set whose rows have the columns image, group and label, as all do but CBIS-DDSM.
+
+    Args:
+        more: units and subgroups, as Scheme has them.
+    """
+    gravest = () if positive is None else (positive,)
+    if ordered:
+        gravest += tuple(name for name in reversed(classes) if name not in gravest)
+    columns = ("image", "group", "label")
+    scheme = Scheme(tuple(classes), "image", "label", "group", columns, positive, unit)
+    return replace(scheme, ordered=ordered, gravest_first=gravest, **more)
 
 
 def scheme_of(path: str | Path) -> Scheme:
@@ -209,19 +233,27 @@ def score_predictions(
 
     labels, prob, scheme = predictions.labels, predictions.prob, predictions.scheme
     resamples = resamples or predictions.resamples()
+    drawn, each = resamples.draw_with_classes(prob)
+    support = np.bincount(labels, minlength=len(scheme.classes)).tolist()
     never = [name for c, name in enumerate(scheme.classes) if not (prob.argmax(1) == c).any()]
     results: dict[str, Any] = {
         f"test_{scheme.unit}": len(set(predictions.patients)),
         "unit": "fraction",
         "interval": {"level": 0.95, "resamples": resamples.number, "over": scheme.unit},
-        "metrics": {name: interval.plain() for name, interval in resamples.intervals(prob).items()},
+        "metrics": {name: one.interval().plain() for name, one in drawn.items()},
         "classes": list(scheme.classes),
+        "per_class": {
+            name: {"support": n} | {key: one.interval().plain() for key, one in each.get(name, {}).items()}
+            for name, n in zip(scheme.classes, support, strict=True)
+        },
         "positive": scheme.positive,
         "confusion": confusion_matrix(labels, prob.argmax(1), labels=range(len(scheme.classes))).tolist(),
         "never_predicted": never,
     }
     if scheme.unlearnt:
         results["unlearnt"] = list(scheme.unlearnt)
+    if scheme.ordered:
+        results["ordered"] = {name: value.plain() for name, value in resamples.ordered(prob).items()}
     if point is not None and scheme.positive is not None:
         results["operating_point"] = {
             **asdict(point), "specificity_on_validation": metrics.SPECIFICITY, "positive": scheme.positive,
@@ -252,11 +284,6 @@ def positive_class(results: dict[str, Any]) -> str | None:
     return named or ("positive class" if "precision_malignant" in results.get("metrics", ()) else None)
 
 
-def beside_percent(scores: dict[str, Any]) -> dict[str, Any]:
-    """`score_predictions` beside scores in percent: that its own are fractions is said under another name."""
-    return {"metrics_unit" if name == "unit" else name: value for name, value in scores.items()}
-
-
 def without_metrics(error: ValueError) -> dict[str, str]:
     """What results.json says in place of the metrics of rows, which is logged too."""
     log.warning(f"no metrics of the test rows: {error}")
@@ -282,7 +309,7 @@ def report_rows(
         point = metrics.operating_point(*held_out, scheme.classes.index(scheme.positive))
     resamples = predictions.resamples(bootstrap)
     try:
-        results = beside_percent(score_predictions(predictions, resamples, point))
+        results = score_predictions(predictions, resamples, point)
     except ValueError as error:  # a class without samples
         if baselines:
             raise
@@ -333,19 +360,93 @@ def describe_results(results: dict, how: str) -> str:
     for name, counts in zip(results["classes"], results["confusion"], strict=True):
         cells = (str(n).rjust(len(title)) for n, title in zip(counts, results["classes"], strict=True))
         lines.append(f"{name.rjust(width)}  " + "  ".join(cells))
+    lines += describe_calls(results)
+    lines += describe_classes(results)
+    lines += describe_detection(results)
+    lines += describe_units(results)
+    return "\n".join(lines + describe_differences(results))
+
+
+def describe_measured(results: dict, title: str) -> list[str]:
+    """All that `report_rows` and what is beside it say of a set of any kind, as lines; none without metrics."""
+    if "metrics" not in results:
+        return [f"{title}: no metrics, {results['no_metrics']}"] if "no_metrics" in results else []
+    over = results["interval"]["over"]
+    images = int(np.sum(results["confusion"]))
+    of = f" of {results[f'test_{over}']} {over}" if over != "images" else ""
+    whole = "cross_validation" in results
+    samples = "samples, each by the fold without it," if whole else "test images"
+    lines = [f"{title}: {images} {samples}{of}; percent, with 95% intervals over {over}"]
+    titles = metrics.headings(metrics.METRICS, results["positive"])
+    for name, value in results["metrics"].items():
+        lines.append(f"  {titles[name]:<22} {metrics.Interval.of(value).percent()}")
+    lines += describe_calls(results) + describe_classes(results) + describe_detection(results)
+    return lines + describe_units(results) + describe_differences(results)
+
+
+def describe_calls(results: dict[str, Any]) -> list[str]:
+    """Lines about classes that are never predicted, or that no training image has."""
+    lines = []
     if results.get("never_predicted"):
         lines.append(f"NEVER PREDICTED: {', '.join(results['never_predicted'])}")
     if unlearnt := results.get("unlearnt"):
         lines.append(f"NO TRAINING IMAGE, and in no mean over classes: {', '.join(unlearnt)}")
-    lines += describe_detection(results)
+    return lines
+
+
+MOST_CLASSES = 30  # that are shown one by one
+
+
+def class_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Each class against the rest: its name, test samples, AUROC and sensitivity, for people.
+
+    None of files of earlier versions, nor where there are more than MOST_CLASSES.
+    """
+    per_class = results.get("per_class", {})
+    if len(per_class) > MOST_CLASSES:
+        return []
+    shown = ("auroc", "sensitivity")
+    return [
+        [name, str(found["support"])]
+        + [metrics.Interval.of(found[key]).percent() if key in found else "no training image" for key in shown]
+        for name, found in per_class.items()
+    ]
+
+
+def describe_classes(results: dict[str, Any]) -> list[str]:
+    """Each class against the rest, and what classes in an order have, as lines."""
+    lines = []
+    if rows := class_rows(results):
+        lines += ["", "Each class against the rest:"]
+        lines += aligned([["class", "test samples", "AUROC", "sensitivity"], *rows]).splitlines()
+    for name, value in results.get("ordered", {}).items():
+        lines.append(f"{metrics.ORDERED_METRICS[name]}: {describe_interval(name, value)}")
+    return lines
+
+
+def describe_units(results: dict[str, Any]) -> list[str]:
+    """AUROC by what several samples are images of (a breast, a patient), as lines."""
+    lines = []
+    for unit, found in results.get("units", {}).items():
+        for key, how in (("metrics", "mean"), ("metrics_max", "highest")):
+            if found.get(key):
+                shown = metrics.Interval.of(found[key]["auroc"]).percent()
+                lines.append(f"By {unit} ({found['number']}), {how} of its images' scores: AUROC {shown}")
+    return ["", *lines] if lines else []
+
+
+def describe_differences(results: dict[str, Any]) -> list[str]:
+    """The paired differences to baselines, as lines."""
+    lines, titles = [], metrics.headings(metrics.METRICS, results.get("positive"))
+    over = results["interval"]["over"]
     for comparison in results.get("differences", [results] if "difference" in results else []):
-        lines += ["", f"Difference to {comparison['baseline']}, percentage points, paired over patients:"]
+        lines += ["", f"Difference to {comparison['baseline']}, percentage points, paired over {over}:"]
         for name, there_and_here in comparison.get("settings_differ", {}).items():
             lines.append(f"  NOT THE WEIGHTS ALONE: {name} is {there_and_here[0]} there and {there_and_here[1]} here")
         for name, value in comparison["difference"].items():
             difference = metrics.Difference.of(value)
             lines.append(f"  {titles[name]:<22} {difference.percent()}, {difference.p_text()}")
-    return "\n".join(lines)
+    return lines
 
 
 def describe_detection(results: dict[str, Any]) -> list[str]:
@@ -363,8 +464,8 @@ def describe_detection(results: dict[str, Any]) -> list[str]:
 
 
 def describe_interval(name: str, value: dict[str, Any]) -> str:
-    """Percent, but for the calibration, whose ideal slope is 1 and intercept 0, and the Brier score."""
+    """Percent, but for the calibration, whose ideal slope is 1 and intercept 0, the Brier score and kappa."""
     interval = metrics.Interval.of(value)
-    if name in ("brier", "calibration_slope", "calibration_intercept"):
+    if name in ("brier", "calibration_slope", "calibration_intercept", "quadratic_kappa"):
         return interval.shown(".3f", ".3f", 1)
     return interval.percent()

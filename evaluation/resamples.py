@@ -21,8 +21,16 @@ from evaluation.metrics import (
     OperatingPoint,
     checked,
     classification_metrics,
+    ordered_metrics,
 )
-from evaluation.weighted import weighted_auroc, weighted_average_precision, weighted_detection, weighted_metrics
+from evaluation.weighted import (
+    over_classes,
+    weighted_auroc,
+    weighted_average_precision,
+    weighted_classes,
+    weighted_confusion,
+    weighted_detection,
+)
 from runtime.logs import progress
 
 RESAMPLES = 2000  # of the patients, where nobody asks for another number
@@ -230,10 +238,54 @@ class Resamples:
 
     def draw(self, prob: np.ndarray) -> dict[str, Drawn]:
         """The columns of the published tables, those of the positive class where there is one."""
+        return self.draw_with_classes(prob)[0]
+
+    def draw_with_classes(self, prob: np.ndarray) -> tuple[dict[str, Drawn], dict[str, dict[str, Drawn]]]:
+        """The same, and of each class that was learnt its AUROC against the rest and its sensitivity."""
         labels, prob = checked(self.labels, prob, self.classes, self.unlearnt)
         values = classification_metrics(labels, prob, self.classes, self.positive, self.unlearnt)
         target = None if self.positive is None else self.classes.index(self.positive)
-        return self._drawn(values, prob, lambda weights: weighted_metrics(labels, prob, weights, target, self.over))
+        shown = {"auroc": "auroc", "sensitivity": "recall"}
+
+        def score(weights: np.ndarray) -> dict[str, np.ndarray]:
+            each = weighted_classes(labels, prob, weights, self.over)
+            return over_classes(each, target, self.over) | {f"each {name}": each[key] for name, key in shown.items()}
+
+        draws = {} if self.too_few else self._over(score)
+        found = {
+            name: Drawn(value, draws.get(name, np.empty(0)), self._of(name, prob), self._why(name))
+            for name, value in values.items()
+        }
+        whole = weighted_classes(labels, prob, np.ones((1, len(labels)), dtype=np.int64), self.over)
+        classes: dict[str, dict[str, Drawn]] = {}
+        for place, c in enumerate(self.over):
+            own = self.labels == c
+            for name, key in shown.items():
+                drawn = draws[f"each {name}"][:, place] if draws else np.empty(0)
+                of = effective_number(self.patients[own]) if name == "sensitivity" else 0.0
+                sides = (own,) if name == "sensitivity" else (own, ~own)
+                lone = next((words for words, side in zip(("it", "the others"), sides, strict=False)
+                             if len(set(self.patients[side])) == 1), "")  # fmt: skip
+                why = f"one patient of {lone}" if lone else self.too_few
+                value = float(whole[key][0, place])
+                classes.setdefault(self.classes[c], {})[name] = Drawn(value, drawn, of, why)
+        return found, classes
+
+    def ordered(self, prob: np.ndarray, level: float = 0.95) -> dict[str, Interval]:
+        """metrics.ORDERED_METRICS with percentile intervals, of classes that stand in an order."""
+        labels, prob = checked(self.labels, prob, self.classes, self.unlearnt)
+
+        def score(weights: np.ndarray) -> dict[str, np.ndarray]:
+            return ordered_metrics(weighted_confusion(labels, prob, weights))
+
+        values = {name: float(value[0]) for name, value in score(np.ones((1, len(labels)), dtype=np.int64)).items()}
+        lone = "a class has a single patient" if self.rarest < 2 else self.too_few
+        draws = {} if self.too_few else self._over(score)
+        of = {"adjacent_accuracy": effective_number(self.patients)}
+        return {
+            name: Drawn(value, draws.get(name, np.empty(0)), of.get(name, 0.0), lone).interval(level)
+            for name, value in values.items()
+        }
 
     def intervals(self, prob: np.ndarray, level: float = 0.95) -> dict[str, Interval]:
         """The same with percentile intervals."""

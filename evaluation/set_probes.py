@@ -15,12 +15,13 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 import utils
 from evaluation import downstream, metrics
-from evaluation.catalog import Catalog, entry_of, metric_of, read_catalog
+from evaluation.catalog import Catalog, entry_of, metric_of, read_catalog, with_selection
 from evaluation.features import greys_of
 from evaluation.heads import Choice, Head, Linear, Samples, fit_logistic, knn_probabilities, stratified_part
-from evaluation.predictions import Predictions, check_baseline, describe_detection, report_rows, unlearnt_classes
+from evaluation.predictions import Predictions, check_baseline, describe_measured, report_rows, unlearnt_classes
 from evaluation.probe import Fitting, Fractions, Probe
 from evaluation.resamples import Findings, finding_intervals
+from evaluation.subgroups import report_set
 from inputs.cbis import CBIS_SETS
 from inputs.transforms import linear_eval_view
 from runtime.command_line import UsageError
@@ -28,20 +29,16 @@ from runtime.command_line import UsageError
 log = logging.getLogger("medslip")
 
 
-def find_set(dataset: str, root: str, catalog_file: str) -> Catalog:
-    """The catalog with `root` in the set's entry; an unknown set, or one without classes, is a ValueError."""
+def find_set(dataset: str, root: str, catalog_file: str, where: str = "") -> Catalog:
+    """The catalog with `root` and `where` in the set's entry; ValueError for an unknown set, or one without classes."""
     catalog = read_catalog(catalog_file)
     if dataset not in catalog:
         raise ValueError(f"unknown dataset {dataset!r}; choose from {', '.join([*CBIS_SETS, *catalog])}")
     entry_of(dataset, catalog)
     if root:
         catalog[dataset] = {**catalog[dataset], "path": root}
+    catalog[dataset] = with_selection(dataset, catalog[dataset], where)
     return catalog
-
-
-def score_set(labels: np.ndarray, outputs: np.ndarray, metric: str, unlearnt: Sequence[int] = ()) -> metrics.Scores:
-    """All metrics of a set, in percent as its results have always been, from logits or log-probabilities (n, k)."""
-    return metrics.percent(metrics.score_outputs(labels, outputs, metric, unlearnt))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,8 +66,8 @@ class SetFeatures:
     unlearnt: list[int]  # classes that no training image has
 
     def score(self, prob: np.ndarray, metric: str) -> metrics.Scores:
-        """`score_set` of the test split's probabilities (n, k)."""
-        return score_set(self.test.labels, metrics.log_prob(prob), metric, self.unlearnt)
+        """All metrics of the test split's probabilities (n, k)."""
+        return metrics.score_outputs(self.test.labels, metrics.log_prob(prob), metric, self.unlearnt)
 
     def predictions(self, labelled: LabelledSet, prob: np.ndarray) -> Predictions | None:
         """The test split's, where its rows are known."""
@@ -119,7 +116,7 @@ def probe_set(
     features = read_features(probe, labelled)
     results: dict[str, Any] = {
         **probe.described(),
-        "unit": "percent",
+        "unit": "fraction",
         "samples": {"train": len(features.train.labels), "test": len(features.test.labels)},
         "samples_skipped": features.skipped,
     }
@@ -131,11 +128,13 @@ def probe_set(
         results |= probe_logistic(probe, labelled, features, fitting)
     if fractions.wanted:
         results["fractions"] = [
-            label_fraction(probe, labelled, features, fitting, fraction, fractions.draws)
+            label_fraction(probe, labelled, features, fitting, fraction, fractions.draws if fraction < 1 else 1)
             for fraction in fractions.wanted
         ]
     if neighbours:
         results["knn"] = probe_neighbours(probe, labelled, features, neighbours)
+    if logistic:  # last, for the rows of its penalty search, so that the figures are read first
+        results["logistic"] = results.pop("logistic")
     if probe.is_main:
         log.info(describe_probes(results))
     return results
@@ -146,9 +145,7 @@ def probe_set(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def probe_logistic(
-    probe: Probe, labelled: LabelledSet, features: SetFeatures, fitting: Fitting
-) -> dict[str, Any]:  # fmt: skip
+def probe_logistic(probe: Probe, labelled: LabelledSet, features: SetFeatures, fitting: Fitting) -> dict[str, Any]:
     """Logistic regression on all labels; where the test rows are known, predictions.csv and intervals over groups."""
     classes = labelled.test.classes
     head = fit_on(probe.dataset, features.train, classes, labelled.metric, fitting)
@@ -156,7 +153,7 @@ def probe_logistic(
     scores = features.score(prob, labelled.metric)
     results: dict[str, Any] = {"logistic": {**scores, "chosen": head.chosen, "validation": head.validation}}
     if (found := features.predictions(labelled, prob)) is not None:
-        results |= report_rows(found, head.held_out, probe.baselines, probe.settings, probe.bootstrap)
+        results |= report_set(found, head.held_out, probe.baselines, probe.settings, probe.bootstrap)
         if probe.is_main:
             found.write(probe.output_dir / "predictions.csv")
     point = results.get("operating_point")
@@ -225,7 +222,7 @@ def plain(values: dict[str, metrics.Interval]) -> dict[str, Any]:
 def label_fraction(
     probe: Probe, labelled: LabelledSet, features: SetFeatures, fitting: Fitting, fraction: float, draws: int
 ) -> dict[str, Any]:
-    """Score of logistic regression on a fraction of each class: mean and deviation over random draws."""
+    """Score of logistic regression on a fraction of each class: mean and standard deviation over random draws."""
     found, sizes = [], []
     for draw in range(draws):
         part = part_of(features.train, fraction, np.random.default_rng((fitting.seed, draw)))
@@ -235,6 +232,7 @@ def label_fraction(
         sizes.append(len(part))
     return {
         "fraction": fraction,
+        "metric": labelled.metric,
         "samples": sizes[0],
         "scores": found,
         "mean": float(np.mean(found)),
@@ -259,7 +257,7 @@ def fit_on(name: str, train: Samples, classes: Sequence[str], metric: str, fitti
     """
 
     def score(labels: np.ndarray, prob: np.ndarray) -> float:
-        return score_set(labels, metrics.log_prob(prob), metric)["score"]
+        return metrics.score_outputs(labels, metrics.log_prob(prob), metric)["score"]
 
     def decide(labels: np.ndarray, prob: np.ndarray) -> float:
         return float(f1_score(labels, prob.argmax(1), average="macro"))
@@ -369,28 +367,31 @@ def mean_title(averaged: Sequence[str], left_out: Container[str]) -> str:
 
 
 def describe_probes(results: dict[str, Any]) -> str:
-    """A line for each result."""
-    lines = []
-    if "metrics" in results:
-        lines.append(f"{results['dataset']}, logistic: percent, with 95% intervals over {results['interval']['over']}")
-        titles = metrics.headings(metrics.METRICS, results["positive"])
-        lines += [
-            f"  {titles[name]:<22} {metrics.Interval.of(value).percent()}" for name, value in results["metrics"].items()
-        ]
-        lines += describe_detection(results)
+    """All results in percent, for people."""
+    dataset, neighbours = results["dataset"], results.get("knn", {})
+    lines = describe_measured(results, f"{dataset}, logistic regression")
+    if neighbours:
+        lines += [*[""] * bool(lines), *describe_measured(neighbours, f"{dataset}, {neighbours['k']}-NN")]
     for name in ("logistic", "knn"):
         if name in results:
-            title = name if name == "logistic" else f"{results[name]['k']}-NN"
-            lines.append(f"{results['dataset']}, {title}: {results[name]['metric']} {results[name]['score']:.2f}")
-    for part in results.get("fractions", ()):
-        spread = "" if part["std"] is None else f" +- {part['std']:.2f}"
-        draws = len(part["scores"])
-        lines.append(
-            f"{results['dataset']}, {part['fraction']:.2%} of the labels ({part['samples']} images): "
-            f"{part['mean']:.2f}{spread} over {draws} draws"
-        )
-    if unlearnt := results.get("unlearnt"):
+            title = name if name == "logistic" else f"{neighbours['k']}-NN"
+            lines.append(f"{dataset}, {title}: {metrics.shown_score(results[name])}")
+    lines += [f"{dataset}, {describe_fraction(part)}" for part in results.get("fractions", ())]
+    if (unlearnt := results.get("unlearnt")) and "metrics" not in results:
         lines.append(f"NO TRAINING IMAGE, and in no mean over classes: {', '.join(unlearnt)}")
     if any(results["samples_skipped"].values()):
         lines.append(f"MISSING OR CORRUPT IMAGES SKIPPED: {results['samples_skipped']}")
     return "\n".join(lines)
+
+
+def describe_fraction(part: dict[str, Any]) -> str:
+    """A fraction of the labels: its metric, the mean over draws and how far the draws are apart."""
+    unit, form = (1, ".3f") if part["metric"] == "quadratic_kappa" else (100, ".2f")
+    title = f"{part['fraction']:.2%} of the labels ({part['samples']} images): {part['metric']} "
+    if part["std"] is None:
+        return f"{title}{unit * part['mean']:{form}} of a single draw"
+    draws = len(part["scores"])
+    return (
+        f"{title}{unit * part['mean']:{form}}, mean of {draws} draws of the labels, +- {unit * part['std']:{form}} "
+        "standard deviation between them"
+    )

@@ -13,17 +13,21 @@ from typing import Any
 import numpy as np
 
 from evaluation.catalog import COUNT_AS
+from evaluation.predictions import OWN_COLUMN
 from inputs import conventions, metadata
 from inputs.files import composed
+from inputs.selection import Selection, selected
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
 class SetTable:
-    """Both splits of a set's table."""
+    """Both splits of a set's table, or all of its rows."""
 
-    rows: list[dict[str, str]]  # image, label, group, split (as the entry calls it), and the cells of several findings
+    # image, label, group, split (as the entry calls it), the cells of several findings; unit and the table's columns
+    # (OWN_COLUMN) where the entry has units and subgroups
+    rows: list[dict[str, str]]
     classes: list[str]  # in the order of their numbers; the findings' columns where there are several
     findings: np.ndarray | None  # (rows, k) 0, 1, or -1 where nothing is known
     positive: str | None  # the class that is looked for
@@ -31,10 +35,11 @@ class SetTable:
     remarks: list[str]  # lines about rows left out and what else a reader should know
 
 
-def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str) -> SetTable:
+def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str | None) -> SetTable:
     """The rows of the two splits of a catalog entry, which are matched in any case and without blanks around them.
 
-    `wanted` is the one that must be there.
+    `wanted` is the one that must be there. None: every row, whatever its split, for cross-validation; the table then
+    needs no splits and groups may be in several.
 
     Labels that are the same whole number (0 and 0.0) are one class; labels that differ in case, blanks or the form of
     an accented letter alone are refused. A group, the patient, is whole in a split.
@@ -44,16 +49,15 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str) -
             label, labels that look alike, groups in both splits, an image twice. The message names file and row.
     """
     given, splits = entry.get("columns", {}), (entry["train"], entry["test"])
-    columns = _Columns.of(given)
-    rows = metadata.read_table(table, [columns.image, columns.split, *columns.labels])
-    if "group" in given and rows and columns.group not in rows[0]:
-        raise ValueError(f"{table}: no column {columns.group}")
-    numbered, remarks = _of_splits(rows, columns.split, splits, table)
-    if not any(split == wanted for _, _, split in numbered):
-        found = ", ".join(sorted({row[columns.split] for row in rows}))
-        raise ValueError(f"{table}: no row of the split {wanted!r}; its splits: {found}")
+    columns = _Columns.of(entry)
+    rows = metadata.read_table(table, [columns.image, *columns.labels, *columns.unit, *columns.subgroups])
+    _refuse_lacking(rows, columns, "group" in given, wanted is not None, table)
+    numbered, remarks = _wanted(rows, columns, splits, wanted, table)
+    every = {row[columns.labels[0]] for _, row, _ in numbered}
+    numbered, lines = _selected(numbered, columns, entry.get("where", ""), table)
+    remarks += lines
     kept = [columns.sample(row, split, f"{table}, row {number}") for number, row, split in numbered]
-    named = [conventions.group_name(row.get(columns.group, ""), "") for _, row, _ in numbered]
+    named = [columns.group_of(row) for _, row, _ in numbered]
     faults = _shared(kept, named, splits)
     faults += _empty([(number, row[columns.image]) for number, row, _ in numbered], columns.image, conventions.no_value)
     if not columns.several:
@@ -61,9 +65,10 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str) -
         faults += _empty(labels, columns.labels[0], conventions.empty)
         remarks += _marks(labels, table)
     unit = "images"
-    if rows and columns.group in rows[0]:
-        unit = conventions.group_unit(columns.group) if any(named) else unit
-        remarks += _of_groups(named, table, columns.group)
+    if rows and (columns.group in rows[0] or columns.unit):
+        by = columns.group if columns.group in rows[0] else " ".join(columns.unit)
+        unit = conventions.group_unit(by) if any(named) else unit
+        remarks += _of_groups(named, table, by)
     elif rows and (column := conventions.group_column(rows[0])):
         remarks.append(_unnamed_group([(row[column], split) for _, row, split in numbered], table, column, splits))
     one, alike = one_spelling(row["label"] for row in kept if not conventions.empty(row["label"]))
@@ -75,12 +80,20 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str) -
     kept = [row | {"label": one.get(row["label"], row["label"])} for row in kept]
     # Over both splits: a class that one of them lacks must not shift the others.
     classes = [str(c) for c in given["label"]] if columns.several else in_order({row["label"] for row in kept})
+    if "classes" in entry:
+        classes, lines = _declared(name, entry["classes"], classes, every, table)
+        remarks += lines
     positive = _positive(name, entry.get("positive"), classes)
+    if columns.unit:
+        _check_units(kept, positive, bool(entry.get("ordered")), table)
     findings = None
     if columns.several:
         cells = [[_finding(row[c], entry, f"{table}, {row['image']}, {c}") for c in columns.labels] for row in kept]
         findings = np.array(cells).reshape(-1, len(columns.labels))
     return SetTable(kept, classes, findings, positive, unit, remarks)
+
+
+_Numbered = list[tuple[int, dict[str, str], str]]  # (number, row, split as the entry calls it)
 
 
 @dataclass(frozen=True)
@@ -92,22 +105,107 @@ class _Columns:
     group: str
     labels: tuple[str, ...]  # one with class names, or one for each of several findings
     several: bool
+    unit: tuple[str, ...]  # what together tells a unit of images; () for none
+    subgroups: tuple[str, ...]
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> _Columns:
-        """From the catalog entry's "columns"."""
-        labels = given.get("label", "label")
-        image, split, group = (metadata.column_name(given.get(role, role)) for role in ("image", "split", "group"))
+    def of(cls, entry: dict[str, Any]) -> _Columns:
+        """From a catalog entry."""
+        given, name = entry.get("columns", {}), metadata.column_name
+        labels, unit = given.get("label", "label"), entry.get("unit", [])
+        image, split, group = (name(given.get(role, role)) for role in ("image", "split", "group"))
         several = isinstance(labels, list)
-        return cls(image, split, group, tuple(map(metadata.column_name, labels if several else [labels])), several)
+        return cls(
+            image, split, group, tuple(map(name, labels if several else [labels])), several,
+            tuple(map(name, [unit] if isinstance(unit, str) else unit)), tuple(map(name, entry.get("subgroups", []))),
+        )  # fmt: skip
 
     def sample(self, row: dict[str, str], split: str, where: str) -> dict[str, str]:
-        """Image, label, group and split of a row, and its findings; an image without a group is one by itself."""
+        """Image, label, group and split of a row, and what else is asked of it; an image without a group is one."""
         image = metadata.inside(row[self.image], where)
         label = "" if self.several else row[self.labels[0]]
-        findings = {column: row[column] for column in self.labels} if self.several else {}
-        group = conventions.group_name(row.get(self.group, ""), alone=image)
-        return {"image": image, "label": label, "group": group, "split": split, **findings}
+        more = {column: row[column] for column in self.labels} if self.several else {}
+        more |= {f"{OWN_COLUMN}{column}": row[column] for column in self.subgroups}
+        if self.unit:
+            more["unit"] = self.unit_of(row) or image
+        return {"image": image, "label": label, "group": self.group_of(row) or image, "split": split, **more}
+
+    def unit_of(self, row: dict[str, str]) -> str:
+        """The unit that a row's image is of, "" for none."""
+        return " ".join(filter(None, (conventions.group_name(row[column], "") for column in self.unit)))
+
+    def group_of(self, row: dict[str, str]) -> str:
+        """The group of a row, "" for none: where the table has no groups its unit, which is as whole as they are."""
+        return conventions.group_name(row[self.group], "") if self.group in row else self.unit_of(row)
+
+
+def _refuse_lacking(
+    rows: Sequence[dict[str, str]], columns: _Columns, grouped: bool, splits: bool, table: Path
+) -> None:  # fmt: skip
+    """ValueError where the table has not the column of groups that the entry names, or none of splits."""
+    if grouped and rows and columns.group not in rows[0]:
+        raise ValueError(f"{table}: no column {columns.group}")
+    if splits and rows and columns.split not in rows[0]:
+        raise ValueError(
+            f"{table}: no column {columns.split}; found {', '.join(rows[0])}; main_linear.py --cross-validate 5 needs "
+            "none"
+        )
+
+
+def _wanted(
+    rows: Sequence[dict[str, str]], columns: _Columns, splits: Sequence[str], wanted: str | None, table: Path
+) -> tuple[_Numbered, list[str]]:
+    """The rows of the entry's splits, or all, and a line about those that are left out."""
+    if wanted is None:
+        return [(number, row, "all") for number, row in enumerate(rows, 1)], []
+    numbered, remarks = _of_splits(rows, columns.split, splits, table)
+    if not any(split == wanted for _, _, split in numbered):
+        found = ", ".join(sorted({row[columns.split] for row in rows}))
+        raise ValueError(f"{table}: no row of the split {wanted!r}; its splits: {found}")
+    return numbered, remarks
+
+
+def _selected(numbered: _Numbered, columns: _Columns, where: str, table: Path) -> tuple[_Numbered, list[str]]:
+    """The rows that --where leaves, and lines about them."""
+    label = "" if columns.several else columns.labels[0]
+    cells = [(split, row.get(label, "")) for _, row, split in numbered]
+    kept, lines = selected(Selection(where), [row for _, row, _ in numbered], str(table), cells, gone=True)
+    return [one for one, keep in zip(numbered, kept, strict=True) if keep], lines
+
+
+def _declared(
+    name: str, given: Sequence[str], found: Sequence[str], every: set[str], table: Path
+) -> tuple[list[str], list[str]]:
+    """The classes in the order that an entry declares, by the table's spelling, and a line about those without rows.
+
+    Args:
+        found, every: labels that are left, and those before --where, which takes a class that it empties away.
+    """
+    number = {conventions.whole_number(label): label for label in found}
+    declared = [number.get(conventions.whole_number(label), label) for label in given]
+    if other := [label for label in found if label not in declared]:
+        raise ValueError(f'{table}: the label {other[0]!r} is not among the "classes" of {name}: {", ".join(given)}')
+    lost = set(map(conventions.whole_number, every)) - set(map(conventions.whole_number, found))
+    declared = [label for label in declared if conventions.whole_number(label) not in lost]
+    empty = [label for label in declared if label not in found]
+    lines = [f'{table}: no row of class {", ".join(empty)}, which the "classes" of {name} declare'] if empty else []
+    return declared, lines
+
+
+def _check_units(rows: Sequence[dict[str, str]], positive: str | None, ordered: bool, table: Path) -> None:
+    """ValueError for a unit of several groups, and for one of several classes of which none is known to count."""
+    groups, labels = defaultdict(set), defaultdict(set)
+    for row in rows:
+        groups[row["unit"]].add(row["group"])
+        labels[row["unit"]].add(row["label"])
+    if several := [unit for unit, own in groups.items() if len(own) > 1]:
+        raise ValueError(f"{table}: the unit {several[0]!r} is of {len(groups[several[0]])} groups; it is of one")
+    mixed = [unit for unit, own in labels.items() if len(own) > 1 and positive not in own and not ordered]
+    if mixed:
+        raise ValueError(
+            f"{table}: the unit {mixed[0]!r} has images of {' and '.join(sorted(labels[mixed[0]]))}: which of them it "
+            'is say "positive" or "ordered": true (the last of "classes")'
+        )
 
 
 def _positive(name: str, given: Any, classes: Sequence[str]) -> str | None:

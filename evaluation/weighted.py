@@ -14,14 +14,19 @@ from scipy.special import expit, logit
 from evaluation.metrics import DETECTION, METRICS, OperatingPoint, ranked
 
 
-def weighted_metrics(
-    labels: np.ndarray, prob: np.ndarray, weights: np.ndarray, malignant: int | None, over: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """Every metric of classification_metrics for each row of weights (R, n) -> (R,), means over the classes `over`."""
+def weighted_confusion(labels: np.ndarray, prob: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(R, k, k), a row for each true class, for each row of weights (R, n)."""
     k = prob.shape[1]
     cell = labels * k + prob.argmax(1)  # (n,) cell of the confusion matrix
     of_cell = csr_array((np.ones(len(cell)), (np.arange(len(cell)), cell)), shape=(len(cell), k * k))
-    confusion = (weights @ of_cell).reshape(-1, k, k)  # (R, true, predicted)
+    return (weights @ of_cell).reshape(-1, k, k)
+
+
+def weighted_classes(
+    labels: np.ndarray, prob: np.ndarray, weights: np.ndarray, over: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """AUROC, F1, precision and recall of each class of `over` against the rest: (R, n) weights -> (R, classes)."""
+    confusion = weighted_confusion(labels, prob, weights)
     hits = np.diagonal(confusion, axis1=1, axis2=2)[:, over]  # (R, classes)
     actual, predicted = confusion.sum(2)[:, over], confusion.sum(1)[:, over]
     recall = hits / actual
@@ -29,10 +34,22 @@ def weighted_metrics(
     f1 = 2 * hits / (actual + predicted)
     score = ranked(prob)
     auroc = np.stack([weighted_auroc(labels == c, score[:, c], weights) for c in over], axis=1)
-    values = [auroc.mean(1), *(m.mean(1) for m in (f1, precision, recall))]
+    return {"auroc": auroc, "f1": f1, "precision": precision, "recall": recall}
+
+
+def over_classes(each: dict[str, np.ndarray], malignant: int | None, over: Sequence[int]) -> dict[str, np.ndarray]:
+    """Every metric of classification_metrics (R,) from `weighted_classes`."""
+    values = [each[name].mean(1) for name in ("auroc", "f1", "precision", "recall")]
     if malignant is not None:
-        values += [m[:, list(over).index(malignant)] for m in (precision, recall)]
+        values += [each[name][:, list(over).index(malignant)] for name in ("precision", "recall")]
     return dict(zip(METRICS, values, strict=False))
+
+
+def weighted_metrics(
+    labels: np.ndarray, prob: np.ndarray, weights: np.ndarray, malignant: int | None, over: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Every metric of classification_metrics for each row of weights (R, n) -> (R,), means over the classes `over`."""
+    return over_classes(weighted_classes(labels, prob, weights, over), malignant, over)
 
 
 def weighted_detection(

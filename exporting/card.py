@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import models
 import utils
 from evaluation.features import Backbone
-from evaluation.metrics import METRICS, Interval, headings
+from evaluation.metrics import METRICS, Interval, fractions, headings, percent
 from evaluation.predictions import positive_class
 from exporting.parts import described, file_name, image_lines
 from exporting.sources import Source
@@ -72,6 +72,7 @@ class Measured:
         metrics, synthetic = result.get("metrics", {}), bool(result.get("synthetic"))
         if not metrics:
             scores = result.get("logistic") or result.get("knn") or result
+            scores = percent(fractions(scores, result.get("unit", "percent")))
             shown = ", ".join(f"{as_text(k)} {v:.2f}" for k, v in scores.items() if isinstance(v, float))
             return cls(f"- {title}: {shown or ABSENT}", dataset, [], synthetic)
         unit = 100 if result.get("unit") == "fraction" or "metrics" in result else 1

@@ -81,6 +81,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                       help="where the set lies (default: its path in the catalog); of image_folder the training images")
     data.add_argument("--eval_data_path", default="", type=str, help="image_folder: the images to evaluate on")
     data.add_argument("--catalog", default=str(CATALOG), type=str, help="where the sets are")
+    data.add_argument("--where", default="", type=str, metavar="EXPRESSION",
+                      help="CBIS and sets of type csv: only the rows of all splits for which it holds, such as "
+                      "\"side == 'RIGHT' and density in (3, 4)\"")
     data.add_argument("--nb_classes", default=0, type=int,
                       help="number of classes (default: what the set has); another number than the set's is an error")
     data.add_argument("--imagenet_default_mean_and_std", action="store_true",

@@ -31,6 +31,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--root", default="", type=str, help="folder of the dataset; by default its path in the catalog")
     data.add_argument("--catalog", default=str(CATALOG), type=str,
                       help="where the datasets are; sets of your own are entries of a copy of dataset_catalog.json")
+    data.add_argument("--where", default="", type=str, metavar="EXPRESSION",
+                      help="CBIS and sets of type csv: only the rows of all splits for which it holds, a column's name "
+                      "before a value: \"side == 'RIGHT' and density in (3, 4)\", \"not 40 <= age < 60\"")
     data.add_argument("--image-kind", "--picture", default="crop", choices=CBIS_IMAGES,
                       help="CBIS: which image of a lesion the tower sees; the results name it")
     data.add_argument("--skip-broken", action="store_true",
@@ -80,8 +83,13 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
                       "of a rare one and is wrong about it more often; validated: what gives the better macro F1 on "
                       "validation")
     cbis.add_argument("--folds", default=0, type=int, metavar="K",
-                      help="choose on K folds over all training patients in place of one validation split; 5 is "
-                      "usual and steadier, and costs K times the fits")
+                      help="choose the penalty, and nothing else, on K folds over all training patients in place of "
+                      "one validation split; 5 is usual and steadier, and costs K times the fits. The test split stays "
+                      "what is reported: --cross-validate is cross-validation")
+    cbis.add_argument("--cross-validate", default=0, type=int, metavar="K",
+                      help="CBIS and sets of type csv, on cached features: no test split, every row is predicted once "
+                      "by a probe that saw nobody of its patient, in K folds of whole patients; the penalty is chosen "
+                      "on folds within the training patients of each; 5 is usual")
 
     other = parser.add_argument_group("other sets, on features extracted once")
     other.add_argument("--cache-features", action="store_true",
@@ -122,7 +130,11 @@ def add_sgd_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that exclude each other."""
-    if args.baseline and args.dataset not in CBIS_SETS and not args.cache_features:
+    if args.cross_validate:
+        beside = {"--fraction": args.fraction, "--knn": args.knn, "--evaluate": args.evaluate, "--resume": args.resume}
+        if given := [flag for flag, value in beside.items() if value]:
+            raise UsageError(f"--cross-validate fits a probe for each fold: no {' and no '.join(given)} with it")
+    if args.baseline and args.dataset not in CBIS_SETS and not (args.cache_features or args.cross_validate):
         raise UsageError("--baseline compares probes: on other sets than CBIS-DDSM add --cache-features")
     if args.knn and args.dataset in CBIS_SETS:
         raise UsageError("--knn is for other sets than CBIS-DDSM")

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from inputs.images import read_image
 from inputs.metadata import inside, read_table
+from inputs.selection import Selection, selected
 from inputs.transforms import Preprocess, eval_view
 
 log = logging.getLogger("medslip")
@@ -39,7 +40,7 @@ class CbisLesions(Dataset):
 
     The label indexes CBIS_CLASSES; `row` is the lesion's row of the table. `image` says which of the
     lesion's images is read. With `skip_missing` lesions without it are skipped and counted in `dropped`,
-    else they are an error: a figure on fewer lesions is another figure.
+    else they are an error: a figure on fewer lesions is another figure. `where` selects rows of all splits.
 
     Raises ValueError for an unknown kind, split or image, for missing images and for a table that is not
     ours or names a file outside the root; FileNotFoundError where there is no table.
@@ -55,13 +56,14 @@ class CbisLesions(Dataset):
         image: str = "crop",
         preprocess: Preprocess | None = None,
         skip_missing: bool = False,
+        where: str = "",
     ):
         options = {"kind": (kind, CBIS_KINDS), "split": (split, CBIS_SPLITS), "image": (image, CBIS_IMAGES)}
         for name, (value, choices) in options.items():
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
         table = Path(root) / f"{kind}.csv"
-        rows = [row for row in read_lesions(table) if row["split"] == split]
+        rows = [row for row in select_lesions(read_lesions(table), where, table)[0] if row["split"] == split]
         self.rows = [row for row in rows if row[image]]
         self.dropped = len(rows) - len(self.rows)
         if self.dropped and not skip_missing:
@@ -77,6 +79,15 @@ class CbisLesions(Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int, dict[str, str]]:
         return self.view(read_image(self.paths[i], grey=True), None), self.labels[i], self.rows[i]
+
+
+def select_lesions(
+    rows: list[dict[str, str]], where: str, table: Path
+) -> tuple[list[dict[str, str]], list[str]]:  # fmt: skip
+    """The lesions that --where leaves, of all splits, and lines about them; raises as inputs.selection.selected."""
+    cells = [(row["split"], row["pathology"]) for row in rows]
+    kept, lines = selected(Selection(where), rows, str(table), cells, gone=False)
+    return [row for row, keep in zip(rows, kept, strict=True) if keep], lines
 
 
 def read_lesions(table: Path) -> list[dict[str, str]]:

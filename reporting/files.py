@@ -13,7 +13,8 @@ RESULT = (
     "operating_point?.threshold", "two_class?.metrics.auroc.value", "differences?.*.baseline", "fractions?.*.fraction",
     *(f"detection?.*.{name}" for name in _INTERVAL),
     *(f"differences?.*.difference.auroc.{name}" for name in (*_INTERVAL, "p_value")),
-    "units?.*.number", "units?.*.metrics", *(f"subgroups?.*.{name}" for name in (*_SUBGROUP, "auroc_malignant")),
+    "units?.*.number", "units?.*.metrics",
+    "per_class?.*.support", *(f"subgroups?.*.{name}" for name in (*_SUBGROUP, "auroc_malignant")),
 )  # fmt: skip
 TABLES = (
     "synthetic", "primary", "steps", "cbis",

@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 
 import utils
-from evaluation import metrics
-from evaluation.predictions import describe_interval
+from evaluation import comparisons, metrics
+from evaluation.predictions import class_rows, describe_interval
 from evaluation.set_probes import mean_title
 from inputs import cbis
 from reporting import checklists
@@ -58,23 +58,73 @@ def comparison_rows(table: ResultTable, runs: Runs) -> list[dict[str, str]]:
     return found
 
 
+def class_lines(table: ResultTable) -> list[list[str]]:
+    """Each class against the rest, of each model: model, class, test samples, AUROC and sensitivity."""
+    return [[row.name, *cells] for row in table.rows for cells in class_rows({"per_class": row.per_class})]
+
+
+def ordered_lines(table: ResultTable) -> list[list[str]]:
+    """What classes in an order have, of each model."""
+    return [
+        [row.name, metrics.ORDERED_METRICS[name], describe_interval(name, value)]
+        for row in table.rows
+        for name, value in row.ordered.items()
+    ]
+
+
+def seeds_of(table: ResultTable) -> str:
+    """How many seeds the rows are of, and why rows of few may have very different intervals."""
+    rows = [row for row in table.rows if row.kind == "measured" and row.folders]
+    if not rows:
+        return ""
+    numbers = sorted({len(row.folders) for row in rows})
+    said = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    line = f"{said} run{'s' * (numbers != [1])} (seed{'s' * (numbers != [1])}) behind each model."
+    widths = [(len(row.folders), comparisons.width(row.metrics.get("auroc", {}))) for row in rows]
+    return f"{line} {comparisons.FEW_SEEDS}." if comparisons.few_seeds_matter(widths) else line
+
+
+def fraction_lines(runs: Runs) -> list[list[str]]:
+    """Figures of probes on fractions of the labels: row, set, fraction, samples, metric, value."""
+    lines = []
+    for row, dataset, parts in runs.fractions:
+        for part in parts:
+            start = [row, dataset, f"{part['fraction']:.2%}"]
+            if "metrics" in part:
+                of = f"{part['lesions'][0]} lesions of {part['patients'][0]} patients, {len(part['lesions'])} draws"
+                lines.append([*start, of, "AUROC", percent_cell(part["metrics"]["auroc"])])
+                continue
+            unit, form = (1, ".3f") if part["metric"] == "quadratic_kappa" else (100, ".2f")
+            spread = "" if part["std"] is None else f" ± {unit * part['std']:{form}}"
+            of = f"{part['samples']} images, {len(part['scores'])} draws"
+            lines.append([*start, of, part["metric"] or MISSING, f"{unit * part['mean']:{form}}{spread}"])
+    return lines
+
+
 def detection_rows(table: ResultTable) -> list[dict[str, Any]]:
-    """The class that is looked for against the rest, of each model."""
+    """The class that is looked for against the rest, of each model; none where no model has it."""
+    if not any(row.detection for row in table.rows):
+        return []
     return [
         {"name": row.name, "cells": [
             describe_interval(key, row.detection[key]) if key in row.detection else MISSING for key in metrics.DETECTION
-        ]} for row in table.rows if row.kind == "measured"
+        ]} for row in table.rows if row.kind == "measured" and row.predictions == "predictions.csv"
     ]  # fmt: skip
 
 
 def unit_rows(table: ResultTable) -> list[dict[str, Any]]:
-    """The same metrics by breast and by patient."""
+    """The same metrics by breast and by patient, from the mean and from the highest of a unit's scores."""
     found = []
     for row in table.rows:
         for unit, entry in row.units.items():
-            values = entry["metrics"] or {}
-            cells = [percent_cell(values.get(key)) if values else "a class is missing" for key in columns_of(table)]
-            found.append({"name": row.name, "unit": f"{unit} ({entry['number']})", "cells": cells})
+            for key, how in (("metrics", "mean"), ("metrics_max", "highest")):
+                if key not in entry:
+                    continue
+                values = entry[key] or {}
+                cells = [
+                    percent_cell(values.get(name)) if values else "a class is missing" for name in columns_of(table)
+                ]
+                found.append({"name": row.name, "unit": f"{unit} ({entry['number']}), {how}", "cells": cells})
     return found
 
 
@@ -85,7 +135,7 @@ def subgroup_rows(table: ResultTable) -> list[dict[str, Any]]:
         return []
     return [
         {"model": models[-1].name, "group": f"{part['by']}: {part['value']}", "lesions": part["lesions"],
-         "patients": part["patients"], "malignant": part["pathologies"][metrics.MALIGNANT],
+         "patients": part["patients"], "malignant": part["pathologies"].get(table.positive, ""),
          "seeds": max(1, len(models[-1].folders)),
          "auroc": percent_cell(part["auroc"]) if part["auroc"] else "not defined",
          "auroc_malignant": percent_cell(part["auroc_malignant"]) if part["auroc_malignant"] else "not defined"}
@@ -112,7 +162,8 @@ def build_page(
             "positive": table.positive or "",
             "detection_columns": list(metrics.headings(metrics.DETECTION, table.positive).values()),
             "rows": table_rows(table), "comparisons": comparison_rows(table, runs), "absent": table.absent,
-            "two_class": two_class_rows(table),
+            "two_class": two_class_rows(table), "per_class": class_lines(table), "ordered": ordered_lines(table),
+            "seeds": seeds_of(table),
             "detection": detection_rows(table), "units": unit_rows(table), "subgroups": subgroup_rows(table),
             "figures": table_figures(table, runs, gallery),
             "splits": splits_table(rows) if rows else None,
@@ -129,6 +180,7 @@ def build_page(
         "sections": sections,
         "training": training,
         "fractions": fractions,
+        "fraction_lines": fraction_lines(runs),
         "figures": gallery.found,
         "other": [line for path, result in runs.other for line in describe_other(path, result)],
         "zeroshot": [describe_zeroshot(name, result) for name, result in runs.zeroshot],
@@ -161,11 +213,24 @@ def describe_other(path: str, result: dict) -> list[dict[str, str]]:
             line | {"dataset": f"{dataset}: {titles[name]}", "score": percent_cell(own["auroc"])}
             for name, own in found.items()
         ]
-    scores = result.get("logistic") or result.get("knn") or result
-    if "score" not in scores:
-        return [{"dataset": dataset, "metric": MISSING, "score": MISSING, "source": path}]
-    why = "".join(f"; {words} {result[key]}" for key, words in REMARKS.items() if key in result)
-    return [{"dataset": dataset, "metric": scores["metric"], "score": f"{scores['score']:.2f}{why}", "source": path}]
+    kinds = {dataset: result, f"{dataset}, logistic regression": result.get("logistic", {})}
+    neighbours = result.get("knn", {})
+    kinds[f"{dataset}, {neighbours.get('k')}-NN"] = neighbours
+    lines = []
+    for title, scores in kinds.items():
+        if "score" in scores:
+            remarks = "".join(f"; {words} {result[key]}" for key, words in REMARKS.items() if key in result)
+            metric, value = shown(scores, result)
+            lines.append({"dataset": title, "metric": metric, "score": f"{value}{remarks}", "source": path})
+    if lines or result.get("fractions"):  # which have a table of their own
+        return lines
+    return [{"dataset": dataset, "metric": MISSING, "score": MISSING, "source": path}]
+
+
+def shown(scores: dict, file: dict) -> tuple[str, str]:
+    """A metric's name and its value in percent (kappa as it is), whatever unit the file has it in."""
+    metric, _, value = metrics.shown_score(metrics.fractions(scores, file.get("unit", "percent"))).partition(" ")
+    return metric, value
 
 
 REMARKS = {"no_metrics": "no metrics of the test rows:", "unlearnt": "no training image of"}
@@ -175,8 +240,9 @@ def describe_zeroshot(name: str, result: dict) -> dict[str, Any]:
     """A file of eval_zeroshot.py: metric and score of each set."""
     sets = {**result.get("zero_shot", {}), **result.get("retrieval", {})}
     rows = [
-        (key, value["metric"], f"{value['score']:.2f}" + no_metrics(value)) if "score" in value else
-        (key, "image-to-text recall at 1", f"{value['i2t_r1']:.2f}")
+        (key, shown(value, result)[0], shown(value, result)[1] + no_metrics(value)) if "score" in value else
+        (key, "image-to-text recall at 1",
+         f"{100 * metrics.fractions(value, result.get('unit', 'percent'))['i2t_r1']:.2f}")
         for key, value in sets.items()
     ]  # fmt: skip
     return {"name": name, "rows": rows}

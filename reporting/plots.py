@@ -74,10 +74,10 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
         svg = figures.forest(pairs, name, axis, synthetic, zero=0.0)
         compared = [row for row in models if row.name in {c["row"] for c in table.comparisons}]
         found["overview"].append(gallery.add(f"{file}_differences", name, svg, sources(compared)))
-    each = [(row, read_predictions(row, runs)) for row in models] if table.classes == cbis.CBIS_CLASSES else []
+    each = [(row, read_predictions(table, row, runs)) for row in models] if table.positive is not None else []
     each = [(row, group) for row, group in each if group]
     if each:
-        found["curves"] = list(curve_figures(file, title, each, runs, gallery))
+        found["curves"] = list(curve_figures(file, title, str(table.positive), each, runs, gallery))
     for row in models:
         if row.confusion is not None and len(table.classes) <= MOST_CLASSES:
             name = f"{title}, {short(row.name)}: confusion" + (" (mean over seeds)" if len(row.folders) > 1 else "")
@@ -103,16 +103,18 @@ def short(name: str, kind: str = "") -> str:
 
 
 def curve_figures(
-    file: str, title: str, each: list[tuple[ResultRow, list[Predictions]]], runs: Runs, gallery: Gallery
-) -> Iterator[str]:
-    """ROC, precision-recall and calibration of malignant against the rest; bands over patients (and seeds' mean)."""
+    file: str, title: str, positive_class: str, each: list[tuple[ResultRow, list[Predictions]]], runs: Runs,
+    gallery: Gallery,
+) -> Iterator[str]:  # fmt: skip
+    """ROC, precision-recall and calibration of a class against the rest; bands over patients (and seeds' mean)."""
     roc, precision, calibration, banded = [], [], [], False
-    target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
+    target = each[0][1][0].scheme.classes.index(positive_class)
+    called = "malignant" if positive_class == metrics.MALIGNANT else positive_class
     for row, group in each:
         first = group[0]
         positive = first.labels == target
         scores = [metrics.ranked(p.in_order_of(first.rows, row.name).prob)[:, target] for p in group]
-        resamples = Resamples(positive.astype(int), first.patients, ("others", metrics.MALIGNANT), number=BANDS)
+        resamples = Resamples(positive.astype(int), first.patients, ("others", "own"), "own", BANDS)
         one = np.ones((1, len(positive)))
         banded = resamples.rarest > 1 and not resamples.too_few
         weights = np.concatenate(list(resamples.weights())) if banded else one  # (R, n)
@@ -125,15 +127,16 @@ def curve_figures(
             x, y = figures.reliability(positive, row.point.calibrated(first.prob)[:, target])
             calibration.append((row.name, x, y, np.array([]), np.array([])))
     source = "predictions.csv of each row"
-    band = "95% bands over patients" if banded else "no bands: too few patients"
-    name = f"{title}: ROC, malignant against the rest ({band})"
+    unit = each[0][1][0].scheme.unit
+    band = f"95% bands over {unit}" if banded else f"no bands: too few {unit}"
+    name = f"{title}: ROC, {called} against the rest ({band})"
     yield gallery.add(f"{file}_roc", name, figures.curves(
         roc, name, ("1 − specificity", "sensitivity"), runs.synthetic, diagonal=True), source)  # fmt: skip
-    name = f"{title}: precision and recall, malignant against the rest ({band})"
+    name = f"{title}: precision and recall, {called} against the rest ({band})"
     yield gallery.add(f"{file}_precision", name, figures.curves(
         precision, name, ("recall", "precision"), runs.synthetic), source)  # fmt: skip
     if calibration:
-        name = f"{title}: calibration of the malignant class, after the temperature from validation (first seed)"
+        name = f"{title}: calibration of the class {called}, after the temperature from validation (first seed)"
         yield gallery.add(f"{file}_calibration", name, figures.curves(
             calibration, name, ("mean probability", "observed fraction"), runs.synthetic, diagonal=True),
             source)  # fmt: skip
@@ -186,7 +189,7 @@ def fraction_figures(runs: Runs, gallery: Gallery) -> list[str]:
             columns = [np.array([100 * number(v[key]) for v in values]) for key in ("value", "low", "high")]
         else:  # of a set without intervals: mean and range of the draws
             each = [part["scores"] for part in parts]
-            columns = [np.array([of(scores) for scores in each]) for of in (np.mean, np.min, np.max)]
+            columns = [np.array([100 * of(scores) for scores in each]) for of in (np.mean, np.min, np.max)]
         by_set.setdefault(dataset, []).append((row, x, *columns))
     found = []
     for dataset, rows in by_set.items():

@@ -14,7 +14,7 @@ import numpy as np
 
 import utils
 from evaluation import metrics
-from evaluation.predictions import Predictions, positive_class
+from evaluation.predictions import CBIS, Predictions, positive_class, set_scheme
 from inputs import cbis
 from inputs.metadata import inside
 from reporting import files
@@ -44,6 +44,9 @@ class ResultRow:
     leaves_out: str = ""
     point: metrics.OperatingPoint | None = None
     unlearnt: list[str] = field(default_factory=list)  # classes without a training image, in no mean over classes
+    per_class: dict[str, dict] = field(default_factory=dict)  # each class against the rest
+    ordered: dict[str, dict] = field(default_factory=dict)  # of classes that stand in an order
+    predictions: str = "predictions.csv"  # the file of a folder that holds them
 
 
 @dataclass
@@ -75,6 +78,7 @@ class ResultTable:
     def last(self, *files: str) -> ResultRow | None:
         """The last model whose first run wrote all of `files`: what the page shows of one model is this one's."""
         models = [row for row in self.rows if row.kind == "measured" and row.folders]
+        models = [row for row in models if row.predictions == "predictions.csv"]
         models = [row for row in models if all((row.folders[0] / file).is_file() for file in files)]
         return models[-1] if models else None
 
@@ -210,6 +214,7 @@ def add_tables(folder: Path, runs: Runs) -> None:
                     row["name"], row["kind"], row["metrics"], str(path), places, row.get("detection", {}),
                     row.get("units", {}), row.get("subgroups", []), row.get("confusion"), row.get("two_class", []),
                     row.get("never_predicted", []), row["leaves_out"], point_of(results[0]) if results else None,
+                    per_class=row.get("per_class", {}),
                 )
             )  # fmt: skip
             for result in results[:1]:
@@ -236,13 +241,41 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
     dataset = result.get("dataset", "")
     if not isinstance(dataset, str) or not dataset:
         return  # a summary of other runs, such as the demo's
-    if "metrics" not in result:
+    kind, name = str(cbis.CBIS_SETS.get(dataset, dataset)), runs.names[path.resolve()]
+    if "cross_validation" in result:  # of other samples than the test split's, hence a table of its own
+        kind = f"{TABLES.get(kind, kind)}, {result['cross_validation']['folds']}-fold cross-validation"
+    if result.get("fractions"):
+        runs.fractions.append((name, TABLES.get(kind, kind), fractions_of(result)))
+    neighbours = result.get("knn") or {}
+    if "metrics" in result:
+        add_row(result, path, kind, name, runs)
+    if "metrics" in neighbours:
+        require(neighbours, f"{path}, knn", ("k",))
+        add_row(neighbours, path, kind, f"{name}, {neighbours['k']}-NN", runs, "predictions_knn.csv")
+    if "metrics" not in result and "metrics" not in neighbours:
         runs.other.append((str(path), result))
-        return
+
+
+def fractions_of(result: dict) -> list[dict]:
+    """What a results.json says of fractions of the labels, as fractions; earlier versions wrote percent."""
+    parts = [{"metric": result.get("logistic", {}).get("metric", ""), **part} for part in result["fractions"]]
+    if result.get("unit") != "percent":
+        return parts
+    unit = 1.0 if parts[0]["metric"] == "quadratic_kappa" else 100.0
+    return [
+        part | {"scores": [score / unit for score in part["scores"]]}
+        | {key: None if part[key] is None else part[key] / unit for key in ("mean", "std")}
+        if "scores" in part else part
+        for part in parts
+    ]  # fmt: skip
+
+
+def add_row(
+    result: dict, path: Path, kind: str, name: str, runs: Runs, predictions: str = "predictions.csv"
+) -> None:  # fmt: skip
+    """A row of a table from what `predictions.report_rows` and what is beside it wrote."""
     require(result, path, files.RESULT)
-    kind = str(cbis.CBIS_SETS.get(dataset, dataset))
     table = runs.tables.setdefault(kind, ResultTable(kind, tuple(result["classes"]), positive_class(result)))
-    name = runs.names[path.resolve()]
     table.tested(result, path)
     runs.skipped.setdefault(kind, result.get("lesions_skipped", {}))
     untrained = result.get("weights", {}).get("untrained")
@@ -251,15 +284,14 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
             name, "measured", result["metrics"], str(path), [path.parent], result.get("detection", {}),
             result.get("units", {}), result.get("subgroups", []), result["confusion"], two_class_of(result),
             result.get("never_predicted", []), "" if untrained else "one run: leaves out the training's chance",
-            point_of(result), result.get("unlearnt", []),
+            point_of(result), result.get("unlearnt", []), result.get("per_class", {}), result.get("ordered", {}),
+            predictions,
         )
     )  # fmt: skip
     for entry in result.get("differences", []):
         beside = Path(entry["baseline"]).resolve().with_name("results.json")
         entry = {**entry, "baseline": runs.names.get(beside, entry["baseline"]), "row": name}
         table.comparisons.append({**entry, "leaves_out": table.rows[-1].leaves_out, "primary": False})
-    if result.get("fractions"):
-        runs.fractions.append((name, TABLES.get(kind, kind), result["fractions"]))
 
 
 def add_zeroshot(path: Path, folder: Path, runs: Runs) -> None:
@@ -278,6 +310,8 @@ def add_zeroshot(path: Path, folder: Path, runs: Runs) -> None:
         name = f"zero-shot, {named(path.parent, folder)}"
         row = ResultRow(name, "measured", found["metrics"], str(path), confusion=found["confusion"])
         row.never_predicted = found["never_predicted"]
+        row.per_class, row.ordered = found.get("per_class", {}), found.get("ordered", {})
+        row.folders, row.predictions = [path.parent], f"zeroshot_{utils.file_name(dataset)}.csv"
         table.rows.append(row)
 
 
@@ -289,12 +323,14 @@ def add_training(path: Path, folder: Path, runs: Runs) -> None:
     runs.trainings.setdefault(row, []).append(path.parent)
 
 
-def read_predictions(row: ResultRow, runs: Runs) -> list[Predictions]:
-    """Of each seed of a row, where its predictions.csv is there."""
+def read_predictions(table: ResultTable, row: ResultRow, runs: Runs) -> list[Predictions]:
+    """Of each seed of a row, where its file is there."""
     found = []
+    lesions = table.classes == cbis.CBIS_CLASSES
+    scheme = CBIS if lesions else set_scheme(table.classes, table.positive, table.unit)
     for folder in row.folders:
-        path = folder / "predictions.csv"
+        path = folder / row.predictions
         if path.is_file():
-            found.append(Predictions.read(path))
+            found.append(Predictions.read(path, scheme))
             runs.read.append(path)
     return found

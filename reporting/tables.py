@@ -94,6 +94,7 @@ def describe_row(item: Measured, test: list[dict[str, str]], bootstrap: Bootstra
     # Rows of the table, which know density and the like, with the probabilities of each seed.
     whole = [Predictions(test, p.prob) for p in item.found]
     entry["detection"] = describe_detection(whole, item, bootstrap)
+    entry["per_class"] = describe_classes(whole, item, bootstrap)
     entry["units"] = {}
     for unit in subgroups.UNITS:
         merged = [subgroups.by_unit(p, unit) for p in whole]
@@ -124,6 +125,24 @@ def describe_detection(
         name: comparisons.interval(row, bounded=not name.startswith("calibration")).plain()
         for name, row in comparisons.together(drawn, resamples, item.trained).items()
     }
+
+
+def describe_classes(whole: list[Predictions], item: Measured, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
+    """Each class against the rest: its test lesions, AUROC and sensitivity, with intervals over seeds and patients."""
+    resamples = whole[0].resamples(bootstrap)
+    drawn = []
+    for found in whole:
+        each = resamples.draw_with_classes(found.prob)[1]
+        drawn.append({f"{key} {name}": one for name, own in each.items() for key, one in own.items()})
+    rows = comparisons.together(drawn, resamples, item.trained)
+    support = np.bincount(whole[0].labels, minlength=len(resamples.classes)).tolist()
+    per_class: dict[str, dict[str, Any]] = {
+        name: {"support": n} for name, n in zip(resamples.classes, support, strict=True)
+    }
+    for title, row in rows.items():
+        key, _, name = title.partition(" ")
+        per_class[name][key] = comparisons.interval(row).plain()
+    return per_class
 
 
 def plain_draws(found: list[Predictions], trained: bool, bootstrap: Bootstrap) -> dict[str, Any] | None:
@@ -228,6 +247,9 @@ def describe(result: dict[str, Any]) -> str:
             lines.append(f"| {name}{remark} | {' | '.join(cells)} |")
         if any(row["leaves_out"] for row in table["rows"]):
             lines += ["", f"† {comparisons.ONE_SEED}."]
+        widths = [(len(row["seeds"]), comparisons.width(row["metrics"]["auroc"])) for row in table["rows"]]
+        if comparisons.few_seeds_matter(widths):
+            lines += ["", f"{comparisons.FEW_SEEDS}."]
         for row in table["rows"]:
             if row.get("never_predicted"):
                 lines += [

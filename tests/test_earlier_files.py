@@ -135,6 +135,6 @@ def test_a_finished_run_and_a_linear_run_are_known_again(world):
     sgd = ["--dataset", "greys", "--catalog", "catalog.json", "--pretrained", "earlier/checkpoint.pt", "-j", "0",
            "-b", "8", "--epochs", "1", "--output-dir", "linear"]  # fmt: skip
     results = main_linear.main([*sgd, "--resume", "earlier/sgd/linear_checkpoint.pt"])
-    assert results["score"] == 50.0
+    assert results["score"] == 0.5
     with open("linear/predictions.csv") as file:
         assert len(list(csv.DictReader(file))) == 8

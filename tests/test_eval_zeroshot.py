@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 import eval_zeroshot as ez
 import models
 from evaluation import catalog as evaluation_catalog
-from evaluation import downstream, features, metrics
+from evaluation import downstream, features
 from evaluation.predictions import Predictions
 from inputs.images import UnreadableImage
 from inputs.transforms import Preprocess
@@ -109,12 +109,12 @@ def test_the_command_evaluates_the_sets_that_are_named(tmp_path):
     expected = features.classify_zeroshot(loaded.model, loaded.tokenizer, digits, features.Loading())
     scores = dict(report["zero_shot"]["digits"])
     rows = scores.pop("rows")  # with intervals, and a file of predictions
-    assert scores == {**metrics.percent(expected), "broken": 0}
+    assert scores == {**expected, "broken": 0}
     found = Predictions.read(tmp_path / "zeroshot_digits.csv", digits.dataset.scheme)
     assert (found.prob.argmax(1) == found.labels).mean() == pytest.approx(expected["top1"])
     auroc = roc_auc_score(found.labels, found.prob, multi_class="ovr")
     assert rows["metrics"]["auroc"]["value"] == pytest.approx(auroc)
-    assert report["unit"] == "percent" and report["zero_shot"]["digits"]["top1"] == 100 * expected["top1"] > 1
+    assert report["unit"] == "fraction" and report["zero_shot"]["digits"]["top1"] == expected["top1"] > 0.01
 
 
 def test_retrieval_over_a_root(tmp_path):
@@ -122,7 +122,7 @@ def test_retrieval_over_a_root(tmp_path):
     args = [*command(tmp_path), "--retrieval", "--dataset", "roco", "--root", str(tmp_path / "data")]
     report = ez.main(args)
     scores = report["retrieval"]["roco"]
-    assert scores["candidates"] == 7 and scores["i2t_r10"] == scores["t2i_r10"] == 100  # fewer than 10 candidates
+    assert scores["candidates"] == 7 and scores["i2t_r10"] == scores["t2i_r10"] == 1  # fewer than 10 candidates
     assert 1 <= scores["i2t_median_rank"] <= 7
     broken = tmp_path / "data" / "test" / "radiology" / "images" / "ROCO_00003.jpg"
     broken.write_bytes(b"torn")
@@ -186,7 +186,7 @@ def test_an_open_clip_model_from_a_file(tmp_path):
     digits = downstream.load_zeroshot_set("digits", open_clip.image_transform(224, is_train=False))
     read = open_clip.get_tokenizer("ViT-S-32-alt")
     expected = features.classify_zeroshot(model, read, digits, features.Loading(64))
-    assert report["zero_shot"]["digits"]["top1"] == 100 * expected["top1"]
+    assert report["zero_shot"]["digits"]["top1"] == expected["top1"]
 
 
 def test_a_set_of_ones_own_is_an_entry_of_a_catalog(tmp_path):
@@ -212,7 +212,7 @@ def test_a_set_of_ones_own_is_an_entry_of_a_catalog(tmp_path):
         images = model.model.encode_image(torch.stack([scans[0][0], scans[1][0]]))
     weights = torch.nn.functional.normalize(torch.stack(texts), dim=-1)
     margins = (torch.nn.functional.normalize(images, dim=-1) @ weights.T).diff(dim=1)[:, 0]
-    assert scores["roc_auc"] == (100.0 if margins[1] > margins[0] else 0.0)
+    assert scores["roc_auc"] == (1.0 if margins[1] > margins[0] else 0.0)
 
 
 def test_a_missing_image_is_an_error_or_skipped(tmp_path):

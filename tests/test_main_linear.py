@@ -362,8 +362,8 @@ def test_sgd_learns_and_leaves_the_tower_alone(catalog, tmp_path, monkeypatch):
     load, seen = models.load_pretrained, []
     monkeypatch.setattr(models, "load_pretrained", lambda *a, **kw: seen.append(load(*a, **kw)) or seen[-1])
     results = classify(catalog, checkpoint, tmp_path / "out", "--epochs", "20")
-    assert results["metric"] == "mean_per_class" and results["score"] > 90 and results["samples"] == 9
-    assert results["unit"] == "percent"
+    assert results["metric"] == "mean_per_class" and results["score"] > 0.9 and results["samples"] == 9
+    assert results["unit"] == "fraction"
     for name, value in image_side(checkpoint).items():
         assert torch.equal(value, seen[0].model.state_dict()[name]), name
     state = checkpoints.load_checkpoint(tmp_path / "out" / "linear_checkpoint.pt")
@@ -435,7 +435,7 @@ def test_the_test_split_goes_through_the_tower_once_for_all_results(catalog, che
     assert passes == ["pets test"] * 3  # epochs 2, 4 and 6; the scores, the rows and the file are the last one's
     rows = read_csv(tmp_path / "predictions.csv")
     found = [row["predicted"] == row["label"] for row in rows]
-    assert results["top1"] == pytest.approx(100 * np.mean(found))
+    assert results["top1"] == pytest.approx(np.mean(found))
     passes.clear()
     assert classify(catalog, checkpoint, tmp_path, "--eval-freq", "2") == results and len(passes) == 1
 
@@ -466,7 +466,7 @@ def test_only_the_best_of_this_folder_has_to_be_beaten(catalog, checkpoint, tmp_
     results = classify(catalog, checkpoint, folder, "--resume", str(tmp_path / "high.pt"))
     best = checkpoints.load_checkpoint(folder / "linear_best.pt")
     assert best == {"epoch": 1} if beside else best["epoch"] == 6 and best["best_acc1"] <= 100
-    assert results["best_score_on_test"] == (101 if beside else results["score"])
+    assert results["best_score_on_test"] == (1.01 if beside else results["score"])
 
 
 def test_a_layer_is_not_continued_on_other_images(catalog, checkpoint, tmp_path):
@@ -520,16 +520,16 @@ def test_views_are_the_published_ones():
 def test_cached_features_fractions_and_neighbours(catalog, checkpoint, tmp_path, capsys):
     flags = ("--dataset", "digits", "-b", "256", "--cache-features", "--fraction", "0.05", "--knn", "20")
     results = classify(catalog, checkpoint, tmp_path, *flags)
-    assert results["samples"] == {"train": 1437, "test": 360} and results["unit"] == "percent"
+    assert results["samples"] == {"train": 1437, "test": 360} and results["unit"] == "fraction"
     files = {path.name.split("_")[1]: np.load(path) for path in (tmp_path / "features").glob("*.npz")}
     labels, test_labels = (create_downstream("digits", train, None).labels for train in (True, False))
     x, x_test = (files[split]["features"].astype(np.float64) for split in ("train", "test"))
     mean, std = x.mean(0), x.std(0)
     penalty = results["logistic"]["chosen"]["lambda"]
     model = LogisticRegression(C=1 / (penalty * len(x)), max_iter=5000).fit((x - mean) / std, labels)
-    expected = 100 * model.score((x_test - mean) / std, test_labels)
-    assert results["logistic"]["top1"] == pytest.approx(expected, abs=0.6)
-    assert results["logistic"]["top1"] > 80 and results["knn"]["top1"] > 60
+    expected = model.score((x_test - mean) / std, test_labels)
+    assert results["logistic"]["top1"] == pytest.approx(expected, abs=0.006)
+    assert results["logistic"]["top1"] > 0.8 and results["knn"]["top1"] > 0.6
     (few,) = results["fractions"]
     assert few["samples"] < 80 and len(set(few["scores"])) > 1
     assert few["mean"] == pytest.approx(np.mean(few["scores"])) and few["mean"] < results["logistic"]["top1"]
@@ -566,7 +566,7 @@ def test_a_set_of_ones_own_reports_the_metric_of_its_entry(catalog, checkpoint, 
     for method in ("logistic", "knn"):
         assert results[method]["metric"] == "mean_top1_top5"
         score = results[method]["score"]
-        assert score > 90 and score == pytest.approx((results[method]["top1"] + 100) / 2)
+        assert score > 0.9 and score == pytest.approx((results[method]["top1"] + 1) / 2)
     assert create_downstream("scans", True, None, {"scans": entry}).classes == ["boxer", "beagle", "Abyssinian"]
     with pytest.raises(ValueError, match="roco has captions, not classes"):
         main_linear.main(["--dataset", "roco", "--output-dir", str(tmp_path), "--gpu", "-1"])
@@ -668,11 +668,11 @@ def test_digits_get_what_lesions_get_and_a_paired_baseline(tmp_path):
     first = main_linear.main([*argv, "--output-dir", str(tmp_path / "a")])
     second = main_linear.main([*argv, "--seed", "1", "--output-dir", str(tmp_path / "b"),
                                "--baseline", str(tmp_path / "a" / "predictions.csv")])  # fmt: skip
-    assert first["unit"] == "percent" and first["metrics_unit"] == "fraction"
+    assert first["unit"] == "fraction"
     with open(tmp_path / "a" / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     right = sum(row["label"] == row["predicted"] for row in rows) / len(rows)
-    assert len(rows) == 360 and 100 * right == pytest.approx(first["logistic"]["top1"])
+    assert len(rows) == 360 and right == pytest.approx(first["logistic"]["top1"])
     value = first["metrics"]["recall"]
     labels, predicted = ([row[key] for row in rows] for key in ("label", "predicted"))
     assert value["value"] == pytest.approx(recall_score(labels, predicted, average="macro"))

@@ -194,7 +194,12 @@ def test_two_classes_and_units_have_rows(runs):
     _, result = results_of(runs, "calc", "trained")
     name, cell = calc["two_class"][1]
     assert name == "trained" and cell == metrics.Interval(**result["two_class"]["metrics"]["auroc"]).percent()
-    assert cell in html and [row["unit"].split()[0] for row in calc["units"]] == ["breast", "patient"] * 2
+    assert cell in html and [row["unit"].split()[0] for row in calc["units"]] == 2 * [
+        "breast",
+        "breast",
+        "patient",
+        "patient",
+    ]
 
 
 def test_the_nearest_captions_and_images_are_those_of_the_model(runs, probed, tmp_path):

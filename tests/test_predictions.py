@@ -295,7 +295,7 @@ def test_the_first_baseline_stands_by_itself_as_well(tmp_path):
     assert found["difference"] == found["differences"][0]["difference"]
     assert found["difference"]["auroc"]["value"] == 0 < found["differences"][1]["difference"]["auroc"]["value"]
     assert found["confusion"] == confusion_matrix(test.labels, test.prob.argmax(1)).tolist()
-    assert found["metrics_unit"] == "fraction" and found["test_patients"] == 30 and "detection" in found
+    assert found["unit"] == "fraction" and found["test_patients"] == 30 and "detection" in found
     assert found["interval"] == {"level": 0.95, "resamples": 50, "over": "patients"}
 
 
@@ -317,7 +317,11 @@ def test_the_table_for_people_says_what_was_left_out_and_lines_its_columns_up(tm
         assert row.split() == [name, *map(str, own)] and row[: len(CLASSES[1])].strip() == name
         assert [row[:end].split()[-1] for end in ends] == [str(n) for n in own]
     assert lines[12] == "NEVER PREDICTED: BENIGN_WITHOUT_CALLBACK"
-    assert lines[14].startswith("Malignant against the rest") and text.count("p = 1.0000") == 6
+    at = lines.index("Each class against the rest:")
+    assert at == 14 and [line.split()[:2] for line in lines[at + 2 : at + 5]] == [
+        [name, str((test.labels == c).sum())] for c, name in enumerate(CLASSES)
+    ]
+    assert lines[at + 6].startswith("Malignant against the rest") and text.count("p = 1.0000") == 6
     assert f"Difference to {tmp_path / 'a.csv'}, percentage points" in text and "NOT THE WEIGHTS" not in text
     skipped = found | {"lesions_skipped": {"test": 3}, "test_readings": 2}
     skipped["differences"] = [skipped["differences"][0] | {"settings_differ": {"folds": [0, 5]}}]
@@ -329,7 +333,7 @@ def test_the_table_for_people_says_what_was_left_out_and_lines_its_columns_up(tm
     alone = predictions.describe_results(plain | {"lesions_skipped": {"test": 0}}, "k-NN")
     assert "Difference" not in alone and "Malignant against" in alone
     del plain["detection"]
-    assert "against" not in predictions.describe_results(plain | {"lesions_skipped": {"test": 0}}, "k-NN")
+    assert "Malignant against" not in predictions.describe_results(plain | {"lesions_skipped": {"test": 0}}, "k-NN")
 
 
 def test_other_weights_are_not_called_another_setting(tmp_path):
