@@ -23,7 +23,7 @@ from evaluation.metrics import Difference, Interval
 from evaluation.resamples import Drawn, Resamples, interval_of, two_sided
 
 # Said beside every interval and p-value of a trained row with one seed.
-ONE_SEED = "one training seed: leaves out how another training would have gone"
+ONE_SEED = "trained once; the interval covers other patients, not another training"
 
 
 @dataclass(frozen=True)
