@@ -221,7 +221,7 @@ def flow_figure(kind: str, rows: Sequence[dict[str, str]], runs: Runs, gallery: 
     steps = [
         (f"case tables: {len(rows)} lesions of {patients} patients", ""),
         (f"with a crop: {len(rows) - no_crop}", f"{no_crop} without an image"),
-        ("  ".join(f"{split} {counts[split]}" for split in cbis.CBIS_SPLITS), "whole patients in a split"),
+        (", ".join(f"{split} {counts[split]}" for split in cbis.CBIS_SPLITS), "whole patients in a split"),
         (f"test lesions evaluated: {counts['test'] - int(skipped.get('test', 0))}",
          f"skipped, missing or corrupt: train {skipped.get('train', MISSING)}, val {skipped.get('val', MISSING)}, "
          f"test {skipped.get('test', MISSING)}"),
