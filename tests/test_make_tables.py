@@ -13,8 +13,10 @@ import pytest
 import twins
 from helpers import ROOT, TINY
 from model_helpers import write_checkpoint
+from page_helpers import BROWSER, check_layout
 from sklearn.metrics import roc_auc_score
 
+import make_report
 import make_tables
 import models
 from evaluation.predictions import Predictions
@@ -257,3 +259,13 @@ def test_the_default_rows_are_the_eight_of_both_tables():
 
 def test_a_world_without_readme_is_not_called_synthetic(tmp_path, drawn):
     assert world.is_synthetic(drawn / "cbis") and not world.is_synthetic(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_the_page_of_tables_with_two_seeds_lays_out(made, tmp_path):
+    folder, _ = made
+    page = make_report.main([str(folder / "out"), "--output-dir", str(tmp_path / "report")])
+    assert all(section["samples"]["models"][-1] == "ResNet (all)" for section in page["sections"])
+    assert "First seed of each row" in page["sections"][0]["samples"]["about"]
+    check_layout(tmp_path / "report" / "report.html", tmp_path / "seen")
