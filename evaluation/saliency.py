@@ -341,7 +341,7 @@ def beside_original(image: Image.Image, heat: np.ndarray, view: Any, title: str,
     marked = overlay(np.where(seen, grey, 0.35 * grey), heat)
     gap, head, bar = 16, 64, 18
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 15)
-    note = "Dark: cut off before the model" if not seen.all() else ""
+    note = "Outside the frame: cut off, not seen by the model" if not seen.all() else ""
     texts = [title, "red: what speaks for it; scale: share of this map's highest value", note]
     wide = max(2 * width + 3 * gap + 70, *(round(font.getlength(text)) + gap for text in texts))
     page = Image.new("RGB", (wide, height + head + gap + 20 * bool(note)), "white")
