@@ -42,17 +42,20 @@ def samples(
     """Cards of the table's test samples with what each model says of them; None where no row has predictions."""
     dataset = next((name for name, kind in cbis.CBIS_SETS.items() if kind == table.kind), table.kind)
     scheme = CBIS if table.kind in cbis.CBIS_KINDS else set_scheme(table.classes, table.positive, table.unit)
-    read: dict[str, tuple[Path, Predictions]] = {}
+    read: list[tuple[ResultRow, Path, Predictions]] = []
     for row in table.rows:
         if row.kind == "measured" and (file := predictions_file(row, dataset)):
-            read[row.name] = file, Predictions.read(file, scheme)
+            read.append((row, file, Predictions.read(file, scheme)))
             runs.read += [file] * (file not in runs.read)
     if not read:
         return None
-    rows = {row[scheme.sample]: row for _, found in read.values() for row in found.rows}
-    answers, errors = answers_of(rows, [found for _, found in read.values()])
+    rows = {row[scheme.sample]: row for *_, found in read for row in found.rows}
+    answers, errors = answers_of(rows, [found for *_, found in read])
     shown, which = most_telling(errors)
-    address = lesion_images(lesions, runs, pictures) if scheme is CBIS else set_images(table.kind, read, runs, pictures)
+    files = [file for _, file, _ in read]
+    address = (
+        lesion_images(lesions, runs, pictures) if scheme is CBIS else set_images(table.kind, files, runs, pictures)
+    )
     cards = []
     for i in shown:
         name, row = list(rows)[i], list(rows.values())[i]
@@ -63,12 +66,12 @@ def samples(
         })  # fmt: skip
     lacking = sum(not card["image"] for card in cards)
     of = "patient" if scheme is CBIS or table.unit == "patients" else "group"
-    last, several = list(read)[-1], any(len(row.folders) > 1 for row in table.rows if row.name in read)
+    first = " First seed of each row." if any(len(row.folders) > 1 for row, *_ in read) else ""
     return {
         "title": f"The test {'lesions' if scheme is CBIS else 'images'}, one by one",
-        "about": f"{which} As the page opens: by {last}, from {read[last][0]}." + " First seed of each row." * several,
+        "about": f"{which} As the page opens: by {read[-1][0].name}, from {read[-1][1]}." + first,
         "lacking": f"{lacking} of {len(cards)} images are not found{why_not(scheme is CBIS, runs)}." if lacking else "",
-        "models": list(read), "classes": list(scheme.classes), "group": of, "cards": cards,
+        "models": [row.name for row, *_ in read], "classes": list(scheme.classes), "group": of, "cards": cards,
         "probabilities": len(scheme.classes) <= MOST_CLASSES,
     }  # fmt: skip
 
@@ -126,9 +129,9 @@ def lesion_images(lesions: Sequence[dict[str, str]] | None, runs: Runs, pictures
     return address
 
 
-def set_images(kind: str, read: dict[str, tuple[Path, Predictions]], runs: Runs, pictures: Pictures) -> Address:
+def set_images(kind: str, files: Sequence[Path], runs: Runs, pictures: Pictures) -> Address:
     """The image of a set of the catalog, by the settings of the first run that says where it lies."""
-    for file, _ in read.values():
+    for file in files:
         settings = file.with_name("settings.json")
         args = read_json(settings, runs).get("args", {}) if settings.is_file() else {}
         root = args.get("root") or args.get("data_path") or ""
