@@ -26,7 +26,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this 
 def world(tmp_path_factory):
     """Two probes of a csv set, in folders of one name, zero-shot scores, a bank and a search in it."""
     root = tmp_path_factory.mktemp("samples")
-    catalog = write_set(root / "set", patients=36)
+    catalog = write_set(root / "set", patients=60)
     weights = root / "checkpoint.pt"
     write_checkpoint(weights)
     for name, flags in (("a", ("--untrained",)), ("b", ())):
@@ -151,6 +151,7 @@ STEPS = """
   look.querySelector(".further").click();
   steps.all = order().length;
   steps.focus = document.activeElement.dataset.name;
+  steps.next = order()[24];
   choose("model", "0");
   for (const sort of ["error", "sure", "patient", "label", "1"]) {
     choose("sort", sort);
@@ -199,7 +200,7 @@ def test_cases_sort_by_error_patient_and_class(world, runs, tmp_path):
     assert steps["wrong"] == wrong[:24] and all("its own class" in text for text in steps["said"])
     assert steps["oneClass"] == [name for name in wrong if label[name] == 0][:24]
     assert steps["told"].endswith(f"of {sum(label[name] == 0 for name in wrong)} shown")
-    assert total <= 24 or steps["focus"]
+    assert 24 < total <= 48 and steps["focus"] == steps["next"]
 
 
 @pytest.mark.slow
