@@ -50,7 +50,8 @@ class Drawing:
 def _drawn(figure: Figure, title: str, synthetic: bool) -> Drawing:
     """The figure, its SVG with a name for those who cannot see it."""
     if synthetic:
-        figure.text(0.5, 0.5, "SYNTHETIC", fontsize=34, color=GREY, alpha=0.25, ha="center", va="center",
+        size = 34 * min(1.0, figure.get_figheight() / 1.6)  # within a figure of one row
+        figure.text(0.5, 0.5, "SYNTHETIC", fontsize=size, color=GREY, alpha=0.25, ha="center", va="center",
                     rotation=20, fontweight="bold")  # fmt: skip
     text, png = io.StringIO(), io.BytesIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})

@@ -370,7 +370,7 @@ def test_axes_do_not_exaggerate():
     small = ticks(figures.forest([("a", metrics.Interval(0.01, 0.005, 0.02))], "t", "points", False, zero=0.0))
     assert min(small) == -10 and max(small) == 10
     none = np.array([])
-    loss = [("a", np.array([1, 2, 3]), np.array([4.01, 4.0, 3.99]), none, none)]
+    loss = [("a", np.array([1, 2, 3]), np.array([401.0, 400.0, 399.0]), none, none)]
     drawn = ticks(figures.curves(loss, "t", ("epoch", "loss"), False, unit=False, epochs=True))
     assert min(drawn) == 0 and {1, 2, 3} <= set(drawn) and 1.5 not in drawn and 2.5 not in drawn
 
