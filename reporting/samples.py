@@ -56,13 +56,13 @@ def samples(
     address = (
         lesion_images(lesions, runs, pictures) if scheme is CBIS else set_images(table.kind, files, runs, pictures)
     )
-    cards = []
+    cards, titles = [], [name.replace("_", " ") for name in scheme.classes]  # which then break between words
     for i in shown:
         name, row = list(rows)[i], list(rows.values())[i]
         own, label = answers[i], scheme.classes.index(row[scheme.label])
         cards.append({
             "name": name, "group": row[scheme.group], "label": label, "answers": own, "image": address(row),
-            "wrong": bool(own[-1]) and own[-1][0] != label, "said": said(own[-1], label, scheme.classes),
+            "wrong": bool(own[-1]) and own[-1][0] != label, "said": said(own[-1], label, titles),
         })  # fmt: skip
     lacking = sum(not card["image"] for card in cards)
     of = "patient" if scheme is CBIS or table.unit == "patients" else "group"
@@ -71,7 +71,7 @@ def samples(
         "title": f"The test {'lesions' if scheme is CBIS else 'images'}, one by one",
         "about": f"{which} As the page opens: by {read[-1][0].name}, from {read[-1][1]}." + first,
         "lacking": f"{lacking} of {len(cards)} images are not found{why_not(scheme is CBIS, runs)}." if lacking else "",
-        "models": [row.name for row, *_ in read], "classes": list(scheme.classes), "group": of, "cards": cards,
+        "models": [row.name for row, *_ in read], "classes": titles, "group": of, "cards": cards,
         "probabilities": len(scheme.classes) <= MOST_CLASSES,
     }  # fmt: skip
 
