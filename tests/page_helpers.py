@@ -12,7 +12,7 @@ from pathlib import Path
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # What a page is like once it is laid out, told to the page that frames it.
-MEASURE = """<script>addEventListener("load", async () => {
+MEASURE = """<script>addEventListener("load", () => {
   const box = e => e.getBoundingClientRect();
   const seen = e => box(e).width > 0;
   const figures = [...document.querySelectorAll("figure")].map(f => {
@@ -28,21 +28,19 @@ MEASURE = """<script>addEventListener("load", async () => {
   const cut = frames.filter(f => f.scrollWidth > f.clientWidth);
   const first = frames.flatMap(f => [...f.querySelectorAll("tbody tr")].map(r => r.cells[1]).filter(Boolean));
   const cards = [...document.querySelectorAll(".card")].filter(seen);
-  await Promise.all(cards.flatMap(c => [...c.querySelectorAll("img")]).map(i => i.decode().catch(() => 0)));
   const style = getComputedStyle(document.body);
   STEPS
-  parent.postMessage(JSON.stringify({figures, smallest: Math.min(...texts), wide: document.documentElement.scrollWidth,
-    width: innerWidth, background: style.backgroundColor, colour: style.color,
+  parent.document.title = JSON.stringify({figures, smallest: Math.min(...texts),
+    wide: document.documentElement.scrollWidth, width: innerWidth, background: style.backgroundColor, colour: style.color,
     cut: cut.length, reached: cut.filter(f => f.tabIndex === 0).length,
     cued: cut.filter(f => getComputedStyle(f).backgroundImage.includes("gradient")).length,
     firstNumbers: first.filter(seen).map(c => [box(c).left, box(c).left + 60]),
     cards: cards.length, pictures: cards.flatMap(c => [...c.querySelectorAll("img")]).map(i => i.naturalWidth),
-    steps}), "*");
+    steps});
 })</script>"""
 # A frame, since a browser's own window is never narrower than 500 pixels.
-FRAME = """<html><head><title></title></head><body style="margin: 0"><script>
-addEventListener("message", event => { document.title = event.data; });
-</script><iframe src="%s" width="%d" height="900" style="border: 0"></iframe></body></html>"""
+FRAME = """<html><head><title></title></head><body style="margin: 0">
+<iframe src="%s" width="%d" height="900" style="border: 0"></iframe></body></html>"""
 
 
 def laid_out(path: Path, width: int, dark: bool, folder: Path, steps: str = "const steps = null;") -> tuple[dict, str]:
@@ -53,13 +51,14 @@ def laid_out(path: Path, width: int, dark: bool, folder: Path, steps: str = "con
     """
     assert BROWSER is not None
     copy = path.with_name(f"measured_{path.name}")  # beside the images that lie beside the page
-    copy.write_text(path.read_text("utf-8").replace("</body>", MEASURE.replace("STEPS", steps) + "</body>"), "utf-8")
+    page = path.read_text("utf-8").replace(' loading="lazy"', "")  # all are there once the page is
+    copy.write_text(page.replace("</body>", MEASURE.replace("STEPS", steps) + "</body>"), "utf-8")
     frame = folder / "frame.html"
     frame.write_text(FRAME % (copy.as_uri(), width), "utf-8")
     done = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-         f"--user-data-dir={folder / 'user'}", "--virtual-time-budget=20000",
+         f"--user-data-dir={folder / 'user'}", "--allow-file-access-from-files",  # the frame may hear of what it holds
          f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={max(width, 500)},900",
          "--dump-dom", frame.as_uri()],
         capture_output=True, text=True, timeout=300,

@@ -1,12 +1,14 @@
 "use strict";
 // Tables that go on beyond their frame can be scrolled by keys.
-const frames = new ResizeObserver(entries => {
-  for (const { target } of entries) {
-    if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
-    else target.removeAttribute("tabindex");
-  }
-});
-for (const frame of document.querySelectorAll(".wide")) frames.observe(frame);
+function reach(frame) {
+  if (frame.scrollWidth > frame.clientWidth) frame.tabIndex = 0;
+  else frame.removeAttribute("tabindex");
+}
+const frames = new ResizeObserver(entries => entries.forEach(entry => reach(entry.target)));
+for (const frame of document.querySelectorAll(".wide")) {
+  reach(frame);
+  frames.observe(frame);
+}
 
 // The cases of a table: chosen, sorted and shown by the page. Without a script all of them stand there, by error.
 const PAGE = 24;
