@@ -31,7 +31,8 @@ MEASURE = """<script>addEventListener("load", () => {
   const style = getComputedStyle(document.body);
   STEPS
   parent.document.title = JSON.stringify({figures, smallest: Math.min(...texts),
-    wide: document.documentElement.scrollWidth, width: innerWidth, background: style.backgroundColor, colour: style.color,
+    wide: document.documentElement.scrollWidth, width: innerWidth,
+    background: style.backgroundColor, colour: style.color,
     cut: cut.length, reached: cut.filter(f => f.tabIndex === 0).length,
     cued: cut.filter(f => getComputedStyle(f).backgroundImage.includes("gradient")).length,
     firstNumbers: first.filter(seen).map(c => [box(c).left, box(c).left + 60]),
