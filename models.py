@@ -28,14 +28,10 @@ import utils
 from inputs.images import as_image
 from inputs.sizes import Size, as_size, size_text
 from inputs.transforms import Preprocess, eval_view
-from runtime.checkpoints import (
-    strip_wrappers,
-    training_progress,
-    unfinished,
-)
+from runtime.checkpoints import strip_wrappers, training_progress, unfinished
 from tokenizer import SimpleTokenizer, TokenizedTexts, Tokenizer, WordPieceTokenizer, create_tokenizer
 from towers import sources
-from towers.build import build_image_tower, build_text_tower, is_medclip_tower, preprocess_of
+from towers.build import build_image_tower, build_text_tower, is_medclip_tower, preprocess_of, titled
 from towers.files import is_medclip_state, read_pretrained
 from towers.weights import load_weights, require_finite, resize_position_embeddings, unfilled
 
@@ -74,6 +70,7 @@ class ImageModel(nn.Module):
         config: all that determines the parameters; it says more than one class needs.
 
     Attributes:
+        title: what people are told it is: the name, or where the image tower is another than that one's, the tower.
         config: the same as plain values, as checkpoints store it.
         objective: what it is trained for, of OBJECTIVES.
         preprocess: how its images are prepared; weights from elsewhere may bring a mean and deviation of their own.
@@ -85,6 +82,7 @@ class ImageModel(nn.Module):
     def __init__(self, name: str, config: ModelConfig):
         super().__init__()
         self.name, self.config, self.objective = name, config.values(), objective_of(config)
+        self.title = titled(name, config, MODELS.get(name))
         self.preprocess = preprocess_of(config.vision_tower, config.image_size)
         self.visual: Any
         if not config.vision_tower:
@@ -595,7 +593,7 @@ def load_pretrained(
     remark = unfinished(state, path)
     if remark:
         log.warning(f"{path} is {remark}")
-    source = f"{loaded.name} from {kind} {path}" + (f", {remark}" if remark else "")
+    source = f"{loaded.title} from {kind} {path}" + (f", {remark}" if remark else "")
     training = state.get("training") or training_progress(state, path)
     return Pretrained(loaded, loaded.preprocess, tokenizer, source, training)
 

@@ -186,15 +186,17 @@ def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
         prob = np.stack([head(features)[:, 1] for head in heads], axis=1)
         rows = finding_answers(paths, prob, names)
         explained = [(int(p.argmax()), 1) for p in prob]
+        named = [names[number] for number, _ in explained]
     else:
         prob = heads[0](features)
         rows = answers(paths, prob, about["classes"], about["operating_point"])
         explained = [(0, target) for target in targets(prob, about["classes"], about["operating_point"])]
+        named = [about["classes"][target] for _, target in explained]
     for i, row in enumerate(rows if distance is not None else []):
         assert distance is not None
         row["unlike_training"] = int(distance[i] > 1)
     if args.explain:
-        draw_maps(args.explain, backbone, heads, view, paths, explained, rows)
+        draw_maps(args.explain, backbone, heads, view, paths, explained, named, rows)
     if distance is not None and (far := int((distance > 1).sum())):
         log.warning(f"{far} of {len(rows)} images are farther from the training images than 99.9% of these are")
     return rows
@@ -223,7 +225,8 @@ def classify_finetuned(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = answers(paths, prob, classes, point)
     if args.explain:
         explained = [(0, target) for target in targets(prob, classes, point)]
-        draw_maps(args.explain, backbone, [saliency.identity_head(len(classes))], view, paths, explained, rows)
+        named = [classes[target] for _, target in explained]
+        draw_maps(args.explain, backbone, [saliency.identity_head(len(classes))], view, paths, explained, named, rows)
     return rows
 
 
@@ -261,12 +264,13 @@ def targets(prob: np.ndarray, classes: Sequence[str], operating_point: dict | No
 
 def draw_maps(
     folder: Path, backbone: Backbone, heads: Sequence[Linear], view: Any, paths: Sequence[Shown],
-    explained: Sequence[tuple[int, int]], rows: list[dict[str, Any]],
+    explained: Sequence[tuple[int, int]], named: Sequence[str], rows: list[dict[str, Any]],
 ) -> None:  # fmt: skip
-    """An image with its map for each answer, in `folder`; the answer's column `map` names it.
+    """An image beside itself with its map for each answer, in `folder`; the answer's column `map` names it.
 
     Args:
         explained: of each image the head's number and the class in it.
+        named: of each image what that is called, a class or a finding.
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = next(backbone.model.parameters()).device
@@ -275,10 +279,12 @@ def draw_maps(
         own = [i for i, pair in enumerate(explained) if pair == (number, target)]
         for start in range(0, len(own), 8):
             part = own[start : start + 8]
-            images = torch.stack([view(paths[i].read()[0], None) for i in part])
-            for i, image, heat in zip(part, images, explainer(images.to(device)), strict=True):
+            films = [paths[i].read()[0] for i in part]
+            views = torch.stack([view(film, None) for film in films])
+            for i, film, heat in zip(part, films, explainer(views.to(device)), strict=True):
                 file = folder / f"{i:05d}_{utils.file_name(paths[i].path.stem)}.png"
-                saliency.overlay(saliency.grey_view(image), heat).save(file)
+                title = f"{named[i]}: {100 * rows[i][f'prob_{named[i]}']:.1f}%"
+                saliency.beside_original(film, heat, view, title).save(file)
                 rows[i]["map"] = str(file)
 
 

@@ -23,7 +23,7 @@ from evaluation.metrics import Difference, Interval
 from evaluation.resamples import Drawn, Resamples, interval_of, two_sided
 
 # Said beside every interval and p-value of a trained row with one seed.
-ONE_SEED = "one training seed: leaves out how another training would have gone"
+ONE_SEED = "trained once; the interval covers other patients, not another training"
 # Said where rows of few seeds have intervals of very different widths.
 FEW_SEEDS = (
     "Of two or three seeds the spread between trainings is hardly known: t's quantile of one degree of freedom is "

@@ -109,7 +109,7 @@ def load_backbone(
         tower, name, training = loaded.model, loaded.source, loaded.training
         if untrained:
             training = {}
-            tower, name = models.rebuilt(tower, seed), f"{tower.name}, {fresh}"
+            tower, name = models.rebuilt(tower, seed), f"{tower.title}, {fresh}"
     else:
         utils.seed_everything(seed)
         # `arch` names a timm tower only; a CLIP model around it has the projection as well.

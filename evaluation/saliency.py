@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import models
@@ -267,13 +268,101 @@ def overlay(view: np.ndarray, heat: np.ndarray, mask: np.ndarray | None = None) 
     """A view (H, W) from 0 to 1 with its map (H, W) in red and an outline in cyan."""
     grey = np.repeat((255 * view[..., None]).astype(np.float32), 3, axis=2)
     heat = heat / max(float(heat.max()), 1e-12)
-    colour = np.array([255.0, 60.0, 20.0], dtype=np.float32)
-    shown = grey * (1 - 0.6 * heat[..., None]) + colour * 0.6 * heat[..., None]
+    share = MAP_SHARE * heat[..., None]
+    shown = grey * (1 - share) + np.array(MAP_COLOUR, dtype=np.float32) * share
     if mask is not None:
         inner = mask.copy()
         inner[1:-1, 1:-1] = mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:] & mask[1:-1, 1:-1]
         shown[mask & ~inner] = (60, 220, 255)
     return Image.fromarray(shown.clip(0, 255).astype(np.uint8))
+
+
+MAP_COLOUR, MAP_SHARE = (255.0, 60.0, 20.0), 0.6  # of the map's highest value; how much of it covers the image there
+
+
+def source_of(view: Any, size: tuple[int, int]) -> np.ndarray:
+    """Where a view's places lie in the image: (2, 2), rows x and y, source = row[0] * place + row[1], both in pixels.
+
+    A view may resize, squash, pad and cut, but neither turn nor bend. Ramps from black to white are sent through it:
+    what is left of one at a place says from where in the image the place comes.
+
+    Args:
+        view: an image to (3, H, W).
+        size: of the image, width and height.
+    """
+    width, height = size
+    black, white = (view(Image.new("RGB", size, colour), None).mean(0).numpy() for colour in ("black", "white"))
+    span = white - black  # 0 in padding
+    found = np.zeros((2, 2))
+    seen = np.abs(span) > 1e-3
+    for axis, length in ((0, width), (1, height)):
+        number = seen.sum(axis)
+        places = np.flatnonzero(number)  # columns for x, rows for y
+        start, stop = 0.0, float(length)
+        for _ in range(2):  # the second ramp is over what the view keeps: 256 levels of all are coarse there
+            ramp = ((np.arange(length) + 0.5 - start) / (stop - start)).clip(0, 1)
+            grey = np.rint(255 * ramp).astype(np.uint8)
+            grey = np.tile(grey, (height, 1)) if axis == 0 else np.tile(grey[:, None], (1, width))
+            part = view(Image.fromarray(grey).convert("RGB"), None).mean(0).numpy() - black
+            part = np.where(seen, part, 0.0).sum(axis)[places] / np.where(seen, span, 0.0).sum(axis)[places]
+            inner = (part > 0.02) & (part < 0.98)  # a resize bends a ramp at its ends
+            if inner.sum() < 2 or np.ptp(part[inner]) == 0:  # one place, or one pixel, knows no scale: the whole length
+                found[axis] = length / len(places), -places[0] * length / len(places)
+                break
+            scale, offset = np.polyfit(places[inner] + 0.5, part[inner], 1)
+            found[axis] = scale * (stop - start), offset * (stop - start) + start
+            ends = found[axis, 0] * np.array([places[0], places[-1] + 1.0]) + found[axis, 1]
+            start, stop = ends.clip(0, length) + np.array([-1.0, 1.0])
+    return found
+
+
+def on_image(heat: np.ndarray, view: Any, image: Image.Image, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A view's map (H, W) where it lies in the image, at `size` (w, h): (h, w), and which of it the view saw (h, w)."""
+    (ax, bx), (ay, by) = source_of(view, image.size)
+    sx, sy = image.width / size[0], image.height / size[1]
+    place = (sx / ax, 0, -bx / ax, 0, sy / ay, -by / ay)  # from a pixel of the result to one of the view
+    shown = Image.fromarray(heat.astype(np.float32)).transform(
+        size, Image.Transform.AFFINE, place, Image.Resampling.BILINEAR
+    )
+    x, y = (np.arange(size[0]) + 0.5) * place[0] + place[2], (np.arange(size[1]) + 0.5) * place[4] + place[5]
+    seen = ((0 <= y) & (y <= heat.shape[0]))[:, None] & ((0 <= x) & (x <= heat.shape[1]))
+    return np.asarray(shown) * seen, seen
+
+
+def beside_original(image: Image.Image, heat: np.ndarray, view: Any, title: str, side: int = 512) -> Image.Image:
+    """The image, it with its map (H, W) of the view in the same proportions, and the scale; `title` says of what class.
+
+    What the view cut off is dark, with a frame around what it saw.
+    """
+    scale = side / max(image.size)
+    width, height = (max(1, round(scale * length)) for length in image.size)
+    shown = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    heat, seen = on_image(heat, view, image, (width, height))
+    grey = np.asarray(shown.convert("L"), np.float32) / 255
+    marked = overlay(np.where(seen, grey, 0.35 * grey), heat)
+    gap, head, bar = 16, 64, 18
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 15)
+    note = "Outside the frame: cut off, not seen by the model" if not seen.all() else ""
+    texts = [title, "red: what speaks for it; scale: share of this map's highest value", note]
+    wide = max(2 * width + 3 * gap + 70, *(round(font.getlength(text)) + gap for text in texts))
+    page = Image.new("RGB", (wide, height + head + gap + 20 * bool(note)), "white")
+    draw = ImageDraw.Draw(page)
+    for i, text in enumerate(texts[:2]):
+        draw.text((gap // 2, 8 + 26 * i), text, "black", font)
+    if note:
+        draw.text((gap // 2, head + height + 10), note, "black", font)
+    left = gap // 2 + width + gap
+    page.paste(shown, (gap // 2, head))
+    page.paste(marked, (left, head))
+    if note:
+        rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+        draw.rectangle((left + int(columns[0]), head + int(rows[0]), left + int(columns[-1]), head + int(rows[-1])),
+                       outline="white")  # fmt: skip
+    ramp = np.repeat(np.linspace(1, 0, height, dtype=np.float32)[:, None], bar, 1)  # over a mid grey
+    page.paste(overlay(np.full_like(ramp, 0.5), ramp), (left + width + gap, head))
+    for place, text in ((0.0, "100%"), (0.5, "50%"), (1.0, "0%")):
+        draw.text((left + width + gap + bar + 4, head + place * (height - 18)), text, "black", font)
+    return page
 
 
 def plate(explained: Explained, side: int = 220) -> str:

@@ -131,7 +131,7 @@ def table(loaded: models.Pretrained, sources: Sequence[Source]) -> list[str]:
     """What the model is and where it comes from, in rows."""
     config, size = loaded.model.config, size_text(loaded.preprocess.size)
     rows = {
-        "Model": f"{loaded.model.name}: image tower {config['vision_tower']} at {size} pixels"
+        "Model": f"{loaded.model.title}: image tower {config['vision_tower']} at {size} pixels"
         + f", text tower {config['text_tower']}" * loaded.model.objective.text,
         "Objective": config["objective"],
         "Training": progress(loaded.training),
@@ -256,7 +256,7 @@ def card(
     roots = [source.args["root"] for source in sources if source.args.get("root")]
     synthetic = any(result.synthetic for result in found) or any(is_synthetic(Path(root)) for root in roots)
     reads = any("captions" in line for line in use)
-    lines = ["# " + loaded.model.name + " (SYNTHETIC data)" * synthetic, ""]
+    lines = ["# " + loaded.model.title + " (SYNTHETIC data)" * synthetic, ""]
     if synthetic:
         lines += ["Trained or measured on SYNTHETIC images: its numbers say nothing about patients.", ""]
     lines += [
@@ -275,7 +275,7 @@ def card(
         pipeline_tag="zero-shot-image-classification" if reads else "image-feature-extraction",
         tags=["medical", "radiology", "medslip", loaded.model.config["objective"], *["synthetic"] * synthetic],
         datasets=datasets(sources) or None, metrics=sorted({k for r in found for k, _, _ in r.figures}) or None,
-        model_name=loaded.model.name, eval_results=[
+        model_name=loaded.model.title, eval_results=[
             EvalResult("image-classification", result.dataset, result.dataset, metric, value, metric_name=title)
             for result in found for metric, title, value in result.figures
         ] or None,

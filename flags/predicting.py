@@ -26,8 +26,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_images(classify)
     classify.add_argument("--weights", default="", type=str, help="where the run's weights are now, if they were moved")
     classify.add_argument("--explain", default=None, type=Path, metavar="DIR",
-                          help="write each image with the places in red that its score comes from, the malignant one "
-                          "or the predicted class's; make_report.py --saliency says how far to trust such maps")
+                          help="write each image and, beside it, the same with the places in red that its score comes "
+                          "from, the malignant one or the predicted class's; make_report.py --saliency says how far to "
+                          "trust such maps")
 
     zero = commands.add_parser("zero-shot", help="by labels in words", formatter_class=HelpFormatter)
     add_weights(zero)

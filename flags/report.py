@@ -19,7 +19,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--title", default="MedSLIP: results", type=str, help="of the page")
     parser.add_argument("--cbis", default=None, type=Path,
                         help="folder of CBIS-DDSM for images and the table of its splits (default: the runs' own)")
-    parser.add_argument("--no-images", action="store_true", help="leave out images of patients")
+    parser.add_argument("--no-images", action="store_true",
+                        help="leave out images of patients, and the list of cases that goes with them")
     parser.add_argument("--saliency", default=0, type=int, metavar="LESIONS",
                         help="explain the last probe of each table on up to this many test cancers, on the whole "
                         "mammogram against the radiologist's outline; needs captum and the run's weights")

@@ -1,13 +1,16 @@
-"""The report's figures, as SVG that follows the page: its font, and light or dark by itself.
+"""The report's figures: as SVG that follows the page, its font and light or dark by itself, and as PNG for slides.
 
-Each function takes plain values and returns the text of one <svg>. `synthetic` puts a watermark over it.
+Each function takes plain values and returns a Drawing. `synthetic` puts a watermark over it. Text is 10.5 points in a
+figure of at most 360: on a page that shows it at least 350 pixels wide, no text is smaller than 10 pixels.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -17,28 +20,42 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from evaluation.metrics import Interval  # noqa: E402
 from reporting.text import one_line  # noqa: E402
 
 INK = "#010203"  # stands for the page's text colour
+GREY = "#888888"
 # Distinct in grey, to people who see no red or green, and on white and black (after Okabe and Ito 2008).
-COLOURS = ("#0a7abf", "#d55e00", "#009e73", "#b07aa1", "#9a7d0a", "#56a0d3", "#888888", "#c44e52")
+COLOURS = ("#0a7abf", "#d55e00", "#009e73", "#b07aa1", "#9a7d0a", "#56a0d3", GREY, "#c44e52")
+WIDTH, TEXT, DPI = 5.0, 10.5, 200  # inches; points; of the PNG
 _STYLE: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "medslip", "font.size": 10, "axes.spines.top": False,
+    "svg.fonttype": "none", "svg.hashsalt": "medslip", "font.size": TEXT, "axes.spines.top": False,
     "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "legend.frameon": False, "legend.labelcolor": INK, "axes.titlesize": 10, "text.parse_math": False,
+    "legend.frameon": False, "legend.labelcolor": INK, "axes.titlesize": TEXT, "text.parse_math": False,
+    "legend.fontsize": TEXT, "figure.constrained_layout.use": True,
 }  # fmt: skip
 
 
-def _svg(figure: Figure, title: str, synthetic: bool) -> str:
-    """The figure as inline SVG with a name for those who cannot see it."""
+@dataclass(frozen=True)
+class Drawing:
+    """One figure: the text of an <svg> for a page, and a PNG on white."""
+
+    svg: str
+    png: bytes
+
+
+def _drawn(figure: Figure, title: str, synthetic: bool) -> Drawing:
+    """The figure, its SVG with a name for those who cannot see it."""
     if synthetic:
-        figure.text(0.5, 0.5, "SYNTHETIC", fontsize=34, color="#888888", alpha=0.25, ha="center", va="center",
+        size = 34 * min(1.0, figure.get_figheight() / 1.6)  # within a figure of one row
+        figure.text(0.5, 0.5, "SYNTHETIC", fontsize=size, color=GREY, alpha=0.25, ha="center", va="center",
                     rotation=20, fontweight="bold")  # fmt: skip
-    text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text, png = io.StringIO(), io.BytesIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(png, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     plt.close(figure)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -46,7 +63,7 @@ def _svg(figure: Figure, title: str, synthetic: bool) -> str:
     svg = _in_tags(svg, lambda tag: tag.replace(INK, "currentColor"))
     svg = _in_tags(svg, lambda tag: re.sub(r"font:\s*([^;\"]*?)\s*'[^\"]*?sans-serif", r"font: \1 sans-serif", tag))
     escaped = one_line(title).replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1)
+    return Drawing(svg.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1), png.getvalue())
 
 
 def _in_tags(svg: str, change: Callable[[str], str]) -> str:
@@ -62,26 +79,39 @@ def with_ids(svg: str, name: str) -> str:
 
 def forest(
     rows: Sequence[tuple[str, Interval]], title: str, axis: str, synthetic: bool, zero: float | None = None
-) -> str:
-    """Names with a point and, where it is known, an interval each, percent; `zero` draws the line of no difference."""
+) -> Drawing:
+    """Names with a point and, where it is known, an interval each, percent.
+
+    The axis does not make differences look larger than they are: that of AUROC goes from chance, 50, or the lowest
+    value below it, to 100; with `zero`, which draws the line of no difference there, it has it in its middle and at
+    least 10 points to each side.
+    """
     with plt.rc_context(_STYLE):
-        figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.32 * len(rows)))
+        figure, ax = plt.subplots(figsize=(WIDTH, 0.7 + 0.46 * len(rows)))
         places = np.arange(len(rows))[::-1]
-        for place, (_, value) in zip(places, rows, strict=True):
+        for place, (name, value) in zip(places, rows, strict=True):
+            # Above its line, in the full width: beside it, long names would leave no room for lines on a phone.
+            ax.text(0.01, place + 0.17, _shortened(name), transform=ax.get_yaxis_transform(), va="bottom")
             if value.value is None:
                 continue
             grey = value.low is None or value.high is None or (zero is not None and value.low <= zero <= value.high)
-            colour = "#888888" if grey else COLOURS[0]
+            colour = GREY if grey else COLOURS[0]
             if value.low is not None and value.high is not None:
                 ax.plot([100 * value.low, 100 * value.high], [place, place], color=colour, lw=2, solid_capstyle="butt")
             ax.plot(100 * value.value, place, "o", color=colour, ms=6)
+        ends = [100 * end for _, value in rows for end in (value.low, value.value, value.high) if end is not None]
         if zero is not None:
-            ax.axvline(100 * zero, color=INK, lw=0.8, ls=":")
-        ax.set_yticks(places, [_shortened(name) for name, _ in rows])
-        ax.set_ylim(-0.6, len(rows) - 0.4)
+            reach = max([10.0, *(1.05 * abs(end - 100 * zero) for end in ends)])
+            ax.set_xlim(100 * zero - reach, 100 * zero + reach)
+        else:
+            ax.set_xlim(min([50.0, *(10 * np.floor(end / 10) for end in ends)]) - 0.5, 100.5)
+        chance = 50 if zero is None else 100 * zero
+        ax.vlines([chance] * len(rows), places - 0.28, places + 0.14, color=INK, lw=0.8, ls=":")  # not through names
+        ax.spines["left"].set_visible(False)
+        ax.set_yticks([])
+        ax.set_ylim(-0.5, len(rows) - 0.4)
         ax.set_xlabel(axis)
-        ax.tick_params(axis="y", length=0)
-        return _svg(figure, title, synthetic)
+        return _drawn(figure, title, synthetic)
 
 
 def _shortened(name: str, most: int = 46) -> str:
@@ -96,10 +126,19 @@ def curves(
     synthetic: bool,
     diagonal: bool = False,
     unit: bool = True,
-) -> str:
-    """Lines with bands: name, x (n,), y, low and high; an empty low draws none."""
+    level: tuple[str, float] | None = None,
+    least: float = 0.0,
+    epochs: bool = False,
+) -> Drawing:
+    """Lines with bands: name, x (n,), y, low and high; an empty low draws none.
+
+    Args:
+        unit: both axes from 0 to 1; else the vertical one begins at `least`, or at what lies lower.
+        level: a dotted horizontal line and what it is called: what chance would give.
+        epochs: the horizontal axis counts: whole numbers alone.
+    """
     with plt.rc_context(_STYLE):
-        figure, ax = plt.subplots(figsize=(5.2, 4.2))
+        figure, ax = plt.subplots(figsize=(WIDTH, 4.0 + 0.22 * (len(rows) + (level is not None))))
         lines, names = [], []
         for colour, style, (name, x, y, low, high) in zip(
             COLOURS * 9, [s for s in ("-", "--", "-.", ":") for _ in COLOURS] * 9, rows, strict=False
@@ -111,53 +150,70 @@ def curves(
                 ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         if diagonal:
             ax.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":")
+        if level is not None:
+            lines.append(ax.axhline(level[1], color=INK, lw=0.8, ls=":"))
+            names.append(level[0])
         if unit:
             ax.set_xlim(0, 1)
             ax.set_ylim(0, 1.01)
+        else:
+            lowest = min(
+                [least, *(float(np.nanmin(own)) for row in rows for own in row[2:4] if np.isfinite(own).any())]
+            )
+            ax.set_ylim(bottom=lowest)
+        if epochs:
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel(axes[0])
         ax.set_ylabel(axes[1])
-        ax.legend(lines, names, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=1)
-        return _svg(figure, title, synthetic)
+        figure.legend(lines, names, loc="outside lower left", ncols=1)
+        return _drawn(figure, title, synthetic)
 
 
-def confusion(counts: np.ndarray, classes: Sequence[str], title: str, synthetic: bool) -> str:
+MOST_NUMBERS = 8  # classes of a confusion matrix whose cells have room for their numbers
+
+
+def confusion(counts: np.ndarray, classes: Sequence[str], title: str, synthetic: bool) -> Drawing:
     """A confusion matrix (k, k), a row for each true class, shaded by the fraction of its row."""
     with plt.rc_context(_STYLE):
-        figure, ax = plt.subplots(figsize=(3.9, 3.2))
+        figure, ax = plt.subplots(figsize=(WIDTH, 4.4 if len(classes) <= MOST_NUMBERS else 5.4))
         fraction = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         shades = LinearSegmentedColormap.from_list("", [(0.04, 0.48, 0.75, 0.04), (0.04, 0.48, 0.75, 0.75)])
         edges = np.arange(len(classes) + 1) - 0.5
         ax.pcolormesh(edges, edges, fraction, cmap=shades, vmin=0, vmax=1)  # vectors, where imshow embeds a bitmap
         ax.invert_yaxis()
-        ax.set_aspect("equal")
-        for i in range(len(classes)):
+        for i in range(len(classes) if len(classes) <= MOST_NUMBERS else 0):
             for j in range(len(classes)):
                 number = f"{counts[i, j]:.1f}".removesuffix(".0")
-                ax.text(j, i, f"{number}\n{100 * fraction[i, j]:.0f}%", ha="center", va="center", fontsize=9)
-        labels = [one_line(name).replace("_WITHOUT_", "\nWITHOUT\n").replace("_", " ") for name in classes]
-        ax.set_xticks(range(len(classes)), labels, fontsize=7)
-        ax.set_yticks(range(len(classes)), labels, fontsize=7)
+                ax.text(j, i, f"{number}\n{100 * fraction[i, j]:.0f}%", ha="center", va="center")
+        labels = [_broken(name) for name in classes]
+        ax.set_xticks(range(len(classes)), labels, rotation=0 if len(classes) <= 4 else 90)
+        ax.set_yticks(range(len(classes)), labels)
         ax.set_xlabel("predicted")
         ax.set_ylabel("true")
         ax.spines[:].set_visible(False)
-        return _svg(figure, title, synthetic)
+        return _drawn(figure, title, synthetic)
 
 
-def flow(steps: Sequence[tuple[str, str]], title: str, synthetic: bool) -> str:
+def _broken(name: str, most: int = 10) -> str:
+    """A class's name in lines that are short enough for a column of a matrix."""
+    return "\n".join(textwrap.wrap(_shortened(name, 30).replace("_", " "), most)) or name
+
+
+def flow(steps: Sequence[tuple[str, str]], title: str, synthetic: bool) -> Drawing:
     """A flow diagram from top to bottom: (box, what left before it, or nothing)."""
     with plt.rc_context(_STYLE):
-        figure, ax = plt.subplots(figsize=(6.4, 0.85 * len(steps)))
+        figure, ax = plt.subplots(figsize=(WIDTH, 1.0 * len(steps) - 0.3))
         for i, (box, left) in enumerate(steps):
             y = -i
-            ax.text(0, y, box, ha="center", va="center", bbox={"boxstyle": "round,pad=0.5", "fc": "none", "ec": INK})
+            ax.text(0, y, box, ha="left", va="center", bbox={"boxstyle": "round,pad=0.4", "fc": "none", "ec": INK})
             if i:
-                ax.annotate("", (0, y + 0.3), (0, y + 0.72), arrowprops={"arrowstyle": "->", "color": INK})
+                ax.annotate("", (0.1, y + 0.2), (0.1, y + 0.8), arrowprops={"arrowstyle": "->", "color": INK})
             if left:
-                ax.text(0.55, y + 0.5, left, ha="left", va="center", fontsize=9, color="#888888")
-        ax.set_xlim(-1, 2)
-        ax.set_ylim(-len(steps) + 0.4, 0.6)
+                ax.text(0.16, y + 0.5, "\n".join(textwrap.wrap(left, 46)), ha="left", va="center")
+        ax.set_xlim(-0.04, 1)
+        ax.set_ylim(-len(steps) + 0.6, 0.4)
         ax.axis("off")
-        return _svg(figure, title, synthetic)
+        return _drawn(figure, title, synthetic)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from datasets import create_reader
 from evaluation import metrics, neighbours, saliency
 from evaluation.predictions import Predictions
 from evaluation.run_folder import places_of
 from inputs import cbis
-from inputs.images import UnreadableImage, read_image
+from inputs.images import read_image
+from reporting.pictures import data_uri, jpeg, thumbnail
 from reporting.runs import MISSING, ResultTable, Runs, read_json
 
 SHOWN = 6  # images of each kind of error
@@ -60,33 +58,6 @@ def median_crop(part: Sequence[dict[str, str]]) -> str:
 
 
 PROBE_FILES = ("predictions.csv", "settings.json", "head.safetensors")
-
-
-def misread(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs) -> list[dict[str, Any]]:
-    """Of the table's last model: cancers with the lowest malignant probability, and the most confident errors."""
-    model = table.last("predictions.csv")
-    if model is None or runs.cbis is None:
-        return []
-    path = model.folders[0] / "predictions.csv"
-    found, crops = Predictions.read(path), {row["lesion"]: row["crop"] for row in rows}
-    target = cbis.CBIS_CLASSES.index(metrics.MALIGNANT)
-    missed = missed_cancers(found)
-    wrong = np.flatnonzero(found.prob.argmax(1) != found.labels)
-    confident = wrong[np.argsort(-metrics.ranked(found.prob)[wrong].max(1), kind="stable")][:SHOWN]
-    groups = []
-    for title, index in (("Cancers with the lowest malignant probability", missed),
-                         ("The most confident errors", confident)):  # fmt: skip
-        images = []
-        for i in index:
-            row = found.rows[i]
-            images.append({
-                "lesion": row["lesion"], "true": row["pathology"],
-                "said": f"{cbis.CBIS_CLASSES[int(found.prob[i].argmax())]} {100 * found.prob[i].max():.0f}%, "
-                f"malignant {100 * found.prob[i, target]:.0f}%",
-                "data": thumbnail(runs.cbis / crops[row["lesion"]]) if crops.get(row["lesion"]) else None,
-            })  # fmt: skip
-        groups.append({"title": title, "model": model.name, "source": str(path), "images": images})
-    return groups
 
 
 def missed_cancers(found: Predictions) -> np.ndarray:
@@ -163,27 +134,12 @@ def nearest(table: ResultTable, rows: Sequence[dict[str, str]], runs: Runs, roco
     lines = [
         {"lesion": name, "data": thumbnail(crops[name]),
          "captions": [(bank.captions[i], cosine) for i, cosine in near["captions"]],
-         "images": [(bank.captions[i], small(bank.reader.image(i), 110), cosine) for i, cosine in near["images"]]}
+         "images": [
+             (bank.captions[i], data_uri(jpeg(bank.reader.image(i), 110)), cosine) for i, cosine in near["images"]
+         ]}
         for name, near in zip(names, found, strict=True)
     ]  # fmt: skip
     return {"why": "", "model": weights, "source": str(roco), "lines": lines}
-
-
-def thumbnail(path: Path, side: int = 160) -> str | None:
-    """A small JPEG as a data URI; None for an image that is missing or corrupt."""
-    try:
-        return small(read_image(path), side)
-    except (UnreadableImage, FileNotFoundError):
-        return None
-
-
-def small(img: Image.Image, side: int) -> str:
-    """The image at most `side` pixels large, as a data URI."""
-    img = img.copy()
-    img.thumbnail((side, side), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    img.save(data, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def percent_cell(value: dict[str, Any] | None) -> str:

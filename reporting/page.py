@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from evaluation.predictions import class_rows, describe_interval
 from evaluation.set_probes import mean_title
 from inputs import cbis
 from reporting import checklists
-from reporting.lesions import explained, lesion_tables, misread, nearest, percent_cell, splits_table
+from reporting.lesions import explained, lesion_tables, nearest, percent_cell, splits_table
+from reporting.pictures import FOLDER, Pictures
 from reporting.plan import TABLES
 from reporting.plots import Gallery, flow_figure, fraction_figures, short, table_figures, training_figures
 from reporting.runs import MISSING, ResultTable, Runs
+from reporting.samples import samples, searches
 from reporting.text import markdown, tex
 
 HERE = Path(__file__).resolve().parents[1]
@@ -148,16 +151,30 @@ def two_class_rows(table: ResultTable) -> list[tuple[str, str]]:
     return [(row.name, "; ".join(map(percent_cell, row.two_class))) for row in table.rows if row.two_class]
 
 
+def class_codes(table: ResultTable) -> str:
+    """The table's classes in words; "" of too many to name."""
+    if len(table.classes) > MOST_NAMED:
+        return ""
+    names = [f"{name} ({CODES[name]})" if name in CODES else name for name in table.classes]
+    positive = table.positive if table.positive in table.classes else None
+    return ", ".join(names) + (f"; {positive} is the one that is looked for" if positive else "")
+
+
+MOST_NAMED = 12  # classes
+CODES = {"BENIGN_WITHOUT_CALLBACK": "the radiologist asked for neither a biopsy nor further films"}
+
+
 def build_page(
-    runs: Runs, title: str, images: bool, saliency_lesions: int = 0, roco: Path | None = None
-) -> dict[str, Any]:
+    runs: Runs, title: str, images: bool, saliency_lesions: int = 0, roco: Path | None = None,
+    folders: Sequence[Path] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Everything that the templates show."""
-    gallery, sections, lesions = Gallery(), [], lesion_tables(runs)
+    gallery, pictures, sections, lesions = Gallery(), Pictures(), [], lesion_tables(runs)
     for kind, table in runs.tables.items():
         rows = lesions.get(kind)
         sections.append({
             "kind": kind, "anchor": anchor(kind), "title": TABLES.get(kind, kind), "lesion": kind in cbis.CBIS_KINDS,
-            "size": table.size(), "unit": table.unit,
+            "size": table.size(), "unit": table.unit, "classes": class_codes(table),
             "columns": list(columns_of(table).values()), "against": metrics.class_title(table.positive),
             "positive": table.positive or "",
             "detection_columns": list(metrics.headings(metrics.DETECTION, table.positive).values()),
@@ -168,7 +185,7 @@ def build_page(
             "figures": table_figures(table, runs, gallery),
             "splits": splits_table(rows) if rows else None,
             "flow": flow_figure(kind, rows, runs, gallery) if rows else None,
-            "misread": misread(table, rows, runs) if rows and images else [],
+            "samples": samples(table, rows, runs, pictures) if images else None,
             "nearest": nearest(table, rows, runs, roco) if rows and images else None,
             "saliency": explained(table, rows, runs, saliency_lesions, images) if rows else None,
         })  # fmt: skip
@@ -178,6 +195,8 @@ def build_page(
         "synthetic": runs.synthetic,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "sections": sections,
+        "searches": searches(folders, runs, pictures, images),
+        "pictures": pictures.files,
         "training": training,
         "fractions": fractions,
         "fraction_lines": fraction_lines(runs),
@@ -193,7 +212,7 @@ def build_page(
     }
 
 
-OWN_IDS = ("other", "fractions", "training", "checklists", "provenance")  # of the page's other headings
+OWN_IDS = ("other", "fractions", "searches", "training", "checklists", "provenance")  # of the page's other headings
 
 
 def anchor(kind: str) -> str:
@@ -305,7 +324,7 @@ def facts_of(runs: Runs, sections: list[dict[str, Any]]) -> dict[str, Any]:
         "devices": sorted({str(d["device"]) for d in derived if "device" in d}),
         "versions": versions_of(runs),
         "commands": bool(runs.settings),
-        "misread": any(s["misread"] for s in sections),
+        "misread": any(s["samples"] for s in sections),
         "saliency": any(s["saliency"] and not s["saliency"]["why"] for s in sections),
         "radiologist": any("Radiologist" in row.name for t in runs.tables.values() for row in t.rows),
         "synthetic": runs.synthetic,
@@ -355,7 +374,7 @@ def write_tex(page: dict[str, Any]) -> str:
 
 
 def write_report(page: dict[str, Any], folder: Path) -> None:
-    """report.html, report.md with figures/, tables.csv and tables.tex."""
+    """report.html, report.md with figures/, tables.csv and tables.tex; beside them images that are too many for it."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=jinja2.select_autoescape(["html.jinja"]),
@@ -364,12 +383,20 @@ def write_report(page: dict[str, Any], folder: Path) -> None:
     environment.filters["never_seen"] = never_seen
     environment.filters["md"] = lambda value: markdown(str(value))
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    files = {f"figures/{f.name}.svg": with_colours(f.svg) for f in page["figures"].values()}
+    files: dict[str, str | bytes] = {}
+    for figure in page["figures"].values():
+        files |= {f"figures/{figure.name}.svg": with_colours(figure.svg), f"figures/{figure.name}.png": figure.png}
+    for old in (folder / FOLDER).glob("[0-9]*.jpg"):  # a page without images leaves none of an earlier one beside it
+        old.unlink()
+    if page["pictures"]:
+        (folder / FOLDER).mkdir(exist_ok=True)
+    files |= page["pictures"]
     for name in ("report.html", "report.md"):
         files[name] = environment.get_template(f"{name}.jinja").render(page)
     files |= {"tables.csv": write_csv(page), "tables.tex": write_tex(page)}
     for name, text in files.items():
-        utils.atomic_write(folder / name, lambda file, text=text: file.write(text.encode("utf8", "backslashreplace")))
+        data = text if isinstance(text, bytes) else text.encode("utf8", "backslashreplace")
+        utils.atomic_write(folder / name, lambda file, data=data: file.write(data))
 
 
 def with_colours(svg: str) -> str:

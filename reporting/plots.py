@@ -34,6 +34,7 @@ class Figure:
     title: str
     svg: str
     source: str
+    png: bytes
 
 
 class Gallery:
@@ -43,13 +44,13 @@ class Gallery:
         self.found: dict[str, Figure] = {}
         self.ids: set[str] = set()
 
-    def add(self, name: str, title: str, svg: str, source: str) -> str:
+    def add(self, name: str, title: str, drawing: figures.Drawing, source: str) -> str:
         """Keep a figure under its name, which is returned; ids within it are made unique on the page."""
         ids = re.sub(r"[^a-z0-9]+", "_", title.lower())
         if ids in self.ids:  # of a title that differs in a sign which the ids cannot hold
             ids = f"{ids}~{len(self.found)}"
         self.ids.add(ids)
-        self.found[name] = Figure(name, title, figures.with_ids(svg, ids), source)
+        self.found[name] = Figure(name, title, figures.with_ids(drawing.svg, ids), source, drawing.png)
         return name
 
 
@@ -61,19 +62,19 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
     with_interval = [row for row in table.rows if "low" in row.metrics.get("auroc", {})]
     if with_interval:
         name = f"{title}: AUROC of each row"
-        svg = figures.forest([(r.name, metrics.Interval.of(r.metrics["auroc"])) for r in with_interval], name,
-                             "macro AUROC, percent, 95% interval", synthetic)  # fmt: skip
-        found["overview"].append(gallery.add(f"{file}_auroc", name, svg, sources(with_interval)))
+        drawing = figures.forest([(r.name, metrics.Interval.of(r.metrics["auroc"])) for r in with_interval], name,
+                                 "macro AUROC, percent, 95% interval (50: chance)", synthetic)  # fmt: skip
+        found["overview"].append(gallery.add(f"{file}_auroc", name, drawing, sources(with_interval)))
     if table.comparisons:
         name = f"{title}: AUROC, differences"
         pairs = []
         for found_difference in table.comparisons:
             pair = f"{short(found_difference['row'])} − {short(found_difference['baseline'], table.kind)}"
             pairs.append((pair, metrics.Interval.of(found_difference["difference"]["auroc"])))
-        axis = f"percentage points, paired over {table.unit}, 95% interval"
-        svg = figures.forest(pairs, name, axis, synthetic, zero=0.0)
+        axis = f"points, paired over {table.unit}, 95% interval"
+        drawing = figures.forest(pairs, name, axis, synthetic, zero=0.0)
         compared = [row for row in models if row.name in {c["row"] for c in table.comparisons}]
-        found["overview"].append(gallery.add(f"{file}_differences", name, svg, sources(compared)))
+        found["overview"].append(gallery.add(f"{file}_differences", name, drawing, sources(compared)))
     each = [(row, read_predictions(table, row, runs)) for row in models] if table.positive is not None else []
     each = [(row, group) for row, group in each if group]
     if each:
@@ -81,9 +82,9 @@ def table_figures(table: ResultTable, runs: Runs, gallery: Gallery) -> dict[str,
     for row in models:
         if row.confusion is not None and len(table.classes) <= MOST_CLASSES:
             name = f"{title}, {short(row.name)}: confusion" + (" (mean over seeds)" if len(row.folders) > 1 else "")
-            svg = figures.confusion(np.array(row.confusion, dtype=float), table.classes, name, synthetic)
+            drawing = figures.confusion(np.array(row.confusion, dtype=float), table.classes, name, synthetic)
             key = f"{file}_confusion_{len(found['confusion'])}"
-            found["confusion"].append(gallery.add(key, name, svg, row.source))
+            found["confusion"].append(gallery.add(key, name, drawing, row.source))
     return found
 
 
@@ -134,12 +135,18 @@ def curve_figures(
         roc, name, ("1 − specificity", "sensitivity"), runs.synthetic, diagonal=True), source)  # fmt: skip
     name = f"{title}: precision and recall, {called} against the rest ({band})"
     yield gallery.add(f"{file}_precision", name, figures.curves(
-        precision, name, ("recall", "precision"), runs.synthetic), source)  # fmt: skip
+        precision, name, ("recall", "precision"), runs.synthetic, level=prevalence(positive)), source)  # fmt: skip
     if calibration:
         name = f"{title}: calibration of the class {called}, after the temperature from validation (first seed)"
         yield gallery.add(f"{file}_calibration", name, figures.curves(
             calibration, name, ("mean probability", "observed fraction"), runs.synthetic, diagonal=True),
             source)  # fmt: skip
+
+
+def prevalence(positive: np.ndarray) -> tuple[str, float]:
+    """The line of a precision-recall figure that a model without knowledge gives, and what it is called."""
+    fraction = float(positive.mean())
+    return f"prevalence, {100 * fraction:.0f}%: precision by chance", fraction
 
 
 def training_figures(runs: Runs, gallery: Gallery) -> list[str]:
@@ -162,8 +169,8 @@ def training_figures(runs: Runs, gallery: Gallery) -> list[str]:
         if curves[key]:
             several = any(len(folders) > 1 for folders in runs.trainings.values())
             title = f"Training: {axis}" + (", mean and range of the seeds" if several else "")
-            svg = figures.curves(curves[key], title, ("epoch", axis), runs.synthetic, unit=False)
-            found.append(gallery.add(f"training_{key}", title, svg, "log.jsonl of each training"))
+            drawing = figures.curves(curves[key], title, ("epoch", axis), runs.synthetic, unit=False, epochs=True)
+            found.append(gallery.add(f"training_{key}", title, drawing, "log.jsonl of each training"))
     return found
 
 
@@ -182,6 +189,7 @@ def epoch_recall(row: dict) -> float:
 def fraction_figures(runs: Runs, gallery: Gallery) -> list[str]:
     """Score by fraction of the labels, a figure for each set; returns their names."""
     by_set: dict[str, list] = {}
+    by_chance: dict[str, float] = {}  # the lowest end of the axis
     for row, dataset, parts in runs.fractions:
         x = np.array([part["fraction"] for part in parts])
         if all("metrics" in part for part in parts):
@@ -191,12 +199,13 @@ def fraction_figures(runs: Runs, gallery: Gallery) -> list[str]:
             each = [part["scores"] for part in parts]
             columns = [np.array([100 * of(scores) for scores in each]) for of in (np.mean, np.min, np.max)]
         by_set.setdefault(dataset, []).append((row, x, *columns))
+        by_chance[dataset] = 50.0 if all("metrics" in part for part in parts) else 0.0
     found = []
     for dataset, rows in by_set.items():
         title = f"{dataset}: score by fraction of the labels"
-        axes = ("fraction of the training patients or images", "macro AUROC (CBIS-DDSM) or the set's metric, percent")
-        svg = figures.curves(rows, title, axes, runs.synthetic, unit=False)
-        found.append(gallery.add(f"fractions_{len(found)}", title, svg, "results.json, fractions"))
+        axes = ("fraction of the training patients or images", "macro AUROC or the set's metric, percent")
+        drawing = figures.curves(rows, title, axes, runs.synthetic, unit=False, least=by_chance[dataset])
+        found.append(gallery.add(f"fractions_{len(found)}", title, drawing, "results.json, fractions"))
     return found
 
 
@@ -215,7 +224,7 @@ def flow_figure(kind: str, rows: Sequence[dict[str, str]], runs: Runs, gallery: 
     steps = [
         (f"case tables: {len(rows)} lesions of {patients} patients", ""),
         (f"with a crop: {len(rows) - no_crop}", f"{no_crop} without an image"),
-        ("  ".join(f"{split} {counts[split]}" for split in cbis.CBIS_SPLITS), "whole patients in a split"),
+        (", ".join(f"{split} {counts[split]}" for split in cbis.CBIS_SPLITS), "whole patients in a split"),
         (f"test lesions evaluated: {counts['test'] - int(skipped.get('test', 0))}",
          f"skipped, missing or corrupt: train {skipped.get('train', MISSING)}, val {skipped.get('val', MISSING)}, "
          f"test {skipped.get('test', MISSING)}"),

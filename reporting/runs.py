@@ -14,6 +14,7 @@ import numpy as np
 
 import utils
 from evaluation import metrics
+from evaluation.comparisons import ONE_SEED
 from evaluation.predictions import CBIS, Predictions, positive_class, set_scheme
 from inputs import cbis
 from inputs.metadata import inside
@@ -283,7 +284,7 @@ def add_row(
         ResultRow(
             name, "measured", result["metrics"], str(path), [path.parent], result.get("detection", {}),
             result.get("units", {}), result.get("subgroups", []), result["confusion"], two_class_of(result),
-            result.get("never_predicted", []), "" if untrained else "one run: leaves out the training's chance",
+            result.get("never_predicted", []), "" if untrained else ONE_SEED,
             point_of(result), result.get("unlearnt", []), result.get("per_class", {}), result.get("ordered", {}),
             predictions,
         )

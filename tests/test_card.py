@@ -53,6 +53,8 @@ def test_the_card_says_what_the_run_says_and_no_more(run, tmp_path):
     pairs = json.loads((run / "settings.json").read_text())["derived"]["training_pairs"]
     assert f"`dataset roco, caption filter mammo-xray, {pairs} pairs`" in text and "71.23 (65.0 to 77.0)" in text
     assert "fresh weights" in text and "SYNTHETIC" not in text
+    title = "SLIP with vit_tiny_patch16_224 of other sizes"  # its towers are no SLIP_VITT16's
+    assert f"\n# {title}\n" in text and f"{title}: image tower" in text and "SLIP_VITT16" not in text
     assert str(tmp_path) not in text and str(run) not in text
     front = ModelCard(text).data
     assert (front.license, front.library_name, front.datasets, front.metrics) == (

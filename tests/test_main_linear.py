@@ -110,7 +110,7 @@ def test_printed_row_is_the_published_table(cbis, checkpoint, tmp_path, capsys):
     header, row = (line for line in out.splitlines() if line.startswith("|") and "---" not in line)
     assert header == "| Model | AUROC | F1-Score | Precision | Recall | Precision (Malignant) | Recall (Malignant) |"
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert "CLIP_VITT16" in cells[0] and len(cells) == 1 + len(METRICS)
+    assert cells[0].startswith("CLIP with test_vit from checkpoint ") and len(cells) == 1 + len(METRICS)
     for cell, entry in zip(cells[1:], results["metrics"].values(), strict=True):
         assert float(cell.split()[0]) == pytest.approx(100 * entry["value"], abs=0.006)
         assert float(cell.split("(")[1].split()[0]) == pytest.approx(100 * entry["low"], abs=0.06)

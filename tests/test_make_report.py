@@ -5,7 +5,6 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
 from html import unescape
 from html.parser import HTMLParser
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from model_helpers import write_checkpoint
+from page_helpers import BROWSER, check_layout, laid_out
 from PIL import Image
 from roco_tree import make_roco
 
@@ -107,7 +107,7 @@ def test_the_page_stands_alone(runs):
     assert parsed.open == [] and len(parsed.ids) == len(set(parsed.ids))
     assert all(target.startswith(("data:image/jpeg", "#")) for target in parsed.fetched)
     assert all(link.startswith("#") and link[1:] in parsed.ids for link in parsed.links)
-    assert "@import" not in html and "<script" not in html
+    assert "@import" not in html and html.count("<script") == html.count("<script>") == 1  # its own
     assert html.count("<svg ") == len(page["figures"]) and all(f'id="{name}"' in html for name in page["figures"])
 
 
@@ -127,6 +127,8 @@ def test_every_number_is_a_files(runs):
     assert all(line["AUROC"] in markdown for line in lines)
     for name in page["figures"]:
         assert (runs.parent / "report" / "figures" / f"{name}.svg").is_file() and f"figures/{name}.svg" in markdown
+        with Image.open(runs.parent / "report" / "figures" / f"{name}.png") as slide:
+            assert slide.format == "PNG" and slide.width == 1000 and slide.convert("RGB").getpixel((0, 0)) == (255,) * 3
 
 
 def test_another_number_in_a_file_is_another_page(runs):
@@ -180,12 +182,11 @@ def test_lesions_are_counted_from_the_table_and_the_worst_errors_are_shown(runs,
         counts = [sum(row["split"] == split for row in rows) for split in ("train", "val", "test")]
         lesions = next(line for line in section["splits"] if line[0].startswith("lesions"))
         assert lesions[1:] == [str(n) for n in counts]
-        for group in section["misread"]:
-            assert all(image["data"] for image in group["images"])
-    missed = page["sections"][0]["misread"][0]
-    assert missed["model"] == "trained" and all(image["true"] == "MALIGNANT" for image in missed["images"])
+        assert len(section["samples"]["cards"]) == counts[2] and not section["samples"]["lacking"]
+        assert all(card["image"].startswith("data:image/jpeg") for card in section["samples"]["cards"])
+        assert section["samples"]["models"] == ["untrained", "trained"]
     page, html = report(runs, "--no-images")
-    assert all(section["misread"] == [] for section in page["sections"]) and "data:image" not in html
+    assert all(section["samples"] is None for section in page["sections"]) and "data:image" not in html
 
 
 def test_two_classes_and_units_have_rows(runs):
@@ -380,40 +381,44 @@ def test_reliability_bins_hold_equally_many():
 
 
 def test_figures_take_their_text_colour_from_the_page():
-    svg = figures.forest([("a", metrics.Interval(0.5, 0.4, 0.6))], "A & b", "percent", synthetic=False)
+    svg = figures.forest([("a", metrics.Interval(0.5, 0.4, 0.6))], "A & b", "percent", synthetic=False).svg
     assert "currentColor" in svg and figures.INK not in svg and 'aria-label="A &amp; b"' in svg
     assert re.search(r"<text[^>]*>", svg), "text is text, not outlines"
 
 
-# What a page is like once it is laid out, written into its own title: the browser prints the page as it then stands.
-MEASURE = """<script>addEventListener("load", () => {
-  const sizes = [...document.querySelectorAll("figure")].map(f => {
-    const drawn = f.querySelector("svg, img, .gone").getBoundingClientRect();
-    const img = f.querySelector("img");
-    return [drawn.width, drawn.height, img ? img.naturalWidth : 1];
-  });
-  const style = getComputedStyle(document.body);
-  document.title = JSON.stringify({sizes, wide: document.documentElement.scrollWidth, width: innerWidth,
-    background: style.backgroundColor, colour: style.color});
-})</script>"""
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+def ticks(drawing) -> list[float]:
+    """The numbers at a figure's axes."""
+    found = re.findall(r"<text[^>]*>([−\d.]+)</text>", drawing.svg)
+    return [float(text.replace("−", "-")) for text in found]
 
 
-def laid_out(path, width: int, dark: bool, folder) -> tuple[dict, str]:
-    """What MEASURE says of a page in a headless Chromium, and the console's messages."""
-    copy = folder / "measured.html"
-    copy.write_text(path.read_text("utf-8").replace("</body>", MEASURE + "</body>"), "utf-8")
-    done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-         f"--user-data-dir={folder / 'user'}",
-         f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={width},900", "--dump-dom",
-         copy.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    title = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.DOTALL)
-    assert title, done.stderr[-2000:]
-    return json.loads(unescape(title[1])), "\n".join(re.findall(r".*CONSOLE.*", done.stderr))
+def test_axes_do_not_exaggerate():
+    near = [("a", metrics.Interval(0.81, 0.80, 0.82)), ("b", metrics.Interval(0.83, 0.82, 0.84))]
+    found = ticks(figures.forest(near, "t", "percent", synthetic=False))
+    assert min(found) == 50 and max(found) == 100  # from chance on
+    low = ticks(figures.forest([("a", metrics.Interval(0.4, 0.33, 0.5))], "t", "percent", synthetic=False))
+    assert min(low) == 30
+    small = ticks(figures.forest([("a", metrics.Interval(0.01, 0.005, 0.02))], "t", "points", False, zero=0.0))
+    assert min(small) == -10 and max(small) == 10
+    none = np.array([])
+    loss = [("a", np.array([1, 2, 3]), np.array([401.0, 400.0, 399.0]), none, none)]
+    drawn = ticks(figures.curves(loss, "t", ("epoch", "loss"), False, unit=False, epochs=True))
+    assert min(drawn) == 0 and {1, 2, 3} <= set(drawn) and 1.5 not in drawn and 2.5 not in drawn
+
+
+def test_the_line_of_chance_under_precision_is_the_prevalence(runs, probed):
+    page, _ = report(runs)
+    with open(probed / "cbis" / "mass.csv") as file:
+        test = [row["pathology"] == "MALIGNANT" for row in csv.DictReader(file) if row["split"] == "test"]
+    assert f"prevalence, {100 * np.mean(test):.0f}%" in page["figures"]["mass_precision"].svg
+
+
+def test_classes_are_explained_where_they_first_stand(runs):
+    _, html = report(runs)
+    text = unescape(re.sub(r"<(style|svg|script)\b.*?</\1>|<[^>]*>", " ", html, flags=re.DOTALL))
+    first = text.index("BENIGN_WITHOUT_CALLBACK")
+    assert text[first:].startswith("BENIGN_WITHOUT_CALLBACK (the radiologist asked for neither a biopsy nor")
+    assert "chance of" not in text and "not another training" in text
 
 
 @pytest.mark.slow
@@ -423,20 +428,8 @@ def test_the_page_lays_out_on_desk_and_phone_in_light_and_dark(runs, probed, tmp
     if importlib.util.find_spec("captum"):
         flags += ["--saliency", "4"]
     page, html = report(runs, *flags)
-    number = html.count("<figure")
-    assert number > len(page["figures"]) > 5
-    seen = {}
-    for width in (1280, 500):
-        for dark in (False, True):
-            folder = tmp_path / f"{width}{dark}"
-            folder.mkdir()
-            found, console = laid_out(runs.parent / "report" / "report.html", width, dark, folder)
-            assert console == "" and len(found["sizes"]) == number
-            assert all(w > 40 and h > 40 and natural > 0 for w, h, natural in found["sizes"]), found["sizes"]
-            assert found["wide"] <= found["width"] <= width  # tables scroll inside their frames, the page does not
-            assert all(w <= found["width"] for w, *_ in found["sizes"])
-            seen[width, dark] = found["background"], found["colour"]
-    assert seen[1280, False] == seen[500, False] != seen[1280, True] == seen[500, True]
+    assert html.count("<figure") > len(page["figures"]) - 1 > 5
+    check_layout(runs.parent / "report" / "report.html", tmp_path / "seen")
     broken = tmp_path / "broken.html"
     broken.write_text("<html><head><title></title></head><body><script>missing()</script></body></html>")
     assert "missing is not defined" in laid_out(broken, 500, False, tmp_path)[1]  # a console error would be seen

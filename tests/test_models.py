@@ -18,6 +18,7 @@ import models
 import utils
 from runtime import checkpoints
 from towers import pretrained
+from towers.build import titled
 
 PUBLISHED = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes()))
 
@@ -450,3 +451,20 @@ def test_a_network_that_weights_are_put_onto_is_not_drawn_first(tower):
     images = torch.rand(1, 3, 224, 224)
     with torch.inference_mode():
         assert torch.equal(drawn.eval().encode_image(images), empty.eval().encode_image(images))
+
+
+def test_a_title_names_the_image_tower_that_is_there():
+    small = dict(vision_kwargs={"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}, image_size=64)
+    for found, title in (
+        (models.create_model("SIMCLR_VITT16", image_size=32), "SIMCLR_VITT16"),  # another size of images alone
+        (models.create_model("CLIP_VITT16", vision_tower="test_resnet", text_layers=1), "CLIP with test_resnet"),
+        (models.create_model("SLIP_VITT16", vision_tower="resnet18", **small), "SLIP with resnet18 of other sizes"),
+        (tiny_model("SLIP"), "SLIP with vit_tiny_patch16_224 of other sizes"),
+    ):
+        assert found.title == title and "_" in found.name
+
+
+def test_lists_of_a_checkpoint_are_no_other_sizes():
+    usual = models.ModelConfig("simclr", vision_tower="resnet18", vision_kwargs={"channels": (8, 8)})
+    own = models.ModelConfig("simclr", vision_tower="resnet18", vision_kwargs={"channels": [8, 8]})
+    assert titled("SIMCLR_SMALL", own, usual) == "SIMCLR_SMALL"

@@ -150,7 +150,10 @@ def test_maps_lie_in_the_image_and_change_nothing(probed, tmp_path, flags):
     expected = read_rows(run / "predictions.csv")
     for row, own in zip(found, expected, strict=True):
         assert row["prob_MALIGNANT"] == float(own["prob_MALIGNANT"])  # the run's precision, too
-        assert Image.open(row["map"]).size == (32, 32)
+        crop = read_image(row["image"])
+        side = [round(512 / max(crop.size) * length) for length in crop.size]  # of its own proportions, beside its map
+        drawn = Image.open(row["map"]).crop((8, 64, 8 + side[0], 64 + side[1]))
+        assert np.array_equal(drawn, crop.resize(side, Image.Resampling.BICUBIC))
     assert len({row["map"] for row in read_rows(tmp_path / "answers.csv")}) == len(rows)
 
 
@@ -347,7 +350,7 @@ def test_a_fine_tuned_run_gives_its_own_predictions(probed, tmp_path):
     for row, own in zip(found, read_rows(run / "predictions.csv"), strict=True):
         assert [row[f"prob_{name}"] for name in CBIS_CLASSES] == [float(own[f"prob_{name}"]) for name in CBIS_CLASSES]
         assert row["predicted"] == own["predicted"] and row["called_malignant"] in (0, 1)
-        assert not maps or Image.open(row["map"]).size == (32, 32)
+        assert not maps or max(Image.open(row["map"]).size) > 1024  # two of 512 pixels and the scale
     with pytest.raises(FileNotFoundError):
         predict.main(["classify", str(tmp_path), str(probed / "cbis" / "list.csv")])
 

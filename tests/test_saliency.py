@@ -1,5 +1,7 @@
 """Saliency: scores by hand, maps of known models, the mask's place in the view, and the report's section."""
 
+from functools import partial
+
 import cbis_tree
 import numpy as np
 import pytest
@@ -10,14 +12,55 @@ from torch import nn
 
 import main_linear
 import make_report
+from beit_finetuning.views import EvalView
 from evaluation import saliency
 from evaluation.features import Backbone, load_backbone
 from evaluation.heads import Linear
-from inputs.transforms import Preprocess
+from inputs.transforms import Preprocess, eval_view, linear_eval_view
 from preparation.cbis_tables import make_cbis
 from reporting import lesions
 
 pytest.importorskip("captum")
+
+
+@pytest.mark.parametrize("size", [(300, 500), (640, 200), (90, 90), (33, 47)])
+@pytest.mark.parametrize("prepare", ["slip", "medclip", "cover", "squash", "fit"])
+@pytest.mark.parametrize("view_of", [eval_view, lambda p: partial(linear_eval_view, p), EvalView])
+def test_a_place_of_a_view_is_found_in_the_image(view_of, prepare, size):
+    """A bright square in the image, wherever the view has brought it, is led back to where it was."""
+    preprocess = Preprocess(size=(96, 64), prepare=prepare, **({"fill": 128} if prepare == "fit" else {}))
+    view, (width, height) = view_of(preprocess), size
+    x, y, half = width // 2 + min(size) // 12, height // 2 - min(size) // 12, max(3, min(size) // 24)
+    dark = np.zeros((height, width, 3), np.uint8)
+    bright = dark.copy()
+    bright[y - half : y + half, x - half : x + half] = 255
+    seen = (view(Image.fromarray(bright), None) - view(Image.fromarray(dark), None)).mean(0).numpy().clip(0)
+    rows, columns = np.indices(seen.shape) + 0.5
+    (ax, bx), (ay, by) = saliency.source_of(view, size)
+    found = ax * (columns * seen).sum() / seen.sum() + bx, ay * (rows * seen).sum() / seen.sum() + by
+    assert np.allclose(found, (x, y), atol=1.0), (found, (x, y))
+    heat, inside = saliency.on_image(seen, view, Image.fromarray(bright), size)
+    assert heat.shape == inside.shape == (height, width) and heat[y, x] > 0.5 * heat.max()
+    cut = prepare in ("slip", "cover")  # of an image of other proportions than the view's
+    assert inside.all() == (not cut) or inside.mean() > 0.8
+
+
+def test_the_picture_of_a_map_has_the_images_own_proportions_beside_the_image():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 100, 3), dtype=np.uint8))
+    view, heat = eval_view(Preprocess(size=64)), np.zeros((64, 64), np.float32)
+    heat[16, 48] = 1.0  # the upper right quarter of the centre, which is all that the view sees
+    page = np.asarray(saliency.beside_original(image, heat, view, "malignant: 83.1%", side=400), dtype=int)
+    original, marked = page[64:464, 8:208], page[64:464, 224:424]
+    expected = np.asarray(image.resize((200, 400), Image.Resampling.BICUBIC), dtype=int)
+    assert np.array_equal(original, expected)
+    red = marked[..., 0] - marked[..., 2]
+    place = np.unravel_index(red.argmax(), red.shape)
+    assert np.allclose(place, (100 + 200 * 16.5 / 64, 200 * 48.5 / 64), atol=4)
+    assert marked[:90].mean() < 0.5 * marked[110:290].mean()  # what was cut off is dark
+    named, other = (saliency.beside_original(image, heat, view, name, side=400) for name in ("benign", "malignant"))
+    assert np.any(np.asarray(named)[:30] != np.asarray(other)[:30])  # the class stands there
+    bar = page[64:464, 440:458]
+    assert bar[0, 0, 0] - bar[0, 0, 2] > 100 and np.ptp(bar[-1, 0]) < 4
 
 
 def test_scores_by_hand():

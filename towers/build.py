@@ -6,6 +6,7 @@ model itself, because the published SLIP checkpoints keep the text transformer a
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -117,3 +118,19 @@ def preprocess_of(tower: str, size: Size) -> Preprocess:
     if is_medclip_tower(tower):
         return Preprocess(size=size, mean=MEDCLIP_MEAN, std=MEDCLIP_STD, prepare="medclip")
     return Preprocess(size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, prepare="slip")
+
+
+def titled(name: str, own: Any, usual: Any) -> str:
+    """A model in words: SLIP_VITB16, or "SLIP with resnet18" where its image tower is another than the name says.
+
+    Args:
+        own, usual: its ModelConfig and the one that the name stands for, if it stands for one.
+    """
+
+    def tower(config: Any) -> str:  # a checkpoint brings lists for tuples
+        return json.dumps([config.vision_tower, config.vision_kwargs], sort_keys=True, default=list)
+
+    if usual is None or tower(own) == tower(usual):
+        return name
+    sizes = " of other sizes" if usual.vision_tower and own.vision_kwargs else ""
+    return f"{name.partition('_')[0]} with {own.vision_tower}{sizes}"
