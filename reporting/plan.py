@@ -30,7 +30,7 @@ class PlannedRow:
     checkpoint: str = "best"  # of CHECKPOINTS: which of the training is evaluated
     probe: str = ""  # further flags of main_linear.py
     finetune: str | None = None  # flags of run_class_finetuning.py, in place of the probe
-    baseline: str | None = None  # the row it is compared with
+    baseline: tuple[str, ...] = ()  # the rows it is compared with, or the one; the primary comparison is with the first
 
     @property
     def seeded(self) -> bool:
@@ -86,7 +86,8 @@ def read_plan(
                 entry[step] = f"{filled(content.get(step, ''))} {entry[step]}".strip()
         entry.setdefault("probe", filled(content.get("probe", "")))
         entry["weights"] = " ".join(shlex.split(entry.get("weights", "")))
-        found.append(PlannedRow(**entry))
+        given = entry.pop("baseline", None) or []
+        found.append(PlannedRow(**entry, baseline=tuple(given if isinstance(given, list) else [given])))
     tables = read_tables(content.get("tables", list(TABLES)), places.get("cbis", ""), catalog)
     if any(isinstance(table, LesionTable) for table in tables) and not places.get("cbis"):
         lacking.add("cbis")
@@ -99,8 +100,10 @@ def read_plan(
     for row in found:
         if (other := by_folder.setdefault(row.slug, row.name)) != row.name:
             raise ValueError(f"{path}: the rows {other!r} and {row.name!r} would share the folder runs/{row.slug}")
-        if row.baseline is not None and row.baseline not in names:
-            raise ValueError(f"{path}, row {row.name!r}: its baseline {row.baseline!r} is no row")
+        if unknown := [baseline for baseline in row.baseline if baseline not in names]:
+            raise ValueError(f"{path}, row {row.name!r}: its baseline {unknown[0]!r} is no row")
+        if row.name in row.baseline:
+            raise ValueError(f"{path}, row {row.name!r}: it is its own baseline")
         if row.train is not None and row.weights:
             raise ValueError(f"{path}, row {row.name!r}: `weights` are a model as it is; --init starts a training")
         if row.checkpoint not in CHECKPOINTS:

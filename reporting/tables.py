@@ -141,17 +141,18 @@ def plain_draws(found: list[Predictions], trained: bool, bootstrap: Bootstrap) -
 
 
 def compare(plan: Plan, kind: str, measured: list[Measured]) -> list[dict[str, Any]]:
-    """Each row with its baseline, and Holm's correction over the AUROCs of all but the primary comparison."""
+    """Each row with its baselines, and Holm's correction over the AUROCs of all but the primary comparison."""
     by_name = {item.name: item for item in measured}
     found = []
-    for row in plan.rows:
-        if row.baseline is None or row.name not in by_name or row.baseline not in by_name:
+    for row, name in [(own, baseline) for own in plan.rows for baseline in own.baseline]:
+        if row.name not in by_name or name not in by_name:
             continue
-        item, baseline = by_name[row.name], by_name[row.baseline]
-        differences = {name: comparisons.difference(d, baseline.draws[name]).plain() for name, d in item.draws.items()}
+        item, baseline = by_name[row.name], by_name[name]
+        differences = {key: comparisons.difference(d, baseline.draws[key]).plain() for key, d in item.draws.items()}
         alone = [i.name for i in (item, baseline) if any(d.lacks_seeds for d in i.draws.values())]
         found.append({
-            "row": row.name, "baseline": row.baseline, "primary": plan.primary == (kind, row.name),
+            "row": row.name, "baseline": name,
+            "primary": plan.primary == (kind, row.name) and name == row.baseline[0],
             "difference": differences, "leaves_out": f"{', '.join(alone)}: {comparisons.ONE_SEED}" if alone else "",
         })  # fmt: skip
     secondary = [entry for entry in found if not entry["primary"]]

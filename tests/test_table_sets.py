@@ -60,9 +60,10 @@ def hospital(tmp_path):
 
 
 def rows_for(checkpoint, **changes):
-    seeded = {"weights": str(checkpoint), "probe": "--untrained", "baseline": "Frozen"}
-    rows = [{"name": "Frozen", "weights": str(checkpoint)}, {"name": "Untrained", **seeded},
-            {"name": "Untrained, 48 pixels", **seeded, "probe": "--untrained --image-size 48"}]  # fmt: skip
+    seeded = {"weights": str(checkpoint), "probe": "--untrained"}
+    rows = [{"name": "Frozen", "weights": str(checkpoint)}, {"name": "Untrained", **seeded, "baseline": "Frozen"},
+            {"name": "Untrained, 48 pixels", **seeded, "probe": "--untrained --image-size 48",
+             "baseline": ["Frozen", "Untrained"]}]  # fmt: skip
     return {"tables": ["hospital"], "probe": "--resamples 60", "rows": rows} | changes
 
 
@@ -108,18 +109,21 @@ def test_a_sets_rows_have_seeds_intervals_and_corrected_comparisons(hospital, ch
     aurocs = {name: row["metrics"]["auroc"]["value"] for name, row in by_name.items()}
     for entry in table["comparisons"]:
         difference = aurocs[entry["row"]] - aurocs[entry["baseline"]]
-        assert entry["difference"]["auroc"]["value"] == pytest.approx(difference) and entry["family"] == 2
+        assert entry["difference"]["auroc"]["value"] == pytest.approx(difference) and entry["family"] == 3
+    pairs = [(entry["row"], entry["baseline"]) for entry in table["comparisons"]]
+    assert pairs[1:] == [("Untrained, 48 pixels", "Frozen"), ("Untrained, 48 pixels", "Untrained")]
     smaller = min(entry["difference"]["auroc"]["p_value"] for entry in table["comparisons"])
-    assert min(entry["p_holm"] for entry in table["comparisons"]) == pytest.approx(min(1, 2 * smaller))
+    assert min(entry["p_holm"] for entry in table["comparisons"]) == pytest.approx(min(1, 3 * smaller))
     text = (tmp_path / "out" / "tables.md").read_text()
     assert f"## hospital ({len(test)} test images of {table['patients']} patients)" in text
     assert "| Somebody (as published) | 70.5 | – |" in text and "Precision (malignant)" in text
     assert "BENIGN_WITHOUT_CALLBACK" not in text
 
-    again = make_tables.main(command(tmp_path, hospital, "--primary", "hospital", "Untrained", rows=rows))
+    again = make_tables.main(command(tmp_path, hospital, "--primary", "hospital", "Untrained, 48 pixels", rows=rows))
     assert {step["status"] for step in again["steps"]} == {"done before"}
-    primary, other = again["tables"]["hospital"]["comparisons"]
-    assert primary["primary"] and "p_holm" not in primary and other["family"] == 1
+    found = again["tables"]["hospital"]["comparisons"]  # the primary one is with the row's first baseline
+    assert [entry["primary"] for entry in found] == [False, True, False] and "p_holm" not in found[1]
+    assert found[0]["family"] == found[2]["family"] == 2
     page = make_report.main([str(tmp_path / "out"), "--output-dir", str(tmp_path / "report")])
     (section,) = page["sections"]
     assert section["size"].endswith(f"{table['patients']} patients") and section["against"] == "malignant"
@@ -167,7 +171,7 @@ def test_the_commands_name_the_set_and_its_catalog(hospital, checkpoint, tmp_pat
     named = f"hospital --catalog {hospital}"
     assert f"main_linear.py --dataset {named} --cache-features --resamples 60" in printed
     assert f"run_class_finetuning.py --data_set {named} --lr 1e-3" in printed
-    assert "hospital: 80 training images, 40 test images of 20 patients" in printed and "cbis" not in printed
+    assert "hospital: 84 training images, 36 test images of 18 patients" in printed and "cbis" not in printed
 
 
 def test_a_training_is_evaluated_at_its_best_epoch_or_its_last(hospital, tmp_path):
@@ -187,12 +191,11 @@ def test_a_training_that_was_cut_off_is_not_done(tmp_path, monkeypatch):
     step = steps.Step("train", tmp_path, ["python", "main.py"], tmp_path / "checkpoint_best.pt", training=True)
     utils.write_json(tmp_path / "step.json", step.record())
     save_checkpoint({"epoch": 1}, tmp_path / "checkpoint_best.pt")
-    for finished in (False, True):
-        whole = {"epochs": 3, "epoch": 3 if finished else 1, "step_in_epoch": 0, "step": 9 if finished else 3}
-        save_checkpoint(whole | {"settings": {"epochs": 3}}, tmp_path / "checkpoint.pt")
-        monkeypatch.setattr(steps, "training_progress", lambda state, path: {"finished": state["epoch"] == 3})
+    for epoch in (1, 3):
+        newest = {"args": {"epochs": 3}, "epoch": epoch, "step_in_epoch": 0, "step": 5 * epoch}
+        save_checkpoint(newest, tmp_path / "checkpoint.pt")
         steps.run_steps([step])
-        assert (ran == ["train"]) and (step.status == "done before") == finished
+        assert ran == ["train"] and (step.status == "done before") == (epoch == 3)
 
 
 def drop_test_class(root, rows):
@@ -204,6 +207,8 @@ def drop_test_class(root, rows):
     [
         ({"tables": ["hospitel"]}, r"unknown table 'hospitel'; choose from calc, mass, hospital .*catalog.json"),
         ({"tables": ["hospital", "hospital"]}, "'hospital' is there twice"),
+        ({"rows": [{"name": "A"}, {"name": "B", "baseline": ["A", "C"]}]}, "row 'B': its baseline 'C' is no row"),
+        ({"rows": [{"name": "A", "baseline": ["A"]}]}, "row 'A': it is its own baseline"),
         ({"tables": []}, "tables .*a list of calc, mass and names of sets"),
         ({"tables": "hospital"}, "tables 'hospital': a list of calc, mass"),
         ({"primary": ["calc", "Untrained"]}, "choose one of hospital and of"),
