@@ -46,11 +46,6 @@ class LesionTable:
     samples = "lesions"
 
     @property
-    def title(self) -> str:
-        """For people."""
-        return TABLES[self.name]
-
-    @property
     def folder(self) -> str:
         """Of a run's evaluation."""
         return self.name
@@ -99,11 +94,6 @@ class CatalogTable:
     name: str
     catalog: Catalog
     samples = "images"
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        return self.name
 
     @property
     def folder(self) -> str:
