@@ -52,7 +52,7 @@ def export(
     """
     if output.exists():
         raise FileExistsError(f"{output} is there already: choose a new folder")
-    loaded, sources = load_mean(checkpoints, bert_vocab)
+    loaded, sources = load_mean(checkpoints, bert_vocab, FORMATS[form].image_alone)
     weights = sum(value.nbytes for value in loaded.model.state_dict().values())
     utils.refuse_full(output.parent, weights, "the weights")
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")

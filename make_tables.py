@@ -1,10 +1,11 @@
-"""Both results tables by one command: prepare, fine-tune, probe and compare, with the seeds and the patients in them.
+"""Results tables by one command: prepare, fine-tune, probe and compare, with the seeds and the patients in them.
 
     python make_tables.py --roco /path/to/roco --cbis /path/to/cbis-ddsm --medclip-vit /path/to/medclip-vit.zip \\
       --medclip-resnet /path/to/medclip-resnet.zip --bert-vocab /path/to/vocab.txt --seeds 0 1 2
 
 The rows stand in table_rows.json; a copy of it with other rows (another tower, another subset, fine-tuning end to
-end) goes in by --rows. Everything is checked before the first hour is spent. Each step is an ordinary command, which
+end) goes in by --rows. Its `"tables": ["mass", "hospital"]` names the tables, calc and mass where it says nothing, and
+any set of --catalog. Everything is checked before the first hour is spent. Each step is an ordinary command, which
 --dry-run prints: done ones are skipped, one that was cut off goes on, and a failed one does not stop the others.
 Written are tables.md for people and tables.json for make_report.py.
 """
@@ -30,8 +31,9 @@ import utils
 from beit_finetuning import run_class_finetuning
 from inputs import cbis
 from preparation.cbis_tables import read_case_tables, refuse_without_images
-from reporting.plan import INPUTS, TABLES, Plan, PlannedRow, read_plan
+from reporting.plan import INPUTS, Plan, PlannedRow, read_plan
 from reporting.steps import Step, folder_of, plan_steps, run_steps
+from reporting.table_sets import TRAINING, LesionTable
 from reporting.tables import collect, describe, name_primary
 from runtime.logs import start_logging
 from runtime.one_run import one_run
@@ -46,18 +48,9 @@ log = logging.getLogger("medslip")
 
 def check(plan: Plan, args: argparse.Namespace, out: Path) -> list[str]:
     """Everything that would end a step hours later, as ValueErrors; returns what was found, for people."""
-    found = []
-    root = Path(args.cbis)
-    for kind in TABLES:
-        if (root / f"{kind}.csv").is_file():
-            rows = cbis.read_lesions(root / f"{kind}.csv")
-            absent = [row["lesion"] for row in rows if not row["crop"] or not (root / row["crop"]).is_file()]
-            if absent and "--image-kind" not in plan_flags(plan):
-                raise FileNotFoundError(f"{root / kind}.csv: {len(absent)} lesions have no crop, first {absent[0]}")
-            found.append(f"{kind}: {len(rows)} lesions of {len({row['patient'] for row in rows})} patients")
-        else:
-            refuse_without_images(root)
-            found.append(f"{kind}: {len(read_case_tables(root, kind))} lesions, to be prepared")
+    flags, found = plan_flags(plan), []
+    for table in plan.tables:
+        found.append(check_lesions(table, flags) if isinstance(table, LesionTable) else table.check(flags))
     for name in sorted({row.weights for row in plan.rows if row.weights}):
         found.append(f"weights {models.load_pretrained(name).source}")
     needed = 0
@@ -68,13 +61,25 @@ def check(plan: Plan, args: argparse.Namespace, out: Path) -> list[str]:
             parse_flags(row, "run_class_finetuning.py", run_class_finetuning.get_args_parser(), row.finetune)
         if row.train is not None:
             pairs, size = check_training(row)
-            missing = [s for s in args.seeds if not (folder_of(out, row, s) / "training" / "checkpoint.pt").is_file()]
+            missing = [s for s in args.seeds if not (folder_of(out, row, s) / TRAINING / "checkpoint.pt").is_file()]
             needed += size * len(missing)
             found.append(f"{row.name}: {pairs:,} training pairs")
     out.mkdir(parents=True, exist_ok=True)
     free = utils.refuse_full(out, needed, "the checkpoints of all trainings")
     found.append(f"disk: {needed / 1e9:.1f} GB for checkpoints, {free / 1e9:.0f} GB free")
     return found
+
+
+def check_lesions(table: LesionTable, flags: str) -> str:
+    """A line about a table of CBIS-DDSM; FileNotFoundError where evaluations with these flags would lack images."""
+    if not table.file.is_file():
+        refuse_without_images(table.root)
+        return f"{table.name}: {len(read_case_tables(table.root, table.name))} lesions, to be prepared"
+    rows = cbis.read_lesions(table.file)
+    absent = [row["lesion"] for row in rows if not row["crop"] or not (table.root / row["crop"]).is_file()]
+    if absent and "--image-kind" not in flags:
+        raise FileNotFoundError(f"{table.file}: {len(absent)} lesions have no crop, first {absent[0]}")
+    return f"{table.name}: {len(rows)} lesions of {len({row['patient'] for row in rows})} patients"
 
 
 def plan_flags(plan: Plan) -> str:
@@ -125,7 +130,7 @@ def make_tables(args: argparse.Namespace) -> dict[str, Any]:
         if path and not Path(path).exists():
             raise FileNotFoundError(f"{INPUTS[name]} {path} does not exist")
     places = {name: str(Path(path).absolute()) if path else "" for name, path in places.items()}
-    plan, out = read_plan(args.rows, places, args.primary), Path(args.output_dir).absolute()
+    plan, out = read_plan(args.rows, places, args.primary, args.catalog), Path(args.output_dir).absolute()
     log.info("checked:\n" + "\n".join(f"  {line}" for line in check(plan, args, out)))
     steps = plan_steps(plan, args, out)
     if args.dry_run:

@@ -60,6 +60,7 @@ from preparation import audit
 from preparation.shrink import shrink
 from runtime.checkpoints import load_checkpoint, save_checkpoint
 from runtime.logs import read_rows, start_logging
+from towers.sources import read_source
 
 MODEL, TOWER = "VITT16", "tf_efficientnet_lite0"  # the text side of SLIP_VITT16, and the image tower in its place
 COMMON = (
@@ -83,6 +84,8 @@ class Row:
     blend: float = 1.0  # fraction of the trained weights in the average with those at the start
     base: str = ""  # the row whose training is blended
     best: bool = False  # the epoch with the best recall over the validation pairs, not the last one
+    size: int = 0  # pixels at which the tower is probed, where they are not those of training
+    untrained: bool = False  # the tower with fresh weights
     labelled: bool = False  # trained on the probe sets' training parts, with captions made of their labels
 
 
@@ -98,7 +101,7 @@ SEARCH = {  # with SLIP
 LABELLED = {
     f"{name}, captions from labels": replace(SEARCH[RECIPE], objective=name, labelled=True) for name in ("SLIP", "CLIP")
 }
-FROZEN = {"untrained": Row(), "ImageNet": Row()}
+FROZEN = {"untrained": Row(untrained=True), "ImageNet": Row(), "ImageNet, 224 pixels": Row(size=224)}
 WORDS = {"BENIGN": "a benign {}", "MALIGNANT": "a malignant {}", "BENIGN_WITHOUT_CALLBACK": "normal tissue"}
 
 
@@ -263,37 +266,36 @@ def flags_of(args: argparse.Namespace, row: Row, seed: int, root: Path, out: Pat
     ]
 
 
-def tower_of(args: argparse.Namespace, name: str, row: Row, seed: int, root: Path, out: Path) -> Path:
-    """The checkpoint of a row trained on the pairs under `root`."""
+def start_of(args: argparse.Namespace) -> Path:
+    """The ImageNet tower as a folder of timm's, which weights go in by; the views are those of the trained towers."""
+    folder = args.output_dir / "ImageNet"
+    if not folder.is_dir():
+        folder.mkdir()
+        os.symlink(Path(args.vision_weights).resolve(), folder / "pytorch_model.bin")
+        data = {"crop_pct": 1.0, "interpolation": "bilinear"}
+        utils.write_json(folder / "config.json", {"architecture": TOWER, "pretrained_cfg": data})
+    return folder
+
+
+def tower_of(args: argparse.Namespace, row: Row, seed: int, root: Path, out: Path) -> Path:
+    """The weights of a row: the ImageNet tower, or a checkpoint trained on the pairs under `root`."""
     file = out / "tower.pt"
-    if file.is_file():
-        return file
+    if not row.objective or file.is_file():
+        return file if row.objective else start_of(args)
     out.mkdir(parents=True, exist_ok=True)
-    flags = flags_of(args, row, seed, root, out)
-    if row.objective and not row.base:
-        training.main([*flags, "--keep-last", "1", "--eval-freq", "1" if row.best else str(args.epochs)])
-        state = load_checkpoint(out / ("checkpoint_best.pt" if row.best else "checkpoint.pt"))
-        save_checkpoint({key: state[key] for key in ("state_dict", "model", "preprocess", "tokenizer")}, file)
-        for checkpoint in out.glob("checkpoint*.pt"):  # with the optimizer's state: five times as large
-            checkpoint.unlink()
+    if row.base:
+        state = load_checkpoint(args.output_dir / "rows" / row.base / str(seed) / out.name / "tower.pt")
+        for key, start in read_source(start_of(args)).weights.items():
+            if start.is_floating_point():
+                state["state_dict"][key] = torch.lerp(start, state["state_dict"][key], row.blend)
+        save_checkpoint(state, file)
         return file
-    parsed = training.get_args_parser().parse_args(flags)
-    utils.seed_everything(seed)
-    model, tokenizer = training.build_model(parsed)
-    if name == "untrained":
-        start = training.models.create_model(model.name, **{k: v for k, v in model.config.items() if k != "objective"})
-        model.load_state_dict(start.state_dict())
-    weights = model.state_dict()
-    if row.blend < 1:
-        trained = load_checkpoint(args.output_dir / "rows" / row.base / str(seed) / out.name / "tower.pt")
-        for key, end in trained["state_dict"].items():
-            if key.startswith("visual.") and end.is_floating_point():
-                weights[key] = torch.lerp(weights[key], end, row.blend)
-    state = {
-        "state_dict": weights, "model": {"name": model.name, "config": model.config},
-        "preprocess": model.preprocess.to_dict(), "tokenizer": tokenizer.spec() if tokenizer else None,
-    }  # fmt: skip
-    save_checkpoint(state, file)
+    flags = flags_of(args, row, seed, root, out)
+    training.main([*flags, "--keep-last", "1", "--eval-freq", "1" if row.best else str(args.epochs)])
+    state = load_checkpoint(out / ("checkpoint_best.pt" if row.best else "checkpoint.pt"))
+    save_checkpoint({key: state[key] for key in ("state_dict", "model", "preprocess", "tokenizer")}, file)
+    for checkpoint in out.glob("checkpoint*.pt"):  # with the optimizer's state: five times as large
+        checkpoint.unlink()
     return file
 
 
@@ -302,26 +304,27 @@ def run_one(args: argparse.Namespace, name: str, row: Row, seed: int) -> None:
     out, started = args.output_dir / "rows" / name / str(seed), time.time()
     catalog = json.loads((args.output_dir / "catalog.json").read_text())
     root = args.output_dir / ("roco_labelled" if row.labelled else "roco")
-    tower = tower_of(args, name, row, seed, root, out / "whole")
+    tower = tower_of(args, row, seed, root, out / "whole")
     trained = time.time()
     ways = ["split"] if row.labelled else ["folds", "split"]
     for dataset in (["busi"] if "busi" in catalog else []) + MIAS * (args.output_dir / "mias").is_dir():
-        probe_set(args, dataset, catalog, tower, out / dataset, ways)
+        probe_set(args, row, seed, dataset, catalog, tower, out / dataset, ways)
     if "busi" in catalog and row.objective in ("CLIP", "SLIP"):
         label_in_words(args, catalog, tower, out / "busi_zero_shot")
     probed = time.time()
     for k in () if args.skip_finding or row.labelled else range(FOLDS):
         root = args.output_dir / f"roco_without_{k}"
-        without = tower_of(args, name, row, seed, root, out / f"without_{k}")
-        probe_set(args, f"finding_{k}", catalog, without, out / f"finding_{k}", ["split"])
+        without = tower_of(args, row, seed, root, out / f"without_{k}")
+        probe_set(args, row, seed, f"finding_{k}", catalog, without, out / f"finding_{k}", ["split"])
     seconds = {"training": trained - started, "probes": probed - trained, "folds": time.time() - probed}
     retrieval = retrieval_of(out / "whole" / "log.jsonl")
     utils.write_json(out / "done.json", {"seconds": seconds, "retrieval": retrieval})
 
 
 def probe_set(
-    args: argparse.Namespace, dataset: str, catalog: dict, tower: Path, folder: Path, ways: list[str]
-) -> None:
+    args: argparse.Namespace, row: Row, seed: int, dataset: str, catalog: dict, tower: Path, folder: Path,
+    ways: list[str],
+) -> None:  # fmt: skip
     """Logistic regression on frozen features, its penalty chosen in five folds over the groups that it is fitted on.
 
     Writes split.csv, predictions of the set's test rows, and folds.csv, of every row by the fold without it.
@@ -329,7 +332,8 @@ def probe_set(
     if all((folder / f"{way}.csv").is_file() for way in ways):
         return
     device = common.choose_device(False)
-    backbone = load_backbone(tower, device=device)
+    size = row.size or args.image_size
+    backbone = load_backbone(tower, untrained=row.untrained, seed=seed, device=device, size=size)
     precision = distributed.resolve_precision("auto", device)
     loading = Loading(64, args.workers, processes=distributed.Processes(device=device, precision=precision))
 
@@ -409,7 +413,7 @@ def run_rows(args: argparse.Namespace, rows: dict[str, Row], argv: list[str]) ->
 
 def seeds_of(args: argparse.Namespace, name: str) -> list[int]:
     """Nothing in the frozen ImageNet tower hangs on a seed."""
-    return args.seeds[:1] if name == "ImageNet" else args.seeds
+    return args.seeds[:1] if name.startswith("ImageNet") else args.seeds
 
 
 def is_done(args: argparse.Namespace, name: str) -> bool:
@@ -451,7 +455,9 @@ def tabulate(args: argparse.Namespace, rows: dict[str, Row]) -> dict:
         for dataset, first in each[0].items():
             probs = [run[dataset].in_order_of(first.rows, name).prob for run in each]
             resamples = first.resamples(Bootstrap(args.resamples))
-            draws.setdefault(dataset, {})[name] = comparisons.draw_rows(resamples, probs, trained=name != "ImageNet")
+            draws.setdefault(dataset, {})[name] = comparisons.draw_rows(
+                resamples, probs, trained=not name.startswith("ImageNet")
+            )
     table: dict = {}
     for dataset, of_rows in draws.items():
         table[dataset] = {}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evaluation.heads import Samples, fit_logistic
-from evaluation.predictions import Predictions, macro_auroc
+from evaluation.predictions import CBIS, Predictions, Scheme, macro_auroc
 from evaluation.subgroups import crop_area
 from inputs.cbis import CBIS_CLASSES, CBIS_DESCRIPTORS, CROP_SIZE
 
@@ -25,6 +25,21 @@ RADIOLOGIST = {
 CROP_AREA = "Crop size alone"
 
 
+def guesses(
+    test: Sequence[dict[str, str]], scheme: Scheme, counts: np.ndarray, seed: int = 0
+) -> dict[str, list[Predictions]]:
+    """Chance, GUESSES times, and the commonest class of the training samples, of which `counts` (k,) has each class's.
+
+    What is said of a labelled set's test rows by looking at none of them.
+    """
+    rng, rows, k = np.random.default_rng(seed), list(test), len(scheme.classes)
+    always = np.tile(counts / counts.sum(), (len(rows), 1))
+    return {
+        "Chance": [Predictions(rows, rng.dirichlet(np.ones(k), len(rows)), scheme) for _ in range(GUESSES)],
+        f"Always {scheme.classes[int(counts.argmax())]}": [Predictions(rows, always, scheme)],
+    }
+
+
 def reference_rows(rows: Sequence[dict[str, str]], seed: int = 0) -> dict[str, list[Predictions] | str]:
     """Each reference's predictions for the test rows of a lesion table, or why it has none.
 
@@ -33,13 +48,8 @@ def reference_rows(rows: Sequence[dict[str, str]], seed: int = 0) -> dict[str, l
     split = {name: [row for row in rows if row["split"] == name] for name in ("train", "val", "test")}
     labels = {name: np.array([CBIS_CLASSES.index(row["pathology"]) for row in part]) for name, part in split.items()}
     test, k = split["test"], len(CBIS_CLASSES)
-    rng = np.random.default_rng(seed)
     counts = np.bincount(np.concatenate([labels["train"], labels["val"]]), minlength=k)
-    always = np.tile(counts / counts.sum(), (len(test), 1))
-    found: dict[str, list[Predictions] | str] = {
-        "Chance": [Predictions(test, rng.dirichlet(np.ones(k), len(test))) for _ in range(GUESSES)],
-        f"Always {CBIS_CLASSES[int(counts.argmax())]}": [Predictions(test, always)],
-    }
+    found: dict[str, list[Predictions] | str] = {**guesses(test, CBIS, counts, seed)}
 
     def fitted(encode) -> list[Predictions]:
         train, val = (Samples(encode(split[name]), labels[name], split[name]) for name in ("train", "val"))

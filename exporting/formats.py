@@ -189,12 +189,13 @@ class Format:
 
     write: Callable[[models.Pretrained, Path], list[str]]
     library: str
+    image_alone: bool = False  # the image tower, and nothing of the rest
 
 
 FORMATS = {
     "open-clip": Format(to_open_clip, "open_clip"),
     "transformers": Format(to_transformers, "transformers"),
-    "timm": Format(to_timm, "timm"),
+    "timm": Format(to_timm, "timm", image_alone=True),
     "safetensors": Format(to_safetensors, "medslip"),
     "onnx": Format(to_onnx, "onnx"),
     "medclip": Format(to_medclip, "medclip"),

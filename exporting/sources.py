@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import models
 import utils
@@ -90,13 +91,19 @@ def _scores(run: Path, step: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_mean(paths: Sequence[Path], bert_vocab: str | None) -> tuple[models.Pretrained, list[Source]]:
+def load_mean(
+    paths: Sequence[Path], bert_vocab: str | None, image_alone: bool = False
+) -> tuple[models.Pretrained, list[Source]]:
     """The model at `paths`, of several with the mean of their weights (Wortsman et al. 2022, section 2, uniform soup).
 
     Their mean is only of use where they went out from the same weights: from others, equal functions lie in other
     units. The statistics of BatchNorm of a mean are not the mean of the statistics, but have to be measured on images
     of the training (Izmailov et al. 2018, section 3.2), which an export does not have: a tower's have to be equal, as
     --hold-batchnorm leaves them. Those of the SimCLR head are averaged, since nothing reads them outside training.
+
+    Args:
+        image_alone: nothing but the image tower is of use, so it alone is averaged and has to have one start: runs of
+            other seeds with the same --vision-weights have it.
 
     Raises:
         ValueError: naming two of them and what differs: model, settings, preparation, tokenizer, names, shapes, start,
@@ -106,14 +113,14 @@ def load_mean(paths: Sequence[Path], bert_vocab: str | None) -> tuple[models.Pre
     sources = [Source.of(path) for path in paths]
     if len(paths) == 1:
         return first, sources
-    _refuse_other_starts(paths, sources)
+    _refuse_other_starts(paths, sources, image_alone)
     buffers = {name for name, _ in first.model.named_buffers() if not name.startswith("image_mlp.")}
-    own = first.model.state_dict()
+    own = _averaged(first.model.state_dict(), image_alone)
     total = {name: value.double() for name, value in own.items() if value.is_floating_point()}
     for path in paths[1:]:
         other = models.load_pretrained(path, bert_vocab=bert_vocab)
         _refuse_others(first, other, paths[0], path)
-        theirs = other.model.state_dict()
+        theirs = _averaged(other.model.state_dict(), image_alone)
         if differ := Mismatch.between(own, theirs):
             raise ValueError(f"{paths[0]} and {path} cannot be averaged: {differ}")
         for name, value in theirs.items():
@@ -126,12 +133,16 @@ def load_mean(paths: Sequence[Path], bert_vocab: str | None) -> tuple[models.Pre
             if name in total:
                 total[name] += value
     means = {name: (value / len(paths)).to(own[name].dtype) for name, value in total.items()}
-    first.model.load_state_dict({**own, **means})
+    first.model.load_state_dict({**first.model.state_dict(), **means})
     name = f"mean of {', '.join(map(str, paths))}"
     return replace(first, source=name, training={"averaged": len(paths)}), sources
 
 
-def _refuse_other_starts(paths: Sequence[Path], sources: Sequence[Source]) -> None:
+def _averaged(weights: dict[str, Tensor], image_alone: bool) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if name.startswith("visual.") or not image_alone}
+
+
+def _refuse_other_starts(paths: Sequence[Path], sources: Sequence[Source], image_alone: bool) -> None:
     seen: dict[str, Path] = {}
     for path, source in zip(paths, sources, strict=True):
         if source.sha256 and (before := seen.setdefault(source.sha256, path)) is not path:
@@ -145,7 +156,7 @@ def _refuse_other_starts(paths: Sequence[Path], sources: Sequence[Source]) -> No
     told = [(path, source) for path, source in zip(paths, sources, strict=True) if source.args]
     for path, source in told[1:]:
         first_path, first = told[0]
-        ours, theirs = (_start(s) for s in (first, source))
+        ours, theirs = (_start(s, image_alone) for s in (first, source))
         if ours.keys() != theirs.keys() or not all(_same_place(ours[key], theirs[key]) for key in ours):
             raise ValueError(
                 f"{first_path} and {path} cannot be averaged, they did not start from the same weights: "
@@ -153,10 +164,11 @@ def _refuse_other_starts(paths: Sequence[Path], sources: Sequence[Source]) -> No
             )
 
 
-def _start(source: Source) -> dict[str, str]:
-    """What a training started from: files, and the seed where some of the weights were fresh."""
-    whole = source.starts.get("init") or source.starts.get("medclip_weights")
-    return source.starts if whole else {**source.starts, "seed": str(source.args.get("seed"))}
+def _start(source: Source, image_alone: bool) -> dict[str, str]:
+    """What a training, or its image tower, started from: files, and the seed where some of the weights were fresh."""
+    starts = {key: path for key, path in source.starts.items() if not (image_alone and key == "text_weights")}
+    files = ("init", "medclip_weights", *["vision_weights"] * image_alone)
+    return starts if any(starts.get(key) for key in files) else {**starts, "seed": str(source.args.get("seed"))}
 
 
 def _start_text(start: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from flags.common import description
+from flags.names import CATALOG
 from runtime.command_line import HelpFormatter, Parser, UsageError, positive_int
 
 HERE = Path(__file__).resolve().parents[1]
@@ -24,6 +25,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     rows = parser.add_argument_group("rows")
     rows.add_argument("--rows", default=str(HERE / "table_rows.json"), type=str, metavar="JSON",
                       help="the rows; copy the default to change them")
+    rows.add_argument("--catalog", default=str(CATALOG), type=str,
+                      help="where the labelled sets are that the rows file's `tables` names beside calc and mass")
     rows.add_argument("--seeds", default=[0, 1, 2], nargs="+", type=int,
                       help="trainings of each row. One says nothing of the training's chance, three are few; a "
                       "published model as it is has none")
@@ -44,8 +47,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise UsageError for what lacks, or is there twice."""
-    if not args.cbis:
-        raise UsageError("--cbis is missing: the folder of CBIS-DDSM")
+    """Raise UsageError for a seed that is there twice."""
     if len(set(args.seeds)) < len(args.seeds):
         raise UsageError(f"--seeds {args.seeds}: a seed is there twice")

@@ -18,10 +18,10 @@ from inputs import cbis
 from reporting import checklists
 from reporting.lesions import explained, lesion_tables, nearest, percent_cell, splits_table
 from reporting.pictures import FOLDER, Pictures
-from reporting.plan import TABLES
 from reporting.plots import Gallery, flow_figure, fraction_figures, short, table_figures, training_figures
 from reporting.runs import MISSING, ResultTable, Runs
 from reporting.samples import samples, searches
+from reporting.table_sets import TABLES
 from reporting.text import markdown, tex
 
 HERE = Path(__file__).resolve().parents[1]

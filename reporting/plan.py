@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import utils
+from evaluation.catalog import CATALOG
+from reporting.table_sets import TABLES, LesionTable, Table, read_tables
 from runtime.command_line import UsageError
 
-TABLES = {"calc": "Calcification", "mass": "Mass"}
 INPUTS = {"roco": "--roco", "cbis": "--cbis", "medclip_vit": "--medclip-vit", "medclip_resnet": "--medclip-resnet",
           "bert_vocab": "--bert-vocab"}  # fmt: skip
+CHECKPOINTS = {"best": "checkpoint_best.pt", "last": "checkpoint.pt"}  # by validation; of the last epoch
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class PlannedRow:
 
     name: str
     weights: str = ""  # a model as it is: what --pretrained takes; empty with `train`, or for an untrained tower
-    train: str | None = None  # flags of main.py; its best checkpoint is evaluated
+    train: str | None = None  # flags of main.py
+    checkpoint: str = "best"  # of CHECKPOINTS: which of the training is evaluated
     probe: str = ""  # further flags of main_linear.py
     finetune: str | None = None  # flags of run_class_finetuning.py, in place of the probe
-    baseline: str | None = None  # the row it is compared with
+    baseline: tuple[str, ...] = ()  # the rows it is compared with, or the one; the primary comparison is with the first
 
     @property
     def seeded(self) -> bool:
@@ -45,12 +48,15 @@ class Plan:
     """The rows file, its places filled in."""
 
     rows: list[PlannedRow]
+    tables: list[Table]
     primary: tuple[str, str] | None
     published: dict[str, dict[str, dict[str, float]]]  # table -> name -> metric -> percent
 
 
-def read_plan(path: str | Path, places: dict[str, str], primary: Sequence[str] | None) -> Plan:
-    """The rows with {roco} and so on filled in; ValueError names what is wrong and the valid choices."""
+def read_plan(
+    path: str | Path, places: dict[str, str], primary: Sequence[str] | None, catalog: str | Path = CATALOG
+) -> Plan:
+    """The rows with {roco} and so on filled in, and their tables; ValueError names what is wrong and the choices."""
     try:
         content = json.loads(Path(path).read_text())
         rows = content["rows"]
@@ -80,9 +86,13 @@ def read_plan(path: str | Path, places: dict[str, str], primary: Sequence[str] |
                 entry[step] = f"{filled(content.get(step, ''))} {entry[step]}".strip()
         entry.setdefault("probe", filled(content.get("probe", "")))
         entry["weights"] = " ".join(shlex.split(entry.get("weights", "")))
-        found.append(PlannedRow(**entry))
+        given = entry.pop("baseline", None) or []
+        found.append(PlannedRow(**entry, baseline=tuple(given if isinstance(given, list) else [given])))
+    tables = read_tables(content.get("tables", list(TABLES)), places.get("cbis", ""), catalog)
+    if any(isinstance(table, LesionTable) for table in tables) and not places.get("cbis"):
+        lacking.add("cbis")
     if lacking:
-        raise UsageError(f"the rows of {path} need {', '.join(INPUTS[name] for name in sorted(lacking))}")
+        raise UsageError(f"the rows or tables of {path} need {', '.join(INPUTS[name] for name in sorted(lacking))}")
     names = [row.name for row in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"{path}: two rows are called {sorted(twice)[0]!r}")
@@ -90,15 +100,21 @@ def read_plan(path: str | Path, places: dict[str, str], primary: Sequence[str] |
     for row in found:
         if (other := by_folder.setdefault(row.slug, row.name)) != row.name:
             raise ValueError(f"{path}: the rows {other!r} and {row.name!r} would share the folder runs/{row.slug}")
-        if row.baseline is not None and row.baseline not in names:
-            raise ValueError(f"{path}, row {row.name!r}: its baseline {row.baseline!r} is no row")
+        if unknown := [baseline for baseline in row.baseline if baseline not in names]:
+            raise ValueError(f"{path}, row {row.name!r}: its baseline {unknown[0]!r} is no row")
+        if row.name in row.baseline:
+            raise ValueError(f"{path}, row {row.name!r}: it is its own baseline")
         if row.train is not None and row.weights:
             raise ValueError(f"{path}, row {row.name!r}: `weights` are a model as it is; --init starts a training")
+        if row.checkpoint not in CHECKPOINTS:
+            choices = ", ".join(CHECKPOINTS)
+            raise ValueError(f"{path}, row {row.name!r}: checkpoint {row.checkpoint!r}; choose from {choices}")
     chosen = primary or content.get("primary")
     if chosen is not None:
         table, name = chosen
         compared = [row.name for row in found if row.baseline]
-        if table not in TABLES or name not in compared:
-            raise ValueError(f"primary {table!r} {name!r}: choose one of {', '.join(TABLES)} and of {compared}")
+        known = [table.name for table in tables]
+        if table not in known or name not in compared:
+            raise ValueError(f"primary {table!r} {name!r}: choose one of {', '.join(known)} and of {compared}")
         chosen = (table, name)
-    return Plan(found, chosen, content.get("published", {}))
+    return Plan(found, tables, chosen, content.get("published", {}))

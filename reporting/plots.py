@@ -17,8 +17,8 @@ from evaluation.predictions import Predictions
 from evaluation.resamples import Resamples
 from inputs import cbis
 from reporting import figures
-from reporting.plan import TABLES
 from reporting.runs import MISSING, ResultRow, ResultTable, Runs, read_predictions, row_name
+from reporting.table_sets import TABLES
 from runtime.logs import read_rows
 
 log = logging.getLogger("medslip")

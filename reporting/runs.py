@@ -20,7 +20,7 @@ from inputs import cbis
 from inputs.metadata import inside
 from reporting import files
 from reporting.files import require
-from reporting.plan import TABLES
+from reporting.table_sets import TABLES
 from synthetic.world import is_synthetic
 
 log = logging.getLogger("medslip")
@@ -198,9 +198,12 @@ def add_tables(folder: Path, runs: Runs) -> None:
     require(content, path, files.TABLES)
     runs.synthetic |= content["synthetic"]
     runs.primary, runs.steps = content["primary"], content["steps"]
-    runs.cbis = runs.cbis or Path(content["cbis"])
+    runs.cbis = runs.cbis or (Path(content["cbis"]) if content["cbis"] else None)
     for kind, table in content["tables"].items():
-        mine = runs.tables.setdefault(kind, ResultTable(kind))
+        own = ResultTable(kind)  # of CBIS-DDSM, which earlier versions had alone and said nothing of
+        if "classes" in table:
+            own = ResultTable(kind, tuple(table["classes"]), table["positive"], unit=table["unit"])
+        mine = runs.tables.setdefault(kind, own)
         mine.lesions, mine.patients = table["lesions"], table["patients"]
         mine.comparisons += table["comparisons"]
         mine.absent |= table["absent"]
@@ -215,7 +218,7 @@ def add_tables(folder: Path, runs: Runs) -> None:
                     row["name"], row["kind"], row["metrics"], str(path), places, row.get("detection", {}),
                     row.get("units", {}), row.get("subgroups", []), row.get("confusion"), row.get("two_class", []),
                     row.get("never_predicted", []), row["leaves_out"], point_of(results[0]) if results else None,
-                    per_class=row.get("per_class", {}),
+                    table.get("unlearnt", []) if places else [], per_class=row.get("per_class", {}),
                 )
             )  # fmt: skip
             for result in results[:1]:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from reporting.plan import TABLES, Plan, PlannedRow
+from reporting.plan import CHECKPOINTS, Plan, PlannedRow
+from reporting.table_sets import TRAINING, LesionTable, Table
 from runtime.checkpoints import load_checkpoint, training_progress
 from runtime.logs import format_seconds
 from runtime.one_run import in_use
@@ -38,14 +39,15 @@ class Step:
     command: list[str]
     result: Path  # is there when the step is done
     needs: list[Path] = field(default_factory=list)
+    entry: dict[str, Any] = field(default_factory=dict)  # what the result follows from beside its inputs
     training: bool = False
     status: str = "waiting"
     seconds: float = 0.0
 
     def record(self) -> dict[str, Any]:
-        """What the result follows from: the command, and size and time of the files that it reads."""
+        """What the result follows from: the command, size and time of the files that it reads, a catalog's entry."""
         stamps = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in self.needs if path.is_file()}
-        return {"command": self.command, "inputs": stamps}
+        return {"command": self.command, "inputs": stamps} | ({"entry": self.entry} if self.entry else {})
 
     @property
     def done(self) -> bool:
@@ -72,10 +74,10 @@ def folder_of(out: Path, row: PlannedRow, seed: int) -> Path:
 def plan_steps(plan: Plan, args: argparse.Namespace, out: Path) -> list[Step]:
     """All commands in the order in which they can run."""
     steps, python = [], sys.executable
-    root, tables = Path(args.cbis).absolute(), [f"{kind}.csv" for kind in TABLES]
-    if not all((root / name).is_file() for name in tables):
-        command = [python, str(HERE / "make_dataset.py"), "cbis", "--root", str(root)]
-        steps.append(Step("prepare CBIS-DDSM", out / "runs" / "prepare", command, root / tables[-1]))
+    lesions = [table for table in plan.tables if isinstance(table, LesionTable)]
+    if not all(table.file.is_file() for table in lesions):
+        command = [python, str(HERE / "make_dataset.py"), "cbis", "--root", str(lesions[-1].root)]
+        steps.append(Step("prepare CBIS-DDSM", out / "runs" / "prepare", command, lesions[-1].file))
     for row in plan.rows:
         for seed in seeds_of(row, args.seeds):
             folder = folder_of(out, row, seed)
@@ -83,39 +85,38 @@ def plan_steps(plan: Plan, args: argparse.Namespace, out: Path) -> list[Step]:
             if weights and not is_name(weights):
                 weights = Path(weights).absolute()
             if row.train is not None:
-                weights = folder / "training" / "checkpoint_best.pt"
+                weights = folder / TRAINING / CHECKPOINTS[row.checkpoint]
                 flags = [*shlex.split(row.train), "--seed", str(seed), "--workers", str(args.workers)]
                 script = "main.py" if args.submit is None else "run_with_submitit.py"
                 job = [] if args.submit is None else shlex.split(args.submit)
                 if args.submit is not None and "--job_dir" not in job:
                     job += ["--job_dir", str(out / "jobs" / "%j")]
-                command = [python, str(HERE / script), *flags, "--output-dir", str(folder / "training"), *job]
-                steps.append(Step(f"{row.name}, seed {seed}: train", folder / "training", command, weights,
+                command = [python, str(HERE / script), *flags, "--output-dir", str(folder / TRAINING), *job]
+                steps.append(Step(f"{row.name}, seed {seed}: train", folder / TRAINING, command, weights,
                                   training=True))  # fmt: skip
-            for kind in TABLES:
-                steps.append(evaluation(row, kind, folder / kind, weights, seed, args, root))
+            for table in plan.tables:
+                steps.append(evaluation(row, table, folder / table.folder, weights, seed, args))
     return steps
 
 
 def evaluation(
-    row: PlannedRow, kind: str, folder: Path, weights: str | Path | None, seed: int, args: argparse.Namespace,
-    root: Path,
-) -> Step:  # fmt: skip
+    row: PlannedRow, table: Table, folder: Path, weights: str | Path | None, seed: int, args: argparse.Namespace
+) -> Step:
     """The step that ends in a row's predictions for one table: a probe, or fine-tuning end to end."""
-    needs = [root / f"{kind}.csv", *([weights] if isinstance(weights, Path) else [])]
+    needs = [*table.files, *([weights] if isinstance(weights, Path) else [])]
     result = folder / "results.json"
-    name = f"{row.name}, seed {seed}: {kind}" if row.seeded else f"{row.name}: {kind}"
+    name = f"{row.name}, seed {seed}: {table.name}" if row.seeded else f"{row.name}: {table.name}"
     if row.finetune is not None:
         command = [sys.executable, str(HERE / "beit_finetuning" / "run_class_finetuning.py"),
-                   "--data_set", f"cbis_{kind}", "--data_path", str(root), *shlex.split(row.finetune),
+                   *table.finetune, *shlex.split(row.finetune),
                    "--seed", str(seed), "--output_dir", str(folder)]  # fmt: skip
         command += ["--finetune", str(weights)] if weights else []
     else:
         command = [sys.executable, str(HERE / "main_linear.py"),
-                   "--dataset", f"cbis_{kind}", "--root", str(root), *shlex.split(row.probe),
+                   *table.probe, *shlex.split(row.probe),
                    "--seed", str(seed), "--workers", str(args.workers), "--output-dir", str(folder)]  # fmt: skip
         command += ["--pretrained", str(weights)] if weights else []
-    return Step(name, folder, command, result, needs)
+    return Step(name, folder, command, result, needs, table.entry)
 
 
 class Signals:
@@ -152,9 +153,9 @@ def run_steps(steps: list[Step]) -> str:
     with Signals() as signals:
         for number, step in enumerate(steps, 1):
             title = f"[{number}/{len(steps)}] {step.name}"
-            if step.training and already_trained(step):
-                step.status = "done before"
-            elif step.done:
+            if (
+                already_trained(step) if step.training else step.done
+            ):  # a training's checkpoints are there from the first
                 step.status = "done before"
             elif signals.name:
                 step.status = f"not run: stopped by {signals.name}"

@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 
 import utils
-from evaluation import comparisons, metrics, references, subgroups
+from evaluation import comparisons, metrics, subgroups
 from evaluation.comparisons import Draws
 from evaluation.predictions import Predictions
 from evaluation.resamples import Bootstrap
-from inputs import cbis
 from reporting.files import RESULT, require
-from reporting.plan import TABLES, Plan
+from reporting.plan import Plan
 from reporting.steps import Step, folder_of, seeds_of
+from reporting.table_sets import TABLES, LesionTable, Table, TestSplit
 from reporting.text import markdown
 from runtime.versions import versions
-from synthetic.world import is_synthetic
 
 HOLM_METRIC = "auroc"  # the comparisons of a table are tested on this one
 
@@ -43,27 +42,28 @@ class Measured:
     draws: dict[str, Draws] = field(default_factory=dict)
 
 
-def measure(plan: Plan, args: argparse.Namespace, out: Path, kind: str) -> tuple[list[Measured], dict[str, str], list]:
-    """References and rows of a table, what is missing and why, and the test rows."""
-    rows = cbis.read_lesions(Path(args.cbis) / f"{kind}.csv")
+def measure(
+    plan: Plan, args: argparse.Namespace, out: Path, table: Table, test: TestSplit
+) -> tuple[list[Measured], dict[str, str]]:
+    """References and rows of a table, and what is missing and why."""
     measured, absent = [], {}
-    for name, found in references.reference_rows(rows).items():
+    for name, found in test.references.items():
         if isinstance(found, str):
             absent[name] = found
         else:
             measured.append(Measured(name, "reference", [], found, trained=False))
-    test = [row for row in rows if row["split"] == "test"]
+    wanted = (*RESULT, "operating_point") if isinstance(table, LesionTable) else RESULT
     for row in plan.rows:
         item = Measured(row.name, "measured", [], [], trained=row.seeded)
         for seed in seeds_of(row, args.seeds):
-            folder = folder_of(out, row, seed) / kind
+            folder = folder_of(out, row, seed) / table.folder
             if not (folder / "results.json").is_file():
                 item.missing.append(seed)
                 continue
             path = folder / "predictions.csv"
-            item.found.append(Predictions.read(path).in_order_of(test, path))
+            item.found.append(Predictions.read(path, test.scheme).in_order_of(test.rows, path))
             item.results.append(utils.read_json(folder / "results.json"))
-            require(item.results[-1], folder / "results.json", (*RESULT, "operating_point"))
+            require(item.results[-1], folder / "results.json", wanted)
             item.files.append(str(folder.relative_to(out)))
             item.seeds.append(seed)
         if item.found:
@@ -73,11 +73,11 @@ def measure(plan: Plan, args: argparse.Namespace, out: Path, kind: str) -> tuple
     for item in measured:
         resamples = item.found[0].resamples(Bootstrap(args.resamples))
         item.draws = comparisons.draw_rows(resamples, [p.prob for p in item.found], item.trained)
-    return measured, absent, test
+    return measured, absent
 
 
-def describe_row(item: Measured, test: list[dict[str, str]], bootstrap: Bootstrap) -> dict[str, Any]:
-    """What tables.json says of a row: the six columns, and for a model all else."""
+def describe_row(item: Measured, table: Table, test: TestSplit, bootstrap: Bootstrap) -> dict[str, Any]:
+    """What tables.json says of a row: its columns, and for a model all else."""
     entry: dict[str, Any] = {
         "name": item.name,
         "kind": item.kind,
@@ -92,29 +92,34 @@ def describe_row(item: Measured, test: list[dict[str, str]], bootstrap: Bootstra
     if item.kind == "reference":
         return entry
     # Rows of the table, which know density and the like, with the probabilities of each seed.
-    whole = [Predictions(test, p.prob) for p in item.found]
-    entry["detection"] = describe_detection(whole, item, bootstrap)
+    whole = [Predictions(test.rows, p.prob, test.scheme) for p in item.found]
+    if all(result.get("operating_point") for result in item.results):
+        entry["detection"] = describe_detection(whole, item, bootstrap)
     entry["per_class"] = describe_classes(whole, item, bootstrap)
-    entry["units"] = {}
-    for unit in subgroups.UNITS:
-        merged = [subgroups.by_unit(p, unit) for p in whole]
-        entry["units"][unit] = {
-            "number": len(merged[0].rows),
-            "metrics": plain_draws(merged, item.trained, bootstrap),
-        }
     entry["never_predicted"] = sorted({name for r in item.results for name in r.get("never_predicted", [])})
-    entry["subgroups"] = subgroups.score_subgroups(whole[0], bootstrap, others=whole[1:])
-    entry["two_class"] = [r["two_class"]["metrics"]["auroc"] for r in item.results if r.get("two_class")]
     entry["confusion"] = np.mean([r["confusion"] for r in item.results], axis=0).tolist()
     entry["weights"] = [r.get("weights", {}) for r in item.results]
-    entry["test_readings"] = [r.get("test_readings") for r in item.results]
-    return entry
+    return entry | (describe_lesions(whole, item, bootstrap) if isinstance(table, LesionTable) else {})
+
+
+def describe_lesions(whole: list[Predictions], item: Measured, bootstrap: Bootstrap) -> dict[str, Any]:
+    """What is said of a model on CBIS-DDSM alone: breasts, patients, subgroups, readings of the test table."""
+    units = {}
+    for unit in subgroups.UNITS:
+        merged = [subgroups.by_unit(p, unit) for p in whole]
+        units[unit] = {"number": len(merged[0].rows), "metrics": plain_draws(merged, item.trained, bootstrap)}
+    return {
+        "units": units,
+        "subgroups": subgroups.score_subgroups(whole[0], bootstrap, others=whole[1:]),
+        "two_class": [r["two_class"]["metrics"]["auroc"] for r in item.results if r.get("two_class")],
+        "test_readings": [r.get("test_readings") for r in item.results],
+    }
 
 
 def describe_detection(
     whole: list[Predictions], item: Measured, bootstrap: Bootstrap
 ) -> dict[str, dict[str, float | None]]:
-    """Malignant against the rest at each seed's own operating point, with intervals over seeds and patients."""
+    """The positive class against the rest at each seed's own operating point; intervals over seeds and patients."""
     resamples = whole[0].resamples(bootstrap)
     drawn = []
     for found, result in zip(whole, item.results, strict=True):
@@ -155,17 +160,18 @@ def plain_draws(found: list[Predictions], trained: bool, bootstrap: Bootstrap) -
 
 
 def compare(plan: Plan, kind: str, measured: list[Measured]) -> list[dict[str, Any]]:
-    """Each row with its baseline, and Holm's correction over the AUROCs of all but the primary comparison."""
+    """Each row with its baselines, and Holm's correction over the AUROCs of all but the primary comparison."""
     by_name = {item.name: item for item in measured}
     found = []
-    for row in plan.rows:
-        if row.baseline is None or row.name not in by_name or row.baseline not in by_name:
+    for row, name in [(own, baseline) for own in plan.rows for baseline in own.baseline]:
+        if row.name not in by_name or name not in by_name:
             continue
-        item, baseline = by_name[row.name], by_name[row.baseline]
-        differences = {name: comparisons.difference(d, baseline.draws[name]).plain() for name, d in item.draws.items()}
+        item, baseline = by_name[row.name], by_name[name]
+        differences = {key: comparisons.difference(d, baseline.draws[key]).plain() for key, d in item.draws.items()}
         alone = [i.name for i in (item, baseline) if any(d.lacks_seeds for d in i.draws.values())]
         found.append({
-            "row": row.name, "baseline": row.baseline, "primary": plan.primary == (kind, row.name),
+            "row": row.name, "baseline": name,
+            "primary": plan.primary == (kind, row.name) and name == row.baseline[0],
             "difference": differences, "leaves_out": f"{', '.join(alone)}: {comparisons.ONE_SEED}" if alone else "",
         })  # fmt: skip
     secondary = [entry for entry in found if not entry["primary"]]
@@ -192,18 +198,24 @@ def name_primary(plan: Plan, out: Path, results_there: bool) -> dict[str, Any] |
 def collect(plan: Plan, args: argparse.Namespace, out: Path, primary: dict | None, steps: list[Step]) -> dict[str, Any]:
     """Everything that tables.md and a report show."""
     tables = {}
-    for kind in TABLES:
-        measured, absent, test = measure(plan, args, out, kind)
-        tables[kind] = {
-            "lesions": len(test),
-            "patients": len({row["patient"] for row in test}),
-            "published": plan.published.get(kind, {}),
-            "rows": [describe_row(item, test, Bootstrap(args.resamples)) for item in measured],
-            "comparisons": compare(plan, kind, measured),
+    for table in plan.tables:
+        test = table.test()
+        measured, absent = measure(plan, args, out, table, test)
+        tables[table.name] = {
+            "samples": table.samples,
+            "lesions": len(test.rows),  # or images
+            "patients": test.groups,  # or what the unit is
+            "unit": test.scheme.unit,
+            "classes": list(test.scheme.classes),
+            "positive": test.scheme.positive,
+            "unlearnt": list(test.scheme.unlearnt),
+            "published": plan.published.get(table.name, {}),
+            "rows": [describe_row(item, table, test, Bootstrap(args.resamples)) for item in measured],
+            "comparisons": compare(plan, table.name, measured),
             "absent": absent,
         }
     return {
-        "synthetic": is_synthetic(Path(args.cbis)),
+        "synthetic": any(table.synthetic for table in plan.tables),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "cbis": str(args.cbis),
@@ -225,22 +237,25 @@ def describe(result: dict[str, Any]) -> str:
     lines = []
     if result["synthetic"]:
         lines += ["**SYNTHETIC data: these numbers say nothing about patients.**", ""]
-    seeds = len(result["seeds"])
+    seeds, tables = len(result["seeds"]), result["tables"]
+    over = " or ".join(dict.fromkeys(table["unit"] for table in tables.values()))
     lines.append(
         f"Percent, the mean over {seeds} training seed{'s' * (seeds > 1)}, with 95% intervals over training and "
-        f"patients ({result['resamples']} resamples)."
+        f"{over} ({result['resamples']} resamples)."
         if seeds > 1
-        else f"Percent, with 95% intervals over patients ({result['resamples']} resamples); {comparisons.ONE_SEED}."
+        else f"Percent, with 95% intervals over {over} ({result['resamples']} resamples); {comparisons.ONE_SEED}."
     )
-    for kind, table in result["tables"].items():
-        heads = list(metrics.headings(metrics.METRICS, metrics.MALIGNANT).values())
-        lines += ["", f"## {TABLES[kind]} ({table['lesions']} test lesions of {table['patients']} patients)", ""]
-        lines += [f"| Model | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
+    for kind, table in tables.items():
+        heads = metrics.headings(metrics.METRICS, table["positive"])
+        size = f"{table['lesions']} test {table['samples']}"
+        size += f" of {table['patients']} {table['unit']}" if table["unit"] != table["samples"] else ""
+        lines += ["", f"## {TABLES.get(kind, markdown(kind))} ({size})", ""]
+        lines += [f"| Model | {' | '.join(heads.values())} |", "| --- |" + " --- |" * len(heads)]
         for name, values in table["published"].items():
-            cells = (f"{values[key]:g}" if values.get(key) is not None else "–" for key in metrics.METRICS)
+            cells = (f"{values[key]:g}" if values.get(key) is not None else "–" for key in heads)
             lines.append(f"| {markdown(name)} (as published) | {' | '.join(cells)} |")
         for row in table["rows"]:
-            cells = (metrics.Interval.of(row["metrics"][key]).percent() for key in metrics.METRICS)
+            cells = (metrics.Interval.of(row["metrics"][key]).percent() for key in heads)
             name = markdown(row["name"])
             name = f"*{name}*" if row["kind"] == "reference" else name
             remark = " †" if row["leaves_out"] else ""
@@ -250,33 +265,39 @@ def describe(result: dict[str, Any]) -> str:
         widths = [(len(row["seeds"]), comparisons.width(row["metrics"]["auroc"])) for row in table["rows"]]
         if comparisons.few_seeds_matter(widths):
             lines += ["", f"{comparisons.FEW_SEEDS}."]
-        for row in table["rows"]:
-            if row.get("never_predicted"):
-                lines += [
-                    "",
-                    f"{markdown(row['name'])} never predicts {', '.join(row['never_predicted'])} (in a seed).",
-                ]
-            if row["missing_seeds"]:
-                lines += [
-                    "",
-                    f"{markdown(row['name'])}: no results of seed {', '.join(map(str, row['missing_seeds']))}.",
-                ]
-        lines += [f"\nWithout a row: {markdown(name)}, because {why}." for name, why in table["absent"].items()]
-        lines += describe_comparisons(table["comparisons"], result["primary"])
-    lines += [
-        "",
-        "Rows in italics look at no image but for its size. BENIGN_WITHOUT_CALLBACK: the radiologist asked for neither "
-        "a biopsy nor further films.",
-    ]
+        if table["unlearnt"]:
+            lines += ["", f"No training image, and in no mean over classes: {markdown(', '.join(table['unlearnt']))}."]
+        lines += describe_remarks(table)
+        lines += describe_comparisons(table["comparisons"], result["primary"], table["unit"])
+    if any(kind in TABLES for kind in tables):
+        lines += [
+            "",
+            "Rows in italics look at no image but for its size. BENIGN_WITHOUT_CALLBACK: the radiologist asked for "
+            "neither a biopsy nor further films.",
+        ]
+    else:
+        lines += ["", "Rows in italics look at no image."]
     return "\n".join(lines)
 
 
-def describe_comparisons(found: list[dict[str, Any]], primary: dict | None) -> Iterable[str]:
+def describe_remarks(table: dict[str, Any]) -> Iterable[str]:
+    """What a reader of a table's rows should know of some, as lines of Markdown."""
+    for row in table["rows"]:
+        name = markdown(row["name"])
+        if row.get("never_predicted"):
+            yield f"\n{name} never predicts {markdown(', '.join(row['never_predicted']))} (in a seed)."
+        if row["missing_seeds"]:
+            yield f"\n{name}: no results of seed {', '.join(map(str, row['missing_seeds']))}."
+    for name, why in table["absent"].items():
+        yield f"\nWithout a row: {markdown(name)}, because {why}."
+
+
+def describe_comparisons(found: list[dict[str, Any]], primary: dict | None, unit: str) -> Iterable[str]:
     """The differences of a table as lines of Markdown."""
     if not found:
         return
     yield ""
-    yield "AUROC minus the baseline's, percentage points, paired over patients:"
+    yield f"AUROC minus the baseline's, percentage points, paired over {unit}:"
     yield ""
     for entry in found:
         value = entry["difference"][HOLM_METRIC]

@@ -94,3 +94,19 @@ def test_seeds_may_differ_where_all_weights_come_from_a_file_and_silence_is_said
     averaged(paths, tmp_path / "mean of exports")
     assert "it is not recorded what they started from" in caplog.text
     assert json.loads((tmp_path / "mean" / "config.json").read_text())["training"] == {"averaged": 2}
+
+
+def test_image_towers_of_one_start_are_averaged_whatever_the_seed_of_the_rest(tmp_path):
+    for name in ("same", "other"):
+        (tmp_path / name).mkdir()
+    paths = several(tmp_path / "same", *HELD, seed=[0, 1, 2], vision_weights=["a.pt"] * 3)
+    with pytest.raises(ValueError, match="the same weights: --vision-weights a.pt, --seed 0 and"):
+        averaged(paths, tmp_path / "whole")
+    tower = models.load_pretrained(averaged(paths, tmp_path / "mean", "timm")).model.visual
+    states = [load_checkpoint(path)["state_dict"] for path in paths]
+    for name, value in tower.state_dict().items():
+        expected = np.mean([state[f"visual.{name}"].double().numpy() for state in states], axis=0)
+        np.testing.assert_allclose(value.numpy(), expected, rtol=1e-6, atol=1e-7, err_msg=name)
+    others = several(tmp_path / "other", *HELD, n=2, seed=[0, 0], vision_weights=["a.pt", "b.pt"])
+    with pytest.raises(ValueError, match="--vision-weights a.pt and --vision-weights b.pt"):
+        averaged(others, tmp_path / "none", "timm")
