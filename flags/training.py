@@ -161,7 +161,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--catalog", default=str(CATALOG), type=str,
                      help="where the downstream datasets are")
     run.add_argument("--print-freq", default=10, type=positive_int, metavar="STEPS",
-                     help="steps between log lines")
+                     help="steps between log lines; one comes after 30 seconds anyway")
     run.add_argument("--keep-last", default=2, type=positive_int, metavar="K",
                      help="checkpoints to keep beside the best")
     run.add_argument("--save-every-minutes", default=30.0, type=float, metavar="MINUTES",

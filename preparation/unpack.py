@@ -303,7 +303,7 @@ def unpack(
     counts: dict[str, Counter] = {}
     unreadable: dict[str, list[str]] = {}
     lines: dict[str, list[str]] = {}
-    with progress(desc="unpacking", unit=" images") as bar:
+    with progress(desc="unpacking", total=sum(map(rows_of, sources)), unit=" images") as bar:
         for part in sources:
             done = unpack_part(part, source, output, short_side, workers, bar)
             counts.setdefault(part.split, Counter()).update(done["counts"])
@@ -328,6 +328,15 @@ def unpack(
     if empty:
         raise ValueError(f"{source} gave no pair of {', '.join(empty)}: no image of theirs can be read")
     return counts
+
+
+def rows_of(part: Source) -> int:
+    """Of its table, for the time that is left."""
+    if part.path.suffix != ".parquet":
+        return sum(1 for _ in Table(part.path))
+    import pyarrow.parquet as parquet
+
+    return parquet.read_metadata(part.path).num_rows
 
 
 def unpack_part(

@@ -1,6 +1,7 @@
 """make_dataset.py unpack: what is written is read by --dataset roco, against the images that went into the archives."""
 
 import io
+import re
 import time
 import zipfile
 from pathlib import PurePath
@@ -12,6 +13,7 @@ from PIL import Image
 import datasets
 import make_dataset
 from preparation import unpack
+from runtime import logs
 
 CAPTIONS = [
     "Mammogram with a round\nmass",
@@ -160,6 +162,17 @@ def test_an_interrupted_copy_goes_on_and_a_finished_one_is_verified(tmp_path, mo
     assert images[0].is_file()
     with pytest.raises(ValueError, match="short_side"):
         unpack.unpack(source, output, short_side=16)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "zip"])
+def test_the_time_left_is_said(tmp_path, monkeypatch, caplog, kind):
+    monkeypatch.setattr(logs, "QUIET_SECONDS", 0)
+    hub(tmp_path / "source") if kind == "parquet" else zenodo(tmp_path / "source")
+    with caplog.at_level("INFO", "medslip"):
+        run(tmp_path / "source", tmp_path / "out")
+    said = [record.message for record in caplog.records if record.message.startswith("unpacking: ")]
+    done, total = re.match(r"unpacking: (\d+) of (\d+) images, .* left", said[-1]).groups()
+    assert done == total != "0"
 
 
 def test_broken_images_are_counted_and_named(tmp_path):
