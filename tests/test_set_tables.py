@@ -159,7 +159,9 @@ def test_fine_tuning_names_them_too(tmp_path, caplog):
     for place in ("train/a", "train/b", "test/a", "test/b", "test/rare"):
         (tmp_path / place).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / place / "0.png")
-    args = Namespace(data_set="image_folder", data_path=str(tmp_path / "train"), eval_data_path=str(tmp_path / "test"))
+    args = Namespace(
+        where="", data_set="image_folder", data_path=str(tmp_path / "train"), eval_data_path=str(tmp_path / "test")
+    )
     sets.open_sets(args)
     assert "image_folder: classes without training images: rare (1 test)" in caplog.text
 
