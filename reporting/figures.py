@@ -162,6 +162,7 @@ def curves(
             )
             ax.set_ylim(bottom=lowest)
         if epochs:
+            ax.set_xlim(0, 1.03 * max(x.max() for _, x, *_ in rows))  # of a single epoch there is no whole number else
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel(axes[0])
         ax.set_ylabel(axes[1])

@@ -404,6 +404,9 @@ def test_axes_do_not_exaggerate():
     loss = [("a", np.array([1, 2, 3]), np.array([401.0, 400.0, 399.0]), none, none)]
     drawn = ticks(figures.curves(loss, "t", ("epoch", "loss"), False, unit=False, epochs=True))
     assert min(drawn) == 0 and {1, 2, 3} <= set(drawn) and 1.5 not in drawn and 2.5 not in drawn
+    once = [("a", np.array([1]), np.array([400.0]), none, none)]
+    drawn = ticks(figures.curves(once, "t", ("epoch", "loss"), False, unit=False, epochs=True))
+    assert 1 in drawn and all(number == int(number) for number in drawn)
 
 
 def test_the_line_of_chance_under_precision_is_the_prevalence(runs, probed):
