@@ -40,7 +40,7 @@ REFUSED = (
     ("predict.py", ["zero-shot", "w.pt", "a.png", "--labels", "one"], "at least two"),
     ("predict.py", ["embed", "w.pt", "a.png", "--output", "x.csv"], ".npz"),
     ("predict.py", ["classify", "run", "a.png", "--outptu", "x.csv"], "did you mean --output?"),
-    ("make_tables.py", [], "--cbis"),
+    ("make_tables.py", ["--seeds", "0", "0"], "a seed is there twice"),
     ("run_with_submitit.py", ["--start-epoch", "9", "--epochs", "3", "--dry-run"], "--start-epoch 9"),
     ("beit_finetuning/run_class_finetuning.py", ["--mixup", "0.8", "--batch_size", "3"], "is odd"),
 )
