@@ -1,0 +1,179 @@
+"""The numeric hot paths beside what else one would call, each measurement in a process of its own.
+
+    python benchmarks/bench_numeric.py intervals    AUROC over resampled patients: scikit-learn, NumPy all at once
+
+Printed are CPU seconds and the memory that the work takes beyond its data, medians of --runs; runs of the methods
+alternate. Each method's answer is compared with ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+
+Work = Callable[[], Any]  # returns the answer, a list of numbers that all methods agree on
+
+
+@dataclass(frozen=True)
+class Part:
+    """One hot path: sizes, and for each method the sizes it does and what prepares its data."""
+
+    sizes: tuple[str, ...]
+    methods: dict[str, Callable[[str], Work]]  # the first is ours
+    tolerance: float = 0.0  # between answers
+    skipped: tuple[tuple[str, str], ...] = ()  # (method, size) that would not fit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals
+# ---------------------------------------------------------------------------------------------------------------------
+
+CLASSES, RESAMPLES, SOME = ("BENIGN", "BENIGN_WITHOUT_CALLBACK", "MALIGNANT"), 2000, 40
+
+
+def table(size: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels (n,), probabilities (n, 3) with ties, and patients with two rows or so."""
+    n, rng = int(size), np.random.default_rng(0)
+    labels, patients = rng.integers(0, 3, n), rng.integers(0, n // 2, n).astype(str)
+    prob = 0.7 * rng.dirichlet(np.ones(3), n)
+    prob[np.arange(n), labels] += 0.3
+    prob = prob.round(3)
+    return labels, prob / prob.sum(1, keepdims=True), patients
+
+
+def bounds_ours(size: str) -> Work:
+    from evaluation.resamples import Resamples
+
+    labels, prob, patients = table(size)
+
+    def work() -> list[float]:
+        found = Resamples(labels, patients, CLASSES, number=RESAMPLES).intervals(prob)["auroc"]
+        return [float(found.low or 0), float(found.high or 0)]
+
+    return work
+
+
+def bounds_numpy(size: str) -> Work:
+    """The weighted statistic of all resamples at once, as one writes it down."""
+    labels, prob, patients = table(size)
+
+    def work() -> list[float]:
+        names, patient = np.unique(patients, return_inverse=True)
+        even = np.full(len(names), 1 / len(names))
+        weights = np.random.default_rng(0).multinomial(len(names), even, size=RESAMPLES)[:, patient]
+        areas = []
+        for c in range(3):
+            order = np.argsort(prob[:, c], kind="stable")
+            starts = np.flatnonzero(np.r_[True, np.diff(prob[order, c]) > 0])
+            own, sorted_weights = (labels == c)[order], weights[:, order].astype(np.float64)
+            positive = np.add.reduceat(sorted_weights * own, starts, axis=1)
+            negative = np.add.reduceat(sorted_weights * ~own, starts, axis=1)
+            below = np.cumsum(negative, axis=1) - negative / 2
+            areas.append((positive * below).sum(1) / (positive.sum(1) * negative.sum(1)))
+        return np.quantile(np.mean(areas, axis=0), (0.025, 0.975)).tolist()
+
+    return work
+
+
+def bounds_sklearn(size: str) -> Work:
+    """A call for each resample; SOME of them, and the time counted as often as that goes into RESAMPLES."""
+    from sklearn.metrics import roc_auc_score
+
+    labels, prob, patients = table(size)
+
+    def work() -> list[float]:
+        names, patient = np.unique(patients, return_inverse=True)
+        even, rng = np.full(len(names), 1 / len(names)), np.random.default_rng(0)
+        for _ in range(SOME):
+            weights = rng.multinomial(len(names), even)[patient]
+            roc_auc_score(labels, prob, multi_class="ovr", sample_weight=weights)
+        return []
+
+    return work
+
+
+PARTS = {
+    "intervals": Part(
+        ("378", "10000", "100000"),
+        {"ours": bounds_ours, "NumPy": bounds_numpy, "scikit-learn": bounds_sklearn},
+        skipped=(("NumPy", "100000"),),
+    ),
+}
+SCALED = {"scikit-learn of intervals": RESAMPLES / SOME}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def one(part: str, method: str, size: str) -> dict[str, Any]:
+    """Seconds, bytes and answer, in this process."""
+    work = PARTS[part].methods[method](size)
+    before, start = common.memory_now(torch.device("cpu")), (time.process_time(), time.perf_counter())
+    answer = work()
+    cpu, wall = time.process_time() - start[0], time.perf_counter() - start[1]
+    scale = SCALED.get(f"{method} of {part}", 1)
+    peak = common.peak_memory(torch.device("cpu")) - before
+    return {"seconds": scale * cpu, "wall": scale * wall, "bytes": peak, "answer": answer}
+
+
+def elsewhere(part: str, method: str, size: str, threads: int) -> dict[str, Any]:
+    """`one` in a process of its own, with so many threads."""
+    environment = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))}
+    command = [sys.executable, str(Path(__file__).resolve()), part, "--one", method, size]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(name: str, sizes: list[str], runs: int, threads: int) -> list[dict[str, Any]]:
+    """A row for each size and method, printed as it comes; ValueError where an answer differs from ours."""
+    part, rows = PARTS[name], []
+    for size in sizes or part.sizes:
+        methods = [method for method in part.methods if (method, size) not in part.skipped]
+        found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+        for _ in range(runs):
+            for method in methods:
+                found[method].append(elsewhere(name, method, size, threads))
+        ours = np.array(found[methods[0]][0]["answer"])
+        for method in methods:
+            answer = np.array(found[method][0]["answer"])
+            gap = np.abs(answer - ours).max() if len(answer) else 0.0
+            if not gap <= part.tolerance:
+                raise ValueError(f"{name} of {size}: {method} answers {answer}, ours {ours}")
+            row = {"size": size, "method": method, "gap": float(gap)}
+            row |= {key: common.median([run[key] for run in found[method]]) for key in ("seconds", "wall", "bytes")}
+            rows.append(row)
+            print(f"{size:>16} | {method:24} | {row['seconds']:9.3f} CPU s | {row['wall']:9.3f} s | "
+                  f"{row['bytes'] / 2**20:7.0f} MiB | differs by {gap:.1e}", flush=True)  # fmt: skip
+    return rows
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--sizes", nargs="+", default=[], help="as the table names them; all of the part's")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--one", nargs=2, metavar=("METHOD", "SIZE"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.one:
+        print(json.dumps(one(args.part, *args.one)))
+        return []
+    print(common.describe(torch.device("cpu"), args.runs))
+    return compare(args.part, args.sizes, args.runs, args.threads)
+
+
+if __name__ == "__main__":
+    main()
