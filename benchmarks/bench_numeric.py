@@ -1,6 +1,7 @@
 """The numeric hot paths beside what else one would call, each measurement in a process of its own.
 
     python benchmarks/bench_numeric.py intervals    AUROC over resampled patients: scikit-learn, NumPy all at once
+    python benchmarks/bench_numeric.py search       nearest vectors: faiss, NumPy's argpartition
 
 Printed are CPU seconds and the memory that the work takes beyond its data, medians of --runs; runs of the methods
 alternate. Each method's answer is compared with ours.
@@ -104,7 +105,60 @@ def bounds_sklearn(size: str) -> Work:
     return work
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Search
+# ---------------------------------------------------------------------------------------------------------------------
+
+NEAREST = 10
+
+
+def vectors_of(size: str) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors (Q, d) and (n, d) of a size QxNxD."""
+    q, n, d = map(int, size.split("x"))
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((q + n, d), np.float32)
+    for start in range(0, len(vectors), 65536):  # a norm takes a copy
+        vectors[start : start + 65536] /= np.linalg.norm(vectors[start : start + 65536], axis=1, keepdims=True)
+    return vectors[:q], vectors[q:]
+
+
+def search_ours(size: str) -> Work:
+    from evaluation.nearest import nearest
+
+    queries, bank = vectors_of(size)
+    return lambda: nearest(queries, bank, NEAREST)[0].ravel().tolist()
+
+
+def search_numpy(size: str) -> Work:
+    """All products, argpartition, and the few sorted; a hundred queries at a time, as memory would have it."""
+    queries, bank = vectors_of(size)
+
+    def work() -> list[int]:
+        found = []
+        for part in np.split(queries, range(100, len(queries), 100)):
+            products = part @ bank.T
+            few = np.argpartition(products, -NEAREST, axis=1)[:, -NEAREST:]
+            order = np.argsort(-np.take_along_axis(products, few, 1), axis=1)
+            found.append(np.take_along_axis(few, order, 1))
+        return np.concatenate(found).ravel().tolist()
+
+    return work
+
+
+def search_faiss(size: str) -> Work:
+    """faiss' function for exact search in an array, which needs no copy of it."""
+    import faiss
+
+    queries, bank = vectors_of(size)
+    faiss.omp_set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    return lambda: faiss.knn(queries, bank, NEAREST, metric=faiss.METRIC_INNER_PRODUCT)[1].ravel().tolist()
+
+
 PARTS = {
+    "search": Part(
+        ("20x1000000x256", "64x400000x256", "2000x50000x512"),
+        {"ours": search_ours, "NumPy": search_numpy, "faiss": search_faiss},
+    ),
     "intervals": Part(
         ("378", "10000", "100000"),
         {"ours": bounds_ours, "NumPy": bounds_numpy, "scikit-learn": bounds_sklearn},

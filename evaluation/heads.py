@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 import utils
+from evaluation.nearest import nearest
 from runtime.integrity import SEAL, UNSEALED, check_seal, seal
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,19 +411,26 @@ PROTOCOLS = {"logistic": fit_logistic, "medslip": fit_medslip}
 
 @torch.inference_mode()
 def knn_probabilities(
-    train: Samples, features: np.ndarray, k: int, num_classes: int, device: torch.device, chunk: int = 256
+    train: Samples, features: np.ndarray, k: int, num_classes: int, device: torch.device, chunk: int = 1024
 ) -> np.ndarray:
     """Votes (n, classes) of the k training samples with the highest cosine, each weighing exp(cosine / 0.07).
 
     Temperature and weights as in Wu et al. 2018, section 3.4. Fewer than k training samples all vote.
     """
-    bank = F.normalize(torch.as_tensor(train.features, device=device), dim=1)  # (N, d)
+    bank = (
+        None if device.type == "cpu" else F.normalize(torch.as_tensor(train.features, device=device), dim=1)
+    )  # (N, d)
     labels = torch.as_tensor(train.labels, device=device)
     votes = []
-    for part in torch.as_tensor(features, device=device).split(chunk):
-        cosine, nearest = (F.normalize(part, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)  # (B, k)
+    for part in np.split(features, range(chunk, len(features), chunk)):
+        if bank is None:
+            number, product = nearest(part, train.features, k, cosines=True)
+            neighbour, cosine = torch.from_numpy(number), torch.from_numpy(product)  # (B, k)
+        else:
+            of_bank = F.normalize(torch.as_tensor(part, device=device), dim=1) @ bank.T
+            cosine, neighbour = of_bank.topk(min(k, len(bank)), dim=1)
         weight = ((cosine - cosine[:, :1]) / 0.07).exp()  # relative to the nearest, so that none overflows
-        vote = weight.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], weight)
+        vote = weight.new_zeros(len(part), num_classes).scatter_add_(1, labels[neighbour], weight)
         votes.append((vote / vote.sum(1, keepdim=True)).cpu().numpy())
     return np.concatenate(votes)
 
