@@ -2,6 +2,7 @@
 
     python benchmarks/bench_numeric.py intervals    AUROC over resampled patients: scikit-learn, NumPy all at once
     python benchmarks/bench_numeric.py search       nearest vectors: faiss, NumPy's argpartition
+    python benchmarks/bench_numeric.py table        a CSV of captions: the csv module, each file asked for
 
 Printed are CPU seconds and the memory that the work takes beyond its data, medians of --runs; runs of the methods
 alternate. Each method's answer is compared with ours.
@@ -10,10 +11,12 @@ alternate. Each method's answer is compared with ours.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,7 +157,57 @@ def search_faiss(size: str) -> Work:
     return lambda: faiss.knn(queries, bank, NEAREST, metric=faiss.METRIC_INNER_PRODUCT)[1].ravel().tolist()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A table of captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def captions_of(size: str) -> tuple[tempfile.TemporaryDirectory, Path]:
+    """A folder with train.csv for a size ROWSxIMAGES, and its path; the images are empty files."""
+    rows, images = map(int, size.split("x"))
+    kept = tempfile.TemporaryDirectory()
+    root = Path(kept.name)
+    (root / "images").mkdir()
+    for i in range(images):
+        (root / f"images/{i:07d}.jpg").touch()
+    with open(root / "train.csv", "w") as file:
+        file.write("image,caption\n")
+        for i in range(rows):
+            file.write(f'images/{i % images:07d}.jpg,"radiograph number {i} of the chest, in a frontal view"\n')
+    return kept, root
+
+
+def table_ours(size: str) -> Work:
+    from inputs.sources import Csv
+
+    kept, root = captions_of(size)
+
+    def work() -> list[int]:
+        assert kept.name == str(root)  # which goes with `kept`
+        reader = Csv(root)
+        return [len(reader), len(reader.texts)]
+
+    return work
+
+
+def table_csv(size: str) -> Work:
+    """The rows of the csv module whose file exists, by image: a list of texts in memory that no process shares."""
+    kept, root = captions_of(size)
+
+    def work() -> list[int]:
+        captions: dict[str, list[str]] = {}
+        assert kept.name == str(root)
+        with open(root / "train.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                if os.path.exists(root / row["image"]):
+                    captions.setdefault(row["image"], []).append(row["caption"].strip())
+        return [len(captions), sum(map(len, captions.values()))]
+
+    return work
+
+
 PARTS = {
+    "table": Part(("100000x100000", "100000x100", "1000000x100"), {"ours": table_ours, "csv": table_csv}),
     "search": Part(
         ("20x1000000x256", "64x400000x256", "2000x50000x512"),
         {"ours": search_ours, "NumPy": search_numpy, "faiss": search_faiss},
