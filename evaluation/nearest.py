@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 QUERIES, VECTORS = 256, 4096  # that are compared at a time, in 4 MiB
+FEW = 1024  # vectors that the first bound is taken from
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -41,10 +42,10 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int, cosines: bool = False
             vectors = bank[first : first + VECTORS].astype(np.float32, copy=False)
             block = room[: len(vectors) * len(least)].reshape(len(vectors), -1)  # (b, q)
             np.matmul(unit(vectors) if cosines else vectors, part, out=block)
-            if first == 0 and k < len(block):
-                sorted_in = block.copy()
-                sorted_in.partition(len(block) - k, axis=0)
-                least = sorted_in[len(block) - k]
+            if first == 0 and k < len(block):  # a bound from a few, for a partition is slow
+                few = block[: max(k, FEW)].copy()
+                few.partition(len(few) - k, axis=0)
+                least = few[len(few) - k]
             places = np.flatnonzero(block >= least)
             if len(places):
                 _merge(numbers[own], products[own], places // len(least) + first, places % len(least),
