@@ -153,7 +153,7 @@ def search_numpy(size: str) -> Work:
 
 def search_faiss(size: str) -> Work:
     """faiss' function for exact search in an array, which needs no copy of it."""
-    import faiss
+    import faiss  # pyright: ignore[reportMissingImports]
 
     queries, bank = vectors_of(size)
     faiss.omp_set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -262,7 +262,7 @@ def path_sklearn(size: str) -> Work:
         model = LogisticRegression(warm_start=True, max_iter=5000)
         for penalty in penalties:
             model.set_params(C=1 / (len(x) * penalty)).fit(x, labels)
-            path.append((model.coef_.T.copy(), model.intercept_.copy()))
+            path.append((np.array(model.coef_).T, np.array(model.intercept_)))
         return lambda: objectives(features, labels, penalties, path)
 
     return work
