@@ -40,7 +40,7 @@ from evaluation import metrics, saliency
 from evaluation.catalog import read_prompts
 from evaluation.features import Backbone, Loading, each_once
 from evaluation.heads import Linear
-from evaluation.neighbours import nearest
+from evaluation.nearest import nearest
 from evaluation.probe import fitted_probe
 from inputs.display import SHOWN, Display
 from inputs.files import IMAGE_SUFFIXES, images_below

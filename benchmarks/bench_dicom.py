@@ -70,11 +70,12 @@ def write(path: Path, values: np.ndarray, syntax: str, encoder: str | None) -> N
     """A digital mammogram for presentation, with its window."""
     import imagecodecs
     import pydicom
+    from pydicom.dataset import FileMetaDataset
     from pydicom.encaps import encapsulate
     from pydicom.uid import UID, DigitalMammographyXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 
     dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.SOPClassUID, dataset.SOPInstanceUID = DigitalMammographyXRayImageStorageForPresentation, generate_uid()
     dataset.Rows, dataset.Columns = values.shape

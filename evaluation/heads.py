@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 import utils
+from evaluation.nearest import nearest
 from runtime.integrity import SEAL, UNSEALED, check_seal, seal
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,6 +57,7 @@ Score = Callable[[np.ndarray, np.ndarray], float]  # labels (n,), probabilities 
 LAMBDAS = tuple(10.0 ** (1 - i / 5) for i in range(30))  # 10 to 1.6e-5, five a decade
 # Products in one pass over the samples below which threads cost a fit more time than they save it.
 ONE_THREAD = 10**9
+COARSE = 1e-4  # tolerance from which a fit multiplies in float32, which takes half the time; its sums are in float64
 
 
 Predict = Callable[[np.ndarray], np.ndarray]  # features (n, d) -> probabilities (n, k)
@@ -272,8 +274,8 @@ def logistic_path(
 ) -> list[Linear]:
     """Logistic regression at each penalty, in their order: functions from features (n, d) to probabilities (n, k).
 
-    Minimises mean cross-entropy + penalty / 2 * |W|^2 over standardised features in float64 until no component
-    of the gradient exceeds `tolerance`. The bias is free; classes without samples get probability zero. Two
+    Minimises mean cross-entropy + penalty / 2 * |W|^2 over standardised features until no component of the gradient
+    exceeds `tolerance`. The bias is free; classes without samples get probability zero. Two
     classes have one weight vector, as in scikit-learn, whose C is 1 / (n * penalty). With `balanced` the mean is
     weighted by `class_weights`.
 
@@ -290,8 +292,11 @@ def logistic_path(
         raise ValueError(f"logistic regression needs samples of two classes; all are of class {classes.tolist()}")
     if not np.isfinite(samples.features).all():
         raise ValueError("the features are not finite: the tower's weights, or an image, must be corrupt")
-    scaler = StandardScaler().fit(samples.features.astype(np.float64))
-    x, variance, axes = _on_principal_axes(np.asarray(scaler.transform(samples.features.astype(np.float64))))
+    x = samples.features.astype(np.float64)  # a copy, standardised in place
+    scaler = StandardScaler(copy=False).fit(x)
+    # A sweep's tolerance lies far above what float32 leaves of a gradient, a last fit's may not.
+    working = np.float32 if tolerance >= COARSE else np.float64
+    x, variance, axes = _on_principal_axes(np.asarray(scaler.transform(x)), working)
     shape = (len(variance) + 1, len(classes))  # the last row is the bias
     curve = [np.zeros(shape)]
     weights = (class_weights(labels) if balanced else np.ones(len(labels))) / len(labels)
@@ -312,8 +317,8 @@ def logistic_path(
     return [_linear(scaler, axes @ solution[:-1], solution[-1], classes, num_classes) for solution in curve[1:]]
 
 
-def _on_principal_axes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centred features (n, d) on their principal axes (n, r), the variances (r,) and the axes (d, r).
+def _on_principal_axes(x: np.ndarray, working: type = np.float64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centred features (n, d) on their principal axes (n, r) of type `working`, the variances (r,) and the axes (d, r).
 
     A penalised solution lies in the span of the samples, so directions without variance are skipped. The
     smaller of the two Gram matrices is decomposed.
@@ -324,7 +329,7 @@ def _on_principal_axes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     variance, vectors = variance[kept], vectors[:, kept]
     if d > n:
         vectors = x.T @ (vectors / np.sqrt(n * variance))  # (d, r)
-    return x @ vectors, variance, vectors
+    return x.astype(working, copy=False) @ vectors.astype(working, copy=False), variance, vectors
 
 
 def _scaled_loss(
@@ -333,16 +338,16 @@ def _scaled_loss(
     """Penalised cross-entropy, weighed by `of_sample` (n,), at the weights scale * scaled; its gradient by `scaled`."""
     weight = scaled.reshape(len(scale), -1) * scale  # (r + 1, k)
     rows = np.arange(len(x))
-    logits = x @ weight[:-1] + weight[-1]  # (n, k)
+    logits = x @ weight[:-1].astype(x.dtype) + weight[-1].astype(x.dtype)  # (n, k)
     logits -= logits.max(1, keepdims=True)
-    own = logits[rows, labels]
+    own = logits[rows, labels].astype(np.float64)
     np.exp(logits, out=logits)
     total = logits.sum(1, keepdims=True)
-    loss = (np.log(total[:, 0]) - own) @ of_sample + strength / 2 * np.square(weight[:-1]).sum()
+    loss = (np.log(total[:, 0].astype(np.float64)) - own) @ of_sample + strength / 2 * np.square(weight[:-1]).sum()
     logits /= total  # probabilities
     logits[rows, labels] -= 1
-    logits *= of_sample[:, None]
-    gradient = np.vstack([x.T @ logits + strength * weight[:-1], logits.sum(0)])
+    logits *= of_sample[:, None].astype(x.dtype)
+    gradient = np.vstack([x.T @ logits + strength * weight[:-1], logits.sum(0, dtype=np.float64)])
     return loss, (gradient * scale).ravel()
 
 
@@ -412,19 +417,26 @@ PROTOCOLS = {"logistic": fit_logistic, "medslip": fit_medslip}
 
 @torch.inference_mode()
 def knn_probabilities(
-    train: Samples, features: np.ndarray, k: int, num_classes: int, device: torch.device, chunk: int = 256
+    train: Samples, features: np.ndarray, k: int, num_classes: int, device: torch.device, chunk: int = 1024
 ) -> np.ndarray:
     """Votes (n, classes) of the k training samples with the highest cosine, each weighing exp(cosine / 0.07).
 
     Temperature and weights as in Wu et al. 2018, section 3.4. Fewer than k training samples all vote.
     """
-    bank = F.normalize(torch.as_tensor(train.features, device=device), dim=1)  # (N, d)
+    bank = (
+        None if device.type == "cpu" else F.normalize(torch.as_tensor(train.features, device=device), dim=1)
+    )  # (N, d)
     labels = torch.as_tensor(train.labels, device=device)
     votes = []
-    for part in torch.as_tensor(features, device=device).split(chunk):
-        cosine, nearest = (F.normalize(part, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)  # (B, k)
+    for part in np.split(features, range(chunk, len(features), chunk)):
+        if bank is None:
+            number, product = nearest(part, train.features, k, cosines=True)
+            neighbour, cosine = torch.from_numpy(number), torch.from_numpy(product)  # (B, k)
+        else:
+            of_bank = F.normalize(torch.as_tensor(part, device=device), dim=1) @ bank.T
+            cosine, neighbour = of_bank.topk(min(k, len(bank)), dim=1)
         weight = ((cosine - cosine[:, :1]) / 0.07).exp()  # relative to the nearest, so that none overflows
-        vote = weight.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], weight)
+        vote = weight.new_zeros(len(part), num_classes).scatter_add_(1, labels[neighbour], weight)
         votes.append((vote / vote.sum(1, keepdim=True)).cpu().numpy())
     return np.concatenate(votes)
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 import models
 from evaluation.features import Loading, embed_pairs
+from evaluation.nearest import nearest
 from inputs.reader import Reader
 from inputs.transforms import eval_view
 from towers.prompts import evaluating
@@ -43,43 +43,3 @@ class Neighbours:
             for own, n, c in zip(found, numbers.tolist(), cosines.tolist(), strict=True):
                 own[name] = list(zip(n, c, strict=True))
         return found
-
-
-QUERIES, VECTORS = 64, 65_536  # that are compared at a time, in 16 MiB
-
-
-def nearest(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k vectors of a bank with the largest product with each query; of equal ones the first in the bank.
-
-    Args:
-        queries: (Q, d), and bank (n, d), of length 1 where products are to be cosines.
-
-    Returns:
-        their numbers and products, each (Q, k), or (Q, n) of a smaller bank, largest first.
-    """
-    k = min(k, len(bank))
-    numbers, products = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-    for start in range(0, len(queries), QUERIES):
-        part = queries[start : start + QUERIES]  # (q, d)
-        n, c = np.empty((len(part), 0), np.int64), np.empty((len(part), 0), np.float32)
-        for first in range(0, len(bank), VECTORS):
-            block = part @ bank[first : first + VECTORS].T  # (q, b)
-            found = _largest(block, k)
-            # What was found before stands first, so that the stable order keeps it of two equal ones.
-            n = np.concatenate([n, found + first], axis=1)
-            c = np.concatenate([c, np.take_along_axis(block, found, 1)], axis=1)
-            order = np.argsort(-c, axis=1, kind="stable")[:, :k]
-            n, c = np.take_along_axis(n, order, 1), np.take_along_axis(c, order, 1)
-        numbers[start : start + QUERIES], products[start : start + QUERIES] = n, c
-    return numbers, products
-
-
-def _largest(values: np.ndarray, k: int) -> np.ndarray:
-    """(q, k) places of the k largest in each row of (q, b), largest first, of equal ones the first; all where b < k."""
-    k = min(k, values.shape[1])
-    least = np.partition(values, -k, axis=1)[:, -k]  # (q,) the k-th largest; partition alone would pick any of its ties
-    found = np.empty((len(values), k), np.int64)
-    for row, own, bound in zip(values, found, least, strict=True):
-        places = np.flatnonzero(row >= bound)
-        own[:] = places[np.argsort(-row[places], kind="stable")[:k]]
-    return found

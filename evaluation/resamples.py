@@ -6,11 +6,12 @@ interval over lesions would be too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from evaluation.metrics import (
     MALIGNANT,
@@ -24,17 +25,27 @@ from evaluation.metrics import (
     ordered_metrics,
 )
 from evaluation.weighted import (
+    OfWeights,
+    Ranking,
     over_classes,
-    weighted_auroc,
-    weighted_average_precision,
     weighted_classes,
     weighted_confusion,
     weighted_detection,
+    weighted_metrics,
 )
 from runtime.logs import progress
 
 RESAMPLES = 2000  # of the patients, where nobody asks for another number
-BLOCK = 4_000_000  # weights that are held at a time
+BLOCK = 1_000_000  # weights that are held at a time: a byte each, and what is computed of them 4 or 8
+KEPT = 2**25  # bytes of draws that are kept for the next question; more are drawn again, from the same seed
+
+
+def even_draws(rng: np.random.Generator, units: int, resamples: int) -> np.ndarray:
+    """(resamples, units) uint8: how often each unit comes up when as many are drawn as there are.
+
+    More than 255 times one does in one of 10^500 resamples.
+    """
+    return rng.multinomial(units, np.full(units, 1 / units), size=resamples).astype(np.uint8)
 
 
 def blocks(resamples: int, columns: int) -> list[slice]:
@@ -129,6 +140,8 @@ class Resamples:
         self.over = [c for c, name in enumerate(self.classes) if name not in self.unlearnt]
         if len(self.patients) != len(self.labels):
             raise ValueError(f"{len(self.patients)} patient names for {len(self.labels)} samples")
+        self._kept: np.ndarray | None = None  # (R, P) draws
+        self._refusal: str | None = None  # why there are none; None before the first
 
     # -----------------------------------------------------------------------------------------------------------------
     # The draws
@@ -139,32 +152,59 @@ class Resamples:
         """The patients' names (P,), and the number of each sample's (n,)."""
         return np.unique(self.patients, return_inverse=True)
 
-    @cached_property
-    def _counts(self) -> np.ndarray:
-        """(R, P): how often each patient is drawn when P of them are."""
+    def _draws(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(places (r,), counts (r, P)): which of the resamples, and how often each patient is drawn in them.
+
+        Resamples without a sample of some class are drawn again after all others. Nothing more comes once it shows
+        that most are such, which `_refusal` then says.
+        """
+        if self._kept is not None:
+            for part in blocks(self.number, self._columns):
+                yield np.arange(self.number)[part], self._kept[part]
+        if self._kept is not None or self._refusal:
+            return
         names, patient = self._groups
-        classes_of = np.zeros((len(names), len(self.classes)))  # (P, k) samples of each class by patient
-        np.add.at(classes_of, (patient, self.labels), 1)
-        classes_of = classes_of[:, self.over]
-        rng = np.random.default_rng(self.seed)
-        even = np.full(len(names), 1 / len(names))
-        counts = np.empty((self.number, len(names)), np.uint16)
-        lacking = np.empty(self.number, bool)
-        for part in blocks(self.number, len(names)):
-            drawn = rng.multinomial(len(names), even, size=part.stop - part.start)
-            counts[part], lacking[part] = drawn, ((drawn @ classes_of) == 0).any(1)
-        if lacking.mean() > 0.5:
-            rarest = int(classes_of.astype(bool).sum(0).argmin())
-            raise ValueError(
-                f"{len(names)} patients, groups or images that count by themselves are too few for a bootstrap, most "
-                f"resamples lack a class: {int((classes_of[:, rarest] > 0).sum())} with a sample of "
-                f"{self.classes[self.over[rarest]]}"
-            )
-        while len(again := np.flatnonzero(lacking)):
-            for part in blocks(len(again), len(names)):
-                drawn = rng.multinomial(len(names), even, size=part.stop - part.start)
-                counts[again[part]], lacking[again[part]] = drawn, ((drawn @ classes_of) == 0).any(1)
-        return counts
+        kept = np.empty((self.number, len(names)), np.uint8) if self.number * len(names) <= KEPT else None
+        rng, left, lacking = np.random.default_rng(self.seed), np.arange(self.number), []
+        while len(left):
+            lacking = []
+            for part in blocks(len(left), self._columns):
+                counts = even_draws(rng, len(names), part.stop - part.start)
+                whole = ((counts @ self._classes_of) > 0).all(1)
+                places, counts = left[part][whole], counts if whole.all() else counts[whole]
+                lacking.append(left[part][~whole])
+                if kept is not None:
+                    kept[places] = counts
+                if len(places):
+                    yield places, counts
+            again = np.concatenate(lacking)
+            if self._refusal is None:
+                self._refusal = self._too_few(len(again) / self.number)
+                if self._refusal:
+                    return
+            left = again
+        self._kept = kept
+
+    @cached_property
+    def _classes_of(self) -> csr_array:
+        """(P, classes that count): each patient's samples of a class."""
+        names, patient = self._groups
+        column = np.full(len(self.classes), -1)
+        column[self.over] = np.arange(len(self.over))
+        of = column[self.labels]
+        cells = np.ones((of >= 0).sum()), (patient[of >= 0], of[of >= 0])
+        return csr_array(cells, shape=(len(names), len(self.over)))
+
+    def _too_few(self, lacking: float) -> str:
+        """Why there are no resamples where this share of them lacks a class; "" where it is not most."""
+        if lacking <= 0.5:
+            return ""
+        patients = np.bincount(self._classes_of.tocoo().coords[1], minlength=len(self.over))  # one cell for each
+        rarest = int(patients.argmin())
+        return (
+            f"{len(self._groups[0])} patients, groups or images that count by themselves are too few for a bootstrap, "
+            f"most resamples lack a class: {patients[rarest]} with a sample of {self.classes[self.over[rarest]]}"
+        )
 
     @property
     def _columns(self) -> int:
@@ -172,34 +212,40 @@ class Resamples:
         return max(len(self.labels), len(self.classes) ** 2)
 
     def weights(self) -> Iterator[np.ndarray]:
-        """(r, n) of some of the resamples at a time: how often each sample counts."""
-        _, patient = self._groups
-        for part in blocks(self.number, self._columns):
-            yield self._counts[part][:, patient].astype(np.int64)
+        """(r, n) of some of the resamples at a time: how often each sample counts; none where there are `too_few`."""
+        if not self.too_few:
+            for _, counts in self._draws():
+                yield counts.take(self._groups[1], axis=1)
 
-    def _over(self, score: Callable[[np.ndarray], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Metrics (R,) from a function of weights (r, n), block by block."""
+    def _over(self, score: OfWeights) -> dict[str, np.ndarray]:
+        """Metrics (R,) from a function of weights (r, n), block by block; {} where there are `too_few` to draw."""
+        found: dict[str, np.ndarray] = {}
         total = len(blocks(self.number, self._columns))
-        parts = [score(weights) for weights in progress(self.weights(), "resampling", total)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for places, counts in progress(self._draws(), "resampling", total):
+            for name, values in score(counts.take(self._groups[1], axis=1)).items():
+                found.setdefault(name, np.empty((self.number, *values.shape[1:])))[places] = values
+        return {} if self._refusal else found
 
     @property
     def rarest(self) -> int:
         """Patients with a sample of the class that the fewest have."""
-        return min(len(set(self.patients[self.labels == c])) for c in self.over)
+        return min(self._patients(self.labels == c) for c in self.over)
+
+    def _patients(self, own: np.ndarray) -> int:
+        """The patients of some samples (n,)."""
+        return len(np.unique(self._groups[1][own]))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Where there are no draws, or they say nothing
     # -----------------------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def too_few(self) -> str:
         """Why there are no resamples; "" where there are."""
-        try:
-            self._counts  # noqa: B018 (drawn here, kept)
-        except ValueError as error:
-            return str(error)
-        return ""
+        if self._refusal is None:
+            for _ in self._draws():
+                pass
+        return self._refusal or ""
 
     def _why(self, name: str) -> str:
         """Why a metric has no interval: another patient of a class with one could change it to anything."""
@@ -209,7 +255,7 @@ class Resamples:
             target = self.labels == self.classes.index(self.positive)
             sides = [("one positive patient", target), ("one negative patient", ~target)]
             sides = {"specificity": sides[1:], "sensitivity": sides[:1], "recall_malignant": sides[:1]}.get(name, sides)
-        return next((words for words, own in sides if len(set(self.patients[own])) == 1), self.too_few)
+        return next((words for words, own in sides if self._patients(own) == 1), self.too_few)
 
     def _of(self, name: str, prob: np.ndarray) -> float:
         """The effective number of samples that a proportion is of; 0 where the metric is none, or there are none."""
@@ -222,11 +268,9 @@ class Resamples:
         }.get(name, self.labels == target)
         return effective_number(self.patients[own])
 
-    def _drawn(
-        self, values: dict[str, float], prob: np.ndarray, score: Callable[[np.ndarray], dict[str, np.ndarray]]
-    ) -> dict[str, Drawn]:
+    def _drawn(self, values: dict[str, float], prob: np.ndarray, score: OfWeights) -> dict[str, Drawn]:
         """Values with what `score` makes of the resamples' weights (r, n)."""
-        draws = {} if self.too_few else self._over(score)
+        draws = self._over(score)
         return {
             name: Drawn(value, draws.get(name, np.empty(0)), self._of(name, prob), self._why(name))
             for name, value in values.items()
@@ -238,7 +282,10 @@ class Resamples:
 
     def draw(self, prob: np.ndarray) -> dict[str, Drawn]:
         """The columns of the published tables, those of the positive class where there is one."""
-        return self.draw_with_classes(prob)[0]
+        labels, prob = checked(self.labels, prob, self.classes, self.unlearnt)
+        values = classification_metrics(labels, prob, self.classes, self.positive, self.unlearnt)
+        target = None if self.positive is None else self.classes.index(self.positive)
+        return self._drawn(values, prob, weighted_metrics(labels, prob, target, self.over))
 
     def draw_with_classes(self, prob: np.ndarray) -> tuple[dict[str, Drawn], dict[str, dict[str, Drawn]]]:
         """The same, and of each class that was learnt its AUROC against the rest and its sensitivity."""
@@ -246,17 +293,18 @@ class Resamples:
         values = classification_metrics(labels, prob, self.classes, self.positive, self.unlearnt)
         target = None if self.positive is None else self.classes.index(self.positive)
         shown = {"auroc": "auroc", "sensitivity": "recall"}
+        of_each = weighted_classes(labels, prob, self.over)
 
         def score(weights: np.ndarray) -> dict[str, np.ndarray]:
-            each = weighted_classes(labels, prob, weights, self.over)
+            each = of_each(weights)
             return over_classes(each, target, self.over) | {f"each {name}": each[key] for name, key in shown.items()}
 
-        draws = {} if self.too_few else self._over(score)
+        draws = self._over(score)
         found = {
             name: Drawn(value, draws.get(name, np.empty(0)), self._of(name, prob), self._why(name))
             for name, value in values.items()
         }
-        whole = weighted_classes(labels, prob, np.ones((1, len(labels)), dtype=np.int64), self.over)
+        whole = of_each(np.ones((1, len(labels)), dtype=np.int64))
         classes: dict[str, dict[str, Drawn]] = {}
         for place, c in enumerate(self.over):
             own = self.labels == c
@@ -265,7 +313,7 @@ class Resamples:
                 of = effective_number(self.patients[own]) if name == "sensitivity" else 0.0
                 sides = (own,) if name == "sensitivity" else (own, ~own)
                 lone = next((words for words, side in zip(("it", "the others"), sides, strict=False)
-                             if len(set(self.patients[side])) == 1), "")  # fmt: skip
+                             if self._patients(side) == 1), "")  # fmt: skip
                 why = f"one patient of {lone}" if lone else self.too_few
                 value = float(whole[key][0, place])
                 classes.setdefault(self.classes[c], {})[name] = Drawn(value, drawn, of, why)
@@ -274,13 +322,14 @@ class Resamples:
     def ordered(self, prob: np.ndarray, level: float = 0.95) -> dict[str, Interval]:
         """metrics.ORDERED_METRICS with percentile intervals, of classes that stand in an order."""
         labels, prob = checked(self.labels, prob, self.classes, self.unlearnt)
+        confusion_of = weighted_confusion(labels, prob)
 
         def score(weights: np.ndarray) -> dict[str, np.ndarray]:
-            return ordered_metrics(weighted_confusion(labels, prob, weights))
+            return ordered_metrics(confusion_of(weights))
 
         values = {name: float(value[0]) for name, value in score(np.ones((1, len(labels)), dtype=np.int64)).items()}
         lone = "a class has a single patient" if self.rarest < 2 else self.too_few
-        draws = {} if self.too_few else self._over(score)
+        draws = self._over(score)
         of = {"adjacent_accuracy": effective_number(self.patients)}
         return {
             name: Drawn(value, draws.get(name, np.empty(0)), of.get(name, 0.0), lone).interval(level)
@@ -317,10 +366,7 @@ class Resamples:
         if self.positive is None:
             raise ValueError("no class is the positive one")
         target = self.classes.index(self.positive)
-
-        def score(weights: np.ndarray) -> dict[str, np.ndarray]:
-            return weighted_detection(labels, prob, weights, target, point, self.over)
-
+        score = weighted_detection(labels, prob, target, point, self.over)
         values = {name: float(value[0]) for name, value in score(np.ones((1, len(labels)))).items()}
         return self._drawn(values, prob, score)
 
@@ -453,23 +499,20 @@ def _draw_findings(
     known: np.ndarray, scores: np.ndarray, place: np.ndarray, bootstrap: Bootstrap
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Values (k,) and draws (k, R) by metric, of findings (n, k) with both outcomes; `place` (n,) numbers groups."""
-    measures = {"auroc": weighted_auroc, "average_precision": weighted_average_precision}
     n, k = known.shape
-    values = {key: np.empty(k) for key in measures}
+    seen = [np.flatnonzero(known[:, i] >= 0) for i in range(k)]
+    rankings = [Ranking(known[rows, i] == 1, scores[rows, i]) for i, rows in enumerate(seen)]
+    measures = {"auroc": Ranking.auroc, "average_precision": Ranking.average_precision}
+    values = {
+        key: np.array([of(ranking, np.ones((1, len(rows))))[0] for ranking, rows in zip(rankings, seen, strict=True)])
+        for key, of in measures.items()
+    }
     draws = {key: np.empty((k, bootstrap.number)) for key in measures}
-    groups = int(place.max()) + 1
-    even, rng = np.full(groups, 1 / groups), np.random.default_rng(bootstrap.seed)
-    for i in range(k):
-        seen = known[:, i] >= 0
-        for key, measure in measures.items():
-            values[key][i] = measure(known[seen, i] == 1, scores[seen, i], np.ones((1, seen.sum())))[0]
+    groups, rng = int(place.max()) + 1, np.random.default_rng(bootstrap.seed)
     for part in progress(blocks(bootstrap.number, n), "resampling"):
-        counts = rng.multinomial(groups, even, size=part.stop - part.start)[:, place]  # (r, n)
-        for i in range(k):
-            seen = known[:, i] >= 0
-            positive, weights = known[seen, i] == 1, counts[:, seen]
-            undefined = ((weights @ positive) == 0) | ((weights @ ~positive) == 0)
-            weights[undefined] = 1  # any weights with both outcomes; overwritten below
-            for key, measure in measures.items():
-                draws[key][i, part] = np.where(undefined, np.nan, measure(positive, scores[seen, i], weights))
+        counts = even_draws(rng, groups, part.stop - part.start)  # (r, groups)
+        for i, ranking in enumerate(rankings):
+            weights = counts.take(place[seen[i]], axis=1)
+            for key, of in measures.items():
+                draws[key][i, part] = of(ranking, weights)
     return values, draws

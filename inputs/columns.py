@@ -60,7 +60,7 @@ class TextBuilder:
         return TextColumn(data, offsets.astype(np.uint32) if len(data) < 2**32 else offsets)
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """One image as its metadata states it."""
 

@@ -26,6 +26,7 @@ EMPTY = (
     "", "nan", "na", "n/a", "<na>", "nat", "null", "#n/a", "#value!", "#ref!", "#name?", "#num!", "#null!", "#div/0!",
 )  # fmt: skip
 MARKS = ("none", "-", "?")  # what people and Python write for it; a class or an answer can be called so, too
+LONGEST_MARK = max(map(len, (*EMPTY, *MARKS)))  # what is longer need not be looked up: millions of captions are
 
 
 def split_key(cell: str) -> str:
@@ -63,7 +64,8 @@ def empty(cell: str) -> bool:
 
 def no_value(cell: str) -> bool:
     """Whether a cell says that there is nothing: so of patients, captions and paths, which nobody calls by MARKS."""
-    return empty(cell) or cell.strip().lower() in MARKS
+    text = cell.strip()
+    return len(text) <= LONGEST_MARK and (text.lower() in EMPTY or text.lower() in MARKS)
 
 
 def group_name(cell: str, alone: str) -> str:

@@ -86,7 +86,8 @@ def grouped(rows: Iterable[Row]) -> Iterable[Row]:
 def said(rows: Iterable[Row]) -> Iterator[Row]:
     """The rows with "" for a caption that stands for none, as nan and NA do."""
     for row in rows:
-        row.captions = ["" if no_value(text) else text.strip() for text in row.captions]
+        stripped = [text.strip() for text in row.captions]
+        row.captions = ["" if no_value(text) else text for text in stripped]
         yield row
 
 

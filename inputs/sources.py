@@ -113,7 +113,7 @@ class Csv(Reader):
 
     def locate(self, metadata: str) -> None:
         """The table of the split, or the one for all splits."""
-        names = SPLIT_NAMES[self.split]
+        names, self.prefix = SPLIT_NAMES[self.split], f"{self.root}/"
         self.for_all_splits = bool(metadata) and "{split}" not in metadata
         if self.for_all_splits:
             self.find(metadata)
@@ -152,7 +152,7 @@ class Csv(Reader):
             raise NoSplit("; ".join([f"{table.path} has no rows of the split {self.split!r}", *self.remarks]))
 
     def _path(self, cell: str) -> str:
-        return plain_path(cell.strip()).removeprefix(f"{self.root}/")
+        return plain_path(cell.strip()).removeprefix(self.prefix)
 
     def _held_out(self, table: Table, image: int, group: int | None) -> set[str]:
         """The images that are not trained on; with a column of groups those of whole ones, of one at least.

@@ -198,10 +198,15 @@ def unique(pairs: Tensor, same: bool) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def window_sums(x: Tensor, h: int, w: int) -> Tensor:
-    """(n, H, W) to (n, H - h + 1, W - w + 1): sums over windows, by differences of running sums."""
-    total = F.pad(x, (1, 0, 1, 0)).cumsum(1).cumsum(2)
-    return total[:, h:, w:] - total[:, :-h, w:] - total[:, h:, :-w] + total[:, :-h, :-w]
+class WindowSums:
+    """Sums over windows of images (n, H, W), by differences of running sums."""
+
+    def __init__(self, x: Tensor):
+        self.total = F.pad(x, (1, 0, 1, 0)).cumsum(1).cumsum(2)
+
+    def of(self, h: int, w: int) -> Tensor:
+        """(n, H - h + 1, W - w + 1)"""
+        return self.total[:, h:, w:] - self.total[:, :-h, w:] - self.total[:, h:, :-w] + self.total[:, :-h, :-w]
 
 
 def detail(images: Tensor, window: int = 13, least: float = 4.0) -> Tensor:
@@ -226,15 +231,19 @@ def averaging(size: int, window: int) -> Tensor:
     return torch.from_numpy(matrix)
 
 
-def best_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest correlation (n,) of all of `b` with a part of `a`, over SCALES of both sides and all shifts, and the
-    part (n, 4): its left, top, width and height in pixels.
+def best_overlap(a: Tensor, b: Tensor, pairs: Tensor, batch: int = 96) -> tuple[Tensor, Tensor]:
+    """The highest correlation (K,) of all of one image of `b` with a part of one of `a`, over SCALES of both sides and
+    all shifts, and the part (K, 4): its left, top, width and height in pixels.
+
+    What is computed of an image alone, most of the work, is computed once for all of its pairs.
 
     Args:
-        a, b: square images (n, s, s) in float.
+        a, b: square images (n, s, s) and (m, s, s) in float.
+        pairs: (K, 2), places in a and b.
     """
-    n, size = len(a), a.shape[-1]
+    n, size = len(pairs), a.shape[-1]
     target = detail(a)
+    sums, squares = WindowSums(target), WindowSums(target**2)
     best, box = torch.full((n,), -1.0), torch.zeros(n, 4)
     for sy in SCALES:
         for sx in SCALES:
@@ -242,13 +251,16 @@ def best_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             template = detail(F.interpolate(b[:, None], (h, w), mode="area")[:, 0])
             template = template - template.mean((1, 2), keepdim=True)
             template = template / template.flatten(1).norm(dim=1).clamp(min=1e-3)[:, None, None]
-            product = F.conv2d(target[None], template[:, None], groups=n)[0]  # (n, size - h + 1, size - w + 1)
-            square = window_sums(target**2, h, w) - window_sums(target, h, w) ** 2 / (h * w)
-            highest, place = (product / square.clamp(min=1e-2).sqrt()).flatten(1).max(1)
-            top, left = place // product.shape[2], place % product.shape[2]
-            found = torch.stack([left, top, torch.full((n,), w), torch.full((n,), h)], 1).float()
-            box = torch.where((highest > best)[:, None], found, box)
-            best = torch.maximum(best, highest)
+            length = (squares.of(h, w) - sums.of(h, w) ** 2 / (h * w)).clamp(min=1e-2).sqrt()
+            for start in range(0, n, batch):
+                own = slice(start, start + batch)
+                in_a, in_b = pairs[own, 0], pairs[own, 1]
+                product = F.conv2d(target[in_a][None], template[in_b][:, None], groups=len(in_a))[0]
+                highest, place = (product / length[in_a]).flatten(1).max(1)  # of (k, size - h + 1, size - w + 1)
+                top, left = place // product.shape[2], place % product.shape[2]
+                found = torch.stack([left, top, torch.full_like(left, w), torch.full_like(left, h)], 1).float()
+                box[own] = torch.where((highest > best[own])[:, None], found, box[own])
+                best[own] = torch.maximum(best[own], highest)
     return best, box
 
 
@@ -282,41 +294,45 @@ def _centred(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
 
 
-def overlay(a: Tensor, b: Tensor) -> Tensor:
-    """(n,): the fine correlation of all of one image with a part of the other, -1 where the coarse one is too low.
+def overlay(a: Tensor, b: Tensor, pairs: Tensor) -> Tensor:
+    """(K,): the fine correlation of all of one image with a part of the other, -1 where the coarse one is too low.
 
     Args:
-        a, b: images (n, SIDE, SIDE) in float.
+        a, b: images (n, SIDE, SIDE) and (m, SIDE, SIDE) in float.
+        pairs: (K, 2), places in a and b.
     """
     small_a, small_b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-    in_a, box_a = best_overlap(small_a, small_b)
-    in_b, box_b = best_overlap(small_b, small_a)
+    in_a, box_a = best_overlap(small_a, small_b, pairs)
+    in_b, box_b = best_overlap(small_b, small_a, pairs.flip(1))
     turned = (in_b > in_a)[:, None]
     coarse, box = torch.maximum(in_a, in_b), torch.where(turned, box_b, box_a)
 
     def pair(a: Tensor, b: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-        a, b, swap = a[of], b[of], turned[of][:, :, None]
+        a, b, swap = a[pairs[of, 0]], b[pairs[of, 1]], turned[of][:, :, None]
         return torch.where(swap, b, a), torch.where(swap, a, b)
 
-    out = torch.full((len(a),), -1.0)
-    near = torch.nonzero(coarse >= WORTH_REFINING)[:, 0]
-    if len(near):
-        coarse, box = refined(*pair(small_a, small_b, near), box[near], (0.5,))
-        close = coarse >= WORTH_A_CLOSE_LOOK
-        near, box = near[close], box[close]
-    if len(near):
-        out[near] = refined(*pair(a, b, near), 2 * box, (0.5, 0.5, 0.25))[0]
+    out = torch.full((len(pairs),), -1.0)
+    likely = torch.nonzero(coarse >= WORTH_REFINING)[:, 0]
+    for near in likely.split(256) if len(likely) else ():
+        fine, part = refined(*pair(small_a, small_b, near), box[near], (0.5,))
+        close = fine >= WORTH_A_CLOSE_LOOK
+        near, part = near[close], part[close]
+        if len(near):
+            out[near] = refined(*pair(a, b, near), 2 * part, (0.5, 0.5, 0.25))[0]
     return out
 
 
-def correlations(a: Tensor, b: Tensor, pairs: Tensor, batch: int = 256) -> Tensor:
+def correlations(a: Tensor, b: Tensor, pairs: Tensor, batch: int = 8192) -> Tensor:
     """(K,): the fine correlation of each candidate."""
     if not len(pairs):
         return torch.zeros(0)
     out = []
     for part in progress(pairs.split(batch), "comparing pixels", unit=" batches"):
-        left, right = a[part[:, 0]].float(), b[part[:, 1]].float()
-        out.append(overlay(left, torch.where(part[:, 2, None, None] > 0, right.flip(-1), right)))
+        left, in_left = torch.unique(part[:, 0], return_inverse=True)
+        right, in_right = torch.unique(part[:, 1:], dim=0, return_inverse=True)  # mirrored it is another image
+        mirrored = b[right[:, 0]].float()
+        mirrored = torch.where(right[:, 1, None, None] > 0, mirrored.flip(-1), mirrored)
+        out.append(overlay(a[left].float(), mirrored, torch.stack([in_left, in_right], 1)))
     return torch.cat(out)
 
 

@@ -118,11 +118,12 @@ def curve_figures(
         resamples = Resamples(positive.astype(int), first.patients, ("others", "own"), "own", BANDS)
         one = np.ones((1, len(positive)))
         banded = resamples.rarest > 1 and not resamples.too_few
-        weights = np.concatenate(list(resamples.weights())) if banded else one  # (R, n)
         for rows, on_grid in ((roc, figures.roc_on_grid), (precision, figures.precision_on_grid)):
             line = np.mean([on_grid(positive, s, one)[0] for s in scores], axis=0)
-            drawn = np.mean([on_grid(positive, s, weights) for s in scores], axis=0)
-            band = np.quantile(drawn, (0.025, 0.975), axis=0) if banded else (np.array([]), np.array([]))
+            band = (np.array([]), np.array([]))
+            if banded:
+                parts = (np.mean([on_grid(positive, s, w) for s in scores], axis=0) for w in resamples.weights())
+                band = np.quantile(np.concatenate(list(parts)), (0.025, 0.975), axis=0)
             rows.append((row.name, figures.GRID, line, *band))
         if row.point is not None:
             x, y = figures.reliability(positive, row.point.calibrated(first.prob)[:, target])

@@ -77,8 +77,7 @@ def check_archive(path: Path, wanted: Callable[[str], bool] = lambda name: True)
     with open(path, "rb") as file, _mapped(file.fileno()) as data:
 
         def damaged(member: zipfile.ZipInfo) -> bool:
-            lengths = data[member.header_offset + 26 : member.header_offset + 30]  # of name and extra field
-            start = member.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+            start = _start(member, data[member.header_offset : member.header_offset + 30])
             return start + member.file_size > len(data) or _crc32(data, start, start + member.file_size) != member.CRC
 
         checked = [m for m in members if m.compress_type == zipfile.ZIP_STORED and wanted(m.filename)]
@@ -88,8 +87,16 @@ def check_archive(path: Path, wanted: Callable[[str], bool] = lambda name: True)
         raise ValueError(f"{path} is damaged: {', '.join(wrong[:3])}: not the bytes that were written (CRC-32)")
 
 
+def _start(member: zipfile.ZipInfo, header: bytes) -> int:
+    """Where a stored member's own bytes begin, from its local header (30,)."""
+    return member.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+
+
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz by name; ValueError names a file that is damaged, cut off or none."""
+    """The arrays of an .npz by name; ValueError names a file that is damaged, cut off or none.
+
+    They are mapped into memory, and what is written to them stays in this process; a packed one is read.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -98,10 +105,26 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is no .npz file, or was cut off")
     check_archive(path)
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
+        with np.load(path, allow_pickle=False) as stored, open(path, "rb") as file:
+            return {name: _mapped_array(path, file, stored, name) for name in stored.files}
     except (OSError, ValueError, KeyError, AttributeError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+
+
+def _mapped_array(path: Path, file: BinaryIO, stored: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    """One array of an .npz, mapped where its member is stored as it is."""
+    archive = stored.zip
+    assert archive is not None  # it is open
+    member = archive.getinfo(name if name in archive.namelist() else f"{name}.npy")
+    file.seek(member.header_offset)
+    file.seek(_start(member, file.read(30)))
+    if member.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
+        return stored[name]
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or not np.prod(shape) * dtype.itemsize:
+        return stored[name]
+    order = "F" if fortran else "C"
+    return np.memmap(path, dtype, "c", file.tell(), shape, order).view(np.ndarray)
 
 
 # What `sha256sum -c` takes; of a folder for other programs, whose files have no place for a seal.

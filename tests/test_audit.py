@@ -88,16 +88,17 @@ def test_the_overlap_is_numpys_correlation():
     g = torch.Generator().manual_seed(0)
     a = torch.nn.functional.interpolate(torch.rand(3, 1, 20, 20, generator=g), (48, 48), mode="bicubic")[:, 0] * 200
     b = a + 20 * torch.rand(a.shape, generator=g)
-    value, box = audit.best_overlap(a, b)
+    own = torch.arange(3)[:, None].expand(3, 2)
+    value, box = audit.best_overlap(a, b, own)
     for i in range(3):
         expected = np.corrcoef(audit.detail(a)[i].flatten(), audit.detail(b)[i].flatten())[0, 1]
         assert value[i] >= expected - 1e-3
     crop = torch.nn.functional.interpolate(a[:, None, 2:45, 1:44], (48, 48), mode="bilinear")[:, 0]
-    value, box = audit.best_overlap(a, crop)
+    value, box = audit.best_overlap(a, crop, own)
     refined, _ = audit.refined(a, crop, box, (0.5, 0.25))
     assert (refined > 0.97).all() and (refined >= value - 0.05).all()
     stranger = torch.nn.functional.interpolate(torch.rand(3, 1, 20, 20, generator=g), (48, 48), mode="bicubic")[:, 0]
-    assert (audit.best_overlap(a, 200 * stranger)[0] < 0.5).all()
+    assert (audit.best_overlap(a, 200 * stranger, own)[0] < 0.5).all()
 
 
 def outlines(folder, n=12, grain=40):
@@ -158,9 +159,23 @@ def test_the_average_is_torchs():
     expected = torch.nn.functional.avg_pool2d(padded, 13, 1)[:, 0]
     found = audit.averaging(40, 13) @ x @ audit.averaging(33, 13).T
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    sums = audit.window_sums(x, 7, 5)
+    sums = audit.WindowSums(x).of(7, 5)
     assert sums.shape == (2, 34, 29)
     torch.testing.assert_close(sums[:, 3, 4], x[:, 3:10, 4:9].sum((1, 2)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pairs_correlation_hangs_on_no_other_pair():
+    """What is computed once for each image, and in batches of any size, is what each pair gives by itself."""
+    g = torch.Generator().manual_seed(5)
+    images = torch.nn.functional.interpolate(torch.rand(6, 1, 24, 24, generator=g), (96, 96), mode="bicubic")[:, 0]
+    images = (images.clamp(0, 1) * 255).round()
+    images[4], images[5] = images[0].roll(2, 1), images[1].flip(-1)  # copies, so that the fine steps are gone through
+    images = images.to(torch.uint8)
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6), torch.arange(2))
+    alone = torch.cat([audit.correlations(images, images, pair[None]) for pair in pairs])
+    assert (alone > 0.9).sum() > 8 and (alone == -1).sum() > 8
+    for batch in (7, 8192):
+        torch.testing.assert_close(audit.correlations(images, images, pairs, batch), alone, rtol=0, atol=1e-5)
 
 
 def test_metrics_are_given_with_and_without_copies(films, tmp_path, caplog):

@@ -114,6 +114,23 @@ def test_the_memory_benchmark_reads_what_it_says():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part, size, methods", [
+    ("intervals", "300", ["ours", "NumPy", "scikit-learn"]),
+    ("search", "7x900x16", ["ours", "NumPy"]),
+    ("table", "300x20", ["ours", "csv"]),
+    ("logistic", "200x20x3x3", ["ours", "scikit-learn"]),
+])  # fmt: skip
+def test_the_numeric_benchmark_compares_equal_answers(part, size, methods, monkeypatch):
+    bench = load_script("benchmarks/bench_numeric.py")
+    if part == "search":
+        monkeypatch.delitem(bench.PARTS[part].methods, "faiss")  # which need not be installed
+    rows = bench.main([part, "--sizes", size, "--runs", "1"])
+    assert [row["method"] for row in rows] == methods and all(row["seconds"] > 0 for row in rows)
+    answers = [bench.one(part, method, size)["answer"] for method in methods[:2]]
+    assert len(answers[0]) == len(answers[1]) > 1
+
+
+@pytest.mark.slow
 def test_the_yfcc_benchmark_makes_the_lists_it_reports(tmp_path):
     result = load_script("benchmarks/bench_yfcc.py").main(["--folder", str(tmp_path), "--gigabytes", "0.001"])
     assert result["rows"] > 1000 and result["table_gb"] == pytest.approx(0.001, rel=0.01)

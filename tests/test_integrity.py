@@ -231,3 +231,20 @@ def test_answers_that_are_no_numbers_are_refused(tmp_path):
     }.items():
         with torch.no_grad(), pytest.raises(ValueError, match=f"a tower answers {what} with NaN or infinity"):
             ask()
+
+
+def test_arrays_of_any_shape_come_back_as_numpy_reads_them_and_the_file_stays_as_it_is(tmp_path):
+    path, packed = tmp_path / "a.npz", tmp_path / "b.npz"
+    arrays = {"m": np.arange(12.0).reshape(3, 4), "f": np.asfortranarray(np.eye(3)), "none": np.zeros((0, 4)),
+              "one": np.array("ä"), "names": np.array(["a", "bc"]), "a.npy": np.arange(3)}  # fmt: skip
+    np.savez(path, allow_pickle=False, **arrays)
+    np.savez_compressed(packed, allow_pickle=False, **arrays)
+    before = path.read_bytes()
+    for file in (path, packed):
+        found = integrity.read_arrays(file)
+        with np.load(file, allow_pickle=False) as expected:
+            assert found.keys() == set(expected.files)
+            for name in expected.files:
+                assert found[name].dtype == expected[name].dtype and np.array_equal(found[name], expected[name]), name
+        found["m"][0, 0] = 7
+    assert path.read_bytes() == before and integrity.read_arrays(path)["m"][0, 0] == 0

@@ -68,7 +68,7 @@ def test_logits_far_apart_are_ranked_as_they_stand(dtype, scale):
     point = operating_point(labels, prob.astype(np.float64), 1)
     called = point.called(prob.astype(np.float64), 1)
     assert 0.9 <= (~called[labels == 0]).mean() < 0.92 and called[labels == 1].mean() > 0.2
-    fast = weighted_detection(labels, prob, np.ones((1, 400)), 1, point, range(2))
+    fast = weighted_detection(labels, prob, 1, point, range(2))(np.ones((1, 400)))
     assert fast["auroc_malignant"][0] == pytest.approx(found)
     assert fast["average_precision_malignant"][0] == pytest.approx(
         sk.average_precision_score(labels, ranked(prob)[:, 1])

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from evaluation import neighbours
+from evaluation import nearest as neighbours
 
 
 @pytest.mark.parametrize("k", [1, 7, 100])
@@ -31,3 +31,20 @@ def test_a_search_holds_no_more_for_a_larger_bank(monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0] < 4 * 64 * 4096 * 4  # the whole matrix of the larger bank has 32 MB
+
+
+def test_cosines_are_products_of_unit_vectors_and_no_number_is_refused(monkeypatch):
+    monkeypatch.setattr(neighbours, "VECTORS", 8)
+    rng = np.random.default_rng(1)
+    queries, bank = (rng.normal(size=(n, 5)).astype(np.float32) for n in (6, 30))
+    bank[4] = 0
+    numbers, cosines = neighbours.nearest(queries, 3 * bank, 40, cosines=True)
+    whole = queries @ bank.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(bank, axis=1).clip(1e-9)
+    assert numbers.shape == (6, 30) and np.allclose(cosines, -np.sort(-whole, axis=1), atol=1e-6)
+    assert np.array_equal(np.sort(numbers, axis=1), np.tile(np.arange(30), (6, 1)))
+    assert neighbours.nearest(queries, bank[:0], 5)[0].shape == (6, 0)
+    for place in (0, 20):
+        broken = bank.copy()
+        broken[place] = np.nan
+        with pytest.raises(ValueError, match="no finite number"):
+            neighbours.nearest(queries, broken, 30)

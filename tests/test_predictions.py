@@ -95,8 +95,8 @@ def test_resampled_scores_are_those_of_the_resampled_lesions():
     test, point = table(60), metrics.OperatingPoint(1.3, 0.4)
     counts = np.random.default_rng(0).integers(0, 4, len(test.rows))
     again = test[np.repeat(np.arange(len(test.rows)), counts)]
-    one = weighted_detection(test.labels, test.prob, counts[None], 2, point, range(3))
-    other = weighted_detection(again.labels, again.prob, np.ones((1, len(again.rows))), 2, point, range(3))
+    one = weighted_detection(test.labels, test.prob, 2, point, range(3))(counts[None])
+    other = weighted_detection(again.labels, again.prob, 2, point, range(3))(np.ones((1, len(again.rows))))
     for name in metrics.DETECTION:
         assert one[name][0] == pytest.approx(other[name][0], abs=1e-9), name
 

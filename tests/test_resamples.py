@@ -16,7 +16,7 @@ from evaluation.metrics import (
     operating_point,
 )
 from evaluation.resamples import Resamples
-from evaluation.weighted import weighted_metrics
+from evaluation.weighted import Ranking, weighted_metrics
 
 CLASSES = ("BENIGN", "BENIGN_WITHOUT_CALLBACK", "MALIGNANT")
 PAIR = ("BENIGN", "MALIGNANT")
@@ -43,7 +43,7 @@ def intervals(labels, prob, patients, classes, **how):
 def test_every_resample_equals_scikit_learn_on_the_repeated_lesions():
     labels, prob, patients = three_class_case()
     weights = np.concatenate(list(Resamples(labels, patients, CLASSES, number=25, seed=3).weights()))
-    fast = weighted_metrics(labels, prob, weights, 2, range(3))
+    fast = weighted_metrics(labels, prob, 2, range(3))(weights)
     for r in range(len(weights)):
         rows = np.repeat(np.arange(len(labels)), weights[r])
         slow = classification_metrics(labels[rows], prob[rows], CLASSES)
@@ -234,6 +234,39 @@ def test_blocks_of_resamples_are_the_draws_of_one_call(monkeypatch):
     assert Resamples(labels, patients, CLASSES, number=60, seed=4).intervals(prob) == expected
 
 
+def test_draws_that_are_too_many_to_keep_are_drawn_again_alike(monkeypatch):
+    labels, prob, patients = three_class_case()
+    kept = Resamples(labels, patients, CLASSES, number=60, seed=4)
+    expected, lacking = kept.draw(prob), few(1, 1)
+    monkeypatch.setattr(resamples, "KEPT", 60 * len(set(patients)) - 1)
+    monkeypatch.setattr(resamples, "BLOCK", 7 * len(labels))
+    again = Resamples(labels, patients, CLASSES, number=60, seed=4)
+    for _ in range(2):
+        for name, drawn in again.draw(prob).items():
+            assert np.array_equal(drawn.draws, expected[name].draws), name
+    assert kept._kept is not None and again._kept is None  # the two ways were taken
+    twenty, names = np.repeat(np.arange(20), 2), [f"c{i}" for i in range(20)]
+    table = Resamples(twenty, np.arange(40), names, None)
+    found = table.intervals(np.eye(20)[twenty] * 0.81 + 0.0095)["auroc"]
+    assert "most resamples lack a class" in found.why and found.why == table.too_few and not list(table.weights())
+    one = Resamples(lacking[0], lacking[2], PAIR, number=500)  # 37% lack the one patient, and are drawn again
+    drawn = np.concatenate(list(one.weights()))
+    assert len(drawn) == 500 and (drawn @ (lacking[0] == 1) > 0).all()
+
+
+def test_weighted_areas_are_those_of_all_pairs_to_the_last_digit():
+    rng = np.random.default_rng(3)
+    positive, score, weights = rng.random(90) < 0.3, rng.integers(0, 12, 90) / 7, rng.integers(0, 4, (20, 90))
+    above = (score[positive][:, None] > score[~positive]) + (score[positive][:, None] == score[~positive]) / 2
+    own, others = weights[:, positive], weights[:, ~positive]
+    expected = np.einsum("ri,ij,rj->r", own, above, others) / (own.sum(1) * others.sum(1))
+    for kind in (np.uint8, np.int64, np.float64):
+        assert np.array_equal(Ranking(positive, score).auroc(weights.astype(kind)), expected)
+    nothing = weights * positive
+    assert np.isnan(Ranking(positive, score).auroc(nothing)).all()
+    assert np.isnan(Ranking(~positive, score).average_precision(nothing)).all()
+
+
 def test_one_object_answers_everything_from_the_same_draws():
     labels, prob, patients = three_class_case(300, decimals=3)
     drawn = Resamples(labels, patients, CLASSES, number=200)
@@ -271,7 +304,7 @@ def test_findings_over_blocks_of_resamples_equal_scikit_learn_on_the_repeated_im
 
 @pytest.mark.parametrize("kind", ["classes", "findings"])
 def test_a_bootstrap_holds_no_more_than_its_draws_for_a_larger_table(monkeypatch, kind):
-    """Patients: two bytes for each and each resample. What is computed of them is bounded."""
+    """A byte for each patient and resample while these are few, and the orders of the scores; the rest is bounded."""
     monkeypatch.setattr(resamples, "BLOCK", 100_000)
     peaks = []
     for n in (1000, 1000, 4000):  # the first loads what SciPy loads late
@@ -284,8 +317,8 @@ def test_a_bootstrap_holds_no_more_than_its_draws_for_a_larger_table(monkeypatch
             resamples.finding_intervals(known, prob, groups, names, resamples.Bootstrap(number=1000))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    kept = 1000 * 1500 * 2 if kind == "classes" else 0  # by the last more than by the one before
-    assert peaks[2] < 1.2 * peaks[1] + kept and peaks[1] < 12 * 8 * 100_000  # of all resamples at once: 32 MB an array
+    kept = 3000 * 2 * 5 * 8 + (1000 * 1500 if kind == "classes" else 0)  # by the last more than by the one before
+    assert peaks[2] < 1.2 * peaks[1] + kept and peaks[1] < 20 * 100_000  # of all resamples at once: 32 MB an array
 
 
 def test_many_classes_take_no_matrix_of_all_their_pairs_for_each_sample():
