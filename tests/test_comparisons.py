@@ -188,3 +188,21 @@ def test_two_patients_of_a_class_have_an_interval_and_every_seed_a_part_in_it():
     assert found.values.tolist() == [one.value for one in drawn] and found.patients == 2 and found.trained
     assert np.array_equal(found.resampled, np.stack([one.draws for one in drawn]))
     assert found.variance_of_seeds == pytest.approx((drawn[0].value - drawn[1].value) ** 2 / 4)
+
+
+def test_few_seeds_are_explained_where_they_make_widths_differ():
+    """Two seeds that differ: t's quantile of one degree of freedom, against that of many."""
+    assert f"{stats.t.ppf(0.975, 1):.1f}" in comparisons.FEW_SEEDS and f"{stats.t.ppf(0.975, 2):.1f}" in (
+        comparisons.FEW_SEEDS
+    )
+    for rows, said in (
+        ([(2, 0.76), (2, 0.2)], True),  # 8 to 84 percent
+        ([(2, 0.76)], True),
+        ([(3, 0.2), (2, 0.19)], False),
+        ([(1, 0.9), (1, 0.1)], False),
+        ([(10, 0.5), (3, 0.2)], False),
+        ([(2, None)], False),
+    ):
+        assert comparisons.few_seeds_matter(rows) is said, rows
+    assert comparisons.width({"value": 0.5, "low": 0.08, "high": 0.84}) == pytest.approx(0.76)
+    assert comparisons.width({"value": 0.5}) is None
