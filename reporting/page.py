@@ -14,7 +14,6 @@ import utils
 from evaluation import comparisons, metrics
 from evaluation.predictions import class_rows, describe_interval
 from evaluation.set_probes import mean_title
-from inputs import cbis
 from reporting import checklists
 from reporting.lesions import explained, lesion_tables, nearest, percent_cell, splits_table
 from reporting.pictures import FOLDER, Pictures
@@ -173,7 +172,7 @@ def build_page(
     for kind, table in runs.tables.items():
         rows = lesions.get(kind)
         sections.append({
-            "kind": kind, "anchor": anchor(kind), "title": TABLES.get(kind, kind), "lesion": kind in cbis.CBIS_KINDS,
+            "kind": kind, "anchor": anchor(kind), "title": TABLES.get(kind, kind), "lesion": table.of_lesions,
             "size": table.size(), "unit": table.unit, "classes": class_codes(table),
             "columns": list(columns_of(table).values()), "against": metrics.class_title(table.positive),
             "positive": table.positive or "",
@@ -310,8 +309,10 @@ def facts_of(runs: Runs, sections: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": len(models),
         "seeds": max((len(row.folders) for row in models), default=0),
         "skipped": runs.skipped,
-        "cbis": any(kind in cbis.CBIS_KINDS and table.lesions for kind, table in runs.tables.items()),
-        "sets": [kind for kind, table in runs.tables.items() if kind not in cbis.CBIS_KINDS and table.lesions],
+        "cbis": any(table.of_lesions and table.lesions for table in runs.tables.values()),
+        "sets": list(
+            dict.fromkeys(table.dataset for table in runs.tables.values() if not table.of_lesions and table.lesions)
+        ),
         "classes": list(dict.fromkeys(table.classes for table in measured)),
         "metrics": list(dict.fromkeys(title for table in measured for title in columns_of(table).values())),
         "units": " and ".join(sorted({table.unit for table in measured} - {"images", "lesions"})),

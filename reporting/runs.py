@@ -54,7 +54,7 @@ class ResultRow:
 class ResultTable:
     """One of the two results tables."""
 
-    kind: str  # calc, mass or both; or another set's name
+    kind: str  # calc, mass or both; or another set's name; with the number of folds, where there is no test split
     classes: tuple[str, ...] = cbis.CBIS_CLASSES
     positive: str | None = metrics.MALIGNANT  # the class that is looked for
     rows: list[ResultRow] = field(default_factory=list)
@@ -63,12 +63,24 @@ class ResultTable:
     lesions: int | None = None
     patients: int | None = None  # or how many there are of `unit`
     unit: str = "patients"  # what is drawn as a whole: Scheme.unit
+    of: str = ""  # calc, mass, both or the set's name where `kind` says more
+
+    @property
+    def dataset(self) -> str:
+        """calc, mass or both; or another set's name."""
+        return self.of or self.kind
+
+    @property
+    def of_lesions(self) -> bool:
+        """Whether it is of CBIS-DDSM."""
+        return self.dataset in cbis.CBIS_KINDS
 
     def size(self) -> str:
         """How many samples of how many patients were tested, in words."""
-        samples = "lesions" if self.kind in cbis.CBIS_KINDS else "images"
+        samples = "lesions" if self.of_lesions else "images"
         lesions, patients = (MISSING if n is None else n for n in (self.lesions, self.patients))
-        return f"{lesions} test {samples}" + (f" of {patients} {self.unit}" if self.unit != samples else "")
+        test = "" if self.of else "test "
+        return f"{lesions} {test}{samples}" + (f" of {patients} {self.unit}" if self.unit != samples else "")
 
     def tested(self, found: dict[str, Any], where: str | Path) -> None:
         """Take the numbers of samples and patients from what score_predictions wrote; ValueError as `require`."""
@@ -245,17 +257,18 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
     dataset = result.get("dataset", "")
     if not isinstance(dataset, str) or not dataset:
         return  # a summary of other runs, such as the demo's
-    kind, name = str(cbis.CBIS_SETS.get(dataset, dataset)), runs.names[path.resolve()]
+    of, name = str(cbis.CBIS_SETS.get(dataset, dataset)), runs.names[path.resolve()]
+    kind = of
     if "cross_validation" in result:  # of other samples than the test split's, hence a table of its own
         kind = f"{TABLES.get(kind, kind)}, {result['cross_validation']['folds']}-fold cross-validation"
     if result.get("fractions"):
         runs.fractions.append((name, TABLES.get(kind, kind), fractions_of(result)))
     neighbours = result.get("knn") or {}
     if "metrics" in result:
-        add_row(result, path, kind, name, runs)
+        add_row(result, path, (kind, of), name, runs)
     if "metrics" in neighbours:
         require(neighbours, f"{path}, knn", ("k",))
-        add_row(neighbours, path, kind, f"{name}, {neighbours['k']}-NN", runs, "predictions_knn.csv")
+        add_row(neighbours, path, (kind, of), f"{name}, {neighbours['k']}-NN", runs, "predictions_knn.csv")
     if "metrics" not in result and "metrics" not in neighbours:
         runs.other.append((str(path), result))
 
@@ -275,11 +288,13 @@ def fractions_of(result: dict) -> list[dict]:
 
 
 def add_row(
-    result: dict, path: Path, kind: str, name: str, runs: Runs, predictions: str = "predictions.csv"
-) -> None:  # fmt: skip
-    """A row of a table from what `predictions.report_rows` and what is beside it wrote."""
+    result: dict, path: Path, table_of: tuple[str, str], name: str, runs: Runs, predictions: str = "predictions.csv"
+) -> None:
+    """A row of a table, of this kind and set, from what `predictions.report_rows` and what is beside it wrote."""
     require(result, path, files.RESULT)
+    kind, of = table_of
     table = runs.tables.setdefault(kind, ResultTable(kind, tuple(result["classes"]), positive_class(result)))
+    table.of = of if of != kind else ""
     table.tested(result, path)
     runs.skipped.setdefault(kind, result.get("lesions_skipped", {}))
     untrained = result.get("weights", {}).get("untrained")

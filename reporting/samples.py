@@ -14,7 +14,6 @@ import utils
 from evaluation.catalog import CATALOG, display_of
 from evaluation.predictions import CBIS, Predictions, set_scheme
 from evaluation.set_probes import find_set
-from inputs import cbis
 from inputs.display import Display
 from inputs.files import IMAGE_SUFFIXES
 from inputs.metadata import Table, inside, read_table
@@ -29,22 +28,20 @@ QUERIES = 24  # of a search that are shown
 Address = Callable[[dict[str, str]], str]  # from a row of predictions.csv to its image's address; "" without one
 
 
-def predictions_file(row: ResultRow, dataset: str) -> Path | None:
-    """Of a row's first seed, or of its zero-shot scores; None where there is none."""
-    beside = Path(row.source).with_name(f"zeroshot_{utils.file_name(dataset)}.csv")
-    file = row.folders[0] / "predictions.csv" if row.folders else beside
-    return file if file.is_file() else None
+def predictions_file(row: ResultRow) -> Path | None:
+    """Of a row's first seed; None where there is none."""
+    file = row.folders[0] / row.predictions if row.folders else None
+    return file if file and file.is_file() else None
 
 
 def samples(
     table: ResultTable, lesions: Sequence[dict[str, str]] | None, runs: Runs, pictures: Pictures
 ) -> dict[str, Any] | None:
     """Cards of the table's test samples with what each model says of them; None where no row has predictions."""
-    dataset = next((name for name, kind in cbis.CBIS_SETS.items() if kind == table.kind), table.kind)
-    scheme = CBIS if table.kind in cbis.CBIS_KINDS else set_scheme(table.classes, table.positive, table.unit)
+    scheme = CBIS if table.of_lesions else set_scheme(table.classes, table.positive, table.unit)
     read: list[tuple[ResultRow, Path, Predictions]] = []
     for row in table.rows:
-        if row.kind == "measured" and (file := predictions_file(row, dataset)):
+        if row.kind == "measured" and (file := predictions_file(row)):
             read.append((row, file, Predictions.read(file, scheme)))
             runs.read += [file] * (file not in runs.read)
     if not read:
@@ -54,7 +51,7 @@ def samples(
     shown, which = most_telling(errors)
     files = [file for _, file, _ in read]
     address = (
-        lesion_images(lesions, runs, pictures) if scheme is CBIS else set_images(table.kind, files, runs, pictures)
+        lesion_images(lesions, runs, pictures) if scheme is CBIS else set_images(table.dataset, files, runs, pictures)
     )
     cards, titles = [], [name.replace("_", " ") for name in scheme.classes]  # which then break between words
     for i in shown:
@@ -68,7 +65,7 @@ def samples(
     of = "patient" if scheme is CBIS or table.unit == "patients" else "group"
     first = " First seed of each row." if any(len(row.folders) > 1 for row, *_ in read) else ""
     return {
-        "title": f"The test {'lesions' if scheme is CBIS else 'images'}, one by one",
+        "title": f"The {'' if table.of else 'test '}{'lesions' if scheme is CBIS else 'images'}, one by one",
         "about": f"{which} As the page opens: by {read[-1][0].name}, from {read[-1][1]}." + first,
         "lacking": f"{lacking} of {len(cards)} images are not found{why_not(scheme is CBIS, runs)}." if lacking else "",
         "models": [row.name for row, *_ in read], "classes": titles, "group": of, "cards": cards,

@@ -15,7 +15,7 @@ import distributed
 from evaluation.features import Loading, each_once
 from evaluation.resamples import Resamples
 from inputs.metadata import read_table
-from reporting import plots, runs
+from reporting import figures, plots, runs
 from runtime import logs
 
 # Each step takes a second.
@@ -133,7 +133,12 @@ def test_a_curve_stands_at_its_epochs(tmp_path, monkeypatch):
     write_rows(tmp_path / "a", rows[0], *rows)
     write_rows(tmp_path / "b", *rows[:2])
     drawn = {}
-    monkeypatch.setattr(plots.figures, "curves", lambda curves, title, *_, **__: drawn.setdefault(title, curves) and "")
+
+    def keep(curves, title):
+        drawn[title] = curves
+        return figures.Drawing("", b"")
+
+    monkeypatch.setattr(plots.figures, "curves", lambda curves, title, *_, **__: keep(curves, title))
     plots.training_figures(runs.Runs(trainings={"row": [tmp_path / "a", tmp_path / "b"]}), plots.Gallery())
     loss, recall = drawn.values()
     for curve, values in ((loss, [3.0, 2.0]), (recall, [10.0, 20.0])):

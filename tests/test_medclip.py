@@ -120,6 +120,9 @@ def test_wrong_and_partial_files_are_refused_by_name(states):
 
 
 def test_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is an empty folder"):
+        models.load_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("weights elsewhere")
     with pytest.raises(FileNotFoundError, match="pytorch_model.bin"):
         models.load_pretrained(tmp_path)
 

@@ -16,6 +16,7 @@ from model_helpers import GOLDEN_MODELS, tiny_model, write_checkpoint
 import losses
 import models
 import utils
+from flags import names
 from runtime import checkpoints
 from towers import pretrained
 from towers.build import titled
@@ -327,7 +328,7 @@ def test_torn_and_foreign_files_are_named(tmp_path, content):
 
 
 def test_an_objective_is_one_entry(monkeypatch, tmp_path):
-    """A toy objective, image against caption by squared distance, added by one entry and trained for an epoch."""
+    """A toy objective, image against caption by squared distance, added by one entry and its name, and trained."""
     from helpers import command
     from roco_tree import make_roco
 
@@ -346,6 +347,7 @@ def test_an_objective_is_one_entry(monkeypatch, tmp_path):
     monkeypatch.setitem(models.OBJECTIVES, "toy", toy)
     for name, config in models.variants("toy").items():
         monkeypatch.setitem(models.MODELS, name, config)
+        monkeypatch.setitem(names.MODELS, name, "toy")
     run = command(make_roco(tmp_path / "roco"), tmp_path / "run", "--epochs", "4", model="TOY_VITT16")
     scores = main.main([*run, "--lr", "1e-2", "--warmup-epochs", "0", "--batch-size", "4"])
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

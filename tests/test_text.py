@@ -82,8 +82,11 @@ def test_figures_show_a_name_as_text(name):
         gallery.add(key, name, svg, "file")
         svg = gallery.found[key].svg
         squeezed = [" ".join(word.split()) for word in words(svg)]
-        told = wanted.replace("_", " ") if key == "confusion" else wanted
-        assert " ".join(told.split()) in squeezed, (key, words(svg))
+        if key == "confusion":  # a long class name stands in several lines
+            told = "".join(wanted.replace("_", " ").split())
+            assert told in "".join("".join(squeezed).split()), words(svg)
+        else:
+            assert " ".join(wanted.split()) in squeezed, (key, words(svg))
         assert ElementTree.fromstring(svg).get("aria-label") == wanted
 
 

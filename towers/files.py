@@ -49,11 +49,11 @@ def read_pretrained(path: str | Path) -> dict:
 
 
 def _refuse_run(folder: Path) -> None:
-    """ValueError for a folder of a run, or an empty one, in place of its weights."""
+    """ValueError for a folder of a run in place of its weights, FileNotFoundError for an empty one."""
     if folder.is_dir() and (found := [name for name in RUN_WEIGHTS if (folder / name).is_file()]):
         raise ValueError(f"{folder} is the folder of a run: name its weights, {folder / found[0]}")
     if folder.is_dir() and not any(folder.iterdir()):
-        raise ValueError(f"{folder} is an empty folder: no weights are there")
+        raise FileNotFoundError(f"{folder} is an empty folder: no weights are there")
 
 
 def _read_exported(folder: Path) -> dict:
