@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -99,5 +100,6 @@ QUICK = ("-j", "0", "--gpu", "-1")
 def load_script(path: str):
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # where a dataclass looks for its own module
     spec.loader.exec_module(module)
     return module
