@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +23,27 @@ from runtime.versions import versions  # noqa: E402
 
 def choose_device(cpu: bool) -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() and not cpu else torch.device("cpu")
+
+
+# Who computes float32 products of a CPU, and what it may compute in: only where that is bf16 does torch ask oneDNN.
+BACKENDS = {"MKL": "ieee", "oneDNN": "bf16"}
+
+
+@contextmanager
+def products_by(backend: str) -> Iterator[None]:
+    """Inside the block float32 products of a CPU are computed by this one of BACKENDS."""
+    settings: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = settings.fp32_precision
+    settings.fp32_precision = BACKENDS[backend]
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative, of `x` from the same in float64."""
+    return ((x.double() - exact).norm() / exact.norm()).item()
 
 
 def describe(device: torch.device, runs: int) -> str:

@@ -1,8 +1,10 @@
 """Benchmarks on tiny settings: that they run, compare equal things, and count what they say. Never how fast."""
 
 import sys
+from typing import Any
 
 import bench_step
+import common
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,41 @@ def test_a_whole_benchmark(capsys):
         bench_step.main(["--cpu", "--largest-batch"])
     with pytest.raises(SystemExit):
         bench_step.main(["--cpu", "--no-such-flag"])
+
+
+def test_the_matrix_peak_is_of_the_fastest_product_that_is_float32s(monkeypatch):
+    """In float32 the faster backend counts, unless its products are less exact, as oneDNN's are with AMX."""
+    monkeypatch.setitem(bench_step.SQUARE, "cpu", 64)
+    flops, errors, seconds = 2 * 64**3, [3e-7, 6e-7, 3e-7, 2e-3], [1.0, 0.5, 1.0, 0.5]  # MKL's, oneDNN's, twice
+    monkeypatch.setattr(common, "distance", lambda x, exact: errors.pop(0))
+    monkeypatch.setattr(bench_step, "fastest_product", lambda a, b: seconds.pop(0))
+    peaks = [bench_step.matrix_peak(torch.device("cpu"), torch.float32) for _ in range(2)]
+    assert peaks == [2 * flops, flops]
+
+
+def test_a_backend_holds_within_its_block_only():
+    settings: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = settings.fp32_precision
+    with pytest.raises(RuntimeError, match="inside"), common.products_by("oneDNN"):
+        assert settings.fp32_precision == "bf16"
+        raise RuntimeError("inside")
+    assert settings.fp32_precision == before
+
+
+def test_the_benchmark_of_products(capsys):
+    rest = [*SMALL, *VIT]
+    rows = load_script("benchmarks/bench_products.py").main(
+        ["--models", "SLIP_VITT16", "--batch-size", "4", "--runs", "1", *rest]
+    )
+    row = rows["SLIP_VITT16"]
+    assert all(found["MKL"][1] < 1e-6 and found["MKL"][0] > 0 for found in row["products"].values())
+    assert (
+        0 < row["gradients"]["MKL"] < 1e-2 and 0 < row["features"]["MKL"] < 1e-5
+    )  # one digit of rounding, not of bf16
+    assert all(seconds > 0 for key in ("pass_seconds", "step_seconds") for seconds in row[key].values())
+    assert (
+        "68x128x32" in capsys.readouterr().out
+    )  # 4 images of 17 tokens, from the MLP's inner width back to the tower's
 
 
 @pytest.mark.slow
