@@ -312,7 +312,7 @@ def add_row(
         beside = Path(entry["baseline"]).resolve().with_name("results.json")
         theirs = runs.names.get(beside, entry["baseline"])
         if theirs != entry["baseline"] and Path(entry["baseline"]).name == KNN_PREDICTIONS:
-            theirs += ", k-NN"
+            theirs = f"{theirs}, k-NN"
         entry = {**entry, "baseline": theirs, "row": name}
         table.comparisons.append({**entry, "leaves_out": table.rows[-1].leaves_out, "primary": False})
 
