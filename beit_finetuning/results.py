@@ -110,7 +110,8 @@ def report_last(run: Finished, evaluation: Evaluation) -> dict[str, Any]:
         results |= subgroups.report_set(found, None, run.baselines, run.compared, run.bootstrap)
         title = f"{run.dataset}, fine-tuned end to end"
         log.info("\n".join(predictions.describe_measured(results, title)))
-    log.info(f"{run.dataset}: {metrics.shown_score(scores)} after {run.settings['epochs']} epochs")
+    epochs = run.settings["epochs"]
+    log.info(f"{run.dataset}: {metrics.shown_score(scores)} after {epochs} epoch{'s' * (epochs != 1)}")
     if run.average is not None:
         results["ema"] = average = evaluation.test_scores(run.average)
         log.info(f"{run.dataset}, averaged weights: {metrics.shown_score(average)}")

@@ -150,7 +150,9 @@ class Predictions:
 
     @classmethod
     def read(cls, path: str | Path, scheme: Scheme = CBIS) -> Predictions:
-        """A predictions.csv of a set; another table, a bad row or a sample twice is a ValueError naming the file."""
+        """A predictions.csv of a set; a folder, another table, bad rows or a sample twice is a ValueError."""
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder: name the predictions.csv in it")
         probabilities = [f"prob_{name}" for name in scheme.classes]
         wanted = [*scheme.columns, "predicted", *probabilities]
         try:
@@ -290,6 +292,10 @@ def without_metrics(error: ValueError) -> dict[str, str]:
     return {"no_metrics": str(error)}
 
 
+# Of the settings: other weights are what is compared; the others add results beside those of the rows.
+NOT_COMPARED = ("weights_sha256", "cache_features", "fraction", "knn")
+
+
 def report_rows(
     predictions: Predictions,
     held_out: tuple[np.ndarray, np.ndarray] | None,
@@ -319,7 +325,8 @@ def report_rows(
         theirs = Predictions.read(path, scheme)
         difference = score_difference(predictions, theirs, path, resamples)
         differ = settings_that_differ(path, settings)
-        differ.pop("weights_sha256", None)  # other weights are what is compared
+        for name in NOT_COMPARED:
+            differ.pop(name, None)
         differences.append(difference | {"settings_differ": differ})
     if differences:
         results |= {name: differences[0][name] for name in ("baseline", "difference")} | {"differences": differences}
@@ -435,14 +442,19 @@ def describe_units(results: dict[str, Any]) -> list[str]:
     return ["", *lines] if lines else []
 
 
+def describe_settings(comparison: dict[str, Any]) -> list[str]:
+    """What else than the weights differs between a run and its baseline, a line for each setting."""
+    differ = comparison.get("settings_differ", {})
+    return [f"{name} is {there} there and {here} here" for name, (there, here) in differ.items()]
+
+
 def describe_differences(results: dict[str, Any]) -> list[str]:
     """The paired differences to baselines, as lines."""
     lines, titles = [], metrics.headings(metrics.METRICS, results.get("positive"))
     over = results["interval"]["over"]
     for comparison in results.get("differences", [results] if "difference" in results else []):
         lines += ["", f"Difference to {comparison['baseline']}, percentage points, paired over {over}:"]
-        for name, there_and_here in comparison.get("settings_differ", {}).items():
-            lines.append(f"  NOT THE WEIGHTS ALONE: {name} is {there_and_here[0]} there and {there_and_here[1]} here")
+        lines += [f"  NOT THE WEIGHTS ALONE: {line}" for line in describe_settings(comparison)]
         for name, value in comparison["difference"].items():
             difference = metrics.Difference.of(value)
             lines.append(f"  {titles[name]:<22} {difference.percent()}, {difference.p_text()}")
@@ -458,8 +470,9 @@ def describe_detection(results: dict[str, Any]) -> list[str]:
         "",
         f"{metrics.class_title(results['positive'])} against the rest; threshold and temperature from validation:",
     ]
+    width = max(map(len, titles.values()))
     return lines + [
-        f"  {titles[name]:<48} {describe_interval(name, value)}" for name, value in results["detection"].items()
+        f"  {titles[name]:<{width}} {describe_interval(name, value)}" for name, value in results["detection"].items()
     ]
 
 

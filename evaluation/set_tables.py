@@ -144,7 +144,7 @@ def _refuse_lacking(
 ) -> None:  # fmt: skip
     """ValueError where the table has not the column of groups that the entry names, or none of splits."""
     if grouped and rows and columns.group not in rows[0]:
-        raise ValueError(f"{table}: no column {columns.group}")
+        raise ValueError(f"{table}: no column {columns.group}; found {', '.join(rows[0])}")
     if splits and rows and columns.split not in rows[0]:
         raise ValueError(
             f"{table}: no column {columns.split}; found {', '.join(rows[0])}; main_linear.py --cross-validate 5 needs "

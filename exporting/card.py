@@ -23,6 +23,7 @@ from synthetic.world import is_synthetic
 from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer
 
 ABSENT = "not recorded"
+FRESH = "fresh weights"
 
 
 def as_text(value: object) -> str:
@@ -43,7 +44,7 @@ class Measured:
 
     line: str
     dataset: str
-    figures: list[tuple[str, str, float]]  # of METRICS; the name with its interval; percent
+    figures: list[tuple[str, str, float]]  # of METRICS; the name with its interval; percent; none of another tower
     synthetic: bool
 
     @classmethod
@@ -66,8 +67,14 @@ class Measured:
     def _read(cls, file: Path, result: dict[str, Any], weights: str) -> Measured:
         dataset = str(result.get("dataset", ABSENT))
         title = f"{as_text(dataset)}, run {as_text(file.absolute().parent.name)}"
-        theirs = result.get("settings", {}).get("weights_sha256")
-        if theirs not in (None, weights):
+        settings = result.get("settings", {})
+        theirs = settings.get("weights_sha256")
+        own = theirs == weights
+        if "data_set" in settings:
+            title += ", after **fine-tuning end to end**, which changes the image tower"
+        elif theirs is None:
+            title += ", whose file does not say of **which image tower**"
+        elif not own:
             title += ", of **another image tower** than the one in this folder, or at another size"
         metrics, synthetic = result.get("metrics", {}), bool(result.get("synthetic"))
         if not metrics:
@@ -80,11 +87,11 @@ class Measured:
         level, of = f"{100 * over.get('level', 0.95):.0f}%", over.get("over", "patients")
         found = {name: Interval.of(value) for name, value in metrics.items()}
         cells = [f"{as_text(titles.get(k, k))} {value.shown('.2f', '.1f', unit)}" for k, value in found.items()]
-        figures = [
+        figures = [  # a hub shows them as this model's own
             (k, f"{titles.get(k, k)}, percent"
              + (f", {level} interval over {of} {unit * v.low:.1f} to {unit * v.high:.1f}"
                 if v.low is not None and v.high is not None else ""), round(unit * v.value, 2))
-            for k, v in found.items() if v.value is not None
+            for k, v in found.items() if own and v.value is not None
         ]  # fmt: skip
         line = (
             f"- {title}: {', '.join(cells)}; percent, {level} intervals over {as_text(of)}, one training seed unless "
@@ -104,9 +111,7 @@ def start_of(source: Source) -> str:
         key: value if re.match("[a-z-]+:", value) or "/" not in value else file_name(Path(value))
         for key, value in source.starts.items()
     }
-    return "; ".join(f"{key.replace('_', ' ')} {name}" for key, name in names.items()) or (
-        "fresh weights" if source.args else ""
-    )
+    return "; ".join(f"{key.replace('_', ' ')} {name}" for key, name in names.items()) or (FRESH if source.args else "")
 
 
 def facts(source: Source) -> dict[str, str]:
@@ -256,6 +261,7 @@ def card(
     roots = [source.args["root"] for source in sources if source.args.get("root")]
     synthetic = any(result.synthetic for result in found) or any(is_synthetic(Path(root)) for root in roots)
     reads = any("captions" in line for line in use)
+    starts = "; ".join(dict.fromkeys(map(start_of, sources)))
     lines = ["# " + loaded.model.title + " (SYNTHETIC data)" * synthetic, ""]
     if synthetic:
         lines += ["Trained or measured on SYNTHETIC images: its numbers say nothing about patients.", ""]
@@ -265,8 +271,8 @@ def card(
         outputs(loaded, form, reads), "",
         *table(loaded, sources), "", *inputs(loaded, reads), "## Measured", "",
         *([result.line for result in found] or [f"Probes: {ABSENT}."]), "", *validation(sources), *LIMITS,
-        f"- Weights it started from: {as_text('; '.join(dict.fromkeys(map(start_of, sources))))}; their licence: "
-        f"{ABSENT}, it is that of whoever published them.",
+        f"- Weights it started from: {as_text(starts)}"
+        + (f"; their licence: {ABSENT}, it is that of whoever published them." if starts != FRESH else "."),
         f"- Training data: {', '.join(map(as_text, datasets(sources))) or ABSENT}; DATA.md of MedSLIP names the terms "
         "of each set.",
     ]  # fmt: skip
@@ -301,7 +307,7 @@ def validation(sources: Sequence[Source]) -> list[str]:
             "",
         ]
     figures = ", ".join(f"{as_text(k)} {v:.4g}" for k, v in scores.items() if isinstance(v, (int, float)))
-    return [f"Retrieval on the validation pairs, of these weights: {figures}.", ""]
+    return [f"Retrieval on the validation pairs, of these weights, recall (`r`) in percent: {figures}.", ""]
 
 
 LIMITS = (

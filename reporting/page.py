@@ -12,7 +12,7 @@ import jinja2
 
 import utils
 from evaluation import comparisons, metrics
-from evaluation.predictions import class_rows, describe_interval
+from evaluation.predictions import class_rows, describe_interval, describe_settings
 from evaluation.set_probes import mean_title
 from reporting import checklists
 from reporting.lesions import explained, lesion_tables, nearest, percent_cell, splits_table
@@ -56,6 +56,7 @@ def comparison_rows(table: ResultTable, runs: Runs) -> list[dict[str, str]]:
         else:
             p = f"{value['p_value']:.4f}, uncorrected"
         line = {"row": entry["row"], "baseline": short(entry["baseline"], table.kind), "p": p}
+        line["differ"] = "; ".join(describe_settings(entry))
         found.append(line | {"difference": percent_cell(value), "leaves_out": entry.get("leaves_out", "")})
     return found
 

@@ -25,6 +25,7 @@ from synthetic.world import is_synthetic
 
 log = logging.getLogger("medslip")
 MISSING = "missing"
+KNN_PREDICTIONS = "predictions_knn.csv"
 
 
 @dataclass
@@ -268,7 +269,7 @@ def add_results(path: Path, folder: Path, runs: Runs) -> None:
         add_row(result, path, (kind, of), name, runs)
     if "metrics" in neighbours:
         require(neighbours, f"{path}, knn", ("k",))
-        add_row(neighbours, path, (kind, of), f"{name}, {neighbours['k']}-NN", runs, "predictions_knn.csv")
+        add_row(neighbours, path, (kind, of), f"{name}, {neighbours['k']}-NN", runs, KNN_PREDICTIONS)
     if "metrics" not in result and "metrics" not in neighbours:
         runs.other.append((str(path), result))
 
@@ -309,7 +310,10 @@ def add_row(
     )  # fmt: skip
     for entry in result.get("differences", []):
         beside = Path(entry["baseline"]).resolve().with_name("results.json")
-        entry = {**entry, "baseline": runs.names.get(beside, entry["baseline"]), "row": name}
+        theirs = runs.names.get(beside, entry["baseline"])
+        if theirs != entry["baseline"] and Path(entry["baseline"]).name == KNN_PREDICTIONS:
+            theirs = f"{theirs}, k-NN"
+        entry = {**entry, "baseline": theirs, "row": name}
         table.comparisons.append({**entry, "leaves_out": table.rows[-1].leaves_out, "primary": False})
 
 

@@ -169,6 +169,7 @@ def run_script(main: Callable[[], object]) -> None:
             raise
         if int(os.environ.get("RANK", 0)) == 0:
             text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+            text = re.sub(r"\[Errno -?\d+\] ", "", text)  # a number that helps nobody
             print(f"error: {text or type(error).__name__}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:

@@ -28,6 +28,13 @@ def test_our_own_error_is_one_line(tmp_path, monkeypatch, capsys, place):
     assert left.value.code == 1 and capsys.readouterr().err == f"error: {(tmp_path / place).stem} said so\n"
 
 
+def test_an_error_of_the_system_names_the_file_and_no_number(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit):
+        command_line.run_script(lambda: open(tmp_path))
+    assert capsys.readouterr().err == f"error: Is a directory: '{tmp_path}'\n"
+
+
 @pytest.mark.parametrize("place", [".venv/lib/python3.11/site-packages/numpy/core.py", "../elsewhere.py"])
 def test_a_librarys_error_keeps_its_traceback_wherever_the_environment_lies(tmp_path, monkeypatch, place):
     checkout = tmp_path / "checkout"

@@ -110,7 +110,7 @@ def test_rows_labels_and_groups_are_the_tables(hospital):
         (lambda rows: rows[1].update({"File Name": "images/p0_0.png"}), "p0_0.png is there twice"),
         (lambda rows: [row.update(part="all") for row in rows], "no row of the split 'train'; its splits: all"),
         (lambda rows: [row.pop("diagnosis") for row in rows], "no column diagnosis"),
-        (lambda rows: [row.pop("patient") for row in rows], "no column patient"),
+        (lambda rows: [row.pop("patient") for row in rows], "no column patient; found "),
         (lambda rows: [row.update(diagnosis="b") for row in rows if row["diagnosis"] == "malignant"], "is no class"),
     ],
 )

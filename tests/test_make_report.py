@@ -447,7 +447,8 @@ def test_runs_are_told_apart_by_the_shortest_part_of_their_paths(tmp_path, probe
         folder.mkdir(parents=True)
         difference = {"baseline": str(tmp_path / "runs" / "vit_mammo" / folder.name / "predictions.csv")}
         apart = {key: value | {"p_value": 0.5} for key, value in result["metrics"].items()}
-        more = {"differences": [difference | {"difference": apart}]} if name == "vit_all" else {}
+        differ = {"settings_differ": {"folds": [0, 5]}}
+        more = {"differences": [difference | differ | {"difference": apart}]} if name == "vit_all" else {}
         (folder / "results.json").write_text(json.dumps(result | {"differences": []} | more))
     folders = sorted(path.parent for path in tmp_path.rglob("results.json"))
     (table,) = reporting_runs.gather(folders).tables.values()
@@ -458,3 +459,11 @@ def test_runs_are_told_apart_by_the_shortest_part_of_their_paths(tmp_path, probe
     make_report.main([*map(str, folders), "--output-dir", str(tmp_path / "page"), "--no-images"])
     page = (tmp_path / "page" / "report.html").read_text()
     assert "Recall is the balanced accuracy" in page and "Grey: as published" not in page  # no such row is there
+    for file in ("report.html", "report.md"):
+        assert "not the weights alone: folds is 0 there and 5 here" in (tmp_path / "page" / file).read_text()
+    neighbours = {"baseline": difference["baseline"].replace("predictions", "predictions_knn")}
+    (folders[-1] / "results.json").write_text(
+        json.dumps(result | {"differences": [neighbours | {"difference": apart}]})
+    )
+    (table,) = reporting_runs.gather(folders).tables.values()
+    assert "vit_mammo, k-NN" in [entry["baseline"] for entry in table.comparisons]

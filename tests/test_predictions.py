@@ -341,7 +341,23 @@ def test_other_weights_are_not_called_another_setting(tmp_path):
     found = table(90)
     found.write(tmp_path / "predictions.csv")
     (tmp_path / "results.json").write_text(json.dumps({"settings": {"weights_sha256": "a" * 64, "folds": 0}}))
-    ours = {"weights_sha256": "b" * 64, "folds": 5}
+    there = json.loads((tmp_path / "results.json").read_text())
+    there["settings"] |= {"knn": 0, "fraction": [], "cache_features": True}  # what adds other results changes none
+    (tmp_path / "results.json").write_text(json.dumps(there))
+    ours = {"weights_sha256": "b" * 64, "folds": 5, "knn": 20, "fraction": [0.1], "cache_features": False}
     baseline = [str(tmp_path / "predictions.csv")]
     results = predictions.report_rows(found, (found.labels, found.prob), baseline, ours, Bootstrap(40))
     assert results["differences"][0]["settings_differ"] == {"folds": [0, 5]}
+
+
+def test_a_folder_is_no_table_of_predictions(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: name the predictions.csv in it$"):
+        predictions.Predictions.read(tmp_path)
+
+
+def test_values_of_the_positive_class_stand_in_one_column():
+    found = table(90)
+    results = predictions.report_rows(found, (found.labels, found.prob), [], {}, Bootstrap(40))
+    lines = predictions.describe_detection(results)[2:]
+    values = [predictions.describe_interval(*entry) for entry in results["detection"].items()]
+    assert len({line.rindex(value) for line, value in zip(lines, values, strict=True)}) == 1
