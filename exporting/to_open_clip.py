@@ -17,6 +17,7 @@ from inputs.sizes import Size, height_width, size_text
 from inputs.transforms import Preprocess
 from tokenizer import LibraryTokenizer, SimpleTokenizer
 from towers import library
+from towers.files import PREPROCESS
 from towers.sources import FOLDER_OF_TIMM
 
 
@@ -33,6 +34,7 @@ def to_open_clip(loaded: models.Pretrained, folder: Path) -> list[str]:
     config = {"model_cfg": settings, "preprocess_cfg": _preprocess_cfg(loaded.preprocess)}
     save_file(tensors(weights), folder / "open_clip_model.safetensors")
     utils.write_json(folder / "open_clip_config.json", config)
+    utils.write_json(folder / PREPROCESS, loaded.preprocess.to_dict())
     opened = 'open_clip.create_model_and_transforms(f"local-dir:{folder}")'
     here = []
     if any((folder / place).is_file() for place in ("config.json", f"{IMAGE}/config.json")):

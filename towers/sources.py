@@ -30,9 +30,11 @@ import utils
 from inputs.sizes import as_size
 from inputs.transforms import Preprocess
 from runtime.checkpoints import refuse_not_finite
+from runtime.integrity import check_sums
 from tokenizer import CONTEXT_LENGTH, LibraryTokenizer, SimpleTokenizer, Tokenizer
 from towers import library, pretrained
 from towers.build import build_timm_tower
+from towers.files import PREPROCESS
 from towers.weights import Mismatch, resize_position_embeddings, with_fitting_scale
 
 log = logging.getLogger("medslip")
@@ -121,8 +123,23 @@ def read_source(path: str | Path) -> Found:
             found = _timm(str(written["architecture"]), folder)
         else:
             found = _transformers(folder, written, text)
+        if found.preprocess is not None and (folder / PREPROCESS).is_file():
+            found = _as_exported(found, folder)
     refuse_not_finite(found.weights, path)
     return found
+
+
+def _as_exported(found: Found, folder: Path) -> Found:
+    """With the preparation that export.py wrote beside the library's own, which may have no words for it: a probe of a
+    SLIP tower sees another crop than its other uses, MedCLIP's images are padded.
+    """
+    for file in folder.glob("*.json"):
+        check_sums(file)
+    try:
+        preprocess = Preprocess.from_dict(utils.read_json(folder / PREPROCESS))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / PREPROCESS} is no preparation of images: {error}") from error
+    return replace(found, preprocess=preprocess, config={**found.config, "image_size": preprocess.size})
 
 
 def load(found: Found, model: Any) -> None:
