@@ -66,7 +66,7 @@ from runtime.meeting import Rhythm
 from runtime.one_run import SETTINGS, one_run, own_folder, stored_args
 from runtime.signals import StopRequest
 from runtime.versions import versions
-from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer
+from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer, create_tokenizer
 from towers import lora, sources
 from towers import pretrained as pretrained_towers
 
@@ -122,7 +122,9 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
         overrides.setdefault("image_size", expected["size"])
     own = next((part.tokenizer for part in parts if part.tokenizer is not None), None)
     config = models.resolve_config(args.model, **overrides)
-    tokenizer = own or build_tokenizer(args, config, bert and bert["tokenizer"])
+    tokenizer = (
+        at_length(own, config.context_length) if own else build_tokenizer(args, config, bert and bert["tokenizer"])
+    )
     if overrides.setdefault("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size={overrides['vocab_size']} does not fit the tokenizer, which has "
@@ -202,6 +204,13 @@ def reads_as_medclip(args: argparse.Namespace) -> bool:
     towers are named, where it fits. All else is transformers' own module, with the mean of the last layer.
     """
     return args.model.lower() not in models.OBJECTIVES and pretrained_towers.is_medclips(args.text_weights)
+
+
+def at_length(tokenizer: Any, length: int) -> Tokenizer:
+    """The same for captions of so many tokens at most."""
+    if tokenizer.context_length == length:
+        return tokenizer
+    return create_tokenizer({**tokenizer.spec(), "context_length": length})
 
 
 def build_tokenizer(args: argparse.Namespace, config: models.ModelConfig, bert: dict | None = None) -> Tokenizer:

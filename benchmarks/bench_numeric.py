@@ -240,6 +240,9 @@ def objectives(
 
 
 def path_ours(size: str) -> Work:
+    import scipy.optimize  # noqa: F401 (both, which the path takes when it is called, are no part of its time)
+    import sklearn.preprocessing  # noqa: F401
+
     from evaluation.heads import Samples, logistic_path
 
     features, labels, penalties = features_of(size)

@@ -91,7 +91,8 @@ def _own_pair(loaded: models.Pretrained, folder: Path) -> tuple[dict[str, Any], 
     settings["vision_cfg"] = {**image["vision_cfg"], "image_size": _size(model.config["image_size"])}
     # Of a tower it takes a name of a hub or a path, which is the folder itself for whoever stands in it.
     if (text_config := settings.pop("text_config", None)) is not None:
-        settings["text_cfg"] |= {"hf_model_name": ".", "hf_tokenizer_name": "."}
+        length = model.config["context_length"]
+        settings["text_cfg"] |= {"hf_model_name": ".", "hf_tokenizer_name": ".", "context_length": length}
         utils.write_json(folder / "config.json", text_config)
     trunk = getattr(model.visual.model, "trunk", None)
     if trunk is not None:

@@ -235,7 +235,7 @@ def _transformers(folder: Path, written: dict[str, Any], name: str) -> Found:
         no_pooler = {} if kind.endswith("_text_model") or kind == "modernbert" else {"add_pooling_layer": False}
         model = _from_pretrained(cls, folder, **no_pooler)
         settings = library.plain_settings(model.config.to_dict())
-        tokenizer = _hf_tokenizer(folder, min(CONTEXT_LENGTH, _positions(model.config)))
+        tokenizer = _hf_tokenizer(folder, min(CONTEXT_LENGTH, library.positions(model.config)))
         words = tokenizer._backend.get_vocab_size(with_added_tokens=False)
         if words > model.config.vocab_size:
             raise ValueError(f"{folder} has embeddings of {model.config.vocab_size} tokens, its tokenizer has {words}")
@@ -277,12 +277,6 @@ def _text_config(name: str, settings: dict[str, Any], tokenizer: Tokenizer) -> d
     return {
         "text_tower": name, "text_kwargs": settings, "context_length": length, "vocab_size": tokenizer.vocab_size,
     }  # fmt: skip
-
-
-def _positions(config: Any) -> int:
-    """The longest text that a model has positions for; RoBERTa's first stands behind its padding."""
-    longest = config.max_position_embeddings
-    return longest - config.pad_token_id - 1 if "roberta" in config.model_type else longest
 
 
 def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
