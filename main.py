@@ -131,6 +131,8 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
             f"{tokenizer.vocab_size} tokens; leave it out"
         )
 
+    if models.objective_of(config).text:
+        refuse_other_widths(parts, config.embed_dim)
     model = models.create_model(args.model, **overrides)
     if args.medclip_weights:
         if not models.is_medclip(model.config):
@@ -203,7 +205,19 @@ def reads_as_medclip(args: argparse.Namespace) -> bool:
     """Whether --text-weights goes into MedCLIP's text tower, which averages three layers of a BERT: in a model whose
     towers are named, where it fits. All else is transformers' own module, with the mean of the last layer.
     """
-    return args.model.lower() not in models.OBJECTIVES and pretrained_towers.is_medclips(args.text_weights)
+    if args.model.lower() in models.OBJECTIVES or sources.library_of(args.text_weights) != "transformers":
+        return False
+    return pretrained_towers.is_medclips(args.text_weights)
+
+
+def refuse_other_widths(parts: list[sources.Found], width: int) -> None:
+    """ValueError for towers that end in embeddings of another width than the model's."""
+    for part in parts:
+        if (own := part.config.get("embed_dim", width)) != width:
+            raise ValueError(
+                f"{part.name} gives embeddings of {own} numbers, and the other side of this model {width}: beside it a "
+                "tower works that has no last layer of its own, such as a BERT of transformers or a tower of timm"
+            )
 
 
 def at_length(tokenizer: Any, length: int) -> Tokenizer:

@@ -274,3 +274,23 @@ def test_a_context_length_of_a_pair(made):
     )
     with pytest.raises(ValueError, match="text tower reads rows of 77 tokens, no context of 32"):
         main.build_model(args)
+
+
+@pytest.mark.parametrize("name", ["SLIP", "CLIP_VITB16", "MEDCLIP_VIT"])
+@pytest.mark.parametrize("image, text", [("open_clip", "bert"), ("biomedclip", "roberta"), ("clip", "bert"),
+                                         ("siglip", "biomedclip"), ("open_clip", "biomedclip")])  # fmt: skip
+@torch.no_grad()
+def test_the_image_tower_of_a_pair_beside_another_models_text_tower(made, name, image, text):
+    """In embeddings of one width, that in which a tower ends by itself."""
+    pytest.importorskip("open_clip")
+    flags = ["--model", name, "--vision-weights", str(made(image)), "--text-weights", str(made(text))]
+    args = main.get_args_parser().parse_args([*flags, "--ssl-mlp-dim", "8"])
+    if image == "siglip":  # of width 32, the text tower of 20
+        with pytest.raises(ValueError, match="image tower of .*siglip gives embeddings of 32 numbers.*20: beside it"):
+            main.build_model(args)
+        return
+    model, tokenizer = main.build_model(args)
+    images = batch_of(models.load_pretrained(made(image)))
+    model.eval()
+    assert model.encode_image(images).shape == (3, 20) and model.encode_text(tokenizer(LABELS)).shape == (2, 20)
+    assert (model.visual(images) - models.load_pretrained(made(image)).model.visual(images)).abs().max() < 1e-6

@@ -60,9 +60,11 @@ class Found:
     weights: dict[str, Tensor] = field(default_factory=dict)  # by the names that they have in a model of models.py
 
     def side(self, wanted: str) -> Found:
-        """Its `image` or its `text` tower alone, without the projections into the space of both."""
+        """Its `image` or its `text` tower alone, without the weights of projections into the space of both."""
         tower = {"image": "visual.", "text": "text_tower."}[wanted]
         config = {name: value for name, value in self.config.items() if name in _FIELDS[wanted]}
+        if config and "embed_dim" in self.config and (wanted == "image" or config["text_tower"] == library.OPEN_CLIP):
+            config["embed_dim"] = self.config["embed_dim"]  # where the tower's own last layer ends
         weights = {name: value for name, value in self.weights.items() if name.startswith(tower)}
         if not config:
             raise ValueError(f"{self.name} has no {wanted} tower")
