@@ -66,7 +66,7 @@ from runtime.meeting import Rhythm
 from runtime.one_run import SETTINGS, one_run, own_folder, stored_args
 from runtime.signals import StopRequest
 from runtime.versions import versions
-from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer
+from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer, create_tokenizer
 from towers import lora, sources
 from towers import pretrained as pretrained_towers
 
@@ -122,13 +122,17 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
         overrides.setdefault("image_size", expected["size"])
     own = next((part.tokenizer for part in parts if part.tokenizer is not None), None)
     config = models.resolve_config(args.model, **overrides)
-    tokenizer = own or build_tokenizer(args, config, bert and bert["tokenizer"])
+    tokenizer = (
+        at_length(own, config.context_length) if own else build_tokenizer(args, config, bert and bert["tokenizer"])
+    )
     if overrides.setdefault("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size={overrides['vocab_size']} does not fit the tokenizer, which has "
             f"{tokenizer.vocab_size} tokens; leave it out"
         )
 
+    if models.objective_of(config).text:
+        refuse_other_widths(parts, config.embed_dim)
     model = models.create_model(args.model, **overrides)
     if args.medclip_weights:
         if not models.is_medclip(model.config):
@@ -201,7 +205,26 @@ def reads_as_medclip(args: argparse.Namespace) -> bool:
     """Whether --text-weights goes into MedCLIP's text tower, which averages three layers of a BERT: in a model whose
     towers are named, where it fits. All else is transformers' own module, with the mean of the last layer.
     """
-    return args.model.lower() not in models.OBJECTIVES and pretrained_towers.is_medclips(args.text_weights)
+    if args.model.lower() in models.OBJECTIVES or sources.library_of(args.text_weights) != "transformers":
+        return False
+    return pretrained_towers.is_medclips(args.text_weights)
+
+
+def refuse_other_widths(parts: list[sources.Found], width: int) -> None:
+    """ValueError for towers that end in embeddings of another width than the model's."""
+    for part in parts:
+        if (own := part.config.get("embed_dim", width)) != width:
+            raise ValueError(
+                f"{part.name} gives embeddings of {own} numbers, and the other side of this model {width}: beside it a "
+                "tower works that has no last layer of its own, such as a BERT of transformers or a tower of timm"
+            )
+
+
+def at_length(tokenizer: Any, length: int) -> Tokenizer:
+    """The same for captions of so many tokens at most."""
+    if tokenizer.context_length == length:
+        return tokenizer
+    return create_tokenizer({**tokenizer.spec(), "context_length": length})
 
 
 def build_tokenizer(args: argparse.Namespace, config: models.ModelConfig, bert: dict | None = None) -> Tokenizer:

@@ -48,7 +48,7 @@ from inputs.images import decode_shown, frames_of, read_bytes
 from inputs.metadata import Table
 from inputs.transforms import eval_view, linear_eval_view, takes_grey
 from runtime.checkpoints import is_finetuned, load_checkpoint
-from runtime.integrity import read_arrays
+from runtime.integrity import read_arrays, refuse_changed, stamp
 from runtime.logs import start_logging
 from towers.sources import is_name
 
@@ -393,12 +393,12 @@ def read_captions(path: Path) -> list[str]:
 
 def search(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The nearest of an embedded set for each image or caption, best first."""
-    bank = read_arrays(args.bank)
+    bank, read = read_arrays(args.bank), stamp(args.bank)
     if lacking := {"ids", "vectors", "weights", "weights_sha256"} - set(bank):
         raise ValueError(f"{args.bank} is not what `predict.py embed` writes: it lacks {', '.join(sorted(lacking))}")
-    weights = args.weights or str(bank["weights"])
+    weights, fingerprint = args.weights or str(bank["weights"]), str(bank["weights_sha256"])
     loaded = models.load_pretrained(weights, bert_vocab=args.bert_vocab)
-    if utils.weights_sha256(loaded.model.state_dict()) != str(bank["weights_sha256"]):
+    if utils.weights_sha256(loaded.model.state_dict()) != fingerprint:
         raise ValueError(f"{weights} are not the weights that {args.bank} was embedded with")
     queries, names = [], []
     if args.images:
@@ -409,7 +409,11 @@ def search(args: argparse.Namespace) -> list[dict[str, Any]]:
         loaded.model.to(loading_of(args).device)
         queries.append(loaded.embed_captions(args.text))
         names += args.text
+    refuse_changed(
+        args.bank, read
+    )  # the vectors are mapped: where the file has become shorter, to read them is a SIGBUS
     numbers, cosines = nearest(np.concatenate(queries), bank["vectors"], args.k)  # (queries, k) each
+    refuse_changed(args.bank, read)
     return [
         {"query": name, "rank": rank, "cosine": cosine, "found": str(bank["ids"][number])}
         for name, own, cosine_of in zip(names, numbers.tolist(), cosines.tolist(), strict=True)

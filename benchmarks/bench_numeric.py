@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -240,6 +241,9 @@ def objectives(
 
 
 def path_ours(size: str) -> Work:
+    import scipy.optimize  # noqa: F401 (both, which the path takes when it is called, are no part of its time)
+    import sklearn.preprocessing  # noqa: F401
+
     from evaluation.heads import Samples, logistic_path
 
     features, labels, penalties = features_of(size)
@@ -317,6 +321,9 @@ def compare(name: str, sizes: list[str], runs: int, threads: int) -> list[dict[s
     part, rows = PARTS[name], []
     for size in sizes or part.sizes:
         methods = [method for method in part.methods if (method, size) not in part.skipped]
+        if "faiss" in methods and importlib.util.find_spec("faiss") is None:
+            print("faiss is left out: pip install -r benchmarks/requirements.txt")
+            methods.remove("faiss")
         found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
         for _ in range(runs):
             for method in methods:

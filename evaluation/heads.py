@@ -275,9 +275,11 @@ def logistic_path(
     """Logistic regression at each penalty, in their order: functions from features (n, d) to probabilities (n, k).
 
     Minimises mean cross-entropy + penalty / 2 * |W|^2 over standardised features until no component of the gradient
-    exceeds `tolerance`. The bias is free; classes without samples get probability zero. Two
-    classes have one weight vector, as in scikit-learn, whose C is 1 / (n * penalty). With `balanced` the mean is
-    weighted by `class_weights`.
+    exceeds `tolerance`, and the objective lies no more than that part of itself above its minimum: with a curvature of
+    at least the penalty it is by |gradient|^2 / (2 * penalty) at most. The gradient alone says little where classes are
+    separated and a small penalty leaves an objective near zero. The bias is free; classes without samples get
+    probability zero. Two classes have one weight vector, as in scikit-learn, whose C is 1 / (n * penalty). With
+    `balanced` the mean is weighted by `class_weights`.
 
     One eigendecomposition of the features' covariance serves all penalties: on its axes the curvature of the
     loss at zero is diagonal, variance / k + penalty, and scaling the variables by its root lets L-BFGS make few
@@ -298,7 +300,7 @@ def logistic_path(
     working = np.float32 if tolerance >= COARSE else np.float64
     x, variance, axes = _on_principal_axes(np.asarray(scaler.transform(x)), working)
     shape = (len(variance) + 1, len(classes))  # the last row is the bias
-    curve = [np.zeros(shape)]
+    curve, limit = [np.zeros(shape)], tolerance
     weights = (class_weights(labels) if balanced else np.ones(len(labels))) / len(labels)
     with threadpool_limits(1 if x.size * len(classes) < ONE_THREAD else None):
         for penalty in penalties:
@@ -307,10 +309,16 @@ def logistic_path(
             scale = 1 / np.sqrt(np.append(variance / len(classes) + strength, 1 / len(classes)))[:, None]  # (r + 1, 1)
             # The parabola through the last three solutions; until there are three, the last one.
             start = 3 * (curve[-1] - curve[-2]) + curve[-3] if len(curve) > 3 else curve[-1]
-            result = minimize(
-                _scaled_loss, (start / scale).ravel(), args=(x, labels, weights, strength, scale), jac=True,
-                method="L-BFGS-B", options={"maxiter": 5000, "maxfun": 10000, "gtol": tolerance, "ftol": 0.0},
-            )  # fmt: skip
+            while True:
+                result = minimize(
+                    _scaled_loss, (start / scale).ravel(), args=(x, labels, weights, strength, scale), jac=True,
+                    method="L-BFGS-B", options={"maxiter": 5000, "maxfun": 10000, "gtol": limit, "ftol": 0.0},
+                )  # fmt: skip
+                slope = (result.jac.reshape(shape) / scale)[:-1]
+                excess = np.square(slope).sum() / (2 * strength) / (tolerance * result.fun)
+                if result.status or excess <= 1:
+                    break
+                limit, start = np.abs(result.jac).max() / np.sqrt(excess) / 1.1, result.x.reshape(shape) * scale
             if result.status == 1:
                 warnings.warn(f"logistic regression at penalty {penalty:g}: {result.message}", stacklevel=2)
             curve.append(result.x.reshape(shape) * scale)
@@ -340,12 +348,17 @@ def _scaled_loss(
     rows = np.arange(len(x))
     logits = x @ weight[:-1].astype(x.dtype) + weight[-1].astype(x.dtype)  # (n, k)
     logits -= logits.max(1, keepdims=True)
-    own = logits[rows, labels].astype(np.float64)
+    own = logits[rows, labels].astype(np.float64)  # (n,), at most 0
     np.exp(logits, out=logits)
-    total = logits.sum(1, keepdims=True)
-    loss = (np.log(total[:, 0].astype(np.float64)) - own) @ of_sample + strength / 2 * np.square(weight[:-1]).sum()
-    logits /= total  # probabilities
-    logits[rows, labels] -= 1
+    likely = logits[rows, labels]
+    logits[rows, labels] = 0
+    others = logits.sum(1)
+    total = likely + others
+    # 1 + others less 1 would leave nothing of what is small, which on separated classes is all there is.
+    logs = np.where(own == 0, np.log1p(others.astype(np.float64)), np.log(total.astype(np.float64)) - own)
+    loss = logs @ of_sample + strength / 2 * np.square(weight[:-1]).sum()
+    logits[rows, labels] = -others
+    logits /= total[:, None]  # probabilities, less 1 at the sample's own class
     logits *= of_sample[:, None].astype(x.dtype)
     gradient = np.vstack([x.T @ logits + strength * weight[:-1], logits.sum(0, dtype=np.float64)])
     return loss, (gradient * scale).ravel()

@@ -25,7 +25,7 @@ from inputs.sizes import height_width, size_text
 from inputs.transforms import Preprocess
 from runtime.checkpoints import save_checkpoint
 from towers import medclip
-from towers.files import SAFETENSORS_FORMAT
+from towers.files import PREPROCESS, SAFETENSORS_FORMAT
 
 
 def to_timm(loaded: models.Pretrained, folder: Path) -> list[str]:
@@ -52,6 +52,7 @@ def to_timm(loaded: models.Pretrained, folder: Path) -> list[str]:
     }  # fmt: skip
     save_file(tensors(tower.state_dict()), folder / "model.safetensors")
     utils.write_json(folder / "config.json", config)
+    utils.write_json(folder / PREPROCESS, loaded.preprocess.to_dict())
     return [
         "import timm", "import torch", "from PIL import Image", "",
         'tower = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()',
@@ -160,7 +161,7 @@ def to_onnx(loaded: models.Pretrained, folder: Path) -> list[str]:
         )  # fmt: skip
         assert program is not None  # what the dynamo exporter returns
         program.save(folder / f"{name}.onnx")
-    utils.write_json(folder / "preprocess.json", loaded.preprocess.to_dict())
+    utils.write_json(folder / PREPROCESS, loaded.preprocess.to_dict())
     lines = [
         "import numpy as np", "import onnxruntime", "from PIL import Image", "", *image_lines(loaded.preprocess),
         'session = onnxruntime.InferenceSession(f"{folder}/image.onnx")',

@@ -17,6 +17,7 @@ from inputs.sizes import Size, height_width, size_text
 from inputs.transforms import Preprocess
 from tokenizer import LibraryTokenizer, SimpleTokenizer
 from towers import library
+from towers.files import PREPROCESS
 from towers.sources import FOLDER_OF_TIMM
 
 
@@ -33,6 +34,7 @@ def to_open_clip(loaded: models.Pretrained, folder: Path) -> list[str]:
     config = {"model_cfg": settings, "preprocess_cfg": _preprocess_cfg(loaded.preprocess)}
     save_file(tensors(weights), folder / "open_clip_model.safetensors")
     utils.write_json(folder / "open_clip_config.json", config)
+    utils.write_json(folder / PREPROCESS, loaded.preprocess.to_dict())
     opened = 'open_clip.create_model_and_transforms(f"local-dir:{folder}")'
     here = []
     if any((folder / place).is_file() for place in ("config.json", f"{IMAGE}/config.json")):
@@ -89,7 +91,8 @@ def _own_pair(loaded: models.Pretrained, folder: Path) -> tuple[dict[str, Any], 
     settings["vision_cfg"] = {**image["vision_cfg"], "image_size": _size(model.config["image_size"])}
     # Of a tower it takes a name of a hub or a path, which is the folder itself for whoever stands in it.
     if (text_config := settings.pop("text_config", None)) is not None:
-        settings["text_cfg"] |= {"hf_model_name": ".", "hf_tokenizer_name": "."}
+        length = model.config["context_length"]
+        settings["text_cfg"] |= {"hf_model_name": ".", "hf_tokenizer_name": ".", "context_length": length}
         utils.write_json(folder / "config.json", text_config)
     trunk = getattr(model.visual.model, "trunk", None)
     if trunk is not None:

@@ -21,6 +21,7 @@ from inputs.sizes import height_width
 from inputs.transforms import Preprocess
 from tokenizer import LibraryTokenizer
 from towers import library
+from towers.files import PREPROCESS
 from towers.sources import quiet
 
 log = logging.getLogger("medslip")
@@ -36,6 +37,7 @@ def to_transformers(loaded: models.Pretrained, folder: Path) -> list[str]:
         theirs = _pair(model, names[0]) if whole else _image_tower(model)
         theirs.save_pretrained(folder)
     utils.write_json(folder / "preprocessor_config.json", _processor(loaded.preprocess, theirs.config))
+    utils.write_json(folder / PREPROCESS, loaded.preprocess.to_dict())
     if whole:
         if not isinstance(loaded.tokenizer, LibraryTokenizer) or loaded.tokenizer.clean != "none":
             raise ValueError("transformers has no tokenizer that reads captions as this model's: choose --to onnx")

@@ -69,7 +69,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="other settings of the model (fields of models.ModelConfig), e.g. text_layers=4; "
                        "vision.KEY=VALUE reaches the image tower's constructor, e.g. vision.depth=4")
     model.add_argument("--context-length", default=None, type=int, metavar="TOKENS",
-                       help="longest caption (default 77; up to 512 with a BERT text tower); longer ones are cut")
+                       help="longest caption (default 77, or what another library's tokenizer says; up to the "
+                       "positions of the text tower, 512 of a BERT's); longer ones are cut")
     model.add_argument("--bert-vocab", default="", type=str, metavar="VOCAB.TXT",
                        help="vocabulary of Bio_ClinicalBERT, needed with MedCLIP's weights; without it a BERT tower "
                        "starts afresh on CLIP's vocabulary")

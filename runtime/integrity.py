@@ -127,6 +127,19 @@ def _mapped_array(path: Path, file: BinaryIO, stored: np.lib.npyio.NpzFile, name
     return np.memmap(path, dtype, "c", file.tell(), shape, order).view(np.ndarray)
 
 
+def stamp(path: str | Path) -> tuple[int, ...]:
+    """What differs once a file has been written to or replaced; of one that is gone, nothing."""
+    path = Path(path)
+    found = path.stat() if path.exists() else None
+    return (found.st_ino, found.st_size, found.st_mtime_ns) if found else ()
+
+
+def refuse_changed(path: str | Path, before: tuple[int, ...]) -> None:
+    """ValueError where a file's `stamp` is no longer the one `before`."""
+    if stamp(path) != before:
+        raise ValueError(f"{path} was changed while it was read: run this again once it is whole")
+
+
 # What `sha256sum -c` takes; of a folder for other programs, whose files have no place for a seal.
 SUMS = "SHA256SUMS"
 

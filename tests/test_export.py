@@ -19,6 +19,7 @@ import export
 import main
 import models
 from exporting.formats import Format
+from inputs.transforms import eval_view, linear_eval_view
 from runtime import checkpoints
 from towers import medclip
 
@@ -95,7 +96,7 @@ def test_open_clip_gives_the_same_embeddings_of_images_and_captions(flags, tmp_p
     assert theirs.logit_scale.item() == pytest.approx(ours.model.logit_scale.item())
     assert theirs.logit_bias == ours.model.logit_bias  # None both, or the same number
     assert {file.name for file in folder.iterdir()} == {
-        "README.md", "SHA256SUMS", "open_clip_config.json", "open_clip_model.safetensors"
+        "README.md", "SHA256SUMS", "open_clip_config.json", "open_clip_model.safetensors", "preprocess.json"
     }  # fmt: skip
 
 
@@ -151,6 +152,44 @@ def test_safetensors_come_back_as_the_checkpoint(tmp_path):
     (folder / "SHA256SUMS").unlink()  # of an earlier version
     with pytest.raises(ValueError, match="no folder of export.py"):
         models.load_pretrained(folder)
+
+
+@pytest.mark.parametrize("model", ["slip", "medslip"])
+@pytest.mark.parametrize("form", ["timm", "open-clip", "safetensors", "transformers"])
+def test_what_is_read_back_has_the_checkpoints_features(model, form, tmp_path):
+    """Of an image that is no square, as a probe and as all else sees it."""
+    if form == "open-clip":
+        pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    if model == "slip":
+        flags = ("--model", "SLIP_VITT16", "--ssl-mlp-dim", "32", "--image-size", "64", *SMALL_TEXT, "vision.depth=2")
+        checkpoint = built(tmp_path / "c.pt", *flags)
+    elif form in ("timm", "open-clip"):
+        pytest.skip("neither holds MedCLIP's towers")
+    else:
+        checkpoint = write(tmp_path / "c.pt", tiny_medslip(), None)
+    folder = export.main([str(checkpoint), "--to", form, "--output", str(tmp_path / "out")])
+    ours, theirs = models.load_pretrained(checkpoint), models.load_pretrained(folder)
+    assert theirs.preprocess == ours.preprocess
+    image = Image.open(pictures(1, tmp_path)[0]).resize((150, 97))
+    with torch.inference_mode():
+        for view in (linear_eval_view, _eval_view):
+            expected = ours.model.visual(view(ours.preprocess, image)[None])
+            found = theirs.model.visual(view(theirs.preprocess, image)[None])
+            assert (found - expected).abs().max() < 1e-5 and expected.std() > 1e-3
+    if theirs.model.objective.text:
+        assert np.abs(theirs.embed_images([image]) - ours.embed_images([image])).max() < 1e-5
+    if form == "timm":
+        (folder / "preprocess.json").write_text("[]")
+        with pytest.raises(ValueError, match="preprocess.json is not the file of which .*SHA256SUMS speaks"):
+            models.load_pretrained(folder)
+        (folder / "SHA256SUMS").unlink()
+        with pytest.raises(ValueError, match="preprocess.json is no preparation of images"):
+            models.load_pretrained(folder)
+
+
+def _eval_view(preprocess, image):
+    return eval_view(preprocess)(image, None)
 
 
 def test_medclip_loads_what_is_written_for_it(tmp_path):

@@ -229,3 +229,68 @@ def test_a_file_of_a_model_is_not_taken_from_its_preparation(made):
     folder = made("biomedclip")
     with pytest.raises(ValueError, match=f"says how images are prepared: --vision-weights {folder}"):
         pretrained.vision_data("test_vit", folder / "open_clip_pytorch_model.bin")
+
+
+def built(*flags):
+    return main.build_model(main.get_args_parser().parse_args(["--vision-tower", "test_vit", *map(str, flags)]))
+
+
+@pytest.mark.parametrize("kind, length", [("bert", 100), ("roberta", 30), ("modernbert", 8)])
+@torch.no_grad()
+def test_a_context_length_reaches_the_tokenizer_of_a_librarys_text_tower(made, kind, length):
+    """Folders that say 24 tokens; what is read is compared with transformers' own, caption by caption."""
+    model, tokenizer = built("--model", "CLIP", "--text-weights", made(kind), "--context-length", length)
+    caption = " ".join(twins.CAPTIONS)
+    tokens = tokenizer([caption])
+    assert tokens.shape[1] <= length and (tokens.shape[1] > 24) == (length > 24)
+    ids = transformers.AutoTokenizer.from_pretrained(made(kind))(caption, truncation=True, max_length=length)
+    assert tokens[0].tolist() == ids["input_ids"]
+    theirs = transformers.AutoModel.from_pretrained(made(kind), dtype=torch.float32).eval()
+    hidden = theirs(input_ids=tokens).last_hidden_state
+    assert (model.eval().encode_text(tokens) - hidden.mean(1) @ model.text_projection).abs().max() < 1e-5
+
+
+def test_a_context_length_beyond_a_text_towers_positions_says_how_many_there_are(made):
+    for kind, longest in (("bert", 512), ("roberta", 38), ("modernbert", 40)):
+        flags = ("--model", "CLIP", "--text-weights", made(kind), "--context-length")
+        assert built(*flags, longest)[1].context_length == longest
+        with pytest.raises(ValueError, match=f"has positions for {longest} tokens, .*context of {longest + 1}"):
+            built(*flags, longest + 1)
+
+
+@torch.no_grad()
+def test_a_context_length_of_a_pair(made):
+    pytest.importorskip("open_clip")
+    for kind, length in (("biomedclip", 100), ("clip", 12)):
+        parser = main.get_args_parser()
+        args = parser.parse_args(["--model", "CLIP", "--init", str(made(kind)), "--context-length", str(length)])
+        model, tokenizer = main.build_model(args)
+        assert tokenizer.context_length == length and tokenizer(LABELS).shape[1] <= length
+        usual = models.load_pretrained(made(kind))  # captions that are shorter than either mean the same
+        found = torch.nn.functional.normalize(model.eval().encode_text(tokenizer(LABELS)), dim=-1)
+        assert np.abs(found.numpy() - usual.embed_captions(LABELS)).max() < 1e-5
+    args = main.get_args_parser().parse_args(
+        ["--model", "CLIP", "--init", str(made("open_clip")), "--context-length", "32"]
+    )
+    with pytest.raises(ValueError, match="text tower reads rows of 77 tokens, no context of 32"):
+        main.build_model(args)
+
+
+@pytest.mark.parametrize("name", ["SLIP", "CLIP_VITB16", "MEDCLIP_VIT"])
+@pytest.mark.parametrize("image, text", [("open_clip", "bert"), ("biomedclip", "roberta"), ("clip", "bert"),
+                                         ("siglip", "biomedclip"), ("open_clip", "biomedclip")])  # fmt: skip
+@torch.no_grad()
+def test_the_image_tower_of_a_pair_beside_another_models_text_tower(made, name, image, text):
+    """In embeddings of one width, that in which a tower ends by itself."""
+    pytest.importorskip("open_clip")
+    flags = ["--model", name, "--vision-weights", str(made(image)), "--text-weights", str(made(text))]
+    args = main.get_args_parser().parse_args([*flags, "--ssl-mlp-dim", "8"])
+    if image == "siglip":  # of width 32, the text tower of 20
+        with pytest.raises(ValueError, match="image tower of .*siglip gives embeddings of 32 numbers.*20: beside it"):
+            main.build_model(args)
+        return
+    model, tokenizer = main.build_model(args)
+    images = batch_of(models.load_pretrained(made(image)))
+    model.eval()
+    assert model.encode_image(images).shape == (3, 20) and model.encode_text(tokenizer(LABELS)).shape == (2, 20)
+    assert (model.visual(images) - models.load_pretrained(made(image)).model.visual(images)).abs().max() < 1e-6

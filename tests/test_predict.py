@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import os
 import re
 import shutil
 import weakref
@@ -260,6 +261,38 @@ def test_an_embedded_set_is_searched_by_image_and_by_text(clip, tmp_path):
     torch.save(state, other)
     with pytest.raises(ValueError, match="are not the weights"):
         predict.main(["search", str(bank), str(folder / "3.png"), "--weights", str(other)])
+
+
+@pytest.mark.parametrize("change", ["cut off", "overwritten", "replaced"])
+def test_a_bank_that_changes_while_it_is_searched_is_named(clip, tmp_path, monkeypatch, change):
+    """It is mapped into memory: one that is cut off would end the process, without a word."""
+    bank, load = tmp_path / "bank.npz", models.load_pretrained
+    rng = np.random.default_rng(0)
+    loaded = load(clip)
+    width = loaded.embed_captions(["a dog"]).shape[1]
+    vectors = rng.normal(size=(2000, width)).astype(np.float32)
+    about = {"weights": str(clip), "weights_sha256": utils.weights_sha256(loaded.model.state_dict())}
+    np.savez(bank, ids=np.arange(2000).astype(str), vectors=vectors, **about)  # type: ignore[arg-type]
+    found = predict.main(["search", str(bank), "--text", "a dog", "-k", "5"])
+    order = np.argsort(-(loaded.embed_captions(["a dog"]) @ vectors.T)[0], kind="stable")[:5]
+    assert [row["found"] for row in found] == order.astype(str).tolist()
+
+    def loads(*args, **more):
+        if change == "cut off":
+            os.truncate(bank, 1000)
+        elif change == "replaced":
+            np.savez(tmp_path / "new.npz", ids=np.arange(1))
+            os.replace(tmp_path / "new.npz", bank)
+        else:
+            with open(bank, "r+b") as file:
+                file.seek(30_000)
+                file.write(b"0" * 1000)
+            os.utime(bank, ns=(1, 1))  # a clock may be too coarse for the next write
+        return load(*args, **more)
+
+    monkeypatch.setattr(models, "load_pretrained", loads)
+    with pytest.raises(ValueError, match="bank.npz was changed while it was read"):
+        predict.main(["search", str(bank), "--text", "a dog"])
 
 
 @pytest.mark.parametrize("command", ["zero-shot", "search"])

@@ -14,6 +14,7 @@ from runtime.integrity import check_sums
 
 RUN_WEIGHTS = ("checkpoint_best.pt", "checkpoint.pt")
 SAFETENSORS_FORMAT = "medslip 1"  # of config.json beside model.safetensors, which export.py writes
+PREPROCESS = "preprocess.json"  # beside what other libraries read: Preprocess.to_dict()
 
 
 def is_medclip_state(state: dict) -> bool:

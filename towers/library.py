@@ -193,6 +193,12 @@ def patches_of(images: Tensor, patch: int) -> dict[str, Tensor]:
     }
 
 
+def positions(config: Any) -> int:
+    """The longest text that a text model of transformers has positions for; RoBERTa's first is behind its padding."""
+    longest = config.max_position_embeddings
+    return longest - config.pad_token_id - 1 if "roberta" in config.model_type else longest
+
+
 class HFTextTower(nn.Module):
     """A text model of transformers: token ids (B, L) to its pooled output, or the mean over a caption's own (B, d)."""
 
@@ -407,9 +413,29 @@ class LibraryText:
             return self.settings["model_type"].startswith("siglip")
         return "text_config" not in self.settings  # its own text tower has a mask of the whole length
 
+    def _check_length(self) -> None:
+        """ValueError for a context that the tower cannot read."""
+        theirs = self.settings if self.name.startswith(TRANSFORMERS) else self.settings.get("text_config")
+        if theirs is None:
+            length = self.settings["text_cfg"].get("context_length", 77)
+            if self.context_length != length:
+                raise ValueError(
+                    f"open_clip's own text tower reads rows of {length} tokens, no context of {self.context_length}"
+                )
+            return
+        settings = {key: value for key, value in theirs.items() if key != "projection_dim_of_pair"}
+        if settings.get("model_type") not in TEXT:  # a text tower that open_clip knows, and this project not
+            return
+        if self.context_length > (longest := positions(hf_config(settings))):
+            raise ValueError(
+                f"the text tower, transformers' {settings['model_type']}, has positions for {longest} tokens, too few "
+                f"for a context of {self.context_length}"
+            )
+
     def attach(self, model: Any, embed_dim: int) -> None:
         """Register the tower on `model`, and a projection (width, embed_dim) where it does not end in that space."""
         check_library_settings(self.name, self.settings)
+        self._check_length()
         if self.name.startswith(OPEN_CLIP):
             model.text_tower = OpenCLIPTextTower(open_clip_net(self.settings).text)
             return

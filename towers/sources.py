@@ -30,9 +30,11 @@ import utils
 from inputs.sizes import as_size
 from inputs.transforms import Preprocess
 from runtime.checkpoints import refuse_not_finite
+from runtime.integrity import check_sums
 from tokenizer import CONTEXT_LENGTH, LibraryTokenizer, SimpleTokenizer, Tokenizer
 from towers import library, pretrained
 from towers.build import build_timm_tower
+from towers.files import PREPROCESS
 from towers.weights import Mismatch, resize_position_embeddings, with_fitting_scale
 
 log = logging.getLogger("medslip")
@@ -58,9 +60,11 @@ class Found:
     weights: dict[str, Tensor] = field(default_factory=dict)  # by the names that they have in a model of models.py
 
     def side(self, wanted: str) -> Found:
-        """Its `image` or its `text` tower alone, without the projections into the space of both."""
+        """Its `image` or its `text` tower alone, without the weights of projections into the space of both."""
         tower = {"image": "visual.", "text": "text_tower."}[wanted]
         config = {name: value for name, value in self.config.items() if name in _FIELDS[wanted]}
+        if config and "embed_dim" in self.config and (wanted == "image" or config["text_tower"] == library.OPEN_CLIP):
+            config["embed_dim"] = self.config["embed_dim"]  # where the tower's own last layer ends
         weights = {name: value for name, value in self.weights.items() if name.startswith(tower)}
         if not config:
             raise ValueError(f"{self.name} has no {wanted} tower")
@@ -121,8 +125,23 @@ def read_source(path: str | Path) -> Found:
             found = _timm(str(written["architecture"]), folder)
         else:
             found = _transformers(folder, written, text)
+        if found.preprocess is not None and (folder / PREPROCESS).is_file():
+            found = _as_exported(found, folder)
     refuse_not_finite(found.weights, path)
     return found
+
+
+def _as_exported(found: Found, folder: Path) -> Found:
+    """With the preparation that export.py wrote beside the library's own, which may have no words for it: a probe of a
+    SLIP tower sees another crop than its other uses, MedCLIP's images are padded.
+    """
+    for file in folder.glob("*.json"):
+        check_sums(file)
+    try:
+        preprocess = Preprocess.from_dict(utils.read_json(folder / PREPROCESS))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / PREPROCESS} is no preparation of images: {error}") from error
+    return replace(found, preprocess=preprocess, config={**found.config, "image_size": preprocess.size})
 
 
 def load(found: Found, model: Any) -> None:
@@ -218,7 +237,7 @@ def _transformers(folder: Path, written: dict[str, Any], name: str) -> Found:
         no_pooler = {} if kind.endswith("_text_model") or kind == "modernbert" else {"add_pooling_layer": False}
         model = _from_pretrained(cls, folder, **no_pooler)
         settings = library.plain_settings(model.config.to_dict())
-        tokenizer = _hf_tokenizer(folder, min(CONTEXT_LENGTH, _positions(model.config)))
+        tokenizer = _hf_tokenizer(folder, min(CONTEXT_LENGTH, library.positions(model.config)))
         words = tokenizer._backend.get_vocab_size(with_added_tokens=False)
         if words > model.config.vocab_size:
             raise ValueError(f"{folder} has embeddings of {model.config.vocab_size} tokens, its tokenizer has {words}")
@@ -260,12 +279,6 @@ def _text_config(name: str, settings: dict[str, Any], tokenizer: Tokenizer) -> d
     return {
         "text_tower": name, "text_kwargs": settings, "context_length": length, "vocab_size": tokenizer.vocab_size,
     }  # fmt: skip
-
-
-def _positions(config: Any) -> int:
-    """The longest text that a model has positions for; RoBERTa's first stands behind its padding."""
-    longest = config.max_position_embeddings
-    return longest - config.pad_token_id - 1 if "roberta" in config.model_type else longest
 
 
 def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
