@@ -110,7 +110,8 @@ def find_files(given: Sequence[Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise FileNotFoundError(f"{path} does not exist")
+            words = " " in str(path) and not path.suffix
+            raise FileNotFoundError(f"{path} does not exist" + (" (words go after search's --text)" if words else ""))
     return found
 
 
@@ -409,9 +410,8 @@ def search(args: argparse.Namespace) -> list[dict[str, Any]]:
         loaded.model.to(loading_of(args).device)
         queries.append(loaded.embed_captions(args.text))
         names += args.text
-    refuse_changed(
-        args.bank, read
-    )  # the vectors are mapped: where the file has become shorter, to read them is a SIGBUS
+    # The vectors are mapped: where the file has become shorter, reading them is a SIGBUS.
+    refuse_changed(args.bank, read)
     numbers, cosines = nearest(np.concatenate(queries), bank["vectors"], args.k)  # (queries, k) each
     refuse_changed(args.bank, read)
     return [

@@ -18,7 +18,7 @@ from reporting import checklists
 from reporting.lesions import explained, lesion_tables, nearest, percent_cell, splits_table
 from reporting.pictures import FOLDER, Pictures
 from reporting.plots import Gallery, flow_figure, fraction_figures, short, table_figures, training_figures
-from reporting.runs import MISSING, ResultTable, Runs
+from reporting.runs import MISSING, ResultRow, ResultTable, Runs
 from reporting.samples import samples, searches
 from reporting.table_sets import TABLES
 from reporting.text import markdown, tex
@@ -31,11 +31,17 @@ def columns_of(table: ResultTable) -> dict[str, str]:
     return metrics.headings(metrics.METRICS, table.positive)
 
 
+def never_predicted(row: ResultRow) -> str:
+    """What a remark says of the classes that a row never predicts; "" where there are none."""
+    seeds = " (in a seed)" if len(row.folders) > 1 else ""
+    return f"never predicts {', '.join(row.never_predicted)}{seeds}" if row.never_predicted else ""
+
+
 def table_rows(table: ResultTable) -> list[dict[str, Any]]:
     """A results table's rows as the page shows them, a cell for each metric."""
     return [
         {"name": row.name, "kind": row.kind, "source": row.source, "leaves_out": row.leaves_out,
-         "never": row.never_predicted, "cells": [percent_cell(row.metrics.get(key)) for key in columns_of(table)],
+         "never": never_predicted(row), "cells": [percent_cell(row.metrics.get(key)) for key in columns_of(table)],
          "unlearnt": row.unlearnt}
         for row in table.rows
     ]  # fmt: skip
