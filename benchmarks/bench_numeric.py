@@ -62,6 +62,9 @@ def table(size: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def bounds_ours(size: str) -> Work:
+    import scipy.stats  # noqa: F401  (what the first call would load is not what is timed)
+    import sklearn.metrics  # noqa: F401
+
     from evaluation.resamples import Resamples
 
     labels, prob, patients = table(size)
