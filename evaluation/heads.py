@@ -275,11 +275,9 @@ def logistic_path(
     """Logistic regression at each penalty, in their order: functions from features (n, d) to probabilities (n, k).
 
     Minimises mean cross-entropy + penalty / 2 * |W|^2 over standardised features until no component of the gradient
-    exceeds `tolerance`, and the objective lies no more than that part of itself above its minimum: with a curvature of
-    at least the penalty it is by |gradient|^2 / (2 * penalty) at most. The gradient alone says little where classes are
-    separated and a small penalty leaves an objective near zero. The bias is free; classes without samples get
-    probability zero. Two classes have one weight vector, as in scikit-learn, whose C is 1 / (n * penalty). With
-    `balanced` the mean is weighted by `class_weights`.
+    exceeds `tolerance`. The bias is free; classes without samples get probability zero. Two
+    classes have one weight vector, as in scikit-learn, whose C is 1 / (n * penalty). With `balanced` the mean is
+    weighted by `class_weights`.
 
     One eigendecomposition of the features' covariance serves all penalties: on its axes the curvature of the
     loss at zero is diagonal, variance / k + penalty, and scaling the variables by its root lets L-BFGS make few
@@ -300,7 +298,7 @@ def logistic_path(
     working = np.float32 if tolerance >= COARSE else np.float64
     x, variance, axes = _on_principal_axes(np.asarray(scaler.transform(x)), working)
     shape = (len(variance) + 1, len(classes))  # the last row is the bias
-    curve, limit = [np.zeros(shape)], tolerance
+    curve = [np.zeros(shape)]
     weights = (class_weights(labels) if balanced else np.ones(len(labels))) / len(labels)
     with threadpool_limits(1 if x.size * len(classes) < ONE_THREAD else None):
         for penalty in penalties:
@@ -309,16 +307,10 @@ def logistic_path(
             scale = 1 / np.sqrt(np.append(variance / len(classes) + strength, 1 / len(classes)))[:, None]  # (r + 1, 1)
             # The parabola through the last three solutions; until there are three, the last one.
             start = 3 * (curve[-1] - curve[-2]) + curve[-3] if len(curve) > 3 else curve[-1]
-            while True:
-                result = minimize(
-                    _scaled_loss, (start / scale).ravel(), args=(x, labels, weights, strength, scale), jac=True,
-                    method="L-BFGS-B", options={"maxiter": 5000, "maxfun": 10000, "gtol": limit, "ftol": 0.0},
-                )  # fmt: skip
-                slope = (result.jac.reshape(shape) / scale)[:-1]
-                excess = np.square(slope).sum() / (2 * strength) / (tolerance * result.fun)
-                if result.status or excess <= 1:
-                    break
-                limit, start = np.abs(result.jac).max() / np.sqrt(excess) / 1.1, result.x.reshape(shape) * scale
+            result = minimize(
+                _scaled_loss, (start / scale).ravel(), args=(x, labels, weights, strength, scale), jac=True,
+                method="L-BFGS-B", options={"maxiter": 5000, "maxfun": 10000, "gtol": tolerance, "ftol": 0.0},
+            )  # fmt: skip
             if result.status == 1:
                 warnings.warn(f"logistic regression at penalty {penalty:g}: {result.message}", stacklevel=2)
             curve.append(result.x.reshape(shape) * scale)
