@@ -110,7 +110,7 @@ def test_text_and_a_file_that_was_cut_off_are_said_to_be_that(tmp_path):
 
 def test_what_is_no_file_of_weights_is_said_to_be_what_it_is(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError, match="empty folder"):
+    with pytest.raises(FileNotFoundError, match="empty folder"):
         read_pretrained(tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").touch()
     with pytest.raises(ValueError, match="name its weights, .*run/checkpoint.pt"):
