@@ -42,4 +42,4 @@ def test_zero_shot_on_unseen_digits_is_well_above_chance(tmp_path):
     ])  # fmt: skip
     scores = report["zero_shot"]["digits"]
     assert scores["samples"] == 360 and scores["classes"] == 10
-    assert scores["top1"] > 60 and scores["mean_per_class"] > 60
+    assert scores["top1"] > 0.6 and scores["mean_per_class"] > 0.6
