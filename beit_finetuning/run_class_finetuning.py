@@ -402,9 +402,8 @@ def resume(run: Run) -> None:
         return
     if not is_finetuned(state):
         raise ValueError(f"{output_dir} holds the checkpoints of another kind of run: choose another --output_dir")
-    if differ := differences(
-        {"lora": 0, "where": "", **state["settings"]}, run.settings
-    ):  # which earlier runs did not record
+    earlier = {"lora": 0, "where": "", **state["settings"]}  # these two were not always recorded
+    if differ := differences(earlier, run.settings):
         raise ValueError(
             f"cannot continue the run in {output_dir}, its settings differ (a new run takes another --output_dir): "
             + "; ".join(differ)

@@ -428,9 +428,9 @@ def knn_probabilities(
 
     Temperature and weights as in Wu et al. 2018, section 3.4. Fewer than k training samples all vote.
     """
-    bank = (
-        None if device.type == "cpu" else F.normalize(torch.as_tensor(train.features, device=device), dim=1)
-    )  # (N, d)
+    bank = None  # (N, d), where `nearest` does not read the features as they are
+    if device.type != "cpu":
+        bank = F.normalize(torch.as_tensor(train.features, device=device), dim=1)
     labels = torch.as_tensor(train.labels, device=device)
     votes = []
     for part in np.split(features, range(chunk, len(features), chunk)):

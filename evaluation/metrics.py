@@ -402,12 +402,8 @@ def fractions(scores: Scores, unit: str) -> Scores:
 
 def shown_score(scores: Scores) -> str:
     """The metric that a set reports and its value for people: percent, but for kappa."""
-    value = percent(scores)["score"]
-    return (
-        f"{scores['metric']} {value:.3f}"
-        if scores["metric"] == "quadratic_kappa"
-        else (f"{scores['metric']} {value:.2f}")
-    )
+    digits = 3 if scores["metric"] == "quadratic_kappa" else 2
+    return f"{scores['metric']} {percent(scores)['score']:.{digits}f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,12 +27,13 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int, cosines: bool = False
         their numbers and products, each (Q, k), or (Q, n) of a smaller bank, largest first.
 
     Raises:
-        ValueError: a product that is no number.
+        ValueError: a vector with what is no finite number.
     """
     k = min(k, len(bank))
     numbers, products = np.zeros((len(queries), k), np.int64), np.full((len(queries), k), -np.inf, np.float32)
     if not k:
         return numbers, products
+    _check(queries)
     room = np.empty((min(VECTORS, len(bank)), min(QUERIES, len(queries))), np.float32).ravel()
     for start in range(0, len(queries), QUERIES):
         own = slice(start, start + QUERIES)
@@ -40,6 +41,8 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int, cosines: bool = False
         least = np.full(part.shape[1], -np.inf, np.float32)  # (q,): from here on a product counts
         for first in range(0, len(bank), VECTORS):
             vectors = bank[first : first + VECTORS].astype(np.float32, copy=False)
+            if start == 0:
+                _check(vectors)
             block = room[: len(vectors) * len(least)].reshape(len(vectors), -1)  # (b, q)
             np.matmul(unit(vectors) if cosines else vectors, part, out=block)
             if first == 0 and k < len(block):  # a bound from a few, for a partition is slow
@@ -53,9 +56,13 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int, cosines: bool = False
                 # What comes later in the bank has to be larger; until there are k, anything will do.
                 least = np.nextafter(products[own, -1], np.float32(np.inf))
                 least[products[own, -1] == -np.inf] = -np.inf
-    if not np.isfinite(products).all():
-        raise ValueError("some vectors hold what is no finite number, so that nothing is nearest to them")
     return numbers, products
+
+
+def _check(vectors: np.ndarray) -> None:
+    """ValueError for a vector with what is no finite number: it would be nearest to nothing, unnoticed."""
+    if not np.isfinite(vectors.sum(dtype=np.float64)):  # which one such number is enough for
+        raise ValueError("some vectors hold what is no finite number, so that nothing is nearest to them")
 
 
 def _merge(numbers: np.ndarray, products: np.ndarray, number: np.ndarray, query: np.ndarray, product: np.ndarray):

@@ -57,6 +57,7 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str | 
     numbered, lines = _selected(numbered, columns, entry.get("where", ""), table)
     remarks += lines
     kept = [columns.sample(row, split, f"{table}, row {number}") for number, row, split in numbered]
+    _refuse_alike(columns, [row for _, row, _ in numbered], table)
     named = [columns.group_of(row) for _, row, _ in numbered]
     faults = _shared(kept, named, splits)
     faults += _empty([(number, row[columns.image]) for number, row, _ in numbered], columns.image, conventions.no_value)
@@ -190,6 +191,16 @@ def _declared(
     empty = [label for label in declared if label not in found]
     lines = [f'{table}: no row of class {", ".join(empty)}, which the "classes" of {name} declare'] if empty else []
     return declared, lines
+
+
+def _refuse_alike(columns: _Columns, rows: Sequence[dict[str, str]], table: Path) -> None:
+    """ValueError for two units that are called the same, as ("a b", "c") and ("a", "b c") are."""
+    called: dict[str, tuple[str, ...]] = {}
+    for row in rows:
+        cells = tuple(conventions.group_name(row[column], "") for column in columns.unit)
+        if called.setdefault(name := columns.unit_of(row), cells) != cells:
+            both = f"{', '.join(columns.unit)} are {called[name]} in one row and {cells} in another"
+            raise ValueError(f"{table}: two units would be called {name!r}: {both}")
 
 
 def _check_units(rows: Sequence[dict[str, str]], positive: str | None, ordered: bool, table: Path) -> None:

@@ -61,7 +61,6 @@ def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
 
-
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:
     """`-j`, how many processes."""
     parser.add_argument(

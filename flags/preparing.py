@@ -31,7 +31,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-
 def add_yfcc(commands: Any) -> None:
     """The flags of `yfcc15m`."""
     parser = commands.add_parser(
@@ -65,7 +64,6 @@ def add_yfcc(commands: Any) -> None:
         help="folder that holds images/: its archives are indexed now instead of at the first training run",
     )
     parser.set_defaults(module="yfcc")
-
 
 
 def add_cbis_tables(commands: Any) -> None:
@@ -108,7 +106,6 @@ def add_cbis_tables(commands: Any) -> None:
     parser.set_defaults(module="cbis_tables")
 
 
-
 def add_shards(commands: Any) -> None:
     """The flags of `shards`."""
     parser = commands.add_parser(
@@ -142,7 +139,6 @@ def add_shards(commands: Any) -> None:
     parser.set_defaults(module="shards")
 
 
-
 def add_shrink(commands: Any) -> None:
     """The flags of `shrink`."""
     parser = commands.add_parser(
@@ -165,7 +161,6 @@ def add_shrink(commands: Any) -> None:
     )
     add_workers_argument(parser)
     parser.set_defaults(module="shrink")
-
 
 
 def add_unpack(commands: Any) -> None:
@@ -197,7 +192,6 @@ def add_unpack(commands: Any) -> None:
     parser.set_defaults(module="unpack")
 
 
-
 def add_check(commands: Any) -> None:
     """The flags of `check`."""
     parser = commands.add_parser(
@@ -215,7 +209,6 @@ def add_check(commands: Any) -> None:
     parser.add_argument("--output", type=Path, default=Path("unreadable.txt"), help="the images that cannot be decoded")
     add_workers_argument(parser)
     parser.set_defaults(module="check")
-
 
 
 def add_audit(commands: Any) -> None:
@@ -241,7 +234,6 @@ def add_audit(commands: Any) -> None:
     # fmt: on
     add_workers_argument(parser)
     parser.set_defaults(module="audit")
-
 
 
 def add_demo(commands: Any) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import utils
 from evaluation import metrics
 from evaluation.comparisons import ONE_SEED
-from evaluation.predictions import CBIS, Predictions, positive_class, set_scheme
+from evaluation.predictions import CBIS, Predictions, Scheme, positive_class, set_scheme
 from inputs import cbis
 from inputs.metadata import inside
 from reporting import files
@@ -75,6 +75,11 @@ class ResultTable:
     def of_lesions(self) -> bool:
         """Whether it is of CBIS-DDSM."""
         return self.dataset in cbis.CBIS_KINDS
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the rows of its predictions are."""
+        return CBIS if self.of_lesions else set_scheme(self.classes, self.positive, self.unit)
 
     def size(self) -> str:
         """How many samples of how many patients were tested, in words."""
@@ -349,11 +354,9 @@ def add_training(path: Path, folder: Path, runs: Runs) -> None:
 def read_predictions(table: ResultTable, row: ResultRow, runs: Runs) -> list[Predictions]:
     """Of each seed of a row, where its file is there."""
     found = []
-    lesions = table.classes == cbis.CBIS_CLASSES
-    scheme = CBIS if lesions else set_scheme(table.classes, table.positive, table.unit)
     for folder in row.folders:
         path = folder / row.predictions
         if path.is_file():
-            found.append(Predictions.read(path, scheme))
+            found.append(Predictions.read(path, table.scheme))
             runs.read.append(path)
     return found

@@ -12,7 +12,7 @@ import numpy as np
 
 import utils
 from evaluation.catalog import CATALOG, display_of
-from evaluation.predictions import CBIS, Predictions, set_scheme
+from evaluation.predictions import CBIS, Predictions
 from evaluation.set_probes import find_set
 from inputs.display import Display
 from inputs.files import IMAGE_SUFFIXES
@@ -38,7 +38,7 @@ def samples(
     table: ResultTable, lesions: Sequence[dict[str, str]] | None, runs: Runs, pictures: Pictures
 ) -> dict[str, Any] | None:
     """Cards of the table's test samples with what each model says of them; None where no row has predictions."""
-    scheme = CBIS if table.of_lesions else set_scheme(table.classes, table.positive, table.unit)
+    scheme = table.scheme
     read: list[tuple[ResultRow, Path, Predictions]] = []
     for row in table.rows:
         if row.kind == "measured" and (file := predictions_file(row)):
@@ -95,9 +95,9 @@ def most_telling(errors: np.ndarray) -> tuple[list[int], str]:
     """Numbers of the samples that are shown, the largest error first, and which these are, in words."""
     order = np.argsort(-errors, kind="stable").tolist()
     if len(order) <= MOST:
-        return order, f"All {len(order)} of the test table."
+        return order, f"All {len(order)}."
     return order[: MOST - CERTAIN] + order[-CERTAIN:], (
-        f"Of {len(order)} in the test table the {MOST - CERTAIN} with the largest error of any model and the {CERTAIN} "
+        f"Of {len(order)} the {MOST - CERTAIN} with the largest error of any model and the {CERTAIN} "
         "of which all are surest and right."
     )
 

@@ -153,9 +153,8 @@ def run_steps(steps: list[Step]) -> str:
     with Signals() as signals:
         for number, step in enumerate(steps, 1):
             title = f"[{number}/{len(steps)}] {step.name}"
-            if (
-                already_trained(step) if step.training else step.done
-            ):  # a training's checkpoints are there from the first
+            # Of a training the checkpoints are there from its first epoch on.
+            if already_trained(step) if step.training else step.done:
                 step.status = "done before"
             elif signals.name:
                 step.status = f"not run: stopped by {signals.name}"

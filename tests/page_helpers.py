@@ -9,6 +9,8 @@ import subprocess
 from html import unescape
 from pathlib import Path
 
+import make_report
+
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # What a page is like once it is laid out, told to the page that frames it.
@@ -88,3 +90,9 @@ def check_layout(path: Path, folder: Path) -> None:
             assert all(natural > 20 for natural in found["pictures"]), found["pictures"]
             seen[width, dark] = found["background"], found["colour"]
     assert seen[1300, False] == seen[420, False] != seen[1300, True] == seen[420, True]
+
+
+def report(runs: Path, *flags: str) -> tuple[dict, str]:
+    """The page about a folder of runs, written beside it: what it shows, and its text."""
+    page = make_report.main([str(runs), "--output-dir", str(runs.parent / "report"), *flags])
+    return page, (runs.parent / "report" / "report.html").read_text("utf8")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from model_helpers import write_checkpoint
-from page_helpers import BROWSER, check_layout, laid_out
+from page_helpers import BROWSER, check_layout, laid_out, report
 from PIL import Image
 from roco_tree import make_roco
 
@@ -61,11 +61,6 @@ def runs(probed, tmp_path):
     """A copy that a test may change."""
     shutil.copytree(probed / "runs", tmp_path / "runs")
     return tmp_path / "runs"
-
-
-def report(runs, *flags) -> tuple[dict, str]:
-    page = make_report.main([str(runs), "--output-dir", str(runs.parent / "report"), *flags])
-    return page, (runs.parent / "report" / "report.html").read_text()
 
 
 def results_of(runs, kind: str, name: str):

@@ -46,5 +46,9 @@ def test_cosines_are_products_of_unit_vectors_and_no_number_is_refused(monkeypat
     for place in (0, 20):
         broken = bank.copy()
         broken[place] = np.nan
-        with pytest.raises(ValueError, match="no finite number"):
-            neighbours.nearest(queries, broken, 30)
+        for k in (3, 30):  # of few that are asked for it would not be among them
+            with pytest.raises(ValueError, match="no finite number"):
+                neighbours.nearest(queries, broken, k)
+    queries[2, 1] = np.inf
+    with pytest.raises(ValueError, match="no finite number"):
+        neighbours.nearest(queries, bank, 3)

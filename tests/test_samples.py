@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluation_helpers import write_checkpoint
-from page_helpers import BROWSER, check_layout, laid_out
+from page_helpers import BROWSER, check_layout, laid_out, report
 from PIL import Image
 from test_csv_sets import probe, read_rows, write_set
 
 import eval_zeroshot
-import make_report
 import predict
 from reporting import pictures as reporting_pictures
 from reporting import samples
@@ -45,11 +44,6 @@ def runs(world, tmp_path):
     """A copy that a test may change."""
     shutil.copytree(world / "runs", tmp_path / "runs")
     return tmp_path / "runs"
-
-
-def report(runs, *flags) -> tuple[dict, str]:
-    page = make_report.main([str(runs), "--output-dir", str(runs.parent / "report"), *flags])
-    return page, (runs.parent / "report" / "report.html").read_text("utf-8")
 
 
 def test_cards_hold_what_each_models_predictions_say_and_no_more(world, runs):

@@ -271,3 +271,14 @@ def test_rows_without_an_image_are_refused_by_number(tmp_path, cells):
     more = ", nor have 1 more" if len(cells) > 1 else r" \('NA' is none\)"
     with pytest.raises(ValueError, match=f"table.csv: row 4 has no image{more}$"):
         downstream.open_splits("hospital", catalog)
+
+
+def test_units_that_would_be_called_the_same_are_refused(tmp_path):
+    rows = ["a,train,P 1,L", "b,train,P2,L", "a,test,P,1 L", "b,test,P3,L"]
+    catalog = write_table(tmp_path, rows, "image,label,split,study,side")
+    catalog["hospital"]["unit"] = ["study", "side"]
+    with pytest.raises(ValueError, match="two units would be called 'P 1 L'"):
+        downstream.open_splits("hospital", catalog)
+    catalog["hospital"]["unit"] = ["side"]
+    with pytest.raises(ValueError, match="1 groups are in both train and test, first 'L'"):  # kept whole: no group else
+        downstream.open_splits("hospital", catalog)
