@@ -16,7 +16,7 @@ import signal
 import time
 from pathlib import Path
 
-from runtime.command_line import run_script
+from runtime.command_line import Parser, run_script
 from runtime.logs import progress, start_logging
 
 log = logging.getLogger("medslip")
@@ -49,9 +49,7 @@ RECIPE = ("--caption-filter", "mammo", "--batch-size", "64", "--lr", "2e-3", "--
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The demo's flags; each has a default that takes minutes on two cores."""
-    parser = argparse.ArgumentParser(
-        "demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output-dir",
         default="./demo_output",

@@ -239,7 +239,7 @@ def open_splits(
     if isinstance(labels, list) and len(labels) != len(parts[0].classes):
         found = ", ".join(map(str, parts[0].classes[:10]))
         log.warning(
-            f'{name}: its "labels" name {len(labels)} classes, and {len(parts[0].classes)} have images: {found}'
+            f'{name}: its "labels" name {len(labels)} classes, and the set has {len(parts[0].classes)}: {found}'
         )
     return parts
 

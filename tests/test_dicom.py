@@ -412,18 +412,17 @@ ENCODED = {
 }
 
 
-def compressed(path, uid, values, bits, **elements):
+def compressed(path, uid, values, bits):
     ic, pydicom = pytest.importorskip("imagecodecs"), pytest.importorskip("pydicom")
     from pydicom.encaps import encapsulate
 
-    write_dicom(path, values, BitsStored=bits, HighBit=bits - 1, **elements)
+    write_dicom(path, values, BitsStored=bits, HighBit=bits - 1)
     dataset = pydicom.dcmread(path)
     if ENCODED[uid] is None:
         dataset.compress(uid)
     else:
         dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(uid)
-        unsigned = values.view(np.uint16) & ((1 << bits) - 1) if values.dtype.kind == "i" else values
-        dataset.PixelData = encapsulate([ENCODED[uid](ic, np.ascontiguousarray(unsigned), bits)])
+        dataset.PixelData = encapsulate([ENCODED[uid](ic, values, bits)])
         dataset["PixelData"].is_undefined_length = True
     dataset.save_as(path)
 

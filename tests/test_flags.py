@@ -80,8 +80,6 @@ def test_help_and_a_typo_need_no_pytorch(answers, script):
     assert (code, slow) == (0, []) and "usage:" in out
     code, slow, _, err = answers[script, ("--wrokers",)]
     assert (code, slow) == (2, [])
-    if script == "demo.py":  # which has few flags and argparse's own errors
-        return
     assert err.startswith("error: ") and err.count("\n") == 1
     if "--workers" in out and "are required" not in err:
         assert "did you mean --workers" in err
