@@ -143,7 +143,7 @@ class WrittenFile(io.BufferedRandom):
             raise
 
 
-_LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # what `replacing` calls its file
 _looked_in: set[Path] = set()  # folders, once a process: one may hold a million files
 
 
@@ -165,7 +165,7 @@ def _remove_left_over(folder: Path) -> None:
     _looked_in.add(folder)
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if not _LEFT_OVER.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+            if not TEMPORARY.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
                 continue
             # Of one made a moment ago the lock may be on its way.
             if time.time() - entry.stat().st_mtime < 60:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.signals import end_with_parent, signals_held_back
-from utils import refuse_full, write_json
+from utils import TEMPORARY, refuse_full, write_json
 
 log = logging.getLogger("medslip")
 
@@ -75,7 +75,9 @@ def keep_settings(path: Path, settings: dict, output: str) -> None:
                 raise ValueError(
                     f"{path.parent} was begun with {name} {before.get(name)!r}, not {value!r}: choose another folder"
                 )
-    elif any(path.parent.glob(output)):
+    elif any(
+        not TEMPORARY.fullmatch(found.name) for found in path.parent.glob(output)
+    ):  # that of a killed start is none
         raise ValueError(f"{path.parent} is not empty and not begun by this command: choose another folder")
     else:
         write_json(path, settings)

@@ -103,6 +103,9 @@ def test_a_shrunk_copy_lies_elsewhere_and_has_one_size(tree, tmp_path):
     (tmp_path / "used" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="not begun by this command"):
         shrink.shrink_tree(tree, tmp_path / "used", 60)
+    (tmp_path / "killed").mkdir()  # before the settings of its first start were whole
+    (tmp_path / "killed" / f".shrink.json.{'0' * 16}.tmp").write_text("{")
+    assert shrink.shrink_tree(tree, tmp_path / "killed", 60) == shrink.shrink_tree(tree, tmp_path / "fresh", 60)
 
 
 def test_shrinking_and_sharding_keep_the_contrast_of_twelve_bits(tmp_path):
