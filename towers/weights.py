@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -81,9 +82,11 @@ class _Unfilled(TorchFunctionMode):
 def unfilled(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`build(...)`, a network, whose parameters are not drawn: for weights that `load_weights` puts onto all of them.
 
-    Random numbers for 150 million parameters take longer than reading these from a file.
+    Random numbers for 150 million parameters take longer than reading these from a file. The process's generator is
+    left where it stood: an initialiser that draws again until all values are in range would move it by what lay in
+    the memory.
     """
-    with _Unfilled():
+    with _Unfilled(), torch.random.fork_rng(devices=[]):
         return build(*args, **kwargs)
 
 
