@@ -3,15 +3,19 @@
     python benchmarks/real_radiology.py --data DIR --vision-weights tower.pt --output-dir real
 
 DIR holds covid_roco (captioned chest CTs and radiographs in ROCO's layout, with sources.csv: modality, finding, group),
-busi (breast ultrasounds, table.csv: path, label, split, group) and mias_cbis (mammograms in CBIS-DDSM's JPEG layout);
-sets that are not there are left out.
+busi (breast ultrasounds, table.csv: path, label, split, group), mias_cbis (mammograms in CBIS-DDSM's JPEG layout),
+pneumonia (children's chest radiographs, table.csv: image, label, group) and real_pairs (images/ and captions.txt, of
+anything but radiology); sets that are not there are left out.
 
 Every row is trained with each seed and probed frozen, in folds: each woman's images (BUSI names no women but groups of
 near duplicates: those and what the audit finds) are predicted by a probe that saw none of them. A row's figure is the
 mean over seeds, its interval covers seeds and patients, and so does its difference from the frozen tower. For the
 finding on radiographs the tower is trained again for each fold without the images and captions of the groups that are
-tested, so no caption has told it an answer. The recipes are tried with SLIP, the README's with CLIP and SimCLR too;
-nothing is chosen by these figures.
+tested, so no caption has told it an answer. The recipes are tried with SLIP, the README's with CLIP and SimCLR too, and
+with SLIP on as many pairs that are not medical; nothing is chosen by these figures.
+
+One comparison, PRIMARY, is not corrected for the number of them: report.json names it, and when, before any row is
+trained.
 
 What captions of the probed images' own kind would do is asked of the rows "captions from labels": the same recipe on
 the training parts of BUSI and MIAS, a sentence for each label. They and all others are probed on the sets' own split
@@ -27,8 +31,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +77,7 @@ FOLDS = 3  # of the finding, for each of which a tower is trained
 PROBE_FOLDS = 5  # of the other sets
 WAYS = {"folds": "", "split": ", split"}  # how a set was probed, and how its table is called
 FINDING = "COVID-19"
+CHILDREN = ["bacteria", "virus"]  # of pneumonia, in pictures of one origin; the normal ones have another
 MIAS = ["cbis_calc", "cbis_mass"]
 CAPTIONS = Scheme(("COVID-19", "other"), "image", "label", "group", ("image", "group", "label"), "COVID-19")
 
@@ -86,7 +93,8 @@ class Row:
     best: bool = False  # the epoch with the best recall over the validation pairs, not the last one
     size: int = 0  # pixels at which the tower is probed, where they are not those of training
     untrained: bool = False  # the tower with fresh weights
-    labelled: bool = False  # trained on the probe sets' training parts, with captions made of their labels
+    pairs: str = "roco"  # what it is trained on: a folder that `prepare` writes
+    mean: int = 0  # the average of the weights of so many seeds of the base
 
 
 HELD = "--lr 3e-4 --hold-batchnorm"
@@ -98,10 +106,21 @@ SEARCH = {  # with SLIP
     "held, blend 0.5": Row("SLIP", HELD, blend=0.5, base="held"),
     "held, best epoch": Row("SLIP", HELD, best=True),
 }
-LABELLED = {
-    f"{name}, captions from labels": replace(SEARCH[RECIPE], objective=name, labelled=True) for name in ("SLIP", "CLIP")
+CONTROL = "held, pairs that are not medical"
+FINAL = {
+    RECIPE: SEARCH[RECIPE],
+    "CLIP, held": replace(SEARCH[RECIPE], objective="CLIP"),
+    "SIMCLR, held": replace(SEARCH[RECIPE], objective="SIMCLR"),
+    CONTROL: replace(SEARCH[RECIPE], pairs="control"),
 }
+LABELLED = {
+    f"{name}, captions from labels": replace(SEARCH[RECIPE], objective=name, pairs="roco_labelled")
+    for name in ("SLIP", "CLIP")
+}
+MEANS = {f"held, mean of {n}": Row("SLIP", base=RECIPE, mean=n) for n in (2, 3, 5, 8)}
 FROZEN = {"untrained": Row(untrained=True), "ImageNet": Row(), "ImageNet, 224 pixels": Row(size=224)}
+ROWS = {**FROZEN, **SEARCH, **FINAL, **LABELLED, **MEANS}
+PRIMARY = "BUSI", RECIPE, "CLIP, held"  # the set, in folds, and the two rows whose macro AUROC is compared
 WORDS = {"BENIGN": "a benign {}", "MALIGNANT": "a malignant {}", "BENIGN_WITHOUT_CALLBACK": "normal tissue"}
 
 
@@ -113,18 +132,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=int, default=128, help="pixels; 112 to 160 on two cores")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
     parser.add_argument(
-        "--recipes",
-        nargs="*",
-        default=list(SEARCH),
-        choices=list(SEARCH),
-        metavar="NAME",
-        help=f"beside {RECIPE}; {', '.join(SEARCH)}",
+        "--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="NAME", help="; ".join(ROWS)
     )
-    parser.add_argument("--jobs", type=int, default=1, help="rows at a time; more than one for a GPU with many cores")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, of one core each on a CPU")
     parser.add_argument("--resamples", type=int, default=2000)
-    parser.add_argument("--primary", default="finding AUROC of SLIP", help="the comparison that was named beforehand")
     parser.add_argument("-j", "--workers", type=int, default=2)
     parser.add_argument(
         "--skip-finding",
@@ -208,14 +221,40 @@ def prepare(data: Path, out: Path, size: int, seed: int = 0) -> None:
             rows = read_table(out / "mias" / f"{kind}.csv", ["crop", "pathology", "split"])
             own += [(out / "mias" / r["crop"], f"mammogram showing {WORDS[r['pathology']].format(name)}.")
                     for r in rows if r["split"] != "test"]  # fmt: skip
-    labelled = []
-    for i, (source, caption) in enumerate(own):
-        shrunk_copy(source, images / f"own{i:05d}.jpg", size)
-        labelled.append({"id": f"own{i:05d}", "caption": caption})
-    if labelled:
-        write_roco(out / "roco_labelled", labelled, images)
+    if (data / "pneumonia").is_dir():
+        rows = read_table(data / "pneumonia" / "table.csv", ["image", "label", "split", "group"])
+        write_csv(out / "pneumonia.csv", [
+            {key: row[key] for key in columns} for row in rows if row["label"] in CHILDREN
+        ])  # fmt: skip
+        folder = str((data / "pneumonia").resolve())
+        catalog["pneumonia"] = {**entry, "table": "pneumonia.csv", "images": folder, "positive": CHILDREN[0]}
+    write_pairs(out / "roco_labelled", own, images, size)
+    write_pairs(out / "control", control(data, sum(row["split"] == "train" for row in pairs), seed), images, size)
     utils.write_json(out / "catalog.json", catalog)
     utils.write_json(out / "prepared.json", {"pairs": len(pairs), "size": size})
+
+
+def control(data: Path, number: int, seed: int) -> list[tuple[Path, str]]:
+    """As many images and captions of real_pairs as there are medical ones."""
+    folder = data / "real_pairs"
+    if not folder.is_dir():
+        return []
+    lines = [line.split("\t", 1) for line in (folder / "captions.txt").read_text(encoding="utf8").splitlines() if line]
+    if len(lines) < number:
+        raise ValueError(f"{folder} has {len(lines)} pairs, and {number} are compared with it")
+    chosen = sorted(np.random.default_rng(seed).permutation(len(lines))[:number])
+    files = {path.stem: path for path in (folder / "images").iterdir()}
+    return [(files[lines[i][0]], lines[i][1].strip()) for i in chosen]
+
+
+def write_pairs(root: Path, pairs: list[tuple[Path, str]], images: Path, size: int) -> None:
+    """Images and captions as ROCO's training part, unless there are none."""
+    rows = []
+    for i, (source, caption) in enumerate(pairs):
+        shrunk_copy(source, images / f"{root.name}{i:05d}.jpg", size)
+        rows.append({"id": f"{root.name}{i:05d}", "caption": caption})
+    if rows:
+        write_roco(root, rows, images)
 
 
 def shrunk_copy(source: Path, copy: Path, size: int) -> None:
@@ -283,6 +322,15 @@ def tower_of(args: argparse.Namespace, row: Row, seed: int, root: Path, out: Pat
     if not row.objective or file.is_file():
         return file if row.objective else start_of(args)
     out.mkdir(parents=True, exist_ok=True)
+    if row.mean:
+        of = [args.seeds[seed * row.mean + i] for i in range(row.mean)]
+        states = [load_checkpoint(args.output_dir / "rows" / row.base / str(s) / out.name / "tower.pt") for s in of]
+        weights = [state["state_dict"] for state in states]
+        for key, first in weights[0].items():
+            if first.is_floating_point():
+                weights[0][key] = torch.stack([state[key] for state in weights]).mean(0)
+        save_checkpoint(states[0], file)
+        return file
     if row.base:
         state = load_checkpoint(args.output_dir / "rows" / row.base / str(seed) / out.name / "tower.pt")
         for key, start in read_source(start_of(args)).weights.items():
@@ -303,16 +351,17 @@ def run_one(args: argparse.Namespace, name: str, row: Row, seed: int) -> None:
     """Train and probe; done.json says how long each took."""
     out, started = args.output_dir / "rows" / name / str(seed), time.time()
     catalog = json.loads((args.output_dir / "catalog.json").read_text())
-    root = args.output_dir / ("roco_labelled" if row.labelled else "roco")
-    tower = tower_of(args, row, seed, root, out / "whole")
+    tower = tower_of(args, row, seed, args.output_dir / row.pairs, out / "whole")
     trained = time.time()
-    ways = ["split"] if row.labelled else ["folds", "split"]
-    for dataset in (["busi"] if "busi" in catalog else []) + MIAS * (args.output_dir / "mias").is_dir():
+    labelled = row.pairs == "roco_labelled"
+    ways = ["split"] if labelled else ["folds", "split"]
+    sets = [name for name in ("busi", "pneumonia") if name in catalog]
+    for dataset in sets + MIAS * (args.output_dir / "mias").is_dir():
         probe_set(args, row, seed, dataset, catalog, tower, out / dataset, ways)
     if "busi" in catalog and row.objective in ("CLIP", "SLIP"):
         label_in_words(args, catalog, tower, out / "busi_zero_shot")
     probed = time.time()
-    for k in () if args.skip_finding or row.labelled else range(FOLDS):
+    for k in () if args.skip_finding or row.pairs != "roco" else range(FOLDS):
         root = args.output_dir / f"roco_without_{k}"
         without = tower_of(args, row, seed, root, out / f"without_{k}")
         probe_set(args, row, seed, f"finding_{k}", catalog, without, out / f"finding_{k}", ["split"])
@@ -407,17 +456,22 @@ def run_rows(args: argparse.Namespace, rows: dict[str, Row], argv: list[str]) ->
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for trained in (True, False):  # what is blended must be there first
-            jobs = [(name, seed) for name in rows for seed in seeds_of(args, name) if bool(rows[name].base) != trained]
-            list(pool.map(run, jobs))
+            chosen = [
+                (name, seed) for name in rows for seed in seeds_of(args, name) if bool(rows[name].base) != trained
+            ]
+            list(pool.map(run, sorted(chosen, key=lambda job: job[1])))  # cut short, all rows have as many seeds
 
 
 def seeds_of(args: argparse.Namespace, name: str) -> list[int]:
-    """Nothing in the frozen ImageNet tower hangs on a seed."""
+    """Nothing in the frozen ImageNet tower hangs on a seed; averages of several seeds are numbered."""
+    if mean := ROWS[name].mean:
+        return list(range(len(args.seeds) // mean))
     return args.seeds[:1] if name.startswith("ImageNet") else args.seeds
 
 
 def is_done(args: argparse.Namespace, name: str) -> bool:
-    return all((args.output_dir / "rows" / name / str(s) / "done.json").is_file() for s in seeds_of(args, name))
+    seeds = seeds_of(args, name)
+    return bool(seeds) and all((args.output_dir / "rows" / name / str(s) / "done.json").is_file() for s in seeds)
 
 
 def predictions_of(args: argparse.Namespace, name: str, seed: int) -> dict[str, Predictions]:
@@ -425,14 +479,12 @@ def predictions_of(args: argparse.Namespace, name: str, seed: int) -> dict[str, 
     out = args.output_dir / "rows" / name / str(seed)
     catalog = json.loads((args.output_dir / "catalog.json").read_text())
     found: dict[str, Predictions] = {}
-    if "busi" in catalog:
-        scheme = create_downstream("busi", False, None, catalog).scheme
-        assert scheme is not None  # a set of type csv
+    for dataset, name in (("busi", "BUSI"), ("pneumonia", "pneumonia")):
         for way, title in WAYS.items():
-            if (file := out / "busi" / f"{way}.csv").is_file():
-                found[f"BUSI{title}"] = Predictions.read(file, scheme)
-        if (words := out / "busi_zero_shot" / "predictions.csv").is_file():
-            found["BUSI, zero-shot"] = Predictions.read(words, scheme)
+            if (file := out / dataset / f"{way}.csv").is_file():
+                found[f"{name}{title}"] = Predictions.read(file, scheme_of(dataset, catalog))
+    if (words := out / "busi_zero_shot" / "predictions.csv").is_file():
+        found["BUSI, zero-shot"] = Predictions.read(words, scheme_of("busi", catalog))
     for kind in ("calc", "mass"):
         for way, title in WAYS.items():
             if (file := out / f"cbis_{kind}" / f"{way}.csv").is_file():
@@ -445,19 +497,28 @@ def predictions_of(args: argparse.Namespace, name: str, seed: int) -> dict[str, 
     return found
 
 
-def tabulate(args: argparse.Namespace, rows: dict[str, Row]) -> dict:
-    """Every row's AUROC and F1 on every set, with intervals, and its differences from the frozen ImageNet tower."""
-    complete = [name for name in rows if is_done(args, name)]
+def scheme_of(dataset: str, catalog: dict) -> Scheme:
+    scheme = create_downstream(dataset, False, None, catalog).scheme
+    assert scheme is not None  # a set of type csv
+    return scheme
+
+
+def draw(args: argparse.Namespace, names: list[str]) -> dict[str, dict[str, dict]]:
+    """Every set's rows, resampled over its patients."""
     draws: dict[str, dict[str, dict]] = {}
-    for name in complete:
-        seeds = seeds_of(args, name)
-        each = [predictions_of(args, name, seed) for seed in seeds]
+    for name in names:
+        each = [predictions_of(args, name, seed) for seed in seeds_of(args, name)]
         for dataset, first in each[0].items():
             probs = [run[dataset].in_order_of(first.rows, name).prob for run in each]
             resamples = first.resamples(Bootstrap(args.resamples))
             draws.setdefault(dataset, {})[name] = comparisons.draw_rows(
                 resamples, probs, trained=not name.startswith("ImageNet")
             )
+    return draws
+
+
+def tabulate(draws: dict[str, dict[str, dict]]) -> dict:
+    """Every row's AUROC and F1 on every set, with intervals, and its differences from the frozen ImageNet tower."""
     table: dict = {}
     for dataset, of_rows in draws.items():
         table[dataset] = {}
@@ -472,14 +533,41 @@ def tabulate(args: argparse.Namespace, rows: dict[str, Row]) -> dict:
     return table
 
 
-def correct(table: dict, names: list[str]) -> None:
-    """Holm's p-values over these rows' AUROC differences in folds, all sets together, beside each."""
-    cells = [
-        found[name]["auroc minus ImageNet"] for dataset, found in table.items() for name in names
-        if "auroc minus ImageNet" in found.get(name, {}) and not dataset.endswith("split")
-    ]  # fmt: skip
-    for cell, p in zip(cells, comparisons.holm([cell["p_value"] for cell in cells]), strict=True):
-        cell["holm"] = p
+def compared_rows() -> Iterator[tuple[str, str]]:
+    """What the README's recipe is compared with, and what each of the objectives adds to the frozen towers."""
+    yield from ((RECIPE, other) for other in FINAL if other != RECIPE)
+    yield "SIMCLR, held", "CLIP, held"
+    yield from ((name, frozen) for frozen in FROZEN if frozen != "untrained" for name in FINAL)
+    yield from ((name, RECIPE) for name in MEANS)
+    yield "held, mean of 8", "ImageNet, 224 pixels"
+
+
+def compare(draws: dict[str, dict[str, dict]]) -> list[dict]:
+    """Differences of AUROC in folds; p-values corrected over all of them but PRIMARY (Holm), all sets together."""
+    found = []
+    for dataset, rows in draws.items():
+        for first, second in () if dataset.endswith(("split", "zero-shot")) else compared_rows():
+            if first in rows and second in rows:
+                difference = vars(comparisons.difference(rows[first]["auroc"], rows[second]["auroc"]))
+                seeds = [len(rows[name]["auroc"].values) for name in (first, second)]
+                found.append({"set": dataset, "row": first, "minus": second, "seeds": seeds, **difference})
+    family = [d for d in found if (d["set"], d["row"], d["minus"]) != PRIMARY and d["p_value"] is not None]
+    for entry, p in zip(family, comparisons.holm([d["p_value"] for d in family]), strict=True):
+        entry["holm"] = p
+    return found
+
+
+def name_primary(path: Path, seeds: list[int]) -> dict:
+    """What the results file says before there is a result; what it said first stays."""
+    named = dict(zip(("set", "row", "minus"), PRIMARY, strict=True)) | {"metric": "auroc", "seeds": seeds}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if {key: before["primary"].get(key) for key in named} != named:
+            raise ValueError(f"{path} names another primary comparison: {before['primary']}")
+        return before["primary"]
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    utils.write_json(path, {"primary": {**named, "named": now}})
+    return {**named, "named": now}
 
 
 def markdown(args: argparse.Namespace, table: dict, report: dict) -> str:
@@ -489,15 +577,20 @@ def markdown(args: argparse.Namespace, table: dict, report: dict) -> str:
     lines = [common.describe(common.choose_device(False), len(args.seeds)).replace("runs, median", "seeds"), ""]
     for dataset, rows in table.items():
         lines += [
-            f"| {dataset} | AUROC | minus ImageNet | F1 | minus ImageNet | p, Holm |",
-            "|---|---|---|---|---|---|",
+            f"| {dataset} | AUROC | minus ImageNet | F1 | minus ImageNet |",
+            "|---|---|---|---|---|",
         ]
         for name, c in rows.items():
             gain = [cell(c[f"{m} minus ImageNet"]) if f"{m} minus ImageNet" in c else "" for m in ("auroc", "f1")]
-            holm = c.get("auroc minus ImageNet", {}).get("holm")
-            p = f"{holm:.3f}" if holm is not None else ""
-            lines.append(f"| {name} | {cell(c['auroc'])} | {gain[0]} | {cell(c['f1'])} | {gain[1]} | {p} |")
+            lines.append(f"| {name} | {cell(c['auroc'])} | {gain[0]} | {cell(c['f1'])} | {gain[1]} |")
         lines.append("")
+    lines += ["| set | row | minus | seeds | AUROC | p | Holm |", "|---|---|---|---|---|---|---|"]
+    for c in report["comparisons"]:
+        p, holm = (f"{c[key]:.4f}" if c.get(key) is not None else "" for key in ("p_value", "holm"))
+        primary = " (primary)" if (c["set"], c["row"], c["minus"]) == PRIMARY else ""
+        seeds = " and ".join(map(str, c["seeds"]))
+        lines.append(f"| {c['set']} | {c['row']} | {c['minus']} | {seeds} | {cell(c)} | {p} | {holm or primary} |")
+    lines.append("")
     lines += [
         "| row | image-to-text R@1 | minutes a seed |",
         "|---|---|---|",
@@ -518,14 +611,12 @@ def main(argv: list[str] | None = None) -> dict:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with start_logging():
         prepare(args.data, args.output_dir, args.image_size)
-    final = {RECIPE: SEARCH[RECIPE]}
-    final |= {f"{name}, {RECIPE}": replace(SEARCH[RECIPE], objective=name) for name in ("CLIP", "SIMCLR")}
-    labelled = LABELLED if (args.output_dir / "roco_labelled").is_dir() else {}
-    rows = {**FROZEN, **{name: SEARCH[name] for name in args.recipes}, **final, **labelled}
+    primary = name_primary(args.output_dir / "report.json", args.seeds)
+    rows = {name: ROWS[name] for name in ROWS if name in args.rows and (args.output_dir / ROWS[name].pairs).is_dir()}
     run_rows(args, rows, argv)
-    table = tabulate(args, rows)
-    correct(table, list(final))
-    report: dict = {"primary": args.primary, "table": table, "rows": {}}
+    draws = draw(args, [name for name in rows if is_done(args, name)])
+    table = tabulate(draws)
+    report: dict = {"primary": primary, "comparisons": compare(draws), "table": table, "rows": {}}
     for name in filter(partial(is_done, args), rows):
         done = [args.output_dir / "rows" / name / str(seed) / "done.json" for seed in seeds_of(args, name)]
         done = [json.loads(file.read_text()) for file in done]

@@ -18,6 +18,8 @@ import numpy as np
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: E402
 from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
@@ -54,8 +56,12 @@ def _drawn(figure: Figure, title: str, synthetic: bool) -> Drawing:
         figure.text(0.5, 0.5, "SYNTHETIC", fontsize=size, color=GREY, alpha=0.25, ha="center", va="center",
                     rotation=20, fontweight="bold")  # fmt: skip
     text, png = io.StringIO(), io.BytesIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    figure.savefig(png, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    # Laid out once and drawn twice: savefig would do each twice.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
+    figure.set(dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     plt.close(figure)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -2,6 +2,8 @@
 
 import csv
 import json
+from collections import Counter
+from datetime import datetime
 
 import numpy as np
 import on_gpu
@@ -52,7 +54,7 @@ def picture(path, rng, bright):
 
 
 def world(root):
-    """covid_roco and busi with two dozen images each, in the layouts that real_radiology.py names."""
+    """Two dozen images of each set, in the layouts that real_radiology.py names."""
     rng, number = np.random.default_rng(0), 0
     for split, n in (("train", 18), ("validation", 9)):
         folder = root / "covid_roco" / split / "radiology"
@@ -80,6 +82,16 @@ def world(root):
     (root / "busi" / "test" / "1.jpg").unlink()
     film.save(root / "busi" / "train" / "1.jpg", quality=70)  # in another group by the table, in training
     (root / "busi" / "table.csv").write_text("\n".join(lines) + "\n")
+    lines = ["image,label,split,group"]
+    for i in range(30):
+        name = ("bacteria", "virus", "normal")[i % 3]
+        picture(root / "pneumonia" / "images" / f"{i}.jpg", rng, i % 3 / 2)
+        lines.append(f"images/{i}.jpg,{name},{'test' if i % 5 == 4 else 'train'},{i}")
+    (root / "pneumonia" / "table.csv").write_text("\n".join(lines) + "\n")
+    for i in range(20):
+        picture(root / "real_pairs" / "images" / f"cat{i}.png", rng, 0.5)
+    captions = "".join(f"cat{i}\t A cat, number {i}.\n" for i in range(20))
+    (root / "real_pairs" / "captions.txt").write_text(captions)
     return root
 
 
@@ -89,25 +101,17 @@ def test_rows_are_trained_probed_and_compared(tmp_path, monkeypatch):
     torch.save(timm.create_model(real_radiology.TOWER).state_dict(), tmp_path / "tower.pt")
     argv = ["--data", str(world(tmp_path / "data")), "--vision-weights", str(tmp_path / "tower.pt"), "-j", "0"]
     argv += ["--output-dir", str(tmp_path / "out"), "--image-size", "32", "--epochs", "1", "--batch-size", "4"]
-    argv += [
-        "--seeds",
-        "0",
-        "1",
-        "--recipes",
-        "held, best epoch",
-        "held, blend 0.5",
-        "--resamples",
-        "50",
-        "--jobs",
-        "2",
-    ]
-    report = real_radiology.main(argv)
     names = {"untrained", "ImageNet", "ImageNet, 224 pixels", "held", "held, best epoch", "held, blend 0.5"}
-    names |= {"CLIP, held", "SIMCLR, held"}
+    names |= {"CLIP, held", "SIMCLR, held", real_radiology.CONTROL, "held, mean of 2"}
     labelled = {"SLIP, captions from labels", "CLIP, captions from labels"}
-    assert set(report["table"]) == {"BUSI", "BUSI, split", "BUSI, zero-shot", "finding"}
-    assert set(report["table"]["BUSI"]) == names == set(report["table"]["finding"])
-    assert set(report["table"]["BUSI, split"]) == names | labelled
+    argv += ["--seeds", "0", "1", "--resamples", "50", "--jobs", "2", "--rows", *sorted(names | labelled)]
+    report = real_radiology.main(argv)
+    sets = {"BUSI", "pneumonia"}
+    assert set(report["table"]) == sets | {"BUSI, split", "pneumonia, split", "BUSI, zero-shot", "finding"}
+    for dataset in sets:
+        assert set(report["table"][dataset]) == names
+        assert set(report["table"][f"{dataset}, split"]) == names | labelled
+    assert set(report["table"]["finding"]) == names - {real_radiology.CONTROL}
     for rows in report["table"].values():
         for name, cells in rows.items():
             value = cells["auroc"]
@@ -133,6 +137,27 @@ def test_rows_are_trained_probed_and_compared(tmp_path, monkeypatch):
         with open(out / f"finding_{k}.csv", newline="") as file:
             tested = [row["image"] for row in csv.DictReader(file) if row["split"] == "test"]
         assert tested and not any(image.split("/")[1].split(".")[0] in trained for image in tested)
+    # The primary comparison was named before a row was trained, is the difference of its rows, and is not corrected.
+    first = out / "rows" / "held" / "0" / "whole" / "tower.pt"
+    assert datetime.fromisoformat(report["primary"]["named"]).timestamp() < first.stat().st_mtime
+    compared = {(c["set"], c["row"], c["minus"]): c for c in report["comparisons"]}
+    cell, rows = compared["BUSI", "held", "CLIP, held"], report["table"]["BUSI"]
+    assert cell["value"] == pytest.approx(rows["held"]["auroc"]["value"] - rows["CLIP, held"]["auroc"]["value"])
+    corrected = [key for key, c in compared.items() if "holm" in c]
+    assert ("BUSI", "held", "CLIP, held") not in corrected and ("pneumonia", "held", "CLIP, held") in corrected
+    assert [c["seeds"] for c in compared.values() if c["row"] == "held, mean of 2"] == [[1, 2]] * 3
+    with pytest.raises(ValueError, match="names another primary comparison"):
+        real_radiology.name_primary(out / "report.json", [0])
+    # What is not medical is as much as what is; children's radiographs are those of one origin.
+    captions = (out / "control" / "train" / "radiology" / "captions.txt").read_text().splitlines()
+    assert len(captions) == 18 and all("A cat" in line for line in captions)
+    with open(out / "pneumonia.csv", newline="") as file:
+        assert Counter(row["label"] for row in csv.DictReader(file)) == {"bacteria": 10, "virus": 10}
+    mean = torch.load(out / "rows" / "held, mean of 2" / "0" / "whole" / "tower.pt", weights_only=True)["state_dict"]
+    seeds = [out / "rows" / "held" / str(seed) / "whole" / "tower.pt" for seed in (0, 1)]
+    seeds = [torch.load(path, weights_only=True)["state_dict"] for path in seeds]
+    for name, value in mean.items():
+        torch.testing.assert_close(value, (seeds[0][name] + seeds[1][name]) / 2 if value.is_floating_point() else value)
     # The blend lies half-way between the start and the end.
     start = torch.load(tmp_path / "tower.pt", weights_only=True)["conv_stem.weight"]
     towers = [out / "rows" / name / "0" / "whole" / "tower.pt" for name in ("held", "held, blend 0.5")]
