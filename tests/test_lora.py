@@ -143,7 +143,9 @@ def test_what_cannot_be_adapted_is_refused(monkeypatch):
         lora.adapt_model(tiny_model("CLIP"), 2)
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_model("SLIP"), tiny_medslip], ids=["vit", "medslip"])
+@pytest.mark.parametrize(
+    "make", [lambda: tiny_model("SLIP"), pytest.param(tiny_medslip, marks=pytest.mark.slow)], ids=["vit", "medslip"]
+)
 def test_gradient_checkpointing_and_compilation_change_nothing(make):
     """The first layers are fixed, so a block's input has no gradient, at which some ways of checkpointing give up."""
     torch.manual_seed(0)

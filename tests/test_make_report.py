@@ -63,6 +63,13 @@ def runs(probed, tmp_path):
     return tmp_path / "runs"
 
 
+@pytest.fixture(scope="module")
+def shown(probed):
+    """The runs, and their page and its text, for tests that change none."""
+    shutil.copytree(probed / "runs", probed / "shown" / "runs")
+    return probed / "shown" / "runs", *report(probed / "shown" / "runs")
+
+
 def results_of(runs, kind: str, name: str):
     path = runs / "probe" / f"{kind}_{name}" / "results.json"
     return path, json.loads(path.read_text())
@@ -95,8 +102,8 @@ class Page(HTMLParser):
         assert self.open.pop() == tag, tag
 
 
-def test_the_page_stands_alone(runs):
-    page, html = report(runs)
+def test_the_page_stands_alone(shown):
+    _, page, html = shown
     parsed = Page()
     parsed.feed(html)
     assert parsed.open == [] and len(parsed.ids) == len(set(parsed.ids))
@@ -106,8 +113,8 @@ def test_the_page_stands_alone(runs):
     assert html.count("<svg ") == len(page["figures"]) and all(f'id="{name}"' in html for name in page["figures"])
 
 
-def test_every_number_is_a_files(runs):
-    page, html = report(runs)
+def test_every_number_is_a_files(shown):
+    runs, page, html = shown
     for section in page["sections"]:
         assert [row["name"] for row in section["rows"]] == ["untrained", "trained"]
         for row in section["rows"]:
@@ -126,8 +133,8 @@ def test_every_number_is_a_files(runs):
             assert slide.format == "PNG" and slide.width == 1000 and slide.convert("RGB").getpixel((0, 0)) == (255,) * 3
 
 
-def test_another_number_in_a_file_is_another_page(runs):
-    _, before = report(runs)
+def test_another_number_in_a_file_is_another_page(runs, shown):
+    _, _, before = shown
     path, result = results_of(runs, "calc", "trained")
     result["metrics"]["f1"]["value"] = 0.123456
     result["detection"]["brier"]["value"] = 0.98765
@@ -137,8 +144,8 @@ def test_another_number_in_a_file_is_another_page(runs):
     assert "0.988 (" not in before and "0.988 (" in after
 
 
-def test_other_predictions_are_other_curves(runs):
-    before = report(runs)[0]["figures"]
+def test_other_predictions_are_other_curves(runs, shown):
+    before = shown[1]["figures"]
     path = runs / "probe" / "mass_trained" / "predictions.csv"
     rows = list(csv.reader(path.read_text().splitlines()))
     for row in rows[1:]:
@@ -159,8 +166,8 @@ def test_what_no_file_holds_is_shown_as_missing(runs):
     assert reporting_runs.MISSING not in calc["detection"][1]["cells"]
 
 
-def test_synthetic_data_is_watermarked_on_every_figure(runs, probed):
-    page, html = report(runs)
+def test_synthetic_data_is_watermarked_on_every_figure(runs, shown):
+    _, page, html = shown
     assert not page["synthetic"] and "SYNTHETIC" not in html
     (runs / "results.json").write_text(json.dumps({"synthetic": True}))
     page, html = report(runs)
@@ -169,8 +176,8 @@ def test_synthetic_data_is_watermarked_on_every_figure(runs, probed):
     assert 'class="water"' in html
 
 
-def test_lesions_are_counted_from_the_table_and_the_worst_errors_are_shown(runs, probed):
-    page, _ = report(runs)
+def test_lesions_are_counted_from_the_table_and_the_worst_errors_are_shown(shown, probed, tmp_path):
+    runs, page, _ = shown
     for section in page["sections"]:
         with open(probed / "cbis" / f"{section['kind']}.csv") as file:
             rows = list(csv.DictReader(file))
@@ -180,12 +187,13 @@ def test_lesions_are_counted_from_the_table_and_the_worst_errors_are_shown(runs,
         assert len(section["samples"]["cards"]) == counts[2] and not section["samples"]["lacking"]
         assert all(card["image"].startswith("data:image/jpeg") for card in section["samples"]["cards"])
         assert section["samples"]["models"] == ["untrained", "trained"]
-    page, html = report(runs, "--no-images")
+    page = make_report.main([str(runs), "--output-dir", str(tmp_path), "--no-images"])
+    html = (tmp_path / "report.html").read_text("utf8")
     assert all(section["samples"] is None for section in page["sections"]) and "data:image" not in html
 
 
-def test_two_classes_and_units_have_rows(runs):
-    page, html = report(runs)
+def test_two_classes_and_units_have_rows(shown):
+    runs, page, html = shown
     calc = page["sections"][0]
     _, result = results_of(runs, "calc", "trained")
     name, cell = calc["two_class"][1]
@@ -227,14 +235,14 @@ def test_the_nearest_captions_and_images_are_those_of_the_model(runs, probed, tm
     assert line["captions"][0][0] in html.replace("&#39;", "'")
 
 
-def test_training_curves_join_the_seeds(runs):
-    page, _ = report(runs)
+def test_training_curves_join_the_seeds(shown):
+    _, page, _ = shown
     assert page["training"] == ["training_loss", "training_recall"]
     assert "mean and range of the seeds" in page["figures"]["training_loss"].title
 
 
-def test_checklists_answer_from_files_or_say_not_reported(runs):
-    page, _ = report(runs)
+def test_checklists_answer_from_files_or_say_not_reported(shown):
+    _, page, _ = shown
     names = {entry["name"]: entry for entry in page["checklists"]}
     assert len(names["CLAIM"]["items"]) == 42 and [i[0] for i in names["CLAIM"]["items"]][-1] == "42"
     for entry in names.values():
@@ -404,15 +412,15 @@ def test_axes_do_not_exaggerate():
     assert 1 in drawn and all(number == int(number) for number in drawn)
 
 
-def test_the_line_of_chance_under_precision_is_the_prevalence(runs, probed):
-    page, _ = report(runs)
+def test_the_line_of_chance_under_precision_is_the_prevalence(shown, probed):
+    _, page, _ = shown
     with open(probed / "cbis" / "mass.csv") as file:
         test = [row["pathology"] == "MALIGNANT" for row in csv.DictReader(file) if row["split"] == "test"]
     assert f"prevalence, {100 * np.mean(test):.0f}%" in page["figures"]["mass_precision"].svg
 
 
-def test_classes_are_explained_where_they_first_stand(runs):
-    _, html = report(runs)
+def test_classes_are_explained_where_they_first_stand(shown):
+    _, _, html = shown
     text = unescape(re.sub(r"<(style|svg|script)\b.*?</\1>|<[^>]*>", " ", html, flags=re.DOTALL))
     first = text.index("BENIGN_WITHOUT_CALLBACK")
     assert text[first:].startswith("BENIGN_WITHOUT_CALLBACK (the radiologist asked for neither a biopsy nor")

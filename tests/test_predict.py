@@ -132,7 +132,9 @@ def test_images_unlike_the_training_are_flagged(probed, tmp_path):
     assert row["unlike_training"] == 1
 
 
-@pytest.mark.parametrize("flags", [("--image-kind", "crop"), ("--precision", "bf16")])
+@pytest.mark.parametrize(
+    "flags", [("--image-kind", "crop"), pytest.param(("--precision", "bf16"), marks=pytest.mark.slow)]
+)
 def test_maps_lie_in_the_image_and_change_nothing(probed, tmp_path, flags):
     """A map for each answer, of the malignant score; in bf16 where the machine has it."""
     captum = pytest.importorskip("captum")

@@ -117,7 +117,7 @@ def test_a_map_says_what_each_place_adds_beside_the_average_image():
     "tower, size, kind",
     [
         ("vit_tiny_patch16_224", 64, "tokens"),
-        ("swin_tiny_patch4_window7_224", 224, "channels_last"),
+        pytest.param("swin_tiny_patch4_window7_224", 224, "channels_last", marks=pytest.mark.slow),
         ("resnet18", 64, "convolution"),
         ("convnext_atto", 64, "convolution"),
         ("tf_efficientnet_lite0", 64, "convolution"),
@@ -140,8 +140,10 @@ def test_a_tower_without_places_is_refused():
         saliency.spatial_layer(nn.Linear(3, 3))
 
 
-@pytest.mark.parametrize("mask_size", [(120, 200), (121, 198)])
-@pytest.mark.parametrize("prepare", ["slip", "medclip"])
+@pytest.mark.parametrize("prepare, mask_size", [
+    ("slip", (120, 200)), ("slip", (121, 198)), ("medclip", (121, 198)),
+    pytest.param("medclip", (120, 200), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_the_outline_lies_in_the_view_where_the_lesion_does(tmp_path, mask_size, prepare):
     """A bright square in a black mammogram, whose mask has other dimensions by some pixels."""
     full, mask = np.zeros((200, 120), np.uint8), np.zeros(mask_size[::-1], np.uint8)

@@ -23,7 +23,10 @@ def _train(rank, world, argv):
     main.main(argv)
 
 
-@pytest.mark.parametrize("model", ["SLIP_VITT16", "SIMCLR_VITT16", "CLIP_VITT16", "SIGLIP_VITT16"])
+@pytest.mark.parametrize(
+    "model",
+    ["SLIP_VITT16", *(pytest.param(f"{name}_VITT16", marks=pytest.mark.slow) for name in ("SIMCLR", "CLIP", "SIGLIP"))],
+)
 def test_sharded_weights_equal_ddp(roco, tmp_path, model):
     for name, extra in (("ddp", []), ("shard", ["--shard"])):
         run_ranks(_train, 2, command(roco, tmp_path / name, "--batch-size", "4", "--eps", "1e-2", *extra, model=model))
@@ -51,6 +54,7 @@ def _stop_after_one_epoch(rank, world, argv):
         pass
 
 
+@pytest.mark.slow
 def test_sharded_run_resumes_as_if_unbroken_and_accumulates(roco, tmp_path):
     argv = ["--batch-size", "2", "--update-freq", "2", "--shard", "--epochs", "2"]
     run_ranks(_train, 2, command(roco, tmp_path / "whole", *argv))
