@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from inputs.archives import WebDataset, Yfcc15m
 from inputs.colour import Colours, apply_colour
+from inputs.columns import KNOWN_COLUMNS, PairColumns
 from inputs.images import UnreadableImage, decode_pixels
 from inputs.reader import Reader, number_of
 from inputs.sources import Cc3m, Cc12m, Coco, Csv, RedCaps, Roco, RocoAll, RocoNonRadiology, RocoV2
@@ -45,15 +46,18 @@ def create_reader(
     cache_dir: str | Path = "",
     val_fraction: float = 0.1,
     by_image: bool = False,
+    named: PairColumns = KNOWN_COLUMNS,
 ) -> Reader:
     """The reader `name` of READERS; `Reader` explains the arguments.
 
-    Raises ValueError for an unknown name, split or filter, FileNotFoundError where the split's files are
+    Raises ValueError for an unknown name, split, filter or column, FileNotFoundError where the split's files are
     absent.
     """
     if name not in READERS:
         raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(READERS)}")
-    return READERS[name](root, metadata, split, caption_filter, cache_dir, val_fraction, by_image)
+    if named != KNOWN_COLUMNS and not issubclass(READERS[name], Csv):
+        raise ValueError(f"columns are named of a table, --dataset csv; {name} has its publisher's")
+    return READERS[name](root, metadata, split, caption_filter, cache_dir, val_fraction, by_image, named)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

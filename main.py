@@ -48,6 +48,7 @@ from evaluation.features import Loading, classify_zeroshot, embed_pairs
 from evaluation.metrics import percent, retrieval_metrics
 from inputs import loader
 from inputs.colour import apply_colour_batch
+from inputs.columns import PairColumns
 from inputs.reader import NoSplit, NothingKept, Reader
 from inputs.transforms import Preprocess
 from runtime.checkpoints import (
@@ -278,6 +279,7 @@ def build_reader(args: argparse.Namespace, split: str, caption_filter: str, quie
             cache_dir=args.cache_dir,
             val_fraction=args.val_fraction,
             by_image=began_by_image(args),
+            named=PairColumns(args.image_column, tuple(args.caption_columns)),
         )
     except FileNotFoundError as error:
         if args.dataset != "yfcc15m":

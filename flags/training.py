@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flags.common import add_distributed_arguments, description
+from flags.common import add_column_arguments, add_distributed_arguments, description
 from flags.names import CATALOG, MODELS, READERS, SIGMOID
 from inputs.sizes import ImageSize
 from runtime.command_line import HelpFormatter, Parser, UsageError, add_config_argument, positive_int
@@ -33,6 +33,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--metadata", default="yfcc15m.pkl", type=str,
                       help="file of captions where the layout does not fix it; for csv the table of pairs, with a "
                       "column `split` or {split} in its name where there is a validation split")
+    add_column_arguments(data)
     data.add_argument("--val-fraction", default=0.1, type=float, metavar="FRACTION",
                       help="csv: of a table that names no splits, hold out this fraction for validation, of the "
                       "patients where a column tells them, else of the images, the same ones in every run; 0 trains on "

@@ -60,6 +60,17 @@ class TextBuilder:
         return TextColumn(data, offsets.astype(np.uint32) if len(data) < 2**32 else offsets)
 
 
+@dataclass(frozen=True)
+class PairColumns:
+    """What the columns of somebody's own table of pairs are called, where the reader shall not look for itself."""
+
+    image: str = ""  # "" for the first name that the reader knows
+    captions: tuple[str, ...] = ()  # the sections of a report, in the order in which they are joined; () as above
+
+
+KNOWN_COLUMNS = PairColumns()
+
+
 @dataclass(slots=True)
 class Row:
     """One image as its metadata states it."""

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from inputs.caption_filters import CAPTION_FILTERS, caption_pattern
-from inputs.columns import ABSENT_SAMPLE, Columns, Row, TextBuilder, TextColumn
+from inputs.columns import ABSENT_SAMPLE, KNOWN_COLUMNS, Columns, PairColumns, Row, TextBuilder, TextColumn
 from inputs.conventions import no_value
 from inputs.files import on_disk
 from inputs.images import decode_image, decode_pixels, read_bytes
@@ -111,6 +111,7 @@ class Reader:
         cache_dir: where an `indexed` reader keeps its index; "" for beside the metadata.
         val_fraction: of the images, held out where one table names no splits; see Csv.
         by_image: hold out images one by one even where a column of patients tells what belongs together.
+        named: the columns of a table; see Csv.
     """
 
     splits: tuple[str, ...] = SPLITS
@@ -130,13 +131,14 @@ class Reader:
         cache_dir: str | Path = "",
         val_fraction: float = 0.1,
         by_image: bool = False,
+        named: PairColumns = KNOWN_COLUMNS,
     ):
         if split not in self.splits:
             raise ValueError(f"this dataset has no split {split!r}; choose from {', '.join(self.splits)}")
         self.root = on_disk(os.path.abspath(root))
         if not self.root.is_dir():
             raise FileNotFoundError(f"the data root {self.root} is not a folder")
-        self.split, self.val_fraction, self.by_image = split, val_fraction, by_image
+        self.split, self.val_fraction, self.by_image, self.named = split, val_fraction, by_image, named
         self.remarks: list[str] = []  # of `rows`, about the metadata
         pattern = caption_pattern(caption_filter)
         self.locate(metadata)
