@@ -19,8 +19,10 @@ from inputs.colour import Colours, apply_colour
 from inputs.columns import KNOWN_COLUMNS, PairColumns
 from inputs.images import UnreadableImage, decode_pixels
 from inputs.reader import Reader, number_of
+from inputs.sentences import draw_sentences
 from inputs.sources import Cc3m, Cc12m, Coco, Csv, RedCaps, Roco, RocoAll, RocoNonRadiology, RocoV2
 from inputs.transforms import Preprocess, View, as_view, ssl_pixels, train_pixels
+from tokenizer import Tokenizer
 
 READERS: dict[str, type[Reader]] = {
     "roco": Roco,
@@ -115,8 +117,10 @@ class ContrastiveDataset(Dataset):
     With `colour_later` the SSL views are crops as they are, and "view1_colour", "view2_colour" say with what
     `colour.apply_colour_batch` finishes them on the accelerator.
 
+    With `sentences`, a tokenizer, a caption that is longer than its context is `draw_sentences` of it.
+
     With `identities` a sample also has "identities", two whole numbers that are the same for the same file of an image
-    and for the same caption.
+    and for the same caption, as it was drawn.
 
     An unreadable image is an error. With `bad_samples`, a file, it is named there and another image, chosen
     from the same numbers, takes its place; more than `max_bad_fraction` of the reader's images end the run.
@@ -124,6 +128,7 @@ class ContrastiveDataset(Dataset):
 
     INPUTS = ("text", "image", "view1", "view2")  # in the order of their random numbers
     ATTEMPTS = 10
+    SENTENCES = ATTEMPTS + 1  # behind the numbers of stand-ins: what it draws moves no view
 
     def __init__(
         self,
@@ -135,12 +140,13 @@ class ContrastiveDataset(Dataset):
         max_bad_fraction: float = 0.01,
         colour_later: bool = False,
         identities: bool = False,
+        sentences: Tokenizer | None = None,
     ):
         unknown = sorted(set(inputs) - set(self.INPUTS))
         if unknown:
             raise ValueError(f"unknown inputs {', '.join(unknown)}; choose from {', '.join(self.INPUTS)}")
         self.reader, self.inputs, self.preprocess, self.seed = reader, inputs, preprocess, seed
-        self.colour_later, self.identities = colour_later, identities
+        self.colour_later, self.identities, self.sentences = colour_later, identities, sentences
         self.unreadable = UnreadableImages(bad_samples, max_bad_fraction * len(reader)) if bad_samples else None
 
     def __len__(self) -> int:
@@ -156,6 +162,10 @@ class ContrastiveDataset(Dataset):
         if "text" in self.inputs:
             captions = self.reader.captions(index)
             sample["text"] = captions[rng.integers(len(captions))]
+            if self.sentences is not None:
+                numbers = np.random.default_rng((self.seed, *key, self.SENTENCES))
+                length, most = self.sentences.length, self.sentences.context_length
+                sample["text"] = draw_sentences(sample["text"], length, most, numbers)
             if self.identities:
                 sample["identities"] = [number_of(data), number_of(sample["text"].encode())]
         if "image" in self.inputs:

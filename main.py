@@ -76,7 +76,7 @@ log = logging.getLogger("medslip")
 RESUME_SETTINGS = (
     "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
     "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze",
-    "shard", "mask_duplicates", "hold_batchnorm", "lora",
+    "shard", "mask_duplicates", "hold_batchnorm", "lora", "sentences",
 )  # fmt: skip
 
 
@@ -367,6 +367,7 @@ def build_loader(
         max_bad_fraction=args.max_bad_fraction,
         colour_later=processes.device.type == "cuda",
         identities=args.mask_duplicates,
+        sentences=tokenizer if args.sentences else None,
     )
     return loader.make_loader(
         dataset,

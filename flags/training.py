@@ -42,6 +42,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                       help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in "
                       "inputs/caption_filters.py), or a regular expression, matched without regard to case; validation "
                       "is filtered too")
+    data.add_argument("--sentences", action="store_true",
+                      help="of a caption that is longer than the context, read whole sentences drawn anew in each "
+                      "epoch, in its order; validation reads its beginning")
     data.add_argument("--cache-dir", default="", type=str,
                       help="where the index of a large dataset is kept; by default beside its metadata")
     data.add_argument("--max-bad-fraction", "--max-bad-share", default=0.01, type=float, metavar="FRACTION",
