@@ -145,6 +145,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--mask-duplicates", action="store_true",
                        help="pairs of a batch with the same image or the same caption are not each other's negatives "
                        "in the image-text loss; the published ones take them for negatives")
+    train.add_argument("--study-views", action="store_true",
+                       help="csv: the second view of the SimCLR loss is of another image of the same study (the column "
+                       "study), and images of a study are not each other's negatives in that loss")
     train.add_argument("--shard", action="store_true",
                        help="split parameters, gradients and optimizer state over the processes (PyTorch's FSDP2), "
                        "for models that do not fit one GPU; same losses and weights, more communication")

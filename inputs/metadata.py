@@ -183,10 +183,10 @@ class JsonLines:
                     raise ValueError(f"{where} is not UTF-8: {error}") from error
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where} is no JSON: {error}: {line[:80]!r}") from error
-                if text and not isinstance(item, dict):
-                    raise ValueError(f"{where} is no JSON object, as each line has to be: {text[:80]}")
-                if text:
+                if isinstance(item, dict):
                     yield where, item
+                elif text:
+                    raise ValueError(f"{where} is no JSON object, as each line has to be: {text[:80]}")
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:

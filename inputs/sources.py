@@ -10,6 +10,7 @@ from inputs.columns import Row
 from inputs.conventions import (
     SPLIT_NAMES,
     SPLIT_OF,
+    STUDY_COLUMNS,
     alike,
     crossing,
     group_column,
@@ -116,7 +117,8 @@ class Csv(Reader):
     columns of captions are sections of one text. The table is `metadata`, with {split} in its name where each split has
     its own, or `<root>/<split>` with an ending of KINDS. In one table for all splits a column `split` tells them apart;
     without one, `val_fraction` of the images are held out for validation, always the same: with a column of
-    conventions.GROUP_COLUMNS those of whole patients, unless `by_image`.
+    conventions.GROUP_COLUMNS those of whole patients, unless `by_image`. Studies are those of a column of
+    STUDY_COLUMNS, told apart within such a patient.
     """
 
     KINDS = ("csv", "tsv", "jsonl")
@@ -144,6 +146,9 @@ class Csv(Reader):
         split = table.column("split") if "split" in table.header else None
         whole = group_column(table.header)
         group = table.column(whole) if whole else None
+        study = [table.column(*STUDY_COLUMNS)] if self.named.study else []
+        if study and group not in (None, *study):
+            study.insert(0, group)  # some count their studies in each patient anew
         held = self._held_out(table, image, group) if self.for_all_splits and split is None else set()
         chosen, unknown, splits_of = 0, Counter(), defaultdict(set)
         for where, fields in table:
@@ -159,7 +164,10 @@ class Csv(Reader):
                 splits_of[named].add(name)
             if name == self.split:
                 chosen += 1
-                yield Row(where, path, [joined(fields[caption] for caption in captions)])
+                row = Row(where, path, [joined(fields[caption] for caption in captions)])
+                names = [group_name(fields[column], "") for column in study]  # without a tab
+                row.study = "\t".join(names) if all(names) else ""
+                yield row
         self.groups = frozenset(group for group, splits in splits_of.items() if self.split in splits)
         self._remark(split is not None, unknown, whole, crossing(splits_of))
         if not chosen:

@@ -1,13 +1,11 @@
-"""Sentences of reports: where one ends, which are drawn, and that a run of them resumes and divides as any other."""
+"""Sentences of reports: where one ends, and which are drawn. tests/test_studies.py resumes and divides runs of them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from distributed_helpers import run_ranks
-from helpers import DROPOUT, assert_same_run, command, stop_after, weights
+from helpers import command
 from source_tree import PREPROCESS, save_jpeg
 from test_tokenizer import VOCAB
 
@@ -140,24 +138,6 @@ def argv_of(folder: Path, out: Path, *extra: str) -> list[str]:
     return [*argv, *columns, "--sentences", "--mask-duplicates"]
 
 
-def test_a_run_of_sentences_resumes_bit_for_bit_and_says_what_it_is(reports, tmp_path, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    row = main.main(argv_of(reports, whole, *DROPOUT))
-    with monkeypatch.context() as m:
-        m.setattr(main, "finish_epoch", stop_after(main.finish_epoch))
-        with pytest.raises(KeyboardInterrupt):
-            main.main(argv_of(reports, broken, *DROPOUT))
-    main.main(argv_of(reports, broken, *DROPOUT))
-    assert_same_run(whole, broken)
-    assert row["val_candidates"] == 8
-    assert json.loads((whole / "settings.json").read_text())["args"]["sentences"] is True
-    without = [flag for flag in argv_of(reports, whole, *DROPOUT) if flag != "--sentences"]
-    with pytest.raises(ValueError, match="sentences: True there, False now"):
-        main.main(without)
-    main.main([*without, "--output-dir", str(tmp_path / "plain")])
-    assert any(not torch.equal(x, weights(whole)[k]) for k, x in weights(tmp_path / "plain").items())
-
-
 def test_validation_reads_reports_whole_and_in_order(reports, tmp_path, monkeypatch):
     seen, embed = [], main.embed_pairs
 
@@ -169,18 +149,3 @@ def test_validation_reads_reports_whole_and_in_order(reports, tmp_path, monkeypa
     monkeypatch.setattr(main, "embed_pairs", watched)
     main.main(argv_of(reports, tmp_path / "out"))
     assert seen == [[f"{report(i)} Impression {i} normal" for i in range(16, 24)]] * 2
-
-
-def _train_rank(rank, world, argv):
-    main.main(argv)
-
-
-def test_two_processes_draw_what_one_draws(reports, tmp_path):
-    """As tests/test_main.py compares them."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    main.main(argv_of(reports, one, "--eps", "1e-2", "--epochs", "1"))
-    run_ranks(_train_rank, 2, argv_of(reports, two, "--eps", "1e-2", "--epochs", "1", "--batch-size", "4"))
-    a, b = weights(one), weights(two)
-    for key in a:
-        atol = 3e-4 if "running_" in key else 2e-5
-        torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=atol, msg=lambda m, k=key: f"{k}: {m}")
