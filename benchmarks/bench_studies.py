@@ -100,9 +100,9 @@ def measure(args: argparse.Namespace, objective: str, row: str, seed: int) -> di
         return done["measured"]
     scores = training.main([
         "--dataset", "csv", "--root", str(root), "--metadata", str(root / "table.csv"),
-        "--model", f"{objective}_VITT16", *TOWERS, "--batch-size", str(args.batch_size), "--lr", "2e-3", "--epochs", str(args.epochs), "--eval-freq",
-        str(args.epochs), "--keep-last", "1", "-j", str(args.workers), "--seed", str(seed), "--mask-duplicates",
-        "--output-dir", str(out / "training"), *ROWS[row],
+        "--model", f"{objective}_VITT16", *TOWERS, "--batch-size", str(args.batch_size), "--lr", "2e-3",
+        "--epochs", str(args.epochs), "--eval-freq", str(args.epochs), "--keep-last", "1", "-j", str(args.workers),
+        "--seed", str(seed), "--mask-duplicates", "--output-dir", str(out / "training"), *ROWS[row],
     ])  # fmt: skip
     if "stopped_by" in scores:
         raise KeyboardInterrupt
