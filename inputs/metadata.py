@@ -181,8 +181,10 @@ class JsonLines:
                     item = json.loads(text, object_pairs_hook=_once) if text else None
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{where} is not UTF-8: {error}") from error
+                except json.JSONDecodeError as error:  # whose own text speaks of a line 1
+                    raise ValueError(f"{where} is no JSON: {error.msg}, character {error.pos + 1}") from error
                 except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where} is no JSON: {error}: {line[:80]!r}") from error
+                    raise ValueError(f"{where} is no JSON: {error}: {text[:80]}") from error
                 if isinstance(item, dict):
                     yield where, item
                 elif text:

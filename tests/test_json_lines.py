@@ -100,7 +100,7 @@ GOOD = b'{"image": "a.jpg", "caption": "x"}\n'
 @pytest.mark.parametrize(
     "data, message",
     [
-        (GOOD + b'{"image": "a.jpg", "capt\n', "line 2 is no JSON: Unterminated string"),
+        (GOOD + b'{"image": "a.jpg", "capt\n', "line 2 is no JSON: Unterminated string starting at, character 20$"),
         (GOOD + GOOD + b'["a.jpg", "x"]\n', "line 3 is no JSON object"),
         (GOOD + b"7\n", "line 2 is no JSON object, as each line has to be: 7"),
         (GOOD + b'{"image": "\xe9.jpg", "caption": "x"}\n', "line 2 is not UTF-8"),
