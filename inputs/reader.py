@@ -219,8 +219,8 @@ class Reader:
                 first_silent = first_silent or row.where
             else:
                 images.append(row.image)
-                # An image of no study is one by itself.
-                studies.append(numbers.setdefault(row.study, len(numbers)) if row.study else -len(first))
+                if self.named.study:  # an image of no study is one by itself
+                    studies.append(numbers.setdefault(row.study, len(numbers)) if row.study else -len(first))
                 for text in row.captions:
                     texts.append(text)
                 first.append(first[-1] + len(row.captions))
