@@ -68,14 +68,12 @@ def contrast_pairs(
         largest_logit: the largest possible |logit| where it is known beforehand: small ones need one exponential a
             logit instead of two.
         identities: (B, G) whole numbers; two pairs that share one of them, in the same place, are not each other's
-            negatives. Not together with `within`.
+            negatives, with `within` on either side.
 
     Returns:
         the mean cross entropy over the 2*B rows (), and for each row of a the index of its best match in b (B,); with
         `within` an index of B or more says that the best match is row (index - B) of a.
     """
-    if within and identities is not None:
-        raise ValueError("identities belong to contrast between the sides alone")
     loss, match = _PairContrast.apply(a, b, scale, within, largest_logit, identities)  # type: ignore[misc]
     return loss, match
 
@@ -248,10 +246,10 @@ class _PairContrast(torch.autograd.Function):
         tile = scale * (z[rows] @ z[columns].T)  # (r, c)
         if rows == columns:
             tile.fill_diagonal_(-torch.inf)
-        if identities is not None:  # rows are of the first half, columns of the second
-            half = len(z) // 2
-            others = identities[columns.start - half : columns.stop - half]
-            _exclude_duplicates(tile, identities[rows], others, own=rows.start + half - columns.start)
+        if identities is not None:
+            both = torch.cat([identities, identities])  # (2*B, G), of the rows of z
+            # Row i belongs to row i + B, which a tile within a half does not hold.
+            _exclude_duplicates(tile, both[rows], both[columns], own=rows.start + len(z) // 2 - columns.start)
         return tile
 
     @staticmethod

@@ -16,10 +16,13 @@ from torch.utils.data import Dataset, Sampler
 
 from inputs.archives import WebDataset, Yfcc15m
 from inputs.colour import Colours, apply_colour
+from inputs.columns import KNOWN_COLUMNS, PairColumns
 from inputs.images import UnreadableImage, decode_pixels
 from inputs.reader import Reader, number_of
+from inputs.sentences import draw_sentences
 from inputs.sources import Cc3m, Cc12m, Coco, Csv, RedCaps, Roco, RocoAll, RocoNonRadiology, RocoV2
 from inputs.transforms import Preprocess, View, as_view, ssl_pixels, train_pixels
+from tokenizer import Tokenizer
 
 READERS: dict[str, type[Reader]] = {
     "roco": Roco,
@@ -45,15 +48,18 @@ def create_reader(
     cache_dir: str | Path = "",
     val_fraction: float = 0.1,
     by_image: bool = False,
+    named: PairColumns = KNOWN_COLUMNS,
 ) -> Reader:
     """The reader `name` of READERS; `Reader` explains the arguments.
 
-    Raises ValueError for an unknown name, split or filter, FileNotFoundError where the split's files are
+    Raises ValueError for an unknown name, split, filter or column, FileNotFoundError where the split's files are
     absent.
     """
     if name not in READERS:
         raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(READERS)}")
-    return READERS[name](root, metadata, split, caption_filter, cache_dir, val_fraction, by_image)
+    if named != KNOWN_COLUMNS and not issubclass(READERS[name], Csv):
+        raise ValueError(f"columns are named, and studies read, of a table, --dataset csv; {name} has its publisher's")
+    return READERS[name](root, metadata, split, caption_filter, cache_dir, val_fraction, by_image, named)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,8 +117,13 @@ class ContrastiveDataset(Dataset):
     With `colour_later` the SSL views are crops as they are, and "view1_colour", "view2_colour" say with what
     `colour.apply_colour_batch` finishes them on the accelerator.
 
+    With `sentences`, a tokenizer, a caption that is longer than its context is `draw_sentences` of it.
+
     With `identities` a sample also has "identities", two whole numbers that are the same for the same file of an image
-    and for the same caption.
+    and for the same caption, as it was drawn.
+
+    Where the reader knows studies, "view2" is of another image of the same study, where there is one, and "studies" is
+    the study's number.
 
     An unreadable image is an error. With `bad_samples`, a file, it is named there and another image, chosen
     from the same numbers, takes its place; more than `max_bad_fraction` of the reader's images end the run.
@@ -120,6 +131,7 @@ class ContrastiveDataset(Dataset):
 
     INPUTS = ("text", "image", "view1", "view2")  # in the order of their random numbers
     ATTEMPTS = 10
+    SENTENCES, STUDY = ATTEMPTS + 1, ATTEMPTS + 2  # behind the numbers of stand-ins: what they draw moves no view
 
     def __init__(
         self,
@@ -131,12 +143,13 @@ class ContrastiveDataset(Dataset):
         max_bad_fraction: float = 0.01,
         colour_later: bool = False,
         identities: bool = False,
+        sentences: Tokenizer | None = None,
     ):
         unknown = sorted(set(inputs) - set(self.INPUTS))
         if unknown:
             raise ValueError(f"unknown inputs {', '.join(unknown)}; choose from {', '.join(self.INPUTS)}")
         self.reader, self.inputs, self.preprocess, self.seed = reader, inputs, preprocess, seed
-        self.colour_later, self.identities = colour_later, identities
+        self.colour_later, self.identities, self.sentences = colour_later, identities, sentences
         self.unreadable = UnreadableImages(bad_samples, max_bad_fraction * len(reader)) if bad_samples else None
 
     def __len__(self) -> int:
@@ -152,13 +165,21 @@ class ContrastiveDataset(Dataset):
         if "text" in self.inputs:
             captions = self.reader.captions(index)
             sample["text"] = captions[rng.integers(len(captions))]
+            if self.sentences is not None:
+                numbers = np.random.default_rng((self.seed, *key, self.SENTENCES))
+                length, most = self.sentences.length, self.sentences.context_length
+                sample["text"] = draw_sentences(sample["text"], length, most, numbers)
             if self.identities:
                 sample["identities"] = [number_of(data), number_of(sample["text"].encode())]
         if "image" in self.inputs:
             sample["image"] = train_pixels(self.preprocess, pixels, rng)
-        for name in ("view1", "view2"):
+        second = pixels
+        if "view2" in self.inputs and self.reader.studies is not None:
+            sample["studies"] = [int(self.reader.studies.of[index])]
+            second = self._of_study(key, self.reader.studies.others(index), pixels)
+        for name, source in (("view1", pixels), ("view2", second)):
             if name in self.inputs:
-                sample[name], colour = ssl_pixels(self.preprocess, pixels, rng)
+                sample[name], colour = ssl_pixels(self.preprocess, source, rng)
                 if self.colour_later:
                     sample[f"{name}_colour"] = colour
                 else:
@@ -168,17 +189,31 @@ class ContrastiveDataset(Dataset):
     def _pixels(self, epoch: int, index: int) -> tuple[int, bytes, torch.Tensor]:
         """The image at `index`, or the first of its stand-ins that can be read: its own index, file and planes."""
         for attempt in range(1, self.ATTEMPTS + 1):
-            try:
-                data = self.reader.data(index)
-                return index, data, decode_pixels(data, self.reader.name(index))
-            except (UnreadableImage, FileNotFoundError) as error:
-                if self.unreadable is None:
-                    raise
-                self.unreadable.add(self.reader.name(index), str(error))
-                stand_in = np.random.default_rng((self.seed, epoch, index, attempt))
-                index = int(stand_in.integers(len(self.reader)))
+            if (found := self._read(index)) is not None:
+                return index, *found
+            stand_in = np.random.default_rng((self.seed, epoch, index, attempt))
+            index = int(stand_in.integers(len(self.reader)))
         named = f": see {self.unreadable.path}" if self.unreadable else ""
         raise UnreadableImage(f"{self.ATTEMPTS} images in a row cannot be read{named}")
+
+    def _of_study(self, key: tuple[int, int], others: np.ndarray, own: torch.Tensor) -> torch.Tensor:
+        """Planes of one of the study's other images, drawn for `key`; the image's own where none can be read."""
+        numbers = np.random.default_rng((self.seed, *key, self.STUDY))
+        for other in numbers.permutation(others).tolist():
+            if (found := self._read(other)) is not None:
+                return self.preprocess.pixels(found[1])
+        return own
+
+    def _read(self, index: int) -> tuple[bytes, torch.Tensor] | None:
+        """File and planes of an image; None for one that cannot be read, once it is noted."""
+        try:
+            data = self.reader.data(index)
+            return data, decode_pixels(data, self.reader.name(index))
+        except (UnreadableImage, FileNotFoundError) as error:
+            if self.unreadable is None:
+                raise
+            self.unreadable.add(self.reader.name(index), str(error))
+            return None
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -217,7 +252,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
 class Collate:
     """Samples to a batch: views stacked to uint8 (B, 3, S, S), "text" tokenised to (B, L), "index" (B,), "identities"
-    (B, 2).
+    (B, 2), "studies" (B, 1).
 
     What happens to the views' colours becomes `colour.Colours`.
 
@@ -241,7 +276,7 @@ class Collate:
                     longest = int(real.any(0).nonzero().max()) + 1  # every caption has its start and end token
                     tokens = tokens[:, : longest + -longest % 8].contiguous()
                 batch[name] = tokens
-            elif name in ("index", "identities"):
+            elif name in ("index", "identities", "studies"):
                 batch[name] = torch.tensor(values)
             elif name.endswith("_colour"):
                 batch[name] = Colours.of(values)

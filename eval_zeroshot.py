@@ -33,6 +33,7 @@ from evaluation.downstream import ZeroShotSet
 from evaluation.features import Loading, classify_zeroshot, embed_pairs, zeroshot_probabilities
 from evaluation.predictions import Predictions, describe_measured, score_predictions, without_metrics
 from evaluation.run_folder import count_reading
+from inputs.columns import PairColumns
 from inputs.reader import Reader
 from inputs.transforms import Preprocess, View
 from runtime.logs import start_logging
@@ -92,7 +93,8 @@ def open_sets(
     All sets are opened, and their classes compared with the class names, before the first is evaluated.
     """
     if args.root:
-        reader = create_reader(args.dataset, args.root, args.metadata, args.split, args.caption_filter)
+        named = PairColumns(args.image_column, tuple(args.caption_columns))
+        reader = create_reader(args.dataset, args.root, args.metadata, args.split, args.caption_filter, named=named)
         return {args.dataset: reader}, {}
     catalog = read_catalog(args.catalog)
     opened, absent = {}, {}

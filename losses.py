@@ -57,15 +57,19 @@ def siglip_loss(
     return terms.sum() / len(logits)
 
 
-def simclr_loss(aug1: Tensor, aug2: Tensor, temperature: float = 0.1) -> Tensor:
+def simclr_loss(aug1: Tensor, aug2: Tensor, temperature: float = 0.1, same_study: Tensor | None = None) -> Tensor:
     """NT-Xent (Chen et al. 2020, equation 1): among the 2*B - 1 other views find the one of the same image.
 
     Args:
-        aug1, aug2: embeddings (B, D) of two views of each image.
+        aug1, aug2: embeddings (B, D) of two views of each image, or of two images of a study (Azizi et al. 2021,
+            section 3.2).
+        same_study: (B, B), where no view of the one is a negative of any view of the other; the diagonal is ignored.
     """
     z = F.normalize(torch.cat([aug1, aug2]), dim=-1)  # (2*B, D)
     logits = z @ z.T / temperature  # (2*B, 2*B)
-    logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    left_out = own if same_study is None else own | same_study.tile(2, 2) & ~own.roll(len(aug1), 1)
+    logits = logits.masked_fill(left_out, -torch.inf)
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(aug1)))
 
 
@@ -95,6 +99,7 @@ class LossSettings:
     ssl_temp: float = 0.1  # softmax temperature of the SimCLR loss
     gather_with_grad: bool = True
     mask_duplicates: bool = False
+    mask_studies: bool = False
 
 
 class CLIPLoss(nn.Module):
@@ -178,11 +183,14 @@ class SIMCLRLoss(nn.Module):
 
     Args:
         temperature: softmax temperature on cosine similarity.
+        mask_studies: the views of images of one study are not each other's negatives. They are told by `studies`
+            (B, 1), a whole number that stands for the study.
     """
 
-    def __init__(self, temperature: float = 0.1):
+    def __init__(self, temperature: float = 0.1, mask_studies: bool = False):
         super().__init__()
         self.temperature = temperature
+        self.mask_studies = mask_studies
 
     def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Embeddings (B, D) of both views to the metrics that the class names."""
@@ -190,14 +198,20 @@ class SIMCLRLoss(nn.Module):
             a, b = outputs["aug1_embed"], outputs["aug2_embed"]  # (B, D) each
             # Filled on the device: a copy of a number from the host would wait for it.
             scale = a.new_full((), 1 / self.temperature, dtype=torch.promote_types(a.dtype, torch.float32))
+            studies = outputs["studies"] if self.mask_studies else None
             first = 0
             if distributed.world_size() == 1:
-                loss, match = contrast_pairs(a, b, scale, within=True, largest_logit=1 / self.temperature)
+                loss, match = contrast_pairs(
+                    a, b, scale, within=True, largest_logit=1 / self.temperature, identities=studies
+                )
             else:
                 a, b, first = _unit(a), _unit(b), len(a) * distributed.rank()
                 all_a, all_b = distributed.gather_batch(a), distributed.gather_batch(b)  # (N*B, D) each
                 # The columns are all second views, then all first ones, among which a row meets itself.
                 places: dict[str, Any] = {"first_own": first, "first_excluded": len(all_b) + first}
+                if studies is not None:
+                    columns = distributed.gather_batch(studies, with_grad=False).tile(2, 1)  # (2*N*B, 1)
+                    places |= {"row_identities": studies, "column_identities": columns}
                 loss_a, match = contrast_rows(a, torch.cat([all_b, all_a]), scale, **places)
                 loss_b, _ = contrast_rows(b, torch.cat([all_a, all_b]), scale, **places)
                 loss = (loss_a + loss_b) / 2

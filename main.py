@@ -48,6 +48,7 @@ from evaluation.features import Loading, classify_zeroshot, embed_pairs
 from evaluation.metrics import percent, retrieval_metrics
 from inputs import loader
 from inputs.colour import apply_colour_batch
+from inputs.columns import PairColumns
 from inputs.reader import NoSplit, NothingKept, Reader
 from inputs.transforms import Preprocess
 from runtime.checkpoints import (
@@ -75,7 +76,7 @@ log = logging.getLogger("medslip")
 RESUME_SETTINGS = (
     "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
     "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze",
-    "shard", "mask_duplicates", "hold_batchnorm", "lora",
+    "shard", "mask_duplicates", "hold_batchnorm", "lora", "sentences", "study_views",
 )  # fmt: skip
 
 
@@ -278,6 +279,9 @@ def build_reader(args: argparse.Namespace, split: str, caption_filter: str, quie
             cache_dir=args.cache_dir,
             val_fraction=args.val_fraction,
             by_image=began_by_image(args),
+            named=PairColumns(
+                args.image_column, tuple(args.caption_columns), study=args.study_views and split == "train"
+            ),
         )
     except FileNotFoundError as error:
         if args.dataset != "yfcc15m":
@@ -365,6 +369,7 @@ def build_loader(
         max_bad_fraction=args.max_bad_fraction,
         colour_later=processes.device.type == "cuda",
         identities=args.mask_duplicates,
+        sentences=tokenizer if args.sentences else None,
     )
     return loader.make_loader(
         dataset,
@@ -441,7 +446,9 @@ def prepare_learner(args: argparse.Namespace, processes: Processes, model: Any) 
     optimizer = torch.optim.AdamW(
         utils.parameter_groups(model, args.wd), lr=args.lr, betas=tuple(args.betas), eps=args.eps, fused=True
     )
-    settings = losses.LossSettings(args.ssl_scale, args.ssl_temp, args.gather_with_grad, args.mask_duplicates)
+    settings = losses.LossSettings(
+        args.ssl_scale, args.ssl_temp, args.gather_with_grad, args.mask_duplicates, args.study_views
+    )
     loss = model.objective.loss(settings)
     return Learner(args, processes, model, wrapped, loss, optimizer, processes.autocast, processes.scaler())
 
@@ -651,8 +658,11 @@ class Totals:
         return torch.cat([self.metrics, self.count[None], self.skipped[None]])
 
 
+TOLD = ("identities", "studies")  # of a batch, which the model does not see
+
+
 def accumulate_micro(
-    run: Run, micro_batches: list[list[Tensor]], identities: list[Tensor] | None = None
+    run: Run, micro_batches: list[list[Tensor]], told: list[dict[str, Tensor]] | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Gradients of the mean loss of the micro-batches, each contrasted within itself; yields each one's metrics.
 
@@ -660,14 +670,13 @@ def accumulate_micro(
 
     Args:
         micro_batches: of each the objective's inputs, (B, ...).
-        identities: of each what tells duplicates, (B, 2), where the loss asks for it.
+        told: of each what the loss asks for beside embeddings: which pairs are no negatives (B, G).
     """
     for i, inputs in enumerate(micro_batches):
         with distributed.gradient_exchange(run.wrapped, last=i == len(micro_batches) - 1):
             with run.autocast():
                 outputs = run.wrapped(*inputs)
-            if identities is not None:
-                outputs["identities"] = identities[i]
+            outputs |= told[i] if told else {}
             metrics = run.loss(outputs)
             run.scaler.scale(metrics["loss"] / len(micro_batches)).backward()
         yield metrics
@@ -675,7 +684,7 @@ def accumulate_micro(
 
 
 def accumulate_full(
-    run: Run, micro_batches: list[list[Tensor]], identities: list[Tensor] | None = None
+    run: Run, micro_batches: list[list[Tensor]], told: list[dict[str, Tensor]] | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Gradients of the loss over all micro-batches as one batch, in the memory of one; yields the step's metrics.
 
@@ -693,8 +702,8 @@ def accumulate_full(
     leaves = [torch.cat(parts).requires_grad_() for parts in zip(*features, strict=True)]  # (k*B, ...) each
     with run.autocast():
         outputs = run.model.heads(*leaves)
-    if identities is not None:
-        outputs["identities"] = torch.cat(identities)
+    told = told or [{}]
+    outputs |= {key: torch.cat([of_batch[key] for of_batch in told]) for key in told[0]}
     metrics = run.loss(outputs)
     run.scaler.scale(metrics["loss"]).backward()  # the heads' gradients, and those of the features
     # Second pass: the same features with a graph, through which each micro-batch's part of the gradient flows on.
@@ -745,16 +754,14 @@ def update(run: Run, batches: list[dict[str, Any]], totals: Totals) -> None:
 
     # Data to the device, and what forward passes change set aside: BatchNorm's running statistics.
     micro_batches = [[to_device(b, key, model.preprocess, device) for key in model.objective.inputs] for b in batches]
-    identities = None
-    if "identities" in batches[0]:
-        identities = [b["identities"].to(device, non_blocking=True) for b in batches]
+    told = [{key: b[key].to(device, non_blocking=True) for key in TOLD if key in b} for b in batches]
     buffers = [b for b in model.buffers() if b.is_floating_point()]
     before = [b.clone() for b in buffers]
 
     # Gradients.
     accumulate = accumulate_full if args.accum_negatives == "full" else accumulate_micro
     try:
-        found = list(accumulate(run, micro_batches, identities))
+        found = list(accumulate(run, micro_batches, told))
         finite = distributed.gradients_finite(model)
     except Exception:
         for buffer, old in zip(buffers, before, strict=True):

@@ -306,14 +306,16 @@ OBJECTIVES = {
     "simclr": Objective(
         model=SIMCLR,
         inputs=("view1", "view2"),
-        loss=lambda s: losses.SIMCLRLoss(s.ssl_temp),
+        loss=lambda s: losses.SIMCLRLoss(s.ssl_temp, s.mask_studies),
         metrics=("loss", "ssl_loss", "ssl_acc"),
     ),
     "slip": Objective(
         model=SLIP,
         inputs=("image", "text", "view1", "view2"),
         loss=lambda s: losses.SLIPLoss(
-            losses.CLIPLoss(s.gather_with_grad, s.mask_duplicates), losses.SIMCLRLoss(s.ssl_temp), s.ssl_scale
+            losses.CLIPLoss(s.gather_with_grad, s.mask_duplicates),
+            losses.SIMCLRLoss(s.ssl_temp, s.mask_studies),
+            s.ssl_scale,
         ),
         metrics=("loss", "clip_loss", "ssl_loss", "clip_acc", "ssl_acc"),
         validation=("retrieval", "zero-shot"),
@@ -330,7 +332,7 @@ OBJECTIVES = {
         model=SLIP,
         inputs=("image", "text", "view1", "view2"),
         loss=lambda s: losses.SLIPLoss(
-            losses.SigLIPLoss(s.mask_duplicates), losses.SIMCLRLoss(s.ssl_temp), s.ssl_scale
+            losses.SigLIPLoss(s.mask_duplicates), losses.SIMCLRLoss(s.ssl_temp, s.mask_studies), s.ssl_scale
         ),
         metrics=("loss", "siglip_loss", "ssl_loss", "siglip_acc", "ssl_acc"),
         validation=("retrieval", "zero-shot"),

@@ -29,6 +29,7 @@ class Tokenizer(Protocol):
     """What training and evaluation ask of a tokenizer."""
 
     kind: str  # key of TOKENIZERS
+    context_length: int  # tokens of a row at most, special ones included
 
     @property
     def vocab_size(self) -> int:
@@ -37,6 +38,10 @@ class Tokenizer(Protocol):
 
     def spec(self) -> dict[str, Any]:
         """Plain values from which `create_tokenizer` makes it again."""
+        ...
+
+    def length(self, text: str) -> int:
+        """Tokens of a text that nothing is cut from, special ones included."""
         ...
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
@@ -168,6 +173,10 @@ class SimpleTokenizer:
         """Ids of the text alone: no start, end or padding, any length."""
         return [i for word in _WORD.findall(clean_text(text)) for i in self._word_ids(word)]
 
+    def length(self, text: str) -> int:
+        """Tokens of a text that nothing is cut from, start and end included."""
+        return len(self.encode(text)) + 2
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, a space after each word."""
         text = "".join(self.tokens[int(i)] for i in ids)
@@ -246,6 +255,11 @@ class LibraryTokenizer:
         """Plain values from which `create_tokenizer` makes it again."""
         names = ("kind", "definition", "context_length", "pad_id", "pad_to", "pad_side", "clean")
         return {name: getattr(self, name) for name in names}
+
+    def length(self, text: str) -> int:
+        """Tokens of a text that nothing is cut from, special ones included."""
+        self._backend.no_truncation()
+        return len(self._backend.encode(CLEANS[self.clean](text)).ids)
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
         """n texts to ids (n, L) with the special tokens of the library."""

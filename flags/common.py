@@ -6,6 +6,7 @@ import argparse
 import ast
 import os
 from pathlib import Path
+from typing import Any
 
 from flags.names import PRECISIONS
 
@@ -59,6 +60,15 @@ def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
         "else fp16; fp32 on a CPU, where bf16 is faster if the processor has units for it (recent server CPUs)",
     )
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+
+
+def add_column_arguments(parser: Any) -> None:
+    """What the columns of one's own table of pairs are called."""
+    parser.add_argument("--image-column", default="", type=str, metavar="NAME",
+                        help="csv: the column of image files (default: image, filepath or the like)")
+    parser.add_argument("--caption-columns", default=[], nargs="+", type=str, metavar="NAME",
+                        help="csv: the column of captions, or the sections of a report (findings impression), which "
+                        "are joined in this order (default: caption, text, report or the like)")
 
 
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flags.common import add_workers_argument, description
+from flags.common import add_column_arguments, add_workers_argument, description
 from flags.names import CATALOG, CBIS_COLUMNS, READERS
 from inputs.display import add_frame_argument
 from runtime.command_line import HelpFormatter, Parser
@@ -121,6 +121,7 @@ def add_shards(commands: Any) -> None:
     parser.add_argument("--dataset", required=True, choices=READERS, help="which reader, as for main.py")
     parser.add_argument("--root", required=True, help="folder of the dataset, as for main.py")
     parser.add_argument("--metadata", default="", help="file of captions where the layout does not fix it")
+    add_column_arguments(parser)
     parser.add_argument("--split", default="train", help="train, validation or test")
     parser.add_argument("--output", type=Path, required=True, help="folder of the shards; one for each split")
     parser.add_argument("--shard-size", type=int, default=5000, help="images in a shard; 1,000 to 10,000 are usual")
@@ -204,6 +205,7 @@ def add_check(commands: Any) -> None:
     parser.add_argument("--dataset", default="", choices=["", *READERS], help="which reader, as for main.py")
     parser.add_argument("--root", default="", help="folder of the dataset, as for main.py")
     parser.add_argument("--metadata", default="", help="file of captions where the layout does not fix it")
+    add_column_arguments(parser)
     parser.add_argument("--set", default="", metavar="NAME", help="a labelled set of the catalog instead")
     parser.add_argument("--catalog", default=str(CATALOG), help="where the labelled sets are")
     parser.add_argument("--output", type=Path, default=Path("unreadable.txt"), help="the images that cannot be decoded")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flags.common import add_distributed_arguments, description
+from flags.common import add_column_arguments, add_distributed_arguments, description
 from flags.names import CATALOG, MODELS, READERS, SIGMOID
 from inputs.sizes import ImageSize
 from runtime.command_line import HelpFormatter, Parser, UsageError, add_config_argument, positive_int
@@ -33,6 +33,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--metadata", default="yfcc15m.pkl", type=str,
                       help="file of captions where the layout does not fix it; for csv the table of pairs, with a "
                       "column `split` or {split} in its name where there is a validation split")
+    add_column_arguments(data)
     data.add_argument("--val-fraction", default=0.1, type=float, metavar="FRACTION",
                       help="csv: of a table that names no splits, hold out this fraction for validation, of the "
                       "patients where a column tells them, else of the images, the same ones in every run; 0 trains on "
@@ -41,6 +42,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                       help="keep pairs whose caption matches: all, mammo-xray, mammo (word lists in "
                       "inputs/caption_filters.py), or a regular expression, matched without regard to case; validation "
                       "is filtered too")
+    data.add_argument("--sentences", action="store_true",
+                      help="of a caption that is longer than the context, read whole sentences drawn anew in each "
+                      "epoch, in its order; validation reads its beginning")
     data.add_argument("--cache-dir", default="", type=str,
                       help="where the index of a large dataset is kept; by default beside its metadata")
     data.add_argument("--max-bad-fraction", "--max-bad-share", default=0.01, type=float, metavar="FRACTION",
@@ -141,6 +145,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--mask-duplicates", action="store_true",
                        help="pairs of a batch with the same image or the same caption are not each other's negatives "
                        "in the image-text loss; the published ones take them for negatives")
+    train.add_argument("--study-views", action="store_true",
+                       help="csv: the second view of the SimCLR loss is of another image of the same study (the column "
+                       "study), and images of a study are not each other's negatives in that loss")
     train.add_argument("--shard", action="store_true",
                        help="split parameters, gradients and optimizer state over the processes (PyTorch's FSDP2), "
                        "for models that do not fit one GPU; same losses and weights, more communication")

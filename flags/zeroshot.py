@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flags.common import add_distributed_arguments
+from flags.common import add_column_arguments, add_distributed_arguments
 from flags.names import CATALOG, MODELS, READERS
 from inputs.sizes import ImageSize
 from runtime.command_line import Parser, UsageError, positive_int
@@ -69,6 +69,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                        help=f"what lies at --root: {', '.join(READERS)}")
     pairs.add_argument("--root", default="", type=str, help="folder of the image-text pairs")
     pairs.add_argument("--metadata", default="", type=str, help="caption file (default: the publisher's place)")
+    add_column_arguments(pairs)
     pairs.add_argument("--split", default="test", type=str, help="split of the pairs: train, validation or test")
     pairs.add_argument("--caption-filter", default="all", type=str,
                        help="all, mammo-xray, mammo or a regular expression: which pairs are the candidates")

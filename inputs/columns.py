@@ -60,6 +60,18 @@ class TextBuilder:
         return TextColumn(data, offsets.astype(np.uint32) if len(data) < 2**32 else offsets)
 
 
+@dataclass(frozen=True)
+class PairColumns:
+    """What the columns of somebody's own table of pairs are called, where the reader shall not look for itself."""
+
+    image: str = ""  # "" for the first name that the reader knows
+    captions: tuple[str, ...] = ()  # the sections of a report, in the order in which they are joined; () as above
+    study: bool = False  # whether the column of studies is read
+
+
+KNOWN_COLUMNS = PairColumns()
+
+
 @dataclass(slots=True)
 class Row:
     """One image as its metadata states it."""
@@ -68,6 +80,7 @@ class Row:
     image: Any  # path relative to the root, or a number where a rule gives the path
     captions: list[str]
     rows: int = 1  # of the metadata
+    study: str = ""  # which other images show the same; "" where it is not known, or not read
 
 
 @dataclass
@@ -80,6 +93,22 @@ class Columns:
     dropped: int  # rows whose image is absent
     log: list[str]
     absent: list = field(default_factory=list)  # images of at most ABSENT_SAMPLE of the rows dropped, drawn at random
+    studies: np.ndarray | None = None  # (n,) int64, the same number for rows of one study
+
+
+class Studies:
+    """Which of n rows show the same together; `of` (n,) int64 has the same number for the rows of one study."""
+
+    def __init__(self, of: np.ndarray):
+        self.of = of
+        self.order = np.argsort(of, kind="stable")
+        self.sorted = of[self.order]
+
+    def others(self, i: int) -> np.ndarray:
+        """The rows of the same study as row i, without itself."""
+        first, stop = (np.searchsorted(self.sorted, self.of[i], side) for side in ("left", "right"))
+        rows = self.order[first:stop]
+        return rows[rows != i]
 
 
 ABSENT_SAMPLE = 256

@@ -15,11 +15,13 @@ SPLIT_NAMES = {
 }
 SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 
+# Columns that tell which images show the same together: two views of a breast, of a chest.
+STUDY_COLUMNS = ("study", "study_id", "studyid", "study_instance_uid", "studyinstanceuid")
 # Columns that tell what belongs together, the widest first: a patient has studies, a study has images.
 GROUP_COLUMNS = (
     "group", "group_id", "patient", "patient_id", "patientid", "patient_name", "patientname", "mrn", "pid", "subject",
     "subject_id", "subjectid", "participant", "participant_id", "participantid", "case", "case_id", "caseid",
-    "record_id", "recordid", "study", "study_id", "studyid", "study_instance_uid", "studyinstanceuid",
+    "record_id", "recordid", *STUDY_COLUMNS,
 )  # fmt: skip
 # What pandas, R and spreadsheets write for an empty cell, or for one that could not be computed.
 EMPTY = (

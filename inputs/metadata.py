@@ -3,7 +3,8 @@
 Tables are refused where a row is not what the header says. A pickle is a program: `read_pickle` executes only those
 that build plain values and numpy arrays, and even these never reach numpy: its own functions would take addresses from
 the file (an object array over given bytes is a list of pointers), so stand-ins below collect what the pickle states.
-`iter_json` reads long JSON lists piece by piece. No path leaves its root (`inside`).
+`iter_json` reads long JSON lists piece by piece, `JsonLines` a table of one JSON object a line. No path leaves its root
+(`inside`).
 """
 
 from __future__ import annotations
@@ -105,13 +106,7 @@ class Table:
 
         A name that the header lacks is also found with blanks, dots or hyphens in place of its `_`.
         """
-        for name in names:
-            for header in (self.header, [column_key(own) for own in self.header]):
-                if name in header:
-                    refuse_twice(self.path, header, name)
-                    return header.index(name)
-        header = ", ".join(self.header)
-        raise ValueError(f"{self.path} has no column {' or '.join(names)}; its columns: {header}")
+        return find_column(self.path, self.header, names)
 
     def __iter__(self) -> Iterator[tuple[str, list[str]]]:
         with self._open() as file:
@@ -141,6 +136,75 @@ class Table:
                 raise ValueError(self._not_utf8(f"after line {rows.line_num}", error)) from error
 
 
+class JsonLines:
+    """A file with a JSON object on each line, read as a `Table`: the columns are the keys of all lines.
+
+    A key that a line lacks, or that holds null, is an empty cell. Blank lines are left out.
+
+    Raises:
+        ValueError: naming file and line, for what is no JSON object in UTF-8, a key that is there twice, or a list or
+            an object in a column that `column` was asked for.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        utils.refuse_lfs_pointer(path)
+        names = dict.fromkeys(name for _, item in progress(self._objects(), path.name, unit=" lines") for name in item)
+        self.names = list(names)
+        self.header = [name.strip().lower() for name in self.names]
+        self.asked: list[int] = []
+
+    def column(self, *names: str) -> int:
+        """As of a `Table`."""
+        self.asked.append(find_column(self.path, self.header, names))
+        return self.asked[-1]
+
+    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
+        for where, item in self._objects():
+            fields = [""] * len(self.names)
+            for column in self.asked:
+                value = item.get(self.names[column])
+                if isinstance(value, list | dict):
+                    raise ValueError(
+                        f"{where}: {self.names[column]!r} holds no text but a "
+                        f"{'list' if isinstance(value, list) else 'JSON object'}: {str(value)[:80]}"
+                    )
+                fields[column] = "" if value is None else str(value)
+            yield where, fields
+
+    def _objects(self) -> Iterator[tuple[str, dict]]:
+        with open(self.path, "rb") as file:  # text mode knows no line of what is not UTF-8
+            for number, line in enumerate(file, 1):
+                where = f"{self.path} line {number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                    item = json.loads(text, object_pairs_hook=_once) if text else None
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{where} is not UTF-8: {error}") from error
+                except json.JSONDecodeError as error:  # whose own text speaks of a line 1
+                    raise ValueError(f"{where} is no JSON: {error.msg}, character {error.pos + 1}") from error
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{where} is no JSON: {error}: {text[:80]}") from error
+                if isinstance(item, dict):
+                    yield where, item
+                elif text:
+                    raise ValueError(f"{where} is no JSON object, as each line has to be: {text[:80]}")
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; ValueError for a key that is there twice, of which Python keeps the last."""
+    item = dict(pairs)
+    if len(item) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} more than once")
+    return item
+
+
+def open_table(path: Path) -> Table | JsonLines:
+    """A table by its name: JSON lines where it ends in .jsonl, else CSV or TSV."""
+    return JsonLines(path) if path.suffix.lower() == ".jsonl" else Table(path)
+
+
 def _first_row(file: TextIO) -> str:
     """The first row of a table: one line, or the lines of a quoted name with line breaks."""
     lines = [file.readline()]
@@ -149,6 +213,16 @@ def _first_row(file: TextIO) -> str:
         lines.append(line)
         open_quote ^= line.count('"') % 2
     return lines[0] if open_quote else "".join(lines)  # a mark that nothing closes belongs to a name
+
+
+def find_column(path: Path, header: list[str], names: Iterable[str]) -> int:
+    """As `Table.column` finds it in a header in lower case."""
+    for name in names:
+        for spelled, wanted in ((header, name.strip().lower()), (list(map(column_key, header)), column_key(name))):
+            if wanted in spelled:
+                refuse_twice(path, spelled, wanted)
+                return spelled.index(wanted)
+    raise ValueError(f"{path} has no column {' or '.join(names)}; its columns: {', '.join(header)}")
 
 
 def refuse_twice(path: Path, header: list[str], name: str) -> None:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from inputs.caption_filters import CAPTION_FILTERS, caption_pattern
-from inputs.columns import ABSENT_SAMPLE, Columns, Row, TextBuilder, TextColumn
+from inputs.columns import ABSENT_SAMPLE, KNOWN_COLUMNS, Columns, PairColumns, Row, Studies, TextBuilder, TextColumn
 from inputs.conventions import no_value
 from inputs.files import on_disk
 from inputs.images import decode_image, decode_pixels, read_bytes
@@ -64,7 +64,10 @@ def first_file(choices: list[Path], split: str) -> Path:
 
 
 def grouped(rows: Iterable[Row]) -> Iterable[Row]:
-    """Rows of the same image as one with all their captions, at the place of the first; rows without a caption stay."""
+    """Rows of the same image as one with all their captions, at the place of the first; rows without a caption stay.
+
+    Raises ValueError where they tell different studies.
+    """
     first: dict[Any, Row] = {}
     texts: dict[Any, dict[str, None]] = {}  # of an image with several rows, in order, to look a text up in
     out = []
@@ -78,6 +81,12 @@ def grouped(rows: Iterable[Row]) -> Iterable[Row]:
                 texts[row.image] = dict.fromkeys(earlier.captions)
             texts[row.image].update(dict.fromkeys(row.captions))
             earlier.rows += 1
+            if row.study and earlier.study not in ("", row.study):
+                raise ValueError(
+                    f"{row.where}: the image {row.image} is of the study {row.study.expandtabs(1)!r} here, and of "
+                    f"{earlier.study.expandtabs(1)!r} in {earlier.where}"
+                )
+            earlier.study = earlier.study or row.study
     for image, several in texts.items():
         first[image].captions = list(several)
     return out
@@ -111,6 +120,7 @@ class Reader:
         cache_dir: where an `indexed` reader keeps its index; "" for beside the metadata.
         val_fraction: of the images, held out where one table names no splits; see Csv.
         by_image: hold out images one by one even where a column of patients tells what belongs together.
+        named: the columns of a table; see Csv.
     """
 
     splits: tuple[str, ...] = SPLITS
@@ -130,22 +140,32 @@ class Reader:
         cache_dir: str | Path = "",
         val_fraction: float = 0.1,
         by_image: bool = False,
+        named: PairColumns = KNOWN_COLUMNS,
     ):
         if split not in self.splits:
             raise ValueError(f"this dataset has no split {split!r}; choose from {', '.join(self.splits)}")
         self.root = on_disk(os.path.abspath(root))
         if not self.root.is_dir():
             raise FileNotFoundError(f"the data root {self.root} is not a folder")
-        self.split, self.val_fraction, self.by_image = split, val_fraction, by_image
+        self.split, self.val_fraction, self.by_image, self.named = split, val_fraction, by_image, named
         self.remarks: list[str] = []  # of `rows`, about the metadata
         pattern = caption_pattern(caption_filter)
         self.locate(metadata)
         columns = indexed_columns(self, cache_dir) if self.indexed else self.columns()
         self.images, self.texts, self.first = columns.images, columns.texts, columns.first
         self.dropped, self.log = columns.dropped, list(columns.log)
+        self.studies: Studies | None = None  # of the images that are left
         self.kept: np.ndarray | None = None  # the rows that the caption filter leaves, None for all
         if pattern is not None:
             self._keep(pattern, caption_filter)
+        if columns.studies is not None:
+            self.studies = Studies(columns.studies if self.kept is None else columns.studies[self.kept])
+            _, sizes = np.unique(self.studies.of, return_counts=True)
+            self.log.append(f"{sizes[sizes > 1].sum()} of {len(self)} images have another one of their study")
+            if sizes.max() == 1:
+                raise ValueError(f"{self.files[0]}: no study has two images, so none can be the other's second view")
+            if len(sizes) == 1:
+                raise ValueError(f"{self.files[0]}: all images are of one study, so there is none to tell them from")
 
     def locate(self, metadata: str) -> None:
         """Set `files`, and `root` where it lies deeper; FileNotFoundError says what was expected."""
@@ -176,7 +196,8 @@ class Reader:
         exists = self.finder()
         images: Any = array("i") if self.numbered else TextBuilder(paths=True)
         texts = TextBuilder()
-        first = array("q", [0])
+        first, studies = array("q", [0]), array("q")
+        numbers: dict[str, int] = {}  # of studies
         absent = silent = 0  # rows without an image, rows without a caption
         first_absent = first_silent = ""
         several = 0  # rows of images that have others
@@ -198,6 +219,8 @@ class Reader:
                 first_silent = first_silent or row.where
             else:
                 images.append(row.image)
+                if self.named.study:  # an image of no study is one by itself
+                    studies.append(numbers.setdefault(row.study, len(numbers)) if row.study else -len(first))
                 for text in row.captions:
                     texts.append(text)
                 first.append(first[-1] + len(row.captions))
@@ -216,7 +239,8 @@ class Reader:
         if counts.min() == counts.max():
             spans = spans[:2].copy()
         kept = np.frombuffer(images, dtype=np.int32) if self.numbered else images.column()
-        return Columns(kept, texts.column(), spans, absent, log, absent_images)
+        of = np.frombuffer(studies, dtype=np.int64) if self.named.study else None
+        return Columns(kept, texts.column(), spans, absent, log, absent_images, of)
 
     def _keep(self, pattern: re.Pattern, caption_filter: str) -> None:
         total = len(self)
@@ -268,7 +292,8 @@ class Reader:
         """SHA-256 over the paths and captions of all pairs, in their order."""
         digest = hashlib.sha256()
         parts = [self.images.data, self.images.offsets] if isinstance(self.images, TextColumn) else [self.images]
-        for part in (*parts, self.texts.data, self.texts.offsets, self.first, self.kept):
+        studies = None if self.studies is None else self.studies.of
+        for part in (*parts, self.texts.data, self.texts.offsets, self.first, self.kept, studies):
             if part is not None:
                 digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()

@@ -7,9 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inputs.columns import Row
-from inputs.conventions import SPLIT_NAMES, SPLIT_OF, alike, crossing, group_column, group_name, left_out, split_key
-from inputs.metadata import Table, fields_of, inside, iter_json, plain_path, read_pickle
+from inputs.conventions import (
+    SPLIT_NAMES,
+    SPLIT_OF,
+    STUDY_COLUMNS,
+    alike,
+    crossing,
+    group_column,
+    group_name,
+    left_out,
+    split_key,
+)
+from inputs.metadata import JsonLines, Table, fields_of, inside, iter_json, open_table, plain_path, read_pickle
 from inputs.reader import SPLITS, NoSplit, Reader, first_file, number_of
+from inputs.sentences import joined
 from utils import refuse_lfs_pointer
 
 
@@ -100,13 +111,17 @@ class RocoV2(Reader):
 
 
 class Csv(Reader):
-    """Any table of captions and of image paths in the root; comma, semicolon or tab separated.
+    """Any table of captions and of image paths in the root; comma, semicolon or tab separated, or JSON lines.
 
-    The columns are the first that the header holds of IMAGE and of CAPTION. The table is `metadata`, with {split} in
-    its name where each split has its own, or `<root>/<split>.csv` or `.tsv`. In one table for all splits a column
-    `split` tells them apart; without one, `val_fraction` of the images are held out for validation, always the same:
-    with a column of conventions.GROUP_COLUMNS those of whole patients, unless `by_image`.
+    The columns are those that `named` names, else the first that the header holds of IMAGE and of CAPTION; several
+    columns of captions are sections of one text. The table is `metadata`, with {split} in its name where each split has
+    its own, or `<root>/<split>` with an ending of KINDS. In one table for all splits a column `split` tells them apart;
+    without one, `val_fraction` of the images are held out for validation, always the same: with a column of
+    conventions.GROUP_COLUMNS those of whole patients, unless `by_image`. Studies are those of a column of
+    STUDY_COLUMNS, told apart within such a patient.
     """
+
+    KINDS = ("csv", "tsv", "jsonl")
 
     IMAGE = ("image", "image_path", "filepath", "file_path", "filename", "file_name", "path", "picture")
     CAPTION = ("caption", "title", "text", "report", "description", "sentence")
@@ -121,15 +136,19 @@ class Csv(Reader):
             places = [metadata.replace("{split}", name) for name in names]
             self.files = [first_file([Path(base, place) for place in places for base in ("", self.root)], self.split)]
         else:
-            self.find("", *(f"{name}.{kind}" for name in names for kind in ("csv", "tsv")))
+            self.find("", *(f"{name}.{kind}" for name in names for kind in self.KINDS))
 
     def rows(self) -> Iterator[Row]:
         """The rows of the split; NoSplit where the table has none."""
-        table = Table(self.files[0])
-        image, caption = table.column(*self.IMAGE), table.column(*self.CAPTION)
+        table = open_table(self.files[0])
+        image = table.column(self.named.image) if self.named.image else table.column(*self.IMAGE)
+        captions = [table.column(name) for name in self.named.captions] or [table.column(*self.CAPTION)]
         split = table.column("split") if "split" in table.header else None
         whole = group_column(table.header)
         group = table.column(whole) if whole else None
+        study = [table.column(*STUDY_COLUMNS)] if self.named.study else []
+        if study and group not in (None, *study):
+            study.insert(0, group)  # some count their studies in each patient anew
         held = self._held_out(table, image, group) if self.for_all_splits and split is None else set()
         chosen, unknown, splits_of = 0, Counter(), defaultdict(set)
         for where, fields in table:
@@ -145,7 +164,10 @@ class Csv(Reader):
                 splits_of[named].add(name)
             if name == self.split:
                 chosen += 1
-                yield Row(where, path, [fields[caption]])
+                row = Row(where, path, [joined(fields[caption] for caption in captions)])
+                names = [group_name(fields[column], "") for column in study]  # without a tab
+                row.study = "\t".join(names) if all(names) else ""
+                yield row
         self.groups = frozenset(group for group, splits in splits_of.items() if self.split in splits)
         self._remark(split is not None, unknown, whole, crossing(splits_of))
         if not chosen:
@@ -154,7 +176,7 @@ class Csv(Reader):
     def _path(self, cell: str) -> str:
         return plain_path(cell.strip()).removeprefix(self.prefix)
 
-    def _held_out(self, table: Table, image: int, group: int | None) -> set[str]:
+    def _held_out(self, table: Table | JsonLines, image: int, group: int | None) -> set[str]:
         """The images that are not trained on; with a column of groups those of whole ones, of one at least.
 
         An image of several groups belongs to its first, one without a group is one by itself. Groups whose names look

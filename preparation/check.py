@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 from evaluation import downstream
 from evaluation.catalog import read_catalog
-from inputs.columns import TextColumn
+from inputs.columns import PairColumns, TextColumn
 from inputs.conventions import crossing
 from inputs.files import on_disk
 from inputs.images import UnreadableImage
@@ -53,9 +53,10 @@ def run(args: argparse.Namespace) -> None:
 def open_pairs(args: argparse.Namespace) -> dict[str, Any]:
     """A reader for each split that is there."""
     found = {}
+    named = PairColumns(args.image_column, tuple(args.caption_columns))
     for split in datasets.READERS[args.dataset].splits:
         try:
-            found[split] = datasets.create_reader(args.dataset, args.root, args.metadata, split)
+            found[split] = datasets.create_reader(args.dataset, args.root, args.metadata, split, named=named)
         except (FileNotFoundError, NoSplit) as error:
             log.info(f"{split}: not there ({error})")
             continue

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from datasets import UnreadableImages, create_reader
+from inputs.columns import PairColumns
 from inputs.dicom import is_dicom
 from inputs.display import DISPLAY, Display
 from inputs.images import UnreadableImage, decode_image
@@ -28,7 +29,8 @@ EXTENSIONS = {  # Pillow's name of a format that --dataset webdataset reads -> t
 
 def run(args: argparse.Namespace) -> None:
     """Open the source and write its shards."""
-    reader = create_reader(args.dataset, args.root, args.metadata, args.split)
+    named = PairColumns(args.image_column, tuple(args.caption_columns))
+    reader = create_reader(args.dataset, args.root, args.metadata, args.split, named=named)
     log.info("\n".join(reader.log))
     make_shards(reader, args.output, args.shard_size, args.short_side, args.workers, args.frame)
 
@@ -75,6 +77,8 @@ def make_shards(
     settings |= {"split": reader.split, "pairs": len(reader), "shard_size": shard_size, "short_side": short_side}
     settings |= {} if frame == "first" else {"frame": frame}
     settings |= {"held_out_by": reader.held_out_by} if reader.held_out_by else {}
+    settings |= {"image_column": reader.named.image} if reader.named.image else {}
+    settings |= {"caption_columns": list(reader.named.captions)} if reader.named.captions else {}
     keep_settings(output / "shards.json", settings, "*.tar")
     unreadable = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
     shards = Shards(reader, output, shard_size, short_side, unreadable, Display(frame))

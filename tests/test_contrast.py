@@ -17,12 +17,12 @@ def random_inputs(batch, dim, dtype=torch.float64, seed=0):
     return inputs | {"logit_scale": torch.tensor(14.3, dtype=dtype)}
 
 
-def formulas(inputs, temperature=0.1, ssl_scale=0.7, duplicates=None):
+def formulas(inputs, temperature=0.1, ssl_scale=0.7, duplicates=None, same_study=None):
     """Values and gradients of the formulas, and what of each side scores highest."""
     x = {k: v.clone().requires_grad_() for k, v in inputs.items()}
     image, text, a, b = (x[k] for k in EMBEDDINGS)
     clip = losses.clip_loss(image, text, x["logit_scale"], duplicates)
-    ssl = losses.simclr_loss(a, b, temperature)
+    ssl = losses.simclr_loss(a, b, temperature, same_study)
     (clip + ssl_scale * ssl).backward()
     image, text, a, b = (torch.nn.functional.normalize(x[k].detach(), dim=-1) for k in EMBEDDINGS)
     labels = torch.arange(len(image))
@@ -30,6 +30,9 @@ def formulas(inputs, temperature=0.1, ssl_scale=0.7, duplicates=None):
     if duplicates is not None:
         between[duplicates & ~torch.eye(len(image), dtype=torch.bool)] = -torch.inf
     among = torch.cat([a @ b.T, (a @ a.T).fill_diagonal_(-torch.inf)], 1)
+    if same_study is not None:
+        others = same_study & ~torch.eye(len(image), dtype=torch.bool)
+        among[torch.cat([others, others], 1)] = -torch.inf
     values = {
         "loss": clip + ssl_scale * ssl,
         "clip_loss": clip,
@@ -110,12 +113,58 @@ def test_masked_duplicates_equal_the_formula(tile, monkeypatch):
     assert unmasked > result["clip_loss"]  # each log-sum-exp has fewer terms
 
 
-def test_identities_are_refused_where_they_have_no_meaning():
-    x = random_inputs(4, 3)
-    with pytest.raises(ValueError, match="between the sides alone"):
-        contrast.contrast_pairs(
-            x["aug1_embed"], x["aug2_embed"], torch.tensor(1.0), within=True, identities=torch.ones(4)
-        )
+def studies_of(batch, seed=5):
+    """Studies (B, 1) of three images and one of a single image, in any order."""
+    studies = torch.arange(batch) // 3
+    studies[-1] = 99
+    return studies[torch.randperm(batch, generator=torch.Generator().manual_seed(seed))][:, None]
+
+
+def nt_xent(a, b, studies, temperature):
+    """NT-Xent row by row as its sum says, with what is left out of the sum by name; no code of the project."""
+    views = [(i, x / x.norm()) for side in (a, b) for i, x in enumerate(side)]
+    total, found = 0.0, []
+    for row, (image, x) in enumerate(views):
+        own = (row + len(a)) % len(views)
+        others = [k for k, (other, _) in enumerate(views) if k == own or studies[other] != studies[image]]
+        logits = {k: x @ views[k][1] / temperature for k in others}
+        total = total + torch.stack(list(logits.values())).exp().sum().log() - logits[own]
+        found.append(max(logits, key=lambda k: float(logits[k].detach())) == own)
+    return total / len(views), 100 * sum(found[: len(a)]) / len(a)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+@pytest.mark.parametrize("tile", [3, 5, 100])
+def test_images_of_a_study_are_no_negatives(tile, temperature, monkeypatch):
+    """The tiles and the formula against the sum written out, in values and gradients."""
+    monkeypatch.setattr(contrast, "TILE", tile)
+    inputs, studies = random_inputs(11, 6, seed=tile), studies_of(11)
+    sides, whole, tiles = ([inputs[k].clone().requires_grad_() for k in EMBEDDINGS[2:]] for _ in range(3))
+    expected, accuracy = nt_xent(*sides, studies[:, 0].tolist(), temperature)
+    expected.backward()
+    formula = losses.simclr_loss(*whole, temperature, studies == studies.T)
+    formula.backward()
+    result = losses.SIMCLRLoss(temperature, mask_studies=True)(
+        dict(zip(EMBEDDINGS[2:], tiles, strict=True)) | {"studies": studies}
+    )
+    result["loss"].backward()
+    assert result["ssl_acc"].item() == pytest.approx(accuracy)
+    for loss, found in ((formula, whole), (result["loss"], tiles)):
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        for x, y in zip(found, sides, strict=True):
+            torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
+    assert result["loss"] < losses.simclr_loss(*sides, temperature)  # each log-sum-exp has fewer terms
+    alone = losses.SIMCLRLoss(temperature, mask_studies=True)(
+        dict(zip(EMBEDDINGS[2:], sides, strict=True)) | {"studies": torch.arange(11)[:, None]}
+    )
+    torch.testing.assert_close(alone["loss"], losses.simclr_loss(*sides, temperature), rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_of_one_study_has_no_loss_and_no_gradient():
+    x = {k: v.requires_grad_() for k, v in random_inputs(4, 3).items()} | {"studies": torch.zeros(4, 1)}
+    loss = losses.SIMCLRLoss(0.1, mask_studies=True)(x)["loss"]
+    loss.backward()
+    assert abs(loss.item()) < 1e-12 and x["aug1_embed"].grad.abs().max() < 1e-12
 
 
 def _rank_equals_single(rank, world, mask):
@@ -124,11 +173,13 @@ def _rank_equals_single(rank, world, mask):
     batch = 4
     inputs = random_inputs(batch * world, 6)
     identities, duplicates = identities_and_duplicates(batch * world)
-    values, grads = formulas(inputs, ssl_scale=0.8, duplicates=duplicates if mask else None)
+    studies = studies_of(batch * world)
+    masks = dict(duplicates=duplicates, same_study=studies == studies.T) if mask else {}
+    values, grads = formulas(inputs, ssl_scale=0.8, **masks)
     part = slice(rank * batch, (rank + 1) * batch)
     mine = {k: (v[part] if k in EMBEDDINGS else v).clone().requires_grad_() for k, v in inputs.items()}
-    result = losses.SLIPLoss(losses.CLIPLoss(mask_duplicates=mask), losses.SIMCLRLoss(0.1), 0.8)(
-        {**mine, "identities": identities[part]}
+    result = losses.SLIPLoss(losses.CLIPLoss(mask_duplicates=mask), losses.SIMCLRLoss(0.1, mask), 0.8)(
+        {**mine, "identities": identities[part], "studies": studies[part]}
     )
     result["loss"].backward()
     for key, value in values.items():

@@ -93,6 +93,12 @@ def test_tables(tmp_path):
         (tmp_path / "pairs.csv").write_bytes(mutated(whole, rng))
         read += check(lambda: all_of(create_reader("csv", tmp_path, "pairs.csv")), "pairs.csv")
     assert 0 < read < ROUNDS
+    lines = [{"image": f"{i}.jpg", "caption": f"a caption, {i}", "split": "train"} for i in range(4)]
+    whole, read = "".join(json.dumps(line) + "\n" for line in lines).encode(), 0
+    for _, rng in each_round("lines"):
+        (tmp_path / "pairs.jsonl").write_bytes(mutated(whole, rng))
+        read += check(lambda: all_of(create_reader("csv", tmp_path, "pairs.jsonl")), "pairs.jsonl")
+    assert 0 < read < ROUNDS
     rows = "".join(f"{i}.jpg,{'ab'[i % 2]},{'train' if i < 2 else 'test'},P{i}\n" for i in range(4))
     whole, entry = f"image,label,split,patient\n{rows}".encode(), {"path": str(tmp_path), "type": "csv"}
     labelled = {"mine": entry | {"train": "train", "test": "test", "columns": {"group": "patient"}}}

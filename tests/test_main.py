@@ -593,9 +593,9 @@ def test_duplicates_are_no_negatives_in_training(table, accumulation, monkeypatc
             with torch.no_grad():
                 if accumulation == "full":
                     inputs = [torch.cat(parts) for parts in zip(*micro_batches, strict=True)]
-                    found_identities = torch.cat(identities)
+                    found_identities = torch.cat([told["identities"] for told in identities])
                 else:
-                    inputs, found_identities = micro_batches[0], identities[0]
+                    inputs, found_identities = micro_batches[0], identities[0]["identities"]
                 outputs = run.model(*inputs)
             duplicates = (found_identities[:, None] == found_identities[None]).any(-1)
             off = ~torch.eye(len(duplicates), dtype=torch.bool)

@@ -1,0 +1,48 @@
+"""benchmarks/bench_studies.py on a few breasts: what it draws is known, and it trains, probes and goes on."""
+
+import csv
+
+import bench_studies
+import pytest
+
+from datasets import create_reader
+from inputs.columns import PairColumns
+from synthetic.phantoms import draw_pathology, make_finding, make_patient
+
+
+def test_the_two_views_of_a_breast_are_a_study(tmp_path):
+    bench_studies.draw(tmp_path, 20)
+    with open(tmp_path / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"][7:12] for row in rows] == [f"{i // 2:05d}" for i in range(40)]
+    for i, row in enumerate(rows):
+        patient = make_patient(0, i // 2)
+        kind = ("calc", "mass")[i // 2 % 2]
+        assert row["pathology"] == draw_pathology(patient, make_finding(patient, 0, kind))
+        assert row["image"].endswith(("_CC.png", "_MLO.png")[i % 2])
+    reader = create_reader("csv", tmp_path, str(tmp_path / "table.csv"), named=PairColumns(study=True))
+    assert len(reader) == 28  # of fourteen patients in twenty
+    assert all(reader.studies.others(i).tolist() == [i ^ 1] for i in range(28))
+    splits = {split: {row["patient"] for row in rows if row["split"] == split} for split in ("train", "val", "test")}
+    assert [len(patients) for patients in splits.values()] == [14, 2, 4]
+    with pytest.raises(ValueError, match="holds 20 breasts, not 10"):
+        bench_studies.draw(tmp_path, 10)
+
+
+@pytest.mark.slow
+def test_rows_are_trained_probed_and_kept(tmp_path, capsys):
+    argv = ["--output-dir", str(tmp_path), "--breasts", "160", "--epochs", "1", "--batch-size", "16", "-j", "0"]
+    found = bench_studies.main([*argv, "--seeds", "0", "1"])
+    assert all(len(seeds) == 2 for rows in found.values() for seeds in rows.values())
+    assert {key for row in found["SLIP"].values() for seed in row for key in seed} == {"recall", "auroc"}
+    assert {key for row in found["SIMCLR"].values() for seed in row for key in seed} == {"auroc"}
+    text = capsys.readouterr().out
+    assert "| SLIP, mean recall | " in text and "(SD over seeds " in text and "SYNTHETIC" in text
+    gain = [b["auroc"] - a["auroc"] for a, b in zip(*found["SIMCLR"].values(), strict=True)]
+    assert f"| {50 * sum(gain):.1f} (SD" in text and any(gain)
+    assert (
+        bench_studies.main([*argv, "--seeds", "1"])["SLIP"]["two images of a study"]
+        == (found["SLIP"]["two images of a study"][1:])
+    )
+    with pytest.raises(ValueError, match="choose another --output-dir"):
+        bench_studies.main([*argv, "--seeds", "1", "--epochs", "2"])
