@@ -202,7 +202,7 @@ def add_check(commands: Any) -> None:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--dataset", default="", choices=["", *READERS], help="which reader, as for main.py")
-    parser.add_argument("--root", default="", help="folder of the dataset, as for main.py")
+    parser.add_argument("--root", default="", help="folder of the dataset, or of the set in place of the catalog's")
     parser.add_argument("--metadata", default="", help="file of captions where the layout does not fix it")
     parser.add_argument("--set", default="", metavar="NAME", help="a labelled set of the catalog instead")
     parser.add_argument("--catalog", default=str(CATALOG), help="where the labelled sets are")
