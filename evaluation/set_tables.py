@@ -72,7 +72,8 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str | 
     unit = "images"
     if rows and (columns.group in rows[0][1] or columns.units):
         by = columns.group if columns.group in rows[0][1] else " ".join(columns.units[-1][1])
-        unit = conventions.group_unit(by) if any(named) else unit
+        called = next((unit_name for unit_name, own in columns.units if own == (columns.group,)), by)
+        unit = conventions.group_unit(called) if any(named) else unit
         remarks += _of_groups(named, table, by)
     elif rows and (column := conventions.group_column(rows[0][1])):
         remarks.append(_unnamed_group([(row[column], split) for _, row, split in numbered], table, column, splits))
