@@ -57,8 +57,8 @@ class PathTemplate:
         """Whether the disk is asked which files there are."""
         return "*" in self.text
 
-    def fill(self, row: Row) -> tuple[str, str, re.Pattern[str]] | None:
-        """A row's path with `*` as it stands, as a glob pattern, and as an expression whose groups are `captured`.
+    def fill(self, row: Row) -> tuple[str, str, str] | None:
+        """A row's path with `*` as it stands, as a glob pattern, and as a regular one whose groups are `captured`.
 
         None where a column that the path is made of is empty.
         """
@@ -77,7 +77,7 @@ class PathTemplate:
             pattern += glob.escape(literal) + found
             expression += re.escape(literal) + exact
         end = self.text[last:]
-        return shown + end, pattern + glob.escape(end), re.compile(expression + re.escape(end))
+        return shown + end, pattern + glob.escape(end), expression + re.escape(end)
 
 
 def template_of(entry: Mapping[str, Any]) -> PathTemplate | None:
@@ -219,7 +219,7 @@ def _with_images(
                 read[file] = {keyword: header_text(root / file, keyword) for keyword in header}
             fitting[file] = None
             if all(read[file][keyword] == row[column] for keyword, column in header.items()):
-                captured = expression.fullmatch(file)
+                captured = re.fullmatch(expression, file)
                 assert captured is not None
                 found.append({**row, "image": file, **dict(zip(template.captured, captured.groups(), strict=True))})
         taken.update(image["image"] for image in found)

@@ -144,9 +144,10 @@ def add_shrink(commands: Any) -> None:
     parser = commands.add_parser(
         "shrink",
         help="copy a folder with its images shrunk",
-        description="Copies a folder tree; JPEG and PNG files whose short side is longer than --short-side are shrunk "
-        "to it (JPEG quality 95; more than 8 bits are windowed as in training), all other files are copied as they "
-        "are, so that readers find the layout they know. Images inside zip or tar archives are not touched: for "
+        description="Copies a folder tree; JPEG, PNG and DICOM files whose short side is longer than --short-side are "
+        "shrunk to it (JPEG quality 95; more than 8 bits are windowed as in training; a DICOM file of one frame keeps "
+        "its name and header, with 8 bits as displayed, without loss), all other files are copied as they are, so that "
+        "readers find the layout they know. Images inside zip or tar archives are not touched: for "
         "those there is `shards`. Run again after an interruption, it continues.",
         formatter_class=HelpFormatter,
     )
@@ -158,6 +159,11 @@ def add_shrink(commands: Any) -> None:
         default=448,
         metavar="PIXELS",
         help="448 is twice the usual training size, which leaves room for crops",
+    )
+    parser.add_argument(
+        "--crop-breast",
+        action="store_true",
+        help="of whole mammograms: cut each image to the breast before it is shrunk, so that more of it is left",
     )
     add_workers_argument(parser)
     parser.set_defaults(module="shrink")

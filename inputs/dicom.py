@@ -73,6 +73,8 @@ def _grey(
     """Stored values, of any shape, to uint8, and where they come from; `counts` as in `window_to_8bit`."""
     padding = _padding(frame, dataset)
     values = _modality(frame, dataset)
+    if int(dataset.get("BitsStored", 16)) <= 8:
+        window = None  # it is for what a device measured
     how = BY_HAND if window else BY_FILE
     grey = window_to_8bit(values, *window) if window else _windowed(values, dataset)
     if grey is None:
