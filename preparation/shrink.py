@@ -18,7 +18,7 @@ from PIL import Image
 
 from datasets import UnreadableImages
 from inputs.files import files_below
-from inputs.images import UnreadableImage, decode_image
+from inputs.images import UnreadableImage, decode_shown
 from preparation.breast import breast_box
 from preparation.processes import keep_settings, over_processes, say_room
 from preparation.small_dicom import frames_in, with_pixels
@@ -164,10 +164,10 @@ def smaller(data: bytes, name: str, short_side: int, crop: bool) -> bytes | None
     """An image's file with fewer pixels, in its own format; None where it has no more already, or several frames.
 
     Raises:
-        UnreadableImage: with `name`, as decode_image and with_pixels.
+        UnreadableImage: with `name`, as decode_shown and with_pixels.
     """
     dicom = data[128:132] == b"DICM"
-    img = decode_image(data, name, grey=dicom)
+    img, how = decode_shown(data, name, grey=dicom)
     if dicom and frames_in(data) > 1:
         return None
     box = breast_box(img) if crop else None
@@ -178,5 +178,5 @@ def smaller(data: bytes, name: str, short_side: int, crop: bool) -> bytes | None
     scale = 1.0 if small is None else min(small.size) / min(cut.size)
     small = small or cut
     if dicom:
-        return with_pixels(data, small, scale, name)
+        return with_pixels(data, small, how, scale, name)
     return encode(small.convert("RGB"), "PNG" if format_of(data) == "PNG" else "JPEG")

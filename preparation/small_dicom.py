@@ -34,7 +34,7 @@ def frames_in(data: bytes) -> int:
         return 1
 
 
-def with_pixels(data: bytes, small: Image.Image, scale: float, name: str) -> bytes:
+def with_pixels(data: bytes, small: Image.Image, how: str, scale: float, name: str) -> bytes:
     """The file in `data` with `small` in place of its pixels, 8 bits as they are shown, deflated (PS3.5, A.5).
 
     What it is called, of whom and of which side it is, stays; the values, windows and tables that made the greys go.
@@ -42,6 +42,7 @@ def with_pixels(data: bytes, small: Image.Image, scale: float, name: str) -> byt
 
     Args:
         small: RGB or L.
+        how: where its greys come from, one of display.SHOWN.
         scale: pixels of `small` for one of the file's, along its shorter side.
 
     Raises:
@@ -50,7 +51,6 @@ def with_pixels(data: bytes, small: Image.Image, scale: float, name: str) -> byt
     import pydicom
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-    how = decode_shown(data, name, grey=True)[1]
     try:
         dataset = pydicom.dcmread(io.BytesIO(data))
         spacing = {key: _finest(dataset.get(key)) for key in SPACINGS}

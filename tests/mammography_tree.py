@@ -26,7 +26,7 @@ def write_table(path: Path, header: str, rows: list[list], delimiter: str = ",")
 
 
 def film(path: Path, grade: float, **values) -> None:
-    """A mammogram of 12 bits, brighter with the grade, whose low values are bright in every other one."""
+    """Noise of 12 bits, brighter with the grade."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(sum(path.as_posix().encode()))
     pixels = (rng.normal(500 + 500 * grade, 150, (24, 20))).clip(0, 4095).astype(np.uint16)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mammography_tree import MAKERS, catalog_at, make_embed, make_inbreast, make_vindr
 from model_helpers import write_checkpoint
+from PIL import Image
 from sklearn.metrics import cohen_kappa_score
 from test_csv_sets import read_rows
 from test_table_sets import command, run_here
@@ -20,6 +21,7 @@ from evaluation.catalog import read_catalog
 from evaluation.set_probes import find_set
 from evaluation.set_rows import PathTemplate
 from evaluation.set_tables import UNIT_COLUMN
+from preparation import shrink
 from reporting import steps
 
 pytest.importorskip("pydicom")
@@ -224,6 +226,22 @@ def test_zero_shot_asks_every_row_of_a_set_without_splits(trees):
     found = downstream.load_zeroshot_set("rsna_cancer", lambda image, rng=None: np.asarray(image), find_set(
         "rsna_cancer", str(root), "dataset_catalog.json"))  # fmt: skip
     assert len(found.dataset) == len(truth) and list(found.classnames) == ["without cancer", "with cancer"]
+
+
+@pytest.mark.parametrize("name", ["vindr_birads", "cmmd", "inbreast_birads"])
+def test_a_shrunk_copy_is_the_same_set_seen_smaller(name, trees, tmp_path):
+    """Full decoding, then the same resize: no pixel differs; labels, patients and sides are found as before."""
+    root, truth = trees[name]
+    counts = shrink.shrink_tree(root, tmp_path / "small", 10)
+    assert (
+        counts["shrunk"] == sum(file.suffix in (".dcm", ".dicom") for file in root.rglob("*"))
+        and not counts["unreadable"]
+    )
+    whole, small = every_row(name, root), every_row(name, tmp_path / "small")
+    assert small.rows == whole.rows and np.array_equal(small.labels, whole.labels) and len(small) == len(truth)
+    for i in range(0, len(whole), 7):
+        expected = whole.image(i).resize((10, 12), Image.Resampling.LANCZOS)
+        assert np.array_equal(np.asarray(small.image(i)), np.asarray(expected))
 
 
 def test_the_catalogs_entries_are_written_as_their_order_says():
