@@ -177,7 +177,7 @@ def _key(cell: str) -> str:
 def _gravest(rows: Sequence[Row], label: Sequence[str], join: Mapping[str, Any], where: str) -> Row:
     """Of the rows that go with one row the one that counts: by the join's key `gravest_first`, an empty label last."""
     own = [column for column in label if column in rows[0]]
-    labels = [tuple(_key(row[column]) for column in own) for row in rows]
+    labels: list[tuple[str, ...]] = [tuple(_key(row[column]) for column in own) for row in rows]
     if len(distinct := {named for named in labels if any(named)}) <= 1 and (own or len(rows) == 1):
         return rows[next((i for i, named in enumerate(labels) if any(named)), 0)]
     order = [_key(name) for name in join.get("gravest_first", ())]
@@ -190,7 +190,8 @@ def _gravest(rows: Sequence[Row], label: Sequence[str], join: Mapping[str, Any],
             f"{where} has rows of several labels for it, {', '.join(other)} among them: "
             '"gravest_first" of the "join" says which of them counts'
         )
-    return min(zip(rows, labels, strict=True), key=lambda one: order.index(one[1][0]) if one[1][0] else len(order))[0]
+    ranks = [order.index(named) if named else len(order) for named in (named[0] for named in labels)]
+    return rows[ranks.index(min(ranks))]
 
 
 def _with_images(
@@ -203,7 +204,7 @@ def _with_images(
     """
     kept: Numbered = []
     read: dict[str, dict[str, str]] = {}  # {file: its elements}: two breasts of a patient ask for the same files
-    fitting, taken, absent = {}, set(), []
+    fitting, taken, absent, damaged = {}, set(), [], {}
     for number, row in numbered:
         if (filled := template.fill(row)) is None:
             kept.append((number, {**row, "image": "", **dict.fromkeys(template.captured, "")}))
@@ -215,10 +216,13 @@ def _with_images(
             continue
         found = []
         for file in sorted(_files(root, pattern)):
-            if header and file not in read:
-                read[file] = {keyword: header_text(root / file, keyword) for keyword in header}
+            if header and file not in read and file not in damaged:
+                try:
+                    read[file] = {keyword: _said(root / file, keyword) for keyword in header}
+                except ValueError as error:
+                    damaged[file] = error
             fitting[file] = None
-            if all(read[file][keyword] == row[column] for keyword, column in header.items()):
+            if file not in damaged and all(read[file][word] == row[column] for word, column in header.items()):
                 captured = re.fullmatch(expression, file)
                 assert captured is not None
                 found.append({**row, "image": file, **dict(zip(template.captured, captured.groups(), strict=True))})
@@ -227,6 +231,9 @@ def _with_images(
             absent.append(shown)
             found = [{**row, "image": shown, **dict.fromkeys(template.captured, shown)}]
         kept += [(number, image) for image in found]
+    if damaged:
+        first = next(iter(damaged.values()))
+        raise ValueError(f"{table}: {len(damaged):,} files do not say which row they are of: {first}")
     remarks = []
     if absent:
         remarks.append(f"{table}: {len(absent):,} rows have no file below {root} that fits, first {absent[0]}")
@@ -234,6 +241,13 @@ def _with_images(
         what = " and ".join(header)
         remarks.append(f"{root}: {len(other):,} files are of no row, by {what} in their headers, first {other[0]}")
     return kept, remarks
+
+
+def _said(file: Path, keyword: str) -> str:
+    """What a DICOM file's header says by a keyword; ValueError where it says nothing."""
+    if text := header_text(file, keyword):
+        return text
+    raise ValueError(f"{file} has no {keyword} in its header")
 
 
 def _files(root: Path, pattern: str) -> Iterable[str]:

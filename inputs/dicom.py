@@ -109,6 +109,8 @@ def header_text(path: str | Path, name: str) -> str:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[name])
     except InvalidDicomError as error:
         raise ValueError(f"{path} is not a DICOM file: {error}") from error
+    except Exception as error:  # of any kind, on a damaged file
+        raise ValueError(f"the header of {path} cannot be read: {error}") from error
     return str(header.get(name, "")).strip()
 
 

@@ -15,8 +15,8 @@ LEAST = 0.05  # of the image that a breast takes at least, and of its width and 
 def breast_box(img: Image.Image) -> tuple[int, int, int, int] | None:
     """(left, upper, right, lower) around the largest bright region of an RGB or grey image; None to leave it whole.
 
-    What is no darker than the background (the most frequent of the dark greys) plus a twentieth of the way to the
-    brightest is bright. Markers and labels lie apart from the breast, and go. The image stays whole where it has no
+    Bright is what is above the background (the most frequent of the dark greys) by a twentieth of the way to the
+    brightest. Markers and labels lie apart from the breast, and go. The image stays whole where it has no
     dark background, as a magnified view has none, where the region is small, or where hardly anything would go.
     """
     factor = math.ceil(max(img.size) / SIDE)
@@ -25,8 +25,9 @@ def breast_box(img: Image.Image) -> tuple[int, int, int, int] | None:
     bright, background = np.percentile(grey, 99), int(counts[:128].argmax())
     if background > bright / 5 or counts[: background + 4].sum() < LEAST * grey.size:
         return None
-    regions, number = ndimage.label(grey > background + max(3, (bright - background) / 20))
-    if not number:
+    regions = np.zeros(grey.shape, np.int32)
+    ndimage.label(grey > background + max(3, (bright - background) / 20), output=regions)
+    if not regions.any():
         return None
     largest = 1 + np.bincount(regions.ravel())[1:].argmax()
     inside = regions == largest

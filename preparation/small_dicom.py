@@ -59,7 +59,9 @@ def with_pixels(data: bytes, small: Image.Image, how: str, scale: float, name: s
         for key in GONE:
             if key in dataset:
                 del dataset[key]
-        dataset.update({key: [side / scale] * 2 for key, side in spacing.items() if side})
+        for key, side in spacing.items():
+            if side:
+                setattr(dataset, key, [side / scale] * 2)
         _describe(dataset, small, how == BY_FILE)
         dataset.PixelData = small.tobytes() + b"\0" * (len(small.tobytes()) % 2)
         dataset["PixelData"].VR = "OB"

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from mammography_tree import MAKERS, catalog_at, make_embed, make_inbreast, make_vindr
+from mammography_tree import MAKERS, catalog_at, make_cmmd, make_embed, make_inbreast, make_vindr
 from model_helpers import write_checkpoint
 from PIL import Image
 from sklearn.metrics import cohen_kappa_score
@@ -89,7 +89,7 @@ def probe(name, root, checkpoint, out, *flags):
 @pytest.mark.parametrize("name", CROSS_VALIDATED)
 def test_a_set_without_splits_is_cross_validated_by_patient(name, trees, checkpoint, tmp_path):
     root, truth = trees[name]
-    found = probe(name, root, checkpoint, tmp_path, "--cross-validate", "3")
+    found = probe(name, root, checkpoint, tmp_path, "--cross-validate", "2", "--folds", "2")
     rows = read_rows(tmp_path / "predictions.csv")
     assert {row["image"]: (row["label"], row["group"]) for row in rows} == {k: v[:2] for k, v in truth.items()}
     folds = {}
@@ -115,7 +115,11 @@ def test_vindr_is_probed_on_its_test_split_and_is_a_row_of_tables(trees, checkpo
     assert found["units"]["breast"]["number"] == 12 and found["units"]["exam"]["number"] == 6
     monkeypatch.setattr(steps, "run_step", run_here)
     catalog = catalog_at(root, "vindr_birads", tmp_path / "catalog.json")
-    rows = {"tables": ["vindr_birads"], "rows": [{"name": "Frozen", "weights": str(checkpoint)}]}
+    rows = {
+        "tables": ["vindr_birads"],
+        "probe": "--resamples 20",
+        "rows": [{"name": "Frozen", "weights": str(checkpoint)}],
+    }
     (table,) = make_tables.main(command(tmp_path, catalog, rows=rows))["tables"].values()
     assert (table["lesions"], table["patients"]) == (24, 6)
     (row,) = [row for row in table["rows"] if row["name"] == "Frozen"]
@@ -165,6 +169,15 @@ def test_the_films_of_a_side_that_the_table_does_not_name_have_no_label(trees, c
     films = len(list((root / "CMMD").rglob("*.dcm")))
     assert films > len(truth)
     assert f"{films - len(truth)} files are of no row, by ImageLaterality in their headers" in caplog.text
+
+
+def test_films_whose_headers_do_not_say_the_side_are_refused(tmp_path):
+    truth = make_cmmd(tmp_path, patients=4)
+    torn, text = sorted(truth)[:2]
+    (tmp_path / torn).write_bytes((tmp_path / torn).read_bytes()[:200])
+    (tmp_path / text).write_text("no film")
+    with pytest.raises(ValueError, match="2 files do not say which row they are of: .*1-1.dcm"):
+        every_row("cmmd", tmp_path)
 
 
 @pytest.mark.parametrize(
