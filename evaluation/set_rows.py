@@ -177,20 +177,21 @@ def _key(cell: str) -> str:
 def _gravest(rows: Sequence[Row], label: Sequence[str], join: Mapping[str, Any], where: str) -> Row:
     """Of the rows that go with one row the one that counts: by the join's key `gravest_first`, an empty label last."""
     own = [column for column in label if column in rows[0]]
-    labels: list[tuple[str, ...]] = [tuple(_key(row[column]) for column in own) for row in rows]
-    if len(distinct := {named for named in labels if any(named)}) <= 1 and (own or len(rows) == 1):
-        return rows[next((i for i, named in enumerate(labels) if any(named)), 0)]
+    cells = [[_key(row[column]) for column in own] for row in rows]
+    labels = [", ".join(one) if any(one) else "" for one in cells]  # of several findings, all
+    if len(distinct := set(filter(None, labels))) <= 1 and (own or len(rows) == 1):
+        return rows[next((i for i, named in enumerate(labels) if named), 0)]
     order = [_key(name) for name in join.get("gravest_first", ())]
     if not own:
         raise ValueError(
             f"{where} has {len(rows)} rows for it, and no column {' or '.join(label)} to tell which counts"
         )
-    if other := sorted(" ".join(named) for named in distinct if len(named) > 1 or named[0] not in order):
+    if other := sorted(distinct - set(order)):
         raise ValueError(
             f"{where} has rows of several labels for it, {', '.join(other)} among them: "
             '"gravest_first" of the "join" says which of them counts'
         )
-    ranks = [order.index(named) if named else len(order) for named in (named[0] for named in labels)]
+    ranks = [order.index(named) if named else len(order) for named in labels]
     return rows[ranks.index(min(ranks))]
 
 
