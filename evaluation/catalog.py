@@ -174,10 +174,14 @@ def _check_structure(where: str, entry: dict[str, Any], several: bool) -> None:
 
 def _check_rows(where: str, entry: dict[str, Any], columns: dict[str, Any]) -> None:
     """What an entry says of its table's rows: the path of an image, another table's part, which of them are the set."""
+    template = None
+    if "rows" in entry and not isinstance(entry["rows"], str):
+        raise ValueError(f'{where}: "rows" is an expression as --where takes, not {entry["rows"]!r}')
     try:
-        template = template_of(entry) if isinstance(columns.get("image", ""), str) else None
-        Selection(entry.get("rows", ""), f'{where}, "rows"')
-    except (ValueError, AttributeError) as error:
+        if isinstance(columns.get("image", ""), str):
+            template = template_of(entry)
+        Selection(entry.get("rows", ""), '"rows"')
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     header = entry.get("header", {})
     if not isinstance(header, dict) or not all(isinstance(column, str) for column in header.values()):
@@ -194,8 +198,9 @@ def _check_rows(where: str, entry: dict[str, Any], columns: dict[str, Any]) -> N
     on = join["on"]
     theirs = _strings(f'{where}, "join", "on"', [*on.values()] if isinstance(on, dict) else on)
     every = join.get("any", {})
-    if not isinstance(join["table"], str) or not isinstance(every, dict) or not set(every) <= set(theirs):
-        raise ValueError(f'{where}, "join": "any" names cells of the other table\'s columns {", ".join(theirs)}')
+    lists = isinstance(every, dict) and all(isinstance(cells, list) for cells in every.values())
+    if not isinstance(join["table"], str) or not lists or not set(every) <= set(theirs):
+        raise ValueError(f'{where}, "join": "any" lists cells of the other table\'s columns {", ".join(theirs)}')
     _strings(f'{where}, "join", "gravest_first"', join.get("gravest_first", ["-"]))
 
 

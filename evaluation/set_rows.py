@@ -203,6 +203,8 @@ def _with_images(
     Args:
         header: {keyword of a DICOM element: column}: of the files that fit, those whose header says what the row says.
     """
+    if numbered and (twice := [column for column in template.captured if column in numbered[0][1]]):
+        raise ValueError(f"{table} has a column {twice[0]}: call the part {{*{twice[0]}}} of {template.text} otherwise")
     kept: Numbered = []
     read: dict[str, dict[str, str]] = {}  # {file: its elements}: two breasts of a patient ask for the same files
     fitting, taken, absent, damaged = {}, set(), [], {}

@@ -167,9 +167,9 @@ def smaller(data: bytes, name: str, short_side: int, crop: bool) -> bytes | None
         UnreadableImage: with `name`, as decode_shown and with_pixels.
     """
     dicom = data[128:132] == b"DICM"
-    img, how = decode_shown(data, name, grey=dicom)
     if dicom and frames_in(data) > 1:
         return None
+    img, how = decode_shown(data, name, grey=dicom)
     box = breast_box(img) if crop else None
     cut = img.crop(box) if box else img
     small = shrink(cut, short_side)
