@@ -71,7 +71,7 @@ class PathTemplate:
                 cell = row[metadata.column_name(m["name"])]
                 if conventions.no_value(cell):
                     return None
-                cell = cell.removeprefix(m["prefix"] or "")
+                cell = conventions.whole_number(cell).removeprefix(m["prefix"] or "")  # 20586908.0, of a spreadsheet
                 found, exact = glob.escape(cell), re.escape(cell)
             shown += literal + cell
             pattern += glob.escape(literal) + found

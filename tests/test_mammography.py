@@ -231,6 +231,7 @@ def test_a_cell_does_not_leave_the_root_and_is_no_pattern(tmp_path):
             every_row("vindr_birads", tmp_path)
     template = PathTemplate("a/{x}_{*who}_*.dcm")
     assert (template.columns, template.captured, template.searched) == (["x"], ["who"], True)
+    assert template.fill({"x": "20586908.0"})[0] == "a/20586908_*_*.dcm" and template.fill({"x": "NaN"}) is None
     shown, pattern, expression = template.fill({"x": "1*[2]"})
     assert shown == "a/1*[2]_*_*.dcm" and pattern == "a/1[*][[]2]_*_*.dcm"
     assert re.fullmatch(expression, "a/1*[2]_me_MG_R.dcm")[1] == "me"
