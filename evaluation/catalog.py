@@ -15,11 +15,18 @@ A set is one entry:
     columns             csv: the names of its columns image, label, split and, where there is one, group, where they are
                         called otherwise. A group (the patient) is whole in a split and in a resample of the intervals;
                         without one each image counts by itself. A list of names for label: several findings of 0 and 1
-                        for each image
+                        for each image. image may be a path made of columns, `images/{study_id}/{image_id}.dicom`, see
+                        set_rows.PathTemplate
+    join                csv: {"table": another table in path, "on": the columns that are equal in both, a list, or
+                        {column: what the other calls it}}; with "any": {its column: cells that go with every row}, and
+                        "gravest_first": the labels by which one of several rows that go with an image counts
+    header              csv: {keyword of a DICOM element: column}, of the files that a path with `*` fits those whose
+                        header says what the row says
+    rows                csv: an expression as --where takes, of the rows that are the set
     classes             csv: the classes in their order, where sorting the labels is not what is meant
     ordered             true: the classes stand in an order, which errors are measured by (metrics.ORDERED_METRICS)
     unit                csv: the column, or columns, that tell what several images are of (a breast, a study), which has
-                        figures of its own
+                        figures of its own; or {name: column or columns} of several such, the widest last
     subgroups           csv: columns whose values have figures of their own
     positive            csv: the class that is looked for, which has columns of its own in results
     blank, uncertain    csv with several findings: what an empty cell and a -1 count as: negative, positive or skip
@@ -44,6 +51,7 @@ from typing import Any
 
 from datasets import READERS
 from evaluation.metrics import ORDERED_METRICS, SET_METRICS
+from evaluation.set_rows import template_of
 from inputs.cbis import CBIS_SETS
 from inputs.display import Display, frame_of
 from inputs.selection import Selection
@@ -56,7 +64,8 @@ CATALOG = HERE / "dataset_catalog.json"
 TYPES = ("imagefolder", "filelist", "csv", "special")
 REQUIRED = ("path", "type", "train", "test")
 CSV_ONLY = (
-    "table", "columns", "positive", "blank", "uncertain", "frame", "window", "classes", "unit", "subgroups",
+    "table", "columns", "join", "header", "rows", "positive", "blank", "uncertain", "frame", "window", "classes",
+    "unit", "subgroups",
 )  # fmt: skip
 OPTIONAL = ("labels", "templates", "metric", "folders", "images", "ordered", *CSV_ONLY)
 COLUMNS = ("image", "label", "split", "group")
@@ -137,6 +146,7 @@ def _check_entry(where: str, name: str, entry: dict[str, Any]) -> None:
     columns = entry.get("columns", {})
     if not isinstance(columns, dict) or (unknown := [key for key in columns if key not in COLUMNS]):
         raise ValueError(f'{where}: "columns" names the columns {", ".join(COLUMNS)}; not {unknown or columns}')
+    _check_rows(where, entry, columns)
     display_of(entry, where)
     for key in ("blank", "uncertain"):
         if entry.get(key, "skip") not in COUNT_AS:
@@ -155,10 +165,43 @@ def _check_structure(where: str, entry: dict[str, Any], several: bool) -> None:
             continue
         if several:
             raise ValueError(f'{where}: a set of several findings has no "{key}"')
-        one = key == "unit" and isinstance(entry[key], str)
-        names = _strings(f'{where}, "{key}"', [entry[key]] if one else entry[key])
-        if len(set(names)) != len(names):
-            raise ValueError(f'{where}: "{key}" names {next(n for n in names if names.count(n) > 1)!r} twice')
+        lists = entry[key].values() if key == "unit" and isinstance(entry[key], dict) and entry[key] else [entry[key]]
+        for own in lists:
+            names = _strings(f'{where}, "{key}"', [own] if key == "unit" and isinstance(own, str) else own)
+            if len(set(names)) != len(names):
+                raise ValueError(f'{where}: "{key}" names {next(n for n in names if names.count(n) > 1)!r} twice')
+
+
+def _check_rows(where: str, entry: dict[str, Any], columns: dict[str, Any]) -> None:
+    """What an entry says of its table's rows: the path of an image, another table's part, which of them are the set."""
+    template = None
+    if "rows" in entry and not isinstance(entry["rows"], str):
+        raise ValueError(f'{where}: "rows" is an expression as --where takes, not {entry["rows"]!r}')
+    try:
+        if isinstance(columns.get("image", ""), str):
+            template = template_of(entry)
+        Selection(entry.get("rows", ""), '"rows"')
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    header = entry.get("header", {})
+    if not isinstance(header, dict) or not all(isinstance(column, str) for column in header.values()):
+        raise ValueError(f'{where}: "header" is {{keyword of a DICOM element: column}}, not {header!r}')
+    if header and not (template and template.searched):
+        raise ValueError(
+            f'{where}: "header" tells the files apart that a path with * fits, and its image is no such path'
+        )
+    if "join" not in entry:
+        return
+    join = entry["join"]
+    if not isinstance(join, dict) or not {"table", "on"} <= set(join) <= {"table", "on", "any", "gravest_first"}:
+        raise ValueError(f'{where}: "join" has table and on, and perhaps any and gravest_first, not {join!r}')
+    on = join["on"]
+    theirs = _strings(f'{where}, "join", "on"', [*on.values()] if isinstance(on, dict) else on)
+    every = join.get("any", {})
+    lists = isinstance(every, dict) and all(isinstance(cells, list) for cells in every.values())
+    if not isinstance(join["table"], str) or not lists or not set(every) <= set(theirs):
+        raise ValueError(f'{where}, "join": "any" lists cells of the other table\'s columns {", ".join(theirs)}')
+    _strings(f'{where}, "join", "gravest_first"', join.get("gravest_first", ["-"]))
 
 
 def display_of(entry: dict[str, Any], where: str = "the catalog entry") -> Display:

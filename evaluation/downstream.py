@@ -26,7 +26,8 @@ from torch.utils.data import Dataset
 
 from evaluation.catalog import CATALOG, display_of, entry_of, metric_of, prompts_of, read_catalog
 from evaluation.predictions import CBIS, OWN_COLUMN, Scheme, set_scheme
-from evaluation.set_tables import in_order, read_set_table
+from evaluation.set_rows import tables_of
+from evaluation.set_tables import UNIT_COLUMN, in_order, read_set_table
 from inputs import metadata
 from inputs.cbis import CBIS_CLASSES, CBIS_SETS, CbisLesions
 from inputs.columns import TextColumn
@@ -73,7 +74,10 @@ def load_zeroshot_set(
         FileNotFoundError: the catalog's path does not exist.
     """
     catalog = catalog if isinstance(catalog, dict) else read_catalog(catalog)
-    dataset = create_downstream(name, False, as_view(preprocess), catalog, download)
+    if has_splits(name, catalog):
+        dataset = create_downstream(name, False, as_view(preprocess), catalog, download)
+    else:  # nothing is fitted, so every row can be asked
+        dataset = open_every_row(name, catalog, as_view(preprocess))
     labels, templates = prompts_of(name, catalog, dataset.classes)
     return ZeroShotSet(dataset, labels, templates, metric_of(name, catalog))
 
@@ -242,6 +246,16 @@ def open_splits(
             f'{name}: its "labels" name {len(labels)} classes, and the set has {len(parts[0].classes)}: {found}'
         )
     return parts
+
+
+def has_splits(name: str, catalog: dict[str, dict[str, Any]]) -> bool:
+    """Whether a set has splits, which a table may lack; raises as create_downstream where that is not there."""
+    entry = entry_of(name, catalog)
+    return entry["type"] != "csv" or any(
+        metadata.column_name(entry.get("columns", {}).get("split", "split")) == metadata.column_name(column)
+        for table in tables_of(entry)
+        for column in metadata.Table(_existing(name, table)).header
+    )
 
 
 def open_every_row(name: str, catalog: dict[str, dict[str, Any]], transform: Transform | None) -> Downstream:
@@ -425,18 +439,16 @@ def csv_set(
     With several label columns each is a finding of 0 and 1 and the class a sample's only one: `findings` has them all,
     `labels` are 0. Raises as set_tables.read_set_table.
     """
-    table = read_set_table(name, entry, _existing(name, path / entry.get("table", "table.csv")), split)
+    table = read_set_table(name, entry, _existing(name, tables_of(entry)[0]), split)
     own = [i for i, row in enumerate(table.rows) if split in (None, row["split"])]
     number_of = {label: number for number, label in enumerate(table.classes)}
     labels = np.array([number_of.get(table.rows[i]["label"], 0) for i in own])
     paths = TextColumn.from_strings((table.rows[i]["image"] for i in own), paths=True)
     found = ImageFiles(Path(entry.get("images", path)), paths, table.classes, labels, transform, display_of(entry))
     found.rows, found.remarks = [table.rows[i] for i in own], table.remarks
-    unit = entry.get("unit", [])
-    name_of_unit = unit if isinstance(unit, str) else " and ".join(unit)
     found.scheme = set_scheme(
         table.classes, table.positive, table.unit, bool(entry.get("ordered")),
-        units=((name_of_unit, ("unit",)),) if unit else (),
+        units=tuple((unit, (f"{UNIT_COLUMN}{unit}",)) for unit in table.units),
         subgroups=tuple(f"{OWN_COLUMN}{metadata.column_name(column)}" for column in entry.get("subgroups", [])),
     )  # fmt: skip
     if table.findings is not None:

@@ -14,24 +14,27 @@ import numpy as np
 
 from evaluation.catalog import COUNT_AS
 from evaluation.predictions import OWN_COLUMN
+from evaluation.set_rows import Numbered, read_rows, template_of
 from inputs import conventions, metadata
 from inputs.files import composed
 from inputs.selection import Selection, selected
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+UNIT_COLUMN = "unit "  # how a row calls its unit of a name
 
 
 @dataclass(frozen=True)
 class SetTable:
     """Both splits of a set's table, or all of its rows."""
 
-    # image, label, group, split (as the entry calls it), the cells of several findings; unit and the table's columns
-    # (OWN_COLUMN) where the entry has units and subgroups
+    # image, label, group, split (as the entry calls it), the cells of several findings; units (UNIT_COLUMN) and the
+    # table's columns (OWN_COLUMN) where the entry has units and subgroups
     rows: list[dict[str, str]]
     classes: list[str]  # in the order of their numbers; the findings' columns where there are several
     findings: np.ndarray | None  # (rows, k) 0, 1, or -1 where nothing is known
     positive: str | None  # the class that is looked for
     unit: str  # what a group is: patients or groups; images where the table tells nothing of the kind
+    units: list[str]  # names of what several images are of
     remarks: list[str]  # lines about rows left out and what else a reader should know
 
 
@@ -50,9 +53,10 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str | 
     """
     given, splits = entry.get("columns", {}), (entry["train"], entry["test"])
     columns = _Columns.of(entry)
-    rows = metadata.read_table(table, [columns.image, *columns.labels, *columns.unit, *columns.subgroups])
-    _refuse_lacking(rows, columns, "group" in given, wanted is not None, table)
-    numbered, remarks = _wanted(rows, columns, splits, wanted, table)
+    rows, remarks = read_rows(name, entry, table, columns.labels, columns.needed)
+    _refuse_lacking([row for _, row in rows], columns, "group" in given, wanted is not None, table)
+    numbered, lines = _wanted(rows, columns, splits, wanted, table)
+    remarks += lines
     every = {row[columns.labels[0]] for _, row, _ in numbered}
     numbered, lines = _selected(numbered, columns, entry.get("where", ""), table)
     remarks += lines
@@ -66,11 +70,12 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str | 
         faults += _empty(labels, columns.labels[0], conventions.empty)
         remarks += _marks(labels, table)
     unit = "images"
-    if rows and (columns.group in rows[0] or columns.unit):
-        by = columns.group if columns.group in rows[0] else " ".join(columns.unit)
-        unit = conventions.group_unit(by) if any(named) else unit
+    if rows and (columns.group in rows[0][1] or columns.units):
+        by = columns.group if columns.group in rows[0][1] else " ".join(columns.units[-1][1])
+        called = next((unit_name for unit_name, own in columns.units if own == (columns.group,)), by)
+        unit = conventions.group_unit(called) if any(named) else unit
         remarks += _of_groups(named, table, by)
-    elif rows and (column := conventions.group_column(rows[0])):
+    elif rows and (column := conventions.group_column(rows[0][1])):
         remarks.append(_unnamed_group([(row[column], split) for _, row, split in numbered], table, column, splits))
     one, alike = one_spelling(row["label"] for row in kept if not conventions.empty(row["label"]))
     if faults := faults + alike:
@@ -85,16 +90,16 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str | 
         classes, lines = _declared(name, entry["classes"], classes, every, table)
         remarks += lines
     positive = _positive(name, entry.get("positive"), classes)
-    if columns.unit:
-        _check_units(kept, positive, bool(entry.get("ordered")), table)
+    for unit_name, _ in columns.units:
+        _check_units(kept, f"{UNIT_COLUMN}{unit_name}", positive, bool(entry.get("ordered")), table)
     findings = None
     if columns.several:
         cells = [[_finding(row[c], entry, f"{table}, {row['image']}, {c}") for c in columns.labels] for row in kept]
         findings = np.array(cells).reshape(-1, len(columns.labels))
-    return SetTable(kept, classes, findings, positive, unit, remarks)
+    return SetTable(kept, classes, findings, positive, unit, [unit_name for unit_name, _ in columns.units], remarks)
 
 
-_Numbered = list[tuple[int, dict[str, str], str]]  # (number, row, split as the entry calls it)
+_InSplits = list[tuple[int, dict[str, str], str]]  # (number, row, split as the entry calls it)
 
 
 @dataclass(frozen=True)
@@ -106,20 +111,28 @@ class _Columns:
     group: str
     labels: tuple[str, ...]  # one with class names, or one for each of several findings
     several: bool
-    unit: tuple[str, ...]  # what together tells a unit of images; () for none
+    units: tuple[tuple[str, tuple[str, ...]], ...]  # (name, what together tells it) of units of images, narrow to wide
     subgroups: tuple[str, ...]
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> _Columns:
         """From a catalog entry."""
         given, name = entry.get("columns", {}), metadata.column_name
-        labels, unit = given.get("label", "label"), entry.get("unit", [])
+        labels = given.get("label", "label")
         image, split, group = (name(given.get(role, role)) for role in ("image", "split", "group"))
         several = isinstance(labels, list)
+        units = tuple((called, tuple(map(name, own))) for called, own in units_of(entry).items())
         return cls(
-            image, split, group, tuple(map(name, labels if several else [labels])), several,
-            tuple(map(name, [unit] if isinstance(unit, str) else unit)), tuple(map(name, entry.get("subgroups", []))),
+            "image" if template_of(entry) else image, split, group,
+            tuple(map(name, labels if several else [labels])), several, units,
+            tuple(map(name, entry.get("subgroups", []))),
         )  # fmt: skip
+
+    @property
+    def needed(self) -> list[str]:
+        """Those that a table must have."""
+        own = [column for _, columns in self.units for column in columns]
+        return list(dict.fromkeys([self.image, *self.labels, *own, *self.subgroups]))
 
     def sample(self, row: dict[str, str], split: str, where: str) -> dict[str, str]:
         """Image, label, group and split of a row, and what else is asked of it; an image without a group is one."""
@@ -127,17 +140,28 @@ class _Columns:
         label = "" if self.several else row[self.labels[0]]
         more = {column: row[column] for column in self.labels} if self.several else {}
         more |= {f"{OWN_COLUMN}{column}": row[column] for column in self.subgroups}
-        if self.unit:
-            more["unit"] = self.unit_of(row) or image
+        more |= {f"{UNIT_COLUMN}{name}": unit_of(row, own) or image for name, own in self.units}
         return {"image": image, "label": label, "group": self.group_of(row) or image, "split": split, **more}
 
-    def unit_of(self, row: dict[str, str]) -> str:
-        """The unit that a row's image is of, "" for none."""
-        return " ".join(filter(None, (conventions.group_name(row[column], "") for column in self.unit)))
-
     def group_of(self, row: dict[str, str]) -> str:
-        """The group of a row, "" for none: where the table has no groups its unit, which is as whole as they are."""
-        return conventions.group_name(row[self.group], "") if self.group in row else self.unit_of(row)
+        """The group of a row, "" for none: where the table has no groups its widest unit, which is as whole."""
+        if self.group in row:
+            return conventions.group_name(row[self.group], "")
+        return unit_of(row, self.units[-1][1]) if self.units else ""
+
+
+def units_of(entry: dict[str, Any]) -> dict[str, list[str]]:
+    """{name: columns} of an entry's units; without names they are called by their columns."""
+    unit = entry.get("unit", [])
+    if isinstance(unit, dict):
+        return {name: [own] if isinstance(own, str) else own for name, own in unit.items()}
+    columns = [unit] if isinstance(unit, str) else unit
+    return {" and ".join(columns): columns} if columns else {}
+
+
+def unit_of(row: dict[str, str], columns: Sequence[str]) -> str:
+    """The unit that a row's image is of, "" for none."""
+    return " ".join(filter(None, (conventions.group_name(row[column], "") for column in columns)))
 
 
 def _refuse_lacking(
@@ -154,19 +178,19 @@ def _refuse_lacking(
 
 
 def _wanted(
-    rows: Sequence[dict[str, str]], columns: _Columns, splits: Sequence[str], wanted: str | None, table: Path
-) -> tuple[_Numbered, list[str]]:
+    rows: Numbered, columns: _Columns, splits: Sequence[str], wanted: str | None, table: Path
+) -> tuple[_InSplits, list[str]]:
     """The rows of the entry's splits, or all, and a line about those that are left out."""
     if wanted is None:
-        return [(number, row, "all") for number, row in enumerate(rows, 1)], []
+        return [(number, row, "all") for number, row in rows], []
     numbered, remarks = _of_splits(rows, columns.split, splits, table)
     if not any(split == wanted for _, _, split in numbered):
-        found = ", ".join(sorted({row[columns.split] for row in rows}))
+        found = ", ".join(sorted({row[columns.split] for _, row in rows}))
         raise ValueError(f"{table}: no row of the split {wanted!r}; its splits: {found}")
     return numbered, remarks
 
 
-def _selected(numbered: _Numbered, columns: _Columns, where: str, table: Path) -> tuple[_Numbered, list[str]]:
+def _selected(numbered: _InSplits, columns: _Columns, where: str, table: Path) -> tuple[_InSplits, list[str]]:
     """The rows that --where leaves, and lines about them."""
     label = "" if columns.several else columns.labels[0]
     cells = [(split, row.get(label, "")) for _, row, split in numbered]
@@ -195,20 +219,23 @@ def _declared(
 
 def _refuse_alike(columns: _Columns, rows: Sequence[dict[str, str]], table: Path) -> None:
     """ValueError for two units that are called the same, as ("a b", "c") and ("a", "b c") are."""
-    called: dict[str, tuple[str, ...]] = {}
-    for row in rows:
-        cells = tuple(conventions.group_name(row[column], "") for column in columns.unit)
-        if called.setdefault(name := columns.unit_of(row), cells) != cells:
-            both = f"{', '.join(columns.unit)} are {called[name]} in one row and {cells} in another"
-            raise ValueError(f"{table}: two units would be called {name!r}: {both}")
+    for _, own in columns.units:
+        called: dict[str, tuple[str, ...]] = {}
+        for row in rows:
+            cells = tuple(conventions.group_name(row[column], "") for column in own)
+            if called.setdefault(name := unit_of(row, own), cells) != cells:
+                both = f"{', '.join(own)} are {called[name]} in one row and {cells} in another"
+                raise ValueError(f"{table}: two units would be called {name!r}: {both}")
 
 
-def _check_units(rows: Sequence[dict[str, str]], positive: str | None, ordered: bool, table: Path) -> None:
+def _check_units(
+    rows: Sequence[dict[str, str]], column: str, positive: str | None, ordered: bool, table: Path
+) -> None:  # fmt: skip
     """ValueError for a unit of several groups, and for one of several classes of which none is known to count."""
     groups, labels = defaultdict(set), defaultdict(set)
     for row in rows:
-        groups[row["unit"]].add(row["group"])
-        labels[row["unit"]].add(row["label"])
+        groups[row[column]].add(row["group"])
+        labels[row[column]].add(row["label"])
     if several := [unit for unit, own in groups.items() if len(own) > 1]:
         raise ValueError(f"{table}: the unit {several[0]!r} is of {len(groups[several[0]])} groups; it is of one")
     mixed = [unit for unit, own in labels.items() if len(own) > 1 and positive not in own and not ordered]
@@ -238,7 +265,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def _of_splits(
-    rows: Sequence[dict[str, str]], column: str, splits: Sequence[str], table: Path
+    rows: Numbered, column: str, splits: Sequence[str], table: Path
 ) -> tuple[list[tuple[int, dict[str, str], str]], list[str]]:
     """(number, row, split) of the rows of the entry's splits, and a line about the others."""
     key = conventions.split_key
@@ -246,7 +273,7 @@ def _of_splits(
         key = str
     named = {key(split): split for split in splits}
     kept, others = [], Counter()
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         if (split := named.get(key(row[column]))) is None:
             others[row[column]] += 1
         else:

@@ -145,9 +145,10 @@ def add_shrink(commands: Any) -> None:
     parser = commands.add_parser(
         "shrink",
         help="copy a folder with its images shrunk",
-        description="Copies a folder tree; JPEG and PNG files whose short side is longer than --short-side are shrunk "
-        "to it (JPEG quality 95; more than 8 bits are windowed as in training), all other files are copied as they "
-        "are, so that readers find the layout they know. Images inside zip or tar archives are not touched: for "
+        description="Copies a folder tree; JPEG, PNG and DICOM files whose short side is longer than --short-side are "
+        "shrunk to it (JPEG quality 95; more than 8 bits are windowed as in training; a DICOM file of one frame keeps "
+        "its name and header, with 8 bits as displayed, without loss), all other files are copied as they are, so that "
+        "readers find the layout they know. Images inside zip or tar archives are not touched: for "
         "those there is `shards`. Run again after an interruption, it continues.",
         formatter_class=HelpFormatter,
     )
@@ -159,6 +160,11 @@ def add_shrink(commands: Any) -> None:
         default=448,
         metavar="PIXELS",
         help="448 is twice the usual training size, which leaves room for crops",
+    )
+    parser.add_argument(
+        "--crop-breast",
+        action="store_true",
+        help="of whole mammograms: cut each image to the breast before it is shrunk, so that more of it is left",
     )
     add_workers_argument(parser)
     parser.set_defaults(module="shrink")
@@ -203,7 +209,7 @@ def add_check(commands: Any) -> None:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--dataset", default="", choices=["", *READERS], help="which reader, as for main.py")
-    parser.add_argument("--root", default="", help="folder of the dataset, as for main.py")
+    parser.add_argument("--root", default="", help="folder of the dataset, or of the set in place of the catalog's")
     parser.add_argument("--metadata", default="", help="file of captions where the layout does not fix it")
     add_column_arguments(parser)
     parser.add_argument("--set", default="", metavar="NAME", help="a labelled set of the catalog instead")

@@ -20,6 +20,7 @@ from inputs.codecs import CODECS, stored_values
 from inputs.depth import levels_of, to_8bit, window_to_8bit
 from inputs.display import BY_FILE, BY_HAND, DISPLAY, Display
 from runtime.limits import BYTES, PIXELS
+from utils import refuse_lfs_pointer
 
 
 def is_dicom(data: bytes, name: str) -> bool:
@@ -72,6 +73,8 @@ def _grey(
     """Stored values, of any shape, to uint8, and where they come from; `counts` as in `window_to_8bit`."""
     padding = _padding(frame, dataset)
     values = _modality(frame, dataset)
+    if int(dataset.get("BitsStored", 16)) <= 8:
+        window = None  # it is for what a device measured
     how = BY_HAND if window else BY_FILE
     grey = window_to_8bit(values, *window) if window else _windowed(values, dataset)
     if grey is None:
@@ -92,6 +95,23 @@ def frames_of(path: str | Path) -> int:
 
     header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["NumberOfFrames"])
     return int(header.get("NumberOfFrames") or 1)
+
+
+def header_text(path: str | Path, name: str) -> str:
+    """A text of a file's header by its keyword, "" where it has none; ImportError, ValueError name the file."""
+    try:
+        import pydicom
+        from pydicom.errors import InvalidDicomError
+    except ImportError as error:
+        raise ImportError(f"{path} is a DICOM file: pip install pydicom") from error
+    refuse_lfs_pointer(path)
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[name])
+    except InvalidDicomError as error:
+        raise ValueError(f"{path} is not a DICOM file: {error}") from error
+    except Exception as error:  # of any kind, on a damaged file
+        raise ValueError(f"the header of {path} cannot be read: {error}") from error
+    return str(header.get(name, "")).strip()
 
 
 def reason(error: Exception) -> str:

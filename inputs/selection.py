@@ -32,6 +32,7 @@ class Selection:
     """An expression; "" selects every row."""
 
     text: str = ""
+    given_by: str = "--where"  # for messages: the flag, or the catalog's key
 
     def __post_init__(self) -> None:
         if self.text.strip():
@@ -62,13 +63,13 @@ class Selection:
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             hint = "; == compares" if "=" in self.text.replace("==", "") else ""
             raise ValueError(
-                f"--where {self.text!r} is no expression{hint}; a value or column that is no plain word has to be in "
-                f"quotation marks: {UNDERSTOOD}"
+                f"{self.given_by} {self.text!r} is no expression{hint}; a value or column that is no plain word has to "
+                f"be in quotation marks: {UNDERSTOOD}"
             ) from error
 
     def refused(self, why: str) -> ValueError:
         """The error about this expression."""
-        return ValueError(f"--where {self.text!r}: {why}")
+        return ValueError(f"{self.given_by} {self.text!r}: {why}")
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from inputs.cbis import CBIS_CLASSES, CBIS_COLUMNS, CBIS_IMAGES, CBIS_READING, CROP_SIZE
+from inputs.dicom import header_text
 from inputs.files import files_below, is_system, on_disk
 from inputs.images import image_size, read_image
 from inputs.metadata import read_table
 from runtime.logs import aligned, progress
-from utils import atomic_write, refuse_lfs_pointer
+from utils import atomic_write
 
 log = logging.getLogger("medslip")
 
@@ -162,22 +163,7 @@ def nearly_binary(path: Path) -> bool:
 
 def dicom_description(path: Path) -> str:
     """SeriesDescription in the file's own header; metadata.csv has but one for a crop and its mask."""
-    return _dicom_element(path, "SeriesDescription")
-
-
-def _dicom_element(path: Path, name: str) -> str:
-    """A text of a DICOM file's header, "" where it has none; ImportError, ValueError name the file."""
-    try:
-        import pydicom
-        from pydicom.errors import InvalidDicomError
-    except ImportError as error:
-        raise ImportError(f"{path} is a DICOM file: pip install pydicom") from error
-    refuse_lfs_pointer(path)
-    try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[name])
-    except InvalidDicomError as error:
-        raise ValueError(f"{path} is not a DICOM file: {error}") from error
-    return str(header.get(name, "")).strip()
+    return header_text(path, "SeriesDescription")
 
 
 LAYOUTS = (
@@ -247,7 +233,7 @@ def index_dicom(root: Path, wanted: set[str]) -> dict[str, list[SeriesImage]]:
         by_header: dict[str, list[Path]] = defaultdict(list)
         untold = [path for own in files.values() for path in own]
         for path in progress(untold, "series by their headers", unit=" files"):
-            by_header[_dicom_element(path, "SeriesInstanceUID")].append(path)
+            by_header[header_text(path, "SeriesInstanceUID")].append(path)
         series = by_header | series
     return {uid: [SeriesImage(path.relative_to(root)) for path in own] for uid, own in series.items()}
 

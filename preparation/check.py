@@ -2,6 +2,7 @@
 
 python make_dataset.py check --dataset roco --root /path/to/roco
 python make_dataset.py check --set pets --catalog my_catalog.json
+python make_dataset.py check --set vindr_birads --root /path/to/vindr-mammo
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import datasets
 from evaluation import downstream
-from evaluation.catalog import read_catalog
+from evaluation.set_probes import find_set
 from inputs.columns import PairColumns, TextColumn
 from inputs.conventions import crossing
 from inputs.files import on_disk
@@ -68,8 +69,11 @@ def open_pairs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_set(args: argparse.Namespace) -> dict[str, Any]:
-    """Both splits of a labelled set."""
-    return dict(zip(("train", "test"), downstream.open_splits(args.set, read_catalog(args.catalog)), strict=True))
+    """Both splits of a labelled set; all of a table that has none."""
+    catalog = find_set(args.set, args.root, args.catalog)
+    if not downstream.has_splits(args.set, catalog):
+        return {"all": downstream.open_every_row(args.set, catalog, None)}
+    return dict(zip(("train", "test"), downstream.open_splits(args.set, catalog), strict=True))
 
 
 MOST_CLASSES = 10  # that have a column each

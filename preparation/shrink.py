@@ -18,8 +18,10 @@ from PIL import Image
 
 from datasets import UnreadableImages
 from inputs.files import files_below
-from inputs.images import UnreadableImage, decode_image
+from inputs.images import UnreadableImage, decode_shown
+from preparation.breast import breast_box
 from preparation.processes import keep_settings, over_processes, say_room
+from preparation.small_dicom import frames_in, with_pixels
 from runtime.logs import progress
 from utils import atomic_write
 
@@ -61,11 +63,16 @@ def check_short_side(short_side: int | None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Shrink the tree that the flags name."""
-    shrink_tree(args.root, args.output, args.short_side, args.workers)
+    shrink_tree(args.root, args.output, args.short_side, args.workers, args.crop_breast)
 
 
-def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, workers: int = 1) -> Counter:
+def shrink_tree(
+    root: str | Path, output: str | Path, short_side: int = 448, workers: int = 1, crop: bool = False
+) -> Counter:
     """Copies the tree with its images shrunk; returns how many files were shrunk, copied, unreadable or there already.
+
+    A DICOM file of one frame stays one, with its own header, so that tables and readers find it under its name. `crop`
+    cuts every image to the breast first (breast.breast_box).
 
     An unreadable image is copied as it is and named in bad_samples.txt, as is a file that cannot be opened, such as a
     link to nothing. Raises FileNotFoundError for an absent root and ValueError for an output inside it or of another
@@ -78,14 +85,16 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
     if output.is_relative_to(root) or root.is_relative_to(output):
         raise ValueError(f"--output {output} and --root {root} lie in each other: choose another folder")
     output.mkdir(parents=True, exist_ok=True)
-    keep_settings(output / "shrink.json", {"root": str(root), "short_side": short_side}, "*")
+    keep_settings(
+        output / "shrink.json", {"root": str(root), "short_side": short_side, "crop_breast": crop or None}, "*"
+    )
     unreadable = UnreadableImages(output / "bad_samples.txt", limit=math.inf)
     say_room(output, files_below(root), copied=False)
     counts: Counter = Counter()
     names = (os.path.relpath(path, root) for path in files_below(root))
     paths = (name for name in names if name not in ("shrink.json", "bad_samples.txt"))  # of an earlier copy
     with (
-        over_processes(workers, Shrinking(root, output, short_side, unreadable), chunk=16) as each,
+        over_processes(workers, Shrinking(root, output, short_side, unreadable, crop), chunk=16) as each,
         progress(desc="shrinking", unit=" files") as bar,
     ):
         while batch := list(islice(paths, 4096)):  # a pool's map takes in all that it is given
@@ -104,7 +113,7 @@ def shrink_tree(root: str | Path, output: str | Path, short_side: int = 448, wor
 
 
 SHRINK_OUTCOMES = ("shrunk", "copied", "unreadable", "there already", "left out", "missing")
-SHRUNK_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png")
+SHRUNK_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".dcm", ".dicom")
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class Shrinking:
     output: Path
     short_side: int
     unreadable: UnreadableImages
+    crop: bool = False  # to the breast
 
 
 def shrink_file(tree: Shrinking, name: str) -> str:
@@ -134,11 +144,11 @@ def shrink_file(tree: Shrinking, name: str) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     outcome, data = "copied", None
     with file:
-        if source.suffix.lower() in SHRUNK_SUFFIXES:
+        if source.suffix.lower() in SHRUNK_SUFFIXES or file.peek(132)[128:132] == b"DICM":
             data = file.read()
             try:
-                if small := shrink(decode_image(data, str(source)), short_side):
-                    outcome, data = "shrunk", encode(small, "PNG" if format_of(data) == "PNG" else "JPEG")
+                if small := smaller(data, str(source), short_side, tree.crop):
+                    outcome, data = "shrunk", small
             except UnreadableImage as error:
                 unreadable.add(str(source), str(error))
                 outcome = "unreadable"
@@ -148,3 +158,25 @@ def shrink_file(tree: Shrinking, name: str) -> str:
             atomic_write(target, lambda copy: copy.write(data))
     os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # last: marks the copy as complete
     return outcome
+
+
+def smaller(data: bytes, name: str, short_side: int, crop: bool) -> bytes | None:
+    """An image's file with fewer pixels, in its own format; None where it has no more already, or several frames.
+
+    Raises:
+        UnreadableImage: with `name`, as decode_shown and with_pixels.
+    """
+    dicom = data[128:132] == b"DICM"
+    if dicom and frames_in(data) > 1:
+        return None
+    img, how = decode_shown(data, name, grey=dicom)
+    box = breast_box(img) if crop else None
+    cut = img.crop(box) if box else img
+    small = shrink(cut, short_side)
+    if small is None and box is None:
+        return None
+    scale = 1.0 if small is None else min(small.size) / min(cut.size)
+    small = small or cut
+    if dicom:
+        return with_pixels(data, small, how, scale, name)
+    return encode(small.convert("RGB"), "PNG" if format_of(data) == "PNG" else "JPEG")

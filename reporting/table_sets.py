@@ -15,6 +15,7 @@ from datasets import READERS
 from evaluation import downstream, metrics, references
 from evaluation.catalog import Catalog, read_catalog
 from evaluation.predictions import CBIS, Predictions, Scheme, unlearnt_classes
+from evaluation.set_rows import tables_of
 from inputs import cbis
 from inputs.files import on_disk
 from synthetic.world import is_synthetic
@@ -104,7 +105,7 @@ class CatalogTable:
     @property
     def files(self) -> list[Path]:
         """What evaluations read, of a set that is a table."""
-        return [Path(self.entry["path"]) / self.entry.get("table", "table.csv")] if self.entry["type"] == "csv" else []
+        return tables_of(self.entry) if self.entry["type"] == "csv" else []
 
     @property
     def probe(self) -> list[str]:

@@ -110,6 +110,15 @@ def test_a_backend_holds_within_its_block_only():
     assert settings.fp32_precision == before
 
 
+def test_the_benchmark_of_smaller_dicom_files():
+    pytest.importorskip("imagecodecs")
+    rows = load_script("benchmarks/bench_shrink.py").main(
+        ["--size", "300", "240", "--runs", "1", "--kinds", "raw", "--short-side", "60"]
+    )
+    assert set(rows) == {"raw, whole", "raw, 60", "raw, 60, cropped"}
+    assert rows["raw, 60"]["KB"] < rows["raw, 60, cropped"]["KB"] < rows["raw, whole"]["KB"] / 10
+
+
 def test_the_benchmark_of_products(capsys):
     rest = [*SMALL, *VIT]
     rows = load_script("benchmarks/bench_products.py").main(

@@ -44,10 +44,15 @@ def test_our_lesion_prompts_stand_in_the_order_of_the_classes():
         assert [name.replace(f"_{noun}", "") for name in named] == list(CBIS_CLASSES)
 
 
+MAMMOGRAPHY = {
+    "vindr_birads", "vindr_density", "rsna_cancer", "cmmd", "embed_birads", "embed_density", "inbreast_birads",
+}  # fmt: skip
+
+
 def test_catalog_holds_the_26_sets_and_ours():
     catalog = evaluation_catalog.read_catalog()
     names = {*PUBLISHED, *OURS, "roco"} - {"birdsnap", "voc2007"}  # those two have labels but no entry
-    assert set(catalog) == names and len(names) == 30
+    assert set(catalog) == names | MAMMOGRAPHY and len(names) == 30
     kinds = {kind: {n for n, e in catalog.items() if e["type"] == kind} for kind in evaluation_catalog.TYPES}
     assert kinds["filelist"] == {"sun397", "clevr_counts"}
     assert kinds["special"] == {"cifar10", "cifar100", "stl10", "mnist", *OURS, "roco"}
@@ -55,7 +60,7 @@ def test_catalog_holds_the_26_sets_and_ours():
 
 def test_every_metric_belongs_to_a_set():
     stated = {name: entry["metric"] for name, entry in evaluation_catalog.read_catalog().items() if "metric" in entry}
-    assert set(stated) <= set(LABELS) and len(stated) == 6
+    assert set(stated) - MAMMOGRAPHY <= set(LABELS) and len(set(stated) - MAMMOGRAPHY) == 6
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,7 @@ def test_each_set_has_its_published_metric():
         "flowers",
     }
     assert {n for n, m in metrics.items() if m == "mean_top1_top5"} == {"kinetics700_frames"}
-    assert {n for n, m in metrics.items() if m == "roc_auc"} == {"hateful_memes"}
+    assert {n for n, m in metrics.items() if m == "roc_auc"} == {"hateful_memes", "rsna_cancer", "cmmd"}
 
 
 def test_folders_in_another_order_are_reported():
