@@ -61,8 +61,7 @@ def simclr_loss(aug1: Tensor, aug2: Tensor, temperature: float = 0.1, same_study
     """NT-Xent (Chen et al. 2020, equation 1): among the 2*B - 1 other views find the one of the same image.
 
     Args:
-        aug1, aug2: embeddings (B, D) of two views of each image, or of two images of a study (Azizi et al. 2021,
-            section 3.2).
+        aug1, aug2: embeddings (B, D) of two views of each image, or of two images of a study (Azizi et al. 2021).
         same_study: (B, B), where no view of the one is a negative of any view of the other; the diagonal is ignored.
     """
     z = F.normalize(torch.cat([aug1, aug2]), dim=-1)  # (2*B, D)

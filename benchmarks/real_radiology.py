@@ -28,6 +28,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -339,7 +340,9 @@ def tower_of(args: argparse.Namespace, row: Row, seed: int, root: Path, out: Pat
         save_checkpoint(state, file)
         return file
     flags = flags_of(args, row, seed, root, out)
-    training.main([*flags, "--keep-last", "1", "--eval-freq", "1" if row.best else str(args.epochs)])
+    done = training.main([*flags, "--keep-last", "1", "--eval-freq", "1" if row.best else str(args.epochs)])
+    if done.get("stopped_by"):  # the same command continues it
+        sys.exit(128 + signal.Signals[done["stopped_by"]])
     state = load_checkpoint(out / ("checkpoint_best.pt" if row.best else "checkpoint.pt"))
     save_checkpoint({key: state[key] for key in ("state_dict", "model", "preprocess", "tokenizer")}, file)
     for checkpoint in out.glob("checkpoint*.pt"):  # with the optimizer's state: five times as large
