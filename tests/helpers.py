@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from runtime import checkpoints
@@ -69,6 +70,11 @@ def assert_same_run(a, b):
     first, second = weights(a), weights(b)
     assert first.keys() == second.keys()
     assert [k for k in first if not torch.equal(first[k], second[k])] == []
+
+
+def slow(*values) -> list:
+    """Values of a parameter that are tried with the slow tests, where others stand for them in the fast ones."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def stop_after(function):

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import TINY
+from helpers import TINY, slow
 from model_helpers import tiny_medslip
 from PIL import Image
 
@@ -77,7 +77,7 @@ SMALL_TEXT = ("--override", "text_layers=2", "text_width=64", "text_heads=2", "e
     "flags",
     [
         ("--model", "SLIP_VITT16", "--ssl-mlp-dim", "32", *SMALL_TEXT),
-        pytest.param(("--model", "SIGLIP_VITT16", *SMALL_TEXT), marks=pytest.mark.slow),
+        *slow(("--model", "SIGLIP_VITT16", *SMALL_TEXT)),
         ("--model", "CLIP_VITT16", "--vision-tower", "test_resnet", "--image-size", "64", *SMALL_TEXT),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 import twins
 from distributed_helpers import run_ranks
-from helpers import DROPOUT, ROOT, assert_same_run, command, environment, stop_after, weights
+from helpers import DROPOUT, ROOT, assert_same_run, command, environment, slow, stop_after, weights
 from model_helpers import batches, gradients, tiny_medslip, tiny_model, write_checkpoint
 from roco_tree import make_roco
 from torch import nn
@@ -143,9 +143,7 @@ def test_what_cannot_be_adapted_is_refused(monkeypatch):
         lora.adapt_model(tiny_model("CLIP"), 2)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: tiny_model("SLIP"), pytest.param(tiny_medslip, marks=pytest.mark.slow)], ids=["vit", "medslip"]
-)
+@pytest.mark.parametrize("make", [lambda: tiny_model("SLIP"), *slow(tiny_medslip)], ids=["vit", "medslip"])
 def test_gradient_checkpointing_and_compilation_change_nothing(make):
     """The first layers are fixed, so a block's input has no gradient, at which some ways of checkpointing give up."""
     torch.manual_seed(0)

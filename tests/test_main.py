@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import DROPOUT, GOLDENS, ROOT, assert_same_run, command, environment, stop_after, weights
+from helpers import DROPOUT, GOLDENS, ROOT, assert_same_run, command, environment, slow, stop_after, weights
 from roco_tree import make_roco
 from source_tree import save_jpeg
 
@@ -244,9 +244,7 @@ def _train_rank(rank, world, argv):
     main.main(argv)
 
 
-@pytest.mark.parametrize(
-    "model", ["SLIP_VITT16", *(pytest.param(f"{name}_VITT16", marks=pytest.mark.slow) for name in ("SIMCLR", "CLIP"))]
-)
+@pytest.mark.parametrize("model", ["SLIP_VITT16", *slow("SIMCLR_VITT16", "CLIP_VITT16")])
 def test_two_processes_equal_one(roco, tmp_path, model):
     one, two = tmp_path / "one", tmp_path / "two"
     sgd_like = ["--eps", "1e-2", "--epochs", "2"]  # AdamW divides rounding noise by itself where gradients vanish
@@ -617,12 +615,6 @@ def test_duplicates_are_no_negatives_in_training(table, accumulation, monkeypatc
 # --- what the command line says --------------------------------------------------------------------------------------
 
 
-def shell(*argv) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / "main.py", *map(str, argv)], env=environment(), capture_output=True, text=True
-    )
-
-
 def test_errors_are_one_line_and_have_the_exit_code_of_their_kind(table, monkeypatch, capsys):
     for argv, code, words in [
         (csv_command(table / "absent"), 1, "no captions of the split 'train' at"),
@@ -636,7 +628,8 @@ def test_errors_are_one_line_and_have_the_exit_code_of_their_kind(table, monkeyp
             command_line.run_script(main.main)
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert left.value.code == code and line.startswith("error: ") and words in line
-    done = shell(*csv_command(table / "absent"))
+    argv = [sys.executable, ROOT / "main.py", *map(str, csv_command(table / "absent"))]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     monkeypatch.setattr(sys, "argv", ["main.py", *map(str, csv_command(table / "absent")), "--debug"])
     with pytest.raises(FileNotFoundError):  # with its traceback

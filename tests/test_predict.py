@@ -15,7 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, slow
 from model_helpers import write_checkpoint
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
@@ -132,9 +132,7 @@ def test_images_unlike_the_training_are_flagged(probed, tmp_path):
     assert row["unlike_training"] == 1
 
 
-@pytest.mark.parametrize(
-    "flags", [("--image-kind", "crop"), pytest.param(("--precision", "bf16"), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("flags", [("--image-kind", "crop"), *slow(("--precision", "bf16"))])
 def test_maps_lie_in_the_image_and_change_nothing(probed, tmp_path, flags):
     """A map for each answer, of the malignant score; in bf16 where the machine has it."""
     captum = pytest.importorskip("captum")

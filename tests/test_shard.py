@@ -3,7 +3,7 @@
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import command, weights
+from helpers import command, slow, weights
 from model_helpers import batches, tiny_model
 from roco_tree import make_roco
 
@@ -23,10 +23,7 @@ def _train(rank, world, argv):
     main.main(argv)
 
 
-@pytest.mark.parametrize(
-    "model",
-    ["SLIP_VITT16", *(pytest.param(f"{name}_VITT16", marks=pytest.mark.slow) for name in ("SIMCLR", "CLIP", "SIGLIP"))],
-)
+@pytest.mark.parametrize("model", ["SLIP_VITT16", *slow("SIMCLR_VITT16", "CLIP_VITT16", "SIGLIP_VITT16")])
 def test_sharded_weights_equal_ddp(roco, tmp_path, model):
     for name, extra in (("ddp", []), ("shard", ["--shard"])):
         run_ranks(_train, 2, command(roco, tmp_path / name, "--batch-size", "4", "--eps", "1e-2", *extra, model=model))

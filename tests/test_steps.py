@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, environment, wait_for
+from helpers import ROOT, environment, slow, wait_for
 
 from reporting import steps
 
@@ -65,13 +65,7 @@ def driver(tmp_path):
     return start
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)),
-    ],
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, *slow(signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)])
 def test_one_signal_stops_all_steps(tmp_path, driver, number):
     process = driver()
     process.send_signal(number)
