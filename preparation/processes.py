@@ -75,9 +75,7 @@ def keep_settings(path: Path, settings: dict, output: str) -> None:
                 raise ValueError(
                     f"{path.parent} was begun with {name} {before.get(name)!r}, not {value!r}: choose another folder"
                 )
-    elif any(
-        not TEMPORARY.fullmatch(found.name) for found in path.parent.glob(output)
-    ):  # that of a killed start is none
+    elif any(not TEMPORARY.fullmatch(found.name) for found in path.parent.glob(output)):  # which a killed start leaves
         raise ValueError(f"{path.parent} is not empty and not begun by this command: choose another folder")
     else:
         write_json(path, settings)

@@ -85,6 +85,20 @@ def stop_after(function):
     return wrapped
 
 
+def signal_after(function, calls: int, number: int):
+    """The function, and after so many calls a signal to this process."""
+    made = []
+
+    def calling(*args):
+        found = function(*args)
+        made.append(1)
+        if len(made) == calls:
+            os.kill(os.getpid(), number)
+        return found
+
+    return calling
+
+
 def environment(**extra) -> dict[str, str]:
     """This process's, with one thread for each rank as in the tests' own processes, and no launcher's variables."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))}

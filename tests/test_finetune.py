@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shlex
 import signal
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import GOLDENS, ROOT, environment
+from helpers import GOLDENS, ROOT, environment, signal_after
 from model_helpers import tiny_medslip, write_checkpoint
 from PIL import Image
 from torch import nn
@@ -328,15 +327,8 @@ def test_mixed_and_averaged_training_learns(small_set, tmp_path):
 def test_a_signal_within_an_epoch_loses_nothing(small_set, tmp_path, monkeypatch):
     extra = ["--mixup", "0.8", "--drop_path", "0.2"]
     whole = fine_tune(tmp_path / "whole", tmp_path, *extra)
-    update, steps = run_class_finetuning.update, []
-
-    def stopping(*args):
-        steps.append(1)
-        if len(steps) == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args)
-
-    monkeypatch.setattr(run_class_finetuning, "update", stopping)
+    update = signal_after(run_class_finetuning.update, 8, signal.SIGTERM)
+    monkeypatch.setattr(run_class_finetuning, "update", update)
     assert fine_tune(tmp_path / "parts", tmp_path, *extra) == {"stopped_by": "SIGTERM"}
     assert not (tmp_path / "parts" / "results.json").exists()
     assert fine_tune(tmp_path / "parts", tmp_path, *extra) == whole

@@ -168,3 +168,12 @@ def test_rows_are_trained_probed_and_compared(tmp_path, monkeypatch):
     assert json.loads(json.dumps(real_radiology.main(argv)["table"])) == json.loads(json.dumps(report["table"]))
     assert (out / "rows" / "held" / "0" / "done.json").read_bytes() == before
     assert "| held |" in (out / "report.md").read_text()
+
+
+def test_a_training_that_a_signal_has_stopped_is_no_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_radiology.training, "main", lambda argv: {"stopped_by": "SIGTERM"})
+    argv = ["--data", "data", "--vision-weights", "tower.pt", "--output-dir", str(tmp_path)]
+    args = real_radiology.get_args_parser().parse_args(argv)
+    with pytest.raises(SystemExit) as left:
+        real_radiology.tower_of(args, real_radiology.FINAL["held"], 0, tmp_path, tmp_path / "whole")
+    assert left.value.code == 128 + 15 and not (tmp_path / "whole" / "tower.pt").exists()

@@ -1,7 +1,6 @@
 """main.py end to end on small data: training, validation, resuming, two processes, errors."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import DROPOUT, GOLDENS, ROOT, assert_same_run, command, environment, slow, stop_after, weights
+from helpers import (
+    DROPOUT,
+    GOLDENS,
+    ROOT,
+    assert_same_run,
+    command,
+    environment,
+    signal_after,
+    slow,
+    stop_after,
+    weights,
+)
 from roco_tree import make_roco
 from source_tree import save_jpeg
 
@@ -72,16 +82,8 @@ def test_a_signal_in_an_epoch_checkpoints_and_the_rest_is_the_unbroken_run(roco,
     assert threading.current_thread() is threading.main_thread()
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     main.main(command(roco, whole, *DROPOUT, *extra))
-    original, count = main.update, []
-
-    def interrupted(run, *args):
-        original(run, *args)
-        count.append(1)
-        if len(count) == 2:
-            os.kill(os.getpid(), signal.SIGUSR2)
-
     with monkeypatch.context() as m:
-        m.setattr(main, "update", interrupted)
+        m.setattr(main, "update", signal_after(main.update, 2, signal.SIGUSR2))
         main.main(command(roco, broken, *DROPOUT, *extra))
     state = checkpoints.load_checkpoint(broken / "checkpoint.pt")
     assert (state["epoch"], state["step_in_epoch"]) == (0, 2)
@@ -637,15 +639,8 @@ def test_errors_are_one_line_and_have_the_exit_code_of_their_kind(table, monkeyp
 
 
 def test_a_stopped_run_says_so_to_the_shell_and_to_whoever_reads_it(roco, tmp_path, monkeypatch):
-    update, steps = main.update, []
-
-    def stopping(*args):
-        update(*args)
-        steps.append(1)
-        if len(steps) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(main, "update", stopping)
+    update = main.update
+    monkeypatch.setattr(main, "update", signal_after(update, 4, signal.SIGTERM))
     monkeypatch.setattr(sys, "argv", ["main.py", *command(roco, tmp_path)])
     with pytest.raises(SystemExit) as left:
         command_line.run_script(main.main)

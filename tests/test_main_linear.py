@@ -21,7 +21,7 @@ import pytest
 import torch
 import torchvision.transforms as T
 from distributed_helpers import run_ranks
-from helpers import QUICK
+from helpers import QUICK, signal_after
 from model_helpers import image_side, write_checkpoint
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -410,15 +410,8 @@ def test_a_signal_within_an_epoch_leaves_a_checkpoint_and_the_rest_is_the_unbrok
 ):
     frequent = ("--print-freq", "1", "-b", "4")
     whole = classify(catalog, checkpoint, tmp_path / "whole", *frequent)
-    cross_entropy, steps = linear_sgd.F.cross_entropy, []
-
-    def interrupted(*args):
-        steps.append(1)
-        if len(steps) == 4:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return cross_entropy(*args)
-
-    monkeypatch.setattr(linear_sgd.F, "cross_entropy", interrupted)
+    cross_entropy = signal_after(linear_sgd.F.cross_entropy, 4, signal.SIGUSR1)
+    monkeypatch.setattr(linear_sgd.F, "cross_entropy", cross_entropy)
     assert classify(catalog, checkpoint, tmp_path / "parts", *frequent) == {"stopped_by": "SIGUSR1"}
     assert not (tmp_path / "parts" / "results.json").exists()
     state = checkpoints.load_checkpoint(tmp_path / "parts" / "linear_checkpoint.pt")

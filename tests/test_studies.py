@@ -1,7 +1,6 @@
 """Images of one study: which those are, that one is the other's second view, and that neither is a negative."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from distributed_helpers import run_ranks
-from helpers import DROPOUT, assert_same_run, command, weights
+from helpers import DROPOUT, assert_same_run, command, signal_after, slow, weights
 from source_tree import PREPROCESS, save_jpeg
 
 import losses
@@ -178,16 +177,8 @@ def test_training_has_the_loss_of_the_formula(breasts, accumulation, monkeypatch
 def test_a_run_of_studies_resumes_bit_for_bit_and_says_what_it_is(breasts, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     main.main(argv_of(breasts, whole, *DROPOUT))
-    original, count = main.update, []
-
-    def interrupted(*arguments):
-        original(*arguments)
-        count.append(1)
-        if len(count) == 3:
-            os.kill(os.getpid(), signal.SIGUSR2)
-
     with monkeypatch.context() as m:
-        m.setattr(main, "update", interrupted)
+        m.setattr(main, "update", signal_after(main.update, 3, signal.SIGUSR2))
         main.main(argv_of(breasts, broken, *DROPOUT))
     state = load_checkpoint(broken / "checkpoint.pt")
     assert (state["epoch"], state["step_in_epoch"]) == (1, 1)
@@ -208,7 +199,7 @@ def _train_rank(rank, world, argv):
     main.main(argv)
 
 
-@pytest.mark.parametrize("model", ["SLIP_VITT16", pytest.param("SIMCLR_VITT16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["SLIP_VITT16", *slow("SIMCLR_VITT16")])
 def test_two_processes_equal_one(breasts, tmp_path, model):
     """As tests/test_main.py compares them, with studies and sentences whose images lie on both processes."""
     one, two = tmp_path / "one", tmp_path / "two"
