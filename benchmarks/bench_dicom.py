@@ -109,7 +109,7 @@ def view_of(values: np.ndarray) -> torch.Tensor:
     """Stored values (H, W) as ours shows them."""
     levels = levels_of(values)
     assert levels is not None
-    return VIEW(Image.fromarray(levels.spread(window_to_8bit(levels.values, *WINDOW))), None)
+    return VIEW(Image.fromarray(levels.spread(levels.range, window_to_8bit(levels.range, *WINDOW))), None)
 
 
 def by_dicomsdl(path: str) -> torch.Tensor:

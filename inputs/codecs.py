@@ -33,7 +33,7 @@ def is_available(uid: str) -> bool:
     return uid in CODECS and find_spec(LABEL) is not None
 
 
-def decode_frame(source: bytes, runner: Any) -> bytes:
+def decode_frame(source: bytes, runner: Any) -> memoryview:
     """An encoded frame to its stored values, little end first; ValueError where they are not what the header says."""
     import imagecodecs
 
@@ -46,12 +46,13 @@ def decode_frame(source: bytes, runner: Any) -> bytes:
         runner.set_option("bits_allocated", 8 * values.dtype.itemsize)
     if values.size != runner.rows * runner.columns or values.dtype.kind != "u":
         raise ValueError(f"{values.size} values of {values.dtype}, for {runner.rows} rows of {runner.columns}")
-    return values.astype(f"<u{values.dtype.itemsize}", copy=False).tobytes()
+    return np.ascontiguousarray(values, f"<u{values.dtype.itemsize}").data
 
 
 def stored_values(dataset: Any, number: int) -> np.ndarray:
     """Frame `number` as pydicom decodes it, (H, W) or (H, W, 3), by imagecodecs where that is there and can."""
     from pydicom.pixels import get_decoder, pixel_array
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     uid = dataset.file_meta.get("TransferSyntaxUID")
     if dataset.get("SamplesPerPixel") == 1 and is_available(str(uid)):
@@ -63,4 +64,11 @@ def stored_values(dataset: Any, number: int) -> np.ndarray:
         except Exception:  # of any kind, on a damaged file: what another decoder reads or says of it counts
             if decoder.available_plugins == (LABEL,):
                 raise
+    if dataset.get("SamplesPerPixel") == 1 and uid in (ExplicitVRLittleEndian, ImplicitVRLittleEndian):
+        # pydicom copies the frame, shifts it to the left and back. Without a bit above those stored nothing is lost.
+        frame = pixel_array(dataset, index=number, view_only=True, correct_unused_bits=False)
+        bits = dataset.get("BitsStored") or 0
+        least, beyond = (-(1 << bits - 1), 1 << bits - 1) if frame.dtype.kind == "i" else (0, 1 << bits)
+        if frame.dtype.kind in "iu" and bits and least <= frame.min() and frame.max() < beyond:
+            return frame
     return pixel_array(dataset, index=number)

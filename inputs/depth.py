@@ -77,8 +77,9 @@ def to_8bit(
     `counts` as in `window_to_8bit`.
     """
     if counts is None and values.dtype != np.uint8 and (levels := levels_of(values)) is not None:
-        shown, how = to_8bit(levels.values, window, levels.counts)
-        return levels.spread(shown), how
+        each, counts = levels.counted()
+        shown, how = to_8bit(each, window, counts)
+        return levels.spread(each, shown), how
     if (stored := _of_8_bits(values)) is not None:
         return stored, AS_STORED
     if window is not None:
@@ -90,42 +91,52 @@ def to_8bit(
 class Levels:
     """An image of whole numbers by its different values: what is done to each value is done once, and not per pixel."""
 
-    image: np.ndarray  # of 8 or 16 bits, any shape
-    values: np.ndarray  # (n,), ascending, of the image's type
-    counts: np.ndarray  # (n,) int64, how often each stands there
+    image: np.ndarray  # of 8 or 16 bits, any shape, contiguous
+    first: int
+    last: int  # its least and greatest value
 
-    def spread(self, shown: np.ndarray) -> np.ndarray:
-        """uint8 (n,), one for each of the values, to uint8 of the image's shape."""
-        first = int(self.values[0])
-        table = np.zeros(int(self.values[-1]) - first + 1, np.uint8)
-        table[self.values.astype(np.int64) - first] = shown
+    @property
+    def range(self) -> np.ndarray:
+        """(n,) all values from the first to the last, of the image's type, whether they occur or not."""
+        return np.arange(self.first, self.last + 1).astype(self.image.dtype)
+
+    def counted(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) the values that occur, ascending, of the image's type, and (n,) int64 how often each does."""
+        bits = _unsigned(self.range)
+        counts = np.zeros(int(bits.max()) + 1, np.int64)
+        for part in _parts(_unsigned(self.image), 1 << 17):
+            counts += np.bincount(part, minlength=len(counts))
+        there = counts[bits] > 0
+        return self.range[there], counts[bits][there]
+
+    def spread(self, values: np.ndarray, shown: np.ndarray) -> np.ndarray:
+        """`shown`, uint8 (n,), one for each of `values`, to uint8 of the image's shape."""
+        table = np.zeros(1 << 8 * self.image.dtype.itemsize, np.uint8)
+        table[_unsigned(values)] = shown
         out = np.empty(self.image.shape, np.uint8)
-        for part, into in zip(_parts(self.image), _parts(out), strict=True):
-            index = part if first == 0 else part.astype(np.int64) - first
-            np.take(table, index, out=into, mode="clip")  # unlike "raise", without a copy of `into`
+        for part, into in zip(_parts(_unsigned(self.image)), _parts(out), strict=True):
+            np.take(table, part, out=into, mode="clip")  # unlike "raise", without a copy of `into`
         return out
 
 
 def levels_of(image: np.ndarray) -> Levels | None:
     """An image's `Levels`; None where it has no whole numbers of 8 or 16 bits, or is too small to pay."""
-    if image.dtype.kind not in "iu" or image.dtype.itemsize > 2 or image.size < _PART:
+    if image.dtype.kind not in "iu" or image.dtype.itemsize > 2 or image.size < 1 << 17:
         return None
     image = np.ascontiguousarray(image)
-    first, last = int(image.min()), int(image.max())
-    counts = np.zeros(last - first + 1, np.int64)
-    for part in _parts(image):
-        counts += np.bincount(part if first == 0 else part.astype(np.int64) - first, minlength=len(counts))
-    there = np.flatnonzero(counts)
-    return Levels(image, (there + first).astype(image.dtype), counts[there])
+    return Levels(image, int(image.min()), int(image.max()))
 
 
-_PART = 1 << 17  # pixels: NumPy makes 8 bytes of each number that it counts or looks up, which should stay in the cache
+def _unsigned(values: np.ndarray) -> np.ndarray:
+    """The same bits as numbers without a sign, by which tables are read."""
+    return values.view(values.dtype.str.replace("i", "u"))
 
 
-def _parts(image: np.ndarray) -> list[np.ndarray]:
-    """Views of a contiguous image, one after the other."""
+def _parts(image: np.ndarray, size: int = 1 << 14) -> list[np.ndarray]:
+    """Views of a contiguous image, one after the other: NumPy makes 8 bytes of each number that it looks up, which
+    should stay in the cache."""
     flat = image.reshape(-1)
-    return [flat[i : i + _PART] for i in range(0, flat.size, _PART)]
+    return [flat[i : i + size] for i in range(0, flat.size, size)]
 
 
 def _of_8_bits(values: np.ndarray) -> np.ndarray | None:

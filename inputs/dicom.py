@@ -22,6 +22,9 @@ from inputs.display import BY_FILE, BY_HAND, DISPLAY, Display
 from runtime.limits import BYTES, PIXELS
 from utils import refuse_lfs_pointer
 
+PIXEL_DATA, UNDEFINED = 0x7FE00010, 0xFFFFFFFF  # the element, and the length of one that ends by a mark, this one:
+END_OF_SEQUENCE = b"\xfe\xff\xdd\xe0\0\0\0\0"
+
 
 def is_dicom(data: bytes, name: str) -> bool:
     """By its mark; many exports have no extension, or another one."""
@@ -39,11 +42,10 @@ def displayed(data: bytes, display: Display = DISPLAY) -> tuple[Image.Image, str
         ImportError: without pydicom.
         Exception: of any kind, on a damaged file, or one without the frame.
     """
-    import pydicom
     from pydicom.pixels import apply_color_lut
 
     _refuse_inflated(data)
-    dataset = pydicom.dcmread(io.BytesIO(data))
+    dataset = _read(data)
     _drop_empty(dataset)
     sides = (int(dataset.get(name, 1)) for name in ("Rows", "Columns", "SamplesPerPixel"))
     PIXELS.refuse(math.prod(sides), "it")
@@ -59,26 +61,27 @@ def displayed(data: bytes, display: Display = DISPLAY) -> tuple[Image.Image, str
         frame = frame if frame.dtype == np.uint8 else (frame >> 8).astype(np.uint8)  # entries fill all 16 bits
     _take_functional_groups(dataset, number)
     if frame.ndim == 2:
-        levels = levels_of(frame)
-        shown, how = _grey(levels.values if levels else frame, dataset, display.window, levels and levels.counts)
-        shown = levels.spread(shown) if levels else shown
+        shown, how = _grey(frame, dataset, display.window)
     else:
         shown, how = to_8bit(frame)
     return _square(Image.fromarray(shown), dataset), how, frames
 
 
-def _grey(
-    frame: np.ndarray, dataset: Any, window: tuple[float, float] | None, counts: np.ndarray | None
-) -> tuple[np.ndarray, str]:
-    """Stored values, of any shape, to uint8, and where they come from; `counts` as in `window_to_8bit`."""
-    padding = _padding(frame, dataset)
-    values = _modality(frame, dataset)
+def _grey(frame: np.ndarray, dataset: Any, window: tuple[float, float] | None) -> tuple[np.ndarray, str]:
+    """Stored values (H, W) to uint8, and where they come from."""
     if int(dataset.get("BitsStored", 16)) <= 8:
         window = None  # it is for what a device measured
     how = BY_HAND if window else BY_FILE
+    levels, counts = levels_of(frame), None
+    stored = levels.range if levels else frame
+    values = _modality(stored, dataset)
     grey = window_to_8bit(values, *window) if window else _windowed(values, dataset)
+    padding = _padding(stored, dataset)
     if grey is None:
         # No window: 8-bit values as they are, others between percentiles of what is not padding.
+        if levels:  # which values occur, and how often, matters only now
+            stored, counts = levels.counted()
+            values, padding = _modality(stored, dataset), _padding(stored, dataset)
         grey = np.zeros(values.shape, np.uint8)
         grey[~padding], how = to_8bit(values[~padding], counts=None if counts is None else counts[~padding])
         if (bits := int(dataset.get("BitsStored", 8))) < 8:  # a mask of one bit, say
@@ -86,7 +89,7 @@ def _grey(
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
         grey = 255 - grey
     grey[padding] = 0  # it is no part of the image, so black
-    return grey, how
+    return levels.spread(stored, grey) if levels else grey, how
 
 
 def frames_of(path: str | Path) -> int:
@@ -132,6 +135,40 @@ def reason(error: Exception) -> str:
         return "it does not begin as a DICOM file (128 bytes, then DICM): a DICOM tool such as dcmconv can rewrite it"
     # Of several decoders each says what it met, on a line of its own.
     return "; ".join(line.strip() for line in each) if first.endswith("by all available plugins:") else text
+
+
+def _read(data: bytes) -> Any:
+    """A file's data set, as pydicom reads it, where it can be with a copy of the pixels less."""
+    import pydicom
+    from pydicom.filereader import read_partial
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    pixels: list[tuple[str | None, int]] = []  # how and how long they are written
+
+    def at_pixels(tag: int, vr: str | None, length: int) -> bool:
+        if tag == PIXEL_DATA:
+            pixels.append((vr, length))
+        return tag == PIXEL_DATA
+
+    file = io.BytesIO(data)
+    try:
+        dataset = read_partial(file, at_pixels)
+        syntax = dataset.file_meta.TransferSyntaxUID
+        (vr, length), start = pixels[0], file.tell()
+    except Exception:  # of any kind, on a damaged file, or one without pixels: pydicom has the word
+        return pydicom.dcmread(io.BytesIO(data))
+    start += 12 if vr else 8  # after the tag, the kind and the length
+    value: Any = None
+    if length == UNDEFINED and syntax in CODECS and data.rfind(END_OF_SEQUENCE, start) > 0:
+        value = file
+        value.seek(start)  # where pydicom begins
+    elif syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian) and start + length <= len(data):
+        value = memoryview(data)[start : start + length]
+    if value is None:
+        return pydicom.dcmread(io.BytesIO(data))
+    dataset[PIXEL_DATA] = pydicom.DataElement(PIXEL_DATA, vr or "OW", value, already_converted=True)
+    dataset[PIXEL_DATA].is_undefined_length = length == UNDEFINED
+    return dataset
 
 
 def _refuse_inflated(data: bytes) -> None:

@@ -37,13 +37,15 @@ def test_values_of_8_bits_in_16_are_found_by_levels(factor):
     assert how == AS_STORED and np.array_equal(shown, values // factor)
 
 
-def test_levels_count_an_image_and_spread_over_it():
-    values = drawn("int16", 9)
+@pytest.mark.parametrize("dtype", ["uint16", "int16", ">u2", ">i2", "uint8", "int8"])
+def test_levels_count_an_image_and_spread_over_it(dtype):
+    values = drawn(dtype, 9)
     levels = levels_of(values)
     there, counts = np.unique(values, return_counts=True)
-    assert np.array_equal(levels.values, there) and np.array_equal(levels.counts, counts)
+    assert levels is not None and all(map(np.array_equal, levels.counted(), (there, counts)))
+    assert np.array_equal(levels.range, np.arange(values.min(), values.max() + 1))
     shown = np.random.default_rng(1).integers(0, 256, len(there)).astype(np.uint8)
-    assert np.array_equal(levels.spread(shown), shown[np.searchsorted(there, values)])
+    assert np.array_equal(levels.spread(there, shown), shown[np.searchsorted(there, values)])
     assert levels_of(values.astype(np.int32)) is None and levels_of(values.astype(np.float32)) is None
     same, how = to_8bit(np.full(SHAPE, 4000, np.uint16), (4000, 2))
     assert how == BY_HAND and (same == window_to_8bit(np.array([4000.0]), 4000, 2)[0]).all()
