@@ -27,6 +27,7 @@ from submitit.core.utils import UncompletedJobError
 
 from runtime.command_line import run_script
 from runtime.logs import start_logging
+from runtime.memory import keep_freed_memory
 
 log = logging.getLogger("medslip")
 HERE = Path(__file__).resolve().parent
@@ -109,6 +110,7 @@ class ScriptJob:
 
     def __call__(self) -> dict | None:
         """What a task of the job does: learn who it is, then run the script."""
+        keep_freed_memory()
         env = submitit.JobEnvironment()
         forget_earlier_start(env)
         requeue = guard_requeue(env)

@@ -616,6 +616,7 @@ def main(argv: list[str] | None = None) -> dict:
         prepare(args.data, args.output_dir, args.image_size)
     primary = name_primary(args.output_dir / "report.json", args.seeds)
     rows = {name: ROWS[name] for name in ROWS if name in args.rows and (args.output_dir / ROWS[name].pairs).is_dir()}
+    start_of(args)  # before several rows at a time ask for it
     run_rows(args, rows, argv)
     draws = draw(args, [name for name in rows if is_done(args, name)])
     table = tabulate(draws)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runtime.memory import keep_freed_memory
 from runtime.signals import ENDS_WITH_PARENT, end_with_parent
 
 HERE = Path(__file__).resolve().parents[1]
@@ -162,6 +163,7 @@ def run_script(main: Callable[[], object]) -> None:
     # The mark is taken away: it is of this process, not of those that it starts.
     if os.environ.pop(ENDS_WITH_PARENT, "") or "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+    keep_freed_memory()
     try:
         result = main()
     except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
