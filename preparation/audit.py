@@ -217,7 +217,7 @@ def detail(images: Tensor, window: int = 13, least: float = 4.0) -> Tensor:
     """
     images = images - images.mean((1, 2), keepdim=True)  # the squares stay small
     rows, columns = (averaging(size, window) for size in images.shape[1:])
-    mean, square = (rows @ x @ columns.T for x in (images, images**2))
+    mean, square = (rows @ x @ columns.T for x in (images, images * images))
     return (images - mean) / ((square - mean**2).clamp(min=0).sqrt() + least)
 
 
@@ -231,7 +231,17 @@ def averaging(size: int, window: int) -> Tensor:
     return torch.from_numpy(matrix)
 
 
-def best_overlap(a: Tensor, b: Tensor, pairs: Tensor, batch: int = 96) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=32)
+def shrinking(size: int, to: int) -> Tensor:
+    """(to, size): means of the pixels that each smaller one covers, also in part, as the area mode of PyTorch."""
+    matrix = torch.zeros(to, size)
+    for i in range(to):
+        covered = slice(i * size // to, -(-(i + 1) * size // to))
+        matrix[i, covered] = 1 / len(range(size)[covered])
+    return matrix
+
+
+def best_overlap(a: Tensor, b: Tensor, pairs: Tensor, batch: int = 128) -> tuple[Tensor, Tensor]:
     """The highest correlation (K,) of all of one image of `b` with a part of one of `a`, over SCALES of both sides and
     all shifts, and the part (K, 4): its left, top, width and height in pixels.
 
@@ -243,20 +253,22 @@ def best_overlap(a: Tensor, b: Tensor, pairs: Tensor, batch: int = 96) -> tuple[
     """
     n, size = len(pairs), a.shape[-1]
     target = detail(a)
-    sums, squares = WindowSums(target), WindowSums(target**2)
+    sums, squares = WindowSums(target), WindowSums(target * target)
     best, box = torch.full((n,), -1.0), torch.zeros(n, 4)
     for sy in SCALES:
         for sx in SCALES:
             h, w = round(sy * size), round(sx * size)
-            template = detail(F.interpolate(b[:, None], (h, w), mode="area")[:, 0])
+            template = detail(shrinking(size, h) @ b @ shrinking(size, w).T)
             template = template - template.mean((1, 2), keepdim=True)
             template = template / template.flatten(1).norm(dim=1).clamp(min=1e-3)[:, None, None]
             length = (squares.of(h, w) - sums.of(h, w) ** 2 / (h * w)).clamp(min=1e-2).sqrt()
             for start in range(0, n, batch):
                 own = slice(start, start + batch)
                 in_a, in_b = pairs[own, 0], pairs[own, 1]
-                product = F.conv2d(target[in_a][None], template[in_b][:, None], groups=len(in_a))[0]
-                highest, place = (product / length[in_a]).flatten(1).max(1)  # of (k, size - h + 1, size - w + 1)
+                # index_select copies whole images, where indexing copies number by number.
+                under, over = target.index_select(0, in_a)[None], template.index_select(0, in_b)[:, None]
+                product = F.conv2d(under, over, groups=len(in_a))[0]  # (k, size - h + 1, size - w + 1)
+                highest, place = (product / length.index_select(0, in_a)).flatten(1).max(1)
                 top, left = place // product.shape[2], place % product.shape[2]
                 found = torch.stack([left, top, torch.full_like(left, w), torch.full_like(left, h)], 1).float()
                 box[own] = torch.where((highest > best[own])[:, None], found, box[own])

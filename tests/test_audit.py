@@ -153,6 +153,13 @@ def test_the_nearest_by_hash_have_every_copy_among_them_and_few_others(tmp_path,
     assert all(i < j for i, j, _ in found.tolist())
 
 
+@pytest.mark.parametrize("size, to", [(48, 48), (48, 46), (48, 43), (48, 41), (13, 5)])
+def test_shrinking_is_the_area_mode_of_pytorch(size, to):
+    x = torch.rand(2, size, size) * 255
+    expected = torch.nn.functional.interpolate(x[:, None], (to, size), mode="area")[:, 0]
+    assert torch.allclose(audit.shrinking(size, to) @ x, expected, atol=1e-4)
+
+
 def test_the_average_is_torchs():
     x = torch.from_numpy(np.random.default_rng(3).random((2, 40, 33), dtype=np.float32))
     padded = torch.nn.functional.pad(x[:, None], (6,) * 4, mode="reflect")
