@@ -1,6 +1,7 @@
-"""Samples per CPU second of one core: SLIP's input pipeline as published, and ours.
+"""Samples per CPU second of one core: SLIP's input pipeline as published, ours, and other libraries'.
 
-    python benchmarks/bench_data.py                       three kinds of images; about five minutes
+    pip install -r benchmarks/requirements.txt            for albumentationsx, which is left out by name where it is not
+    python benchmarks/bench_data.py                       three kinds of images; about ten minutes
     python benchmarks/bench_data.py --samples 20 --draws 0
 
 A sample is one JPEG from memory to three views of 224 pixels: one crop for image and text, two with SLIP's colour
@@ -10,6 +11,9 @@ operations. The methods take turns, sample by sample, in one process on one thre
     all on CPU  what a worker of main.py does when it trains on a CPU; uint8 out
     all on CPU, torch alone  the same views with the accelerator's code for colours, in batches of one
     crops only  what it does when it trains on a GPU, where the colours of the batch are changed; uint8 out
+    torchvision v2          its second transforms, antialiased, on 8 bits; uint8 out
+    albumentationsx         OpenCV's decoder and bilinear resizing, which is not antialiased; uint8 out
+    albumentationsx, area   simplejpeg's decoder and OpenCV's averages over areas, which are; uint8 out
 
 In the row `shrunk` ours reads the copy that make_dataset.py shrink --short-side 448 writes, the published method the
 original. Before anything is timed, statistics of many views of the first two methods are compared by
@@ -38,6 +42,7 @@ from inputs.colour import Colours, apply_colour, apply_colour_batch
 from inputs.images import decode_image, decode_pixels
 from inputs.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, ssl_pixels, train_pixels
 from preparation.shrink import encode, shrink
+from runtime.memory import keep_freed_memory
 from runtime.versions import versions
 
 PREPROCESS = Preprocess(224)
@@ -150,6 +155,67 @@ METHODS: dict[str, Callable] = {
 }
 
 
+def torchvision_v2() -> Callable:
+    """SLIP's views by torchvision's second transforms."""
+    import torchvision.transforms.v2 as V
+
+    jitter, blurred = V.ColorJitter(0.4, 0.4, 0.4, 0.1), V.GaussianBlur(9, (0.1, 2.0))
+    ssl: Any = V.Compose([
+        V.RandomResizedCrop(224, scale=(0.08, 1.0), antialias=True), V.RandomApply([jitter], p=0.8),
+        V.RandomGrayscale(p=0.2), V.RandomApply([blurred], p=0.5), V.RandomHorizontalFlip(),
+    ])  # fmt: skip
+    train: Any = V.RandomResizedCrop(224, scale=(0.5, 1.0), antialias=True)
+
+    def views(data: bytes, _rng: np.random.Generator) -> list[Tensor]:
+        img = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+        return [train(img), ssl(img), ssl(img)]
+
+    return views
+
+
+def albumentations(area: bool) -> Callable:
+    """SLIP's views by albumentationsx, with its fastest resizing or with one that averages."""
+    import albumentations as A  # pyright: ignore[reportMissingImports]
+    import cv2  # pyright: ignore[reportMissingImports]
+    import simplejpeg  # pyright: ignore[reportMissingImports]
+
+    cv2.setNumThreads(1)
+    how: Any = {"area_for_downscale": "image"} if area else {}
+    jitter = [(0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1)]
+    ssl = A.Compose([
+        A.RandomResizedCrop((224, 224), scale=(0.08, 1.0), **how), A.ColorJitter(*jitter, p=0.8),
+        A.ToGray(p=0.2), A.GaussianBlur(sigma_range=(0.1, 2.0), p=0.5), A.HorizontalFlip(p=0.5),
+    ])  # fmt: skip
+    train = A.Compose([A.RandomResizedCrop((224, 224), scale=(0.5, 1.0), **how)])
+
+    def views(data: bytes, _rng: np.random.Generator) -> list[np.ndarray]:
+        if area:
+            img = simplejpeg.decode_jpeg(data, "RGB")
+        else:
+            img = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        return [t(image=img)["image"] for t in (train, ssl, ssl)]
+
+    return views
+
+
+PEERS = {
+    "torchvision v2": torchvision_v2,
+    "albumentationsx": lambda: albumentations(False),
+    "albumentationsx, area": lambda: albumentations(True),
+}
+
+
+def all_methods() -> dict[str, Callable]:
+    """With the other libraries that are there."""
+    found = dict(METHODS)
+    for name, make in PEERS.items():
+        try:
+            found[name] = make()
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+    return found
+
+
 # ------------------------------------------------------------------------------------------------- checks
 def statistics(view: Tensor) -> list[float]:
     """Of one normalised view: mean and std of each channel, high-frequency energy, tilt."""
@@ -200,15 +266,15 @@ def shrunk_difference(n: int, quality: int, seed: int) -> dict[str, float]:
     return {name: small / whole for name, (whole, small) in energy.items()}
 
 
-def measure(data: list[tuple[bytes, bytes]], samples: int, seed: int) -> dict[str, float]:
+def measure(methods: dict[str, Callable], data: list[tuple[bytes, bytes]], samples: int, seed: int) -> dict[str, float]:
     """CPU seconds a sample of each method, as the mean over `samples` turns."""
-    seconds: dict[str, list] = {name: [] for name in METHODS}
+    seconds: dict[str, list] = {name: [] for name in methods}
     for i in range(-3, samples):  # the first turns are for warming up
-        for name, method in METHODS.items():
+        for name, method in methods.items():
             whole, read = data[i % len(data)]
             rng = np.random.default_rng((seed, i + 3))
             start = time.process_time()
-            method(whole if method is published else read, rng)
+            method(read if name in METHODS and method is not published else whole, rng)
             if i >= 0:
                 seconds[name].append(time.process_time() - start)
     return {name: float(np.mean(values)) for name, values in seconds.items()}
@@ -217,6 +283,7 @@ def measure(data: list[tuple[bytes, bytes]], samples: int, seed: int) -> dict[st
 def main(argv: list[str] | None = None) -> dict:
     args = get_args_parser().parse_args(argv)
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every script does, and the workers of its loader
     print(f"{platform.machine()}, 1 thread; {versions()}; Pillow {Image.__version__}")
     out: dict = {"rows": {}, "p": {}}
     if args.draws:
@@ -232,15 +299,16 @@ def main(argv: list[str] | None = None) -> dict:
         "high-frequency energy of views of a shrunk copy, relative to the original: "
         + ", ".join(f"{name} {value:.2f}" for name, value in out["shrunk_energy"].items())
     )
-    print(f"{'samples per CPU second':<36} " + " ".join(f"{name:>17}" for name in METHODS))
+    methods = all_methods()
+    print(f"{'samples per CPU second':<36} " + " ".join(f"{name:>24}" for name in methods))
     for kind in KINDS:
-        seconds = measure(files(kind, args.images, args.quality, args.seed), args.samples, args.seed)
+        seconds = measure(methods, files(kind, args.images, args.quality, args.seed), args.samples, args.seed)
         out["rows"][kind] = {
             name: {"per_second": 1 / s, "ratio": seconds["published"] / s} for name, s in seconds.items()
         }
         print(
             f"{kind:<36} "
-            + " ".join(f"{row['per_second']:9.1f} {row['ratio']:6.2f}x" for row in out["rows"][kind].values()),
+            + " ".join(f"{row['per_second']:16.1f} {row['ratio']:6.2f}x" for row in out["rows"][kind].values()),
             flush=True,
         )
     return out

@@ -33,6 +33,7 @@ from inputs import codecs
 from inputs.depth import levels_of, window_to_8bit
 from inputs.images import read_image
 from inputs.transforms import Preprocess, eval_view
+from runtime.memory import keep_freed_memory
 from runtime.versions import versions
 
 WINDOW = 2048.0, 2400.0
@@ -161,6 +162,7 @@ def measure(path: Path, runs: int) -> dict[str, dict[str, float]]:
 def main(argv: list[str] | None = None) -> dict:
     args = get_args_parser().parse_args(argv)
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every script does, and the workers of its loader
     if args.one:
         method, path = args.one
         before = common.memory_now(torch.device("cpu"))
