@@ -55,20 +55,30 @@ def stored_values(dataset: Any, number: int) -> np.ndarray:
     from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     uid = dataset.file_meta.get("TransferSyntaxUID")
-    if dataset.get("SamplesPerPixel") == 1 and is_available(str(uid)):
+    plain = uid in (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
+    if dataset.get("SamplesPerPixel") == 1 and (plain or is_available(str(uid))):
         decoder = get_decoder(uid)
-        if LABEL not in decoder.available_plugins:
+        how: dict[str, Any] = {"view_only": True} if plain else {"decoding_plugin": LABEL}
+        if not plain and LABEL not in decoder.available_plugins:
             decoder.add_plugin(LABEL, (__name__, decode_frame.__name__))
         try:
-            return pixel_array(dataset, index=number, decoding_plugin=LABEL)
+            # pydicom clears the bits above those stored by shifting all values there and back, which is asked for only
+            # where there are such bits.
+            frame = pixel_array(dataset, index=number, correct_unused_bits=False, **how)
+            if not _has_bits_above(frame, dataset.get("BitsStored")):
+                return frame
         except Exception:  # of any kind, on a damaged file: what another decoder reads or says of it counts
-            if decoder.available_plugins == (LABEL,):
+            if plain or decoder.available_plugins == (LABEL,):
                 raise
-    if dataset.get("SamplesPerPixel") == 1 and uid in (ExplicitVRLittleEndian, ImplicitVRLittleEndian):
-        # pydicom copies the frame, shifts it to the left and back. Without a bit above those stored nothing is lost.
-        frame = pixel_array(dataset, index=number, view_only=True, correct_unused_bits=False)
-        bits = dataset.get("BitsStored") or 0
-        least, beyond = (-(1 << bits - 1), 1 << bits - 1) if frame.dtype.kind == "i" else (0, 1 << bits)
-        if frame.dtype.kind in "iu" and bits and least <= frame.min() and frame.max() < beyond:
-            return frame
     return pixel_array(dataset, index=number)
+
+
+def _has_bits_above(frame: np.ndarray, stored: int | None) -> bool:
+    """Whether whole numbers need more bits than those that the header says are stored; so if it does not say."""
+    if frame.dtype.kind not in "iu":
+        return False
+    if not stored:
+        return True
+    if frame.dtype.kind == "u":
+        return int(frame.max()) >= 1 << stored
+    return int(frame.min()) < -(1 << stored - 1) or int(frame.max()) >= 1 << stored - 1
