@@ -7,10 +7,11 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from view_helpers import grainy, image, planes
 
-from inputs import display
+from inputs import display, images
 from inputs.depth import window_to_8bit
 from inputs.display import AS_STORED, BY_HAND, STRETCHED, Display
 from inputs.images import UnreadableImage, decode_image, decode_pixels, decode_shown, frames_of, read_image, to_rgb8
@@ -290,3 +291,29 @@ def test_a_deep_tiff_in_planes_is_refused_and_not_scrambled(tmp_path):
 def test_what_is_no_image_is_called_what_it_is(data, why):
     with pytest.raises(UnreadableImage, match=f"a.png: {why}"):
         decode_image(data, "a.png")
+
+
+@pytest.mark.parametrize("quality", [40, 95])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("size, progressive", [((64, 48), False), ((61, 47), True), ((1, 33), False)])
+def test_colour_jpegs_by_simplejpeg_are_pillows_to_the_bit(size, progressive, subsampling, quality):
+    pytest.importorskip("simplejpeg")
+    values, buffer = np.random.default_rng(quality).integers(0, 256, (*size, 3), dtype=np.uint8), io.BytesIO()
+    Image.fromarray(values).save(buffer, "JPEG", quality=quality, subsampling=subsampling, progressive=progressive)
+    data = buffer.getvalue()
+    found = images._colours_of_jpeg(data)
+    assert found is not None and np.array_equal(found, np.asarray(Image.open(buffer)))
+    assert torch.equal(decode_pixels(data, "a"), images.pixels_of(decode_image(data, "a")))
+    for other in (data[:-2], data[: len(data) // 2], data[:200], b"\xff\xd8\xff"):  # cut off: Pillow has the word
+        assert images._colours_of_jpeg(other) is None
+    with pytest.raises(UnreadableImage, match="cannot decode the image a: "):
+        decode_pixels(data[: len(data) // 2], "a")
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_jpegs_without_plain_colours_are_pillows(mode):
+    buffer = io.BytesIO()
+    Image.new(mode, (40, 30), 90 if mode == "L" else (10, 60, 90, 20)).save(buffer, "JPEG")
+    assert images._colours_of_jpeg(buffer.getvalue()) is None
+    expected = images.pixels_of(decode_image(buffer.getvalue(), "a", grey=True))
+    assert torch.equal(decode_pixels(buffer.getvalue(), "a"), expected)
