@@ -22,7 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
@@ -114,8 +116,7 @@ def view_of(values: np.ndarray) -> torch.Tensor:
 
 
 def by_dicomsdl(path: str) -> torch.Tensor:
-    import dicomsdl  # pyright: ignore[reportMissingImports]
-
+    dicomsdl: Any = import_module("dicomsdl")
     return view_of(dicomsdl.open(path).pixelData(storedvalue=True))
 
 
