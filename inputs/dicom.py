@@ -159,11 +159,12 @@ def _read(data: bytes) -> Any:
         return pydicom.dcmread(io.BytesIO(data))
     start += 12 if vr else 8  # after the tag, the kind and the length
     value: Any = None
-    if length == UNDEFINED and syntax in CODECS and data.rfind(END_OF_SEQUENCE, start) > 0:
-        value = file
-        value.seek(start)  # where pydicom begins
-    elif syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian) and start + length <= len(data):
-        value = memoryview(data)[start : start + length]
+    if vr in (None, "OB", "OW"):  # another kind may be written with a shorter length
+        if length == UNDEFINED and syntax in CODECS and data.rfind(END_OF_SEQUENCE, start) > 0:
+            value = file
+            value.seek(start)  # where pydicom begins
+        elif syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian) and start + length <= len(data):
+            value = memoryview(data)[start : start + length]
     if value is None:
         return pydicom.dcmread(io.BytesIO(data))
     dataset[PIXEL_DATA] = pydicom.DataElement(PIXEL_DATA, vr or "OW", value, already_converted=True)

@@ -499,5 +499,10 @@ def test_a_file_is_read_as_pydicom_reads_it(uid, signed, above, tmp_path):
     assert isinstance(dicom._read(data)["PixelData"].value, io.BytesIO if uid.endswith("5") else memoryview)
     for number, expected in enumerate(whole.pixel_array):
         assert np.array_equal(codecs.stored_values(dicom._read(data), number), expected)
+    dataset.IconImageSequence = [pydicom.Dataset()]  # with pixels of its own, before those of the image
+    dataset.IconImageSequence[0].BitsAllocated, dataset.IconImageSequence[0].PixelData = 8, b"\1\2"
+    pydicom.dcmwrite(tmp_path / "a.dcm", dataset, implicit_vr=uid.endswith(".2"), little_endian=True)
+    found = dicom._read((tmp_path / "a.dcm").read_bytes())
+    assert np.array_equal(codecs.stored_values(found, 1), whole.pixel_array[1]) and len(found.IconImageSequence) == 1
     for cut in (1, 9, 2000):
         assert dicom._read(data[:-cut]) == pydicom.dcmread(io.BytesIO(data[:-cut]))
