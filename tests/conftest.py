@@ -10,5 +10,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # `-n auto`: what a test starts shares 
 
 import torch  # noqa: E402
 
+from runtime import memory  # noqa: E402
+
+# Workers of many tests would each keep up to 2 GiB; what a test starts as a process keeps its memory as users' do.
+memory.keep_freed_memory = lambda: False
+
 # Forked ranks inherit the parent's OpenMP state: with a single thread there is no pool that a child could hang on.
 torch.set_num_threads(1)
