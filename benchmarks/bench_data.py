@@ -8,7 +8,7 @@ A sample is one JPEG from memory to three views of 224 pixels: one crop for imag
 operations. The methods take turns, sample by sample, in one process on one thread:
 
     published   Pillow, torchvision's first transforms, float32 out (Mu et al. 2021, section 3.2, and its code)
-    all on CPU  what a worker of main.py does when it trains on a CPU; uint8 out
+    all on CPU  what a worker of main.py does when it trains on a CPU, by simplejpeg where that is installed; uint8 out
     all on CPU, torch alone  the same views with the accelerator's code for colours, in batches of one
     crops only  what it does when it trains on a GPU, where the colours of the batch are changed; uint8 out
     torchvision v2          its second transforms, antialiased, on 8 bits; uint8 out
@@ -39,7 +39,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from inputs.colour import Colours, apply_colour, apply_colour_batch
-from inputs.images import decode_image, decode_pixels
+from inputs.images import _simplejpeg, decode_image, decode_pixels
 from inputs.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, ssl_pixels, train_pixels
 from preparation.shrink import encode, shrink
 from runtime.memory import keep_freed_memory
@@ -284,7 +284,9 @@ def main(argv: list[str] | None = None) -> dict:
     args = get_args_parser().parse_args(argv)
     torch.set_num_threads(1)
     keep_freed_memory()  # as every script does, and the workers of its loader
-    print(f"{platform.machine()}, 1 thread; {versions()}; Pillow {Image.__version__}")
+    print(
+        f"{platform.machine()}, 1 thread; {versions()}; Pillow {Image.__version__}, ours with {'simplejpeg' if _simplejpeg() else 'Pillow alone'}"
+    )
     out: dict = {"rows": {}, "p": {}}
     if args.draws:
         for title, grain in (("smooth", 0.0), ("grainy", 25.0)):

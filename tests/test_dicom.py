@@ -481,7 +481,7 @@ def test_another_size_than_the_header_says_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("above", [0, 1 << 14])  # a bit above those stored, which an overlay once used
 def test_a_file_is_read_as_pydicom_reads_it(uid, signed, above, tmp_path):
-    """With fewer copies of its pixels: the same values from files of two frames, and from cut ones the same error."""
+    """With fewer copies of its pixels: the same values from files of two frames, the same data set from cut ones."""
     pydicom = pytest.importorskip("pydicom")
 
     values = np.random.default_rng(0).integers(0, 1 << 12, (2, 60, 80)).astype(np.int16)
