@@ -284,9 +284,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = get_args_parser().parse_args(argv)
     torch.set_num_threads(1)
     keep_freed_memory()  # as every script does, and the workers of its loader
-    print(
-        f"{platform.machine()}, 1 thread; {versions()}; Pillow {Image.__version__}, ours with {'simplejpeg' if _simplejpeg() else 'Pillow alone'}"
-    )
+    decoder = "simplejpeg" if _simplejpeg() else "Pillow"
+    print(f"{platform.machine()}, 1 thread; {versions()}; Pillow {Image.__version__}; ours decodes by {decoder}")
     out: dict = {"rows": {}, "p": {}}
     if args.draws:
         for title, grain in (("smooth", 0.0), ("grainy", 25.0)):
