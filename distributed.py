@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -19,21 +20,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 log = logging.getLogger("medslip")
@@ -391,6 +382,9 @@ def shard(model: nn.Module, processes: Processes) -> nn.Module:
     Scalars (`logit_scale`, `logit_bias`) cannot be split and stay whole on every rank; their gradients are averaged by
     hand.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     for module in list(model.modules()):
         if type(module).__name__ in _SHARDED_BLOCKS:
@@ -416,7 +410,7 @@ def replicate(model: nn.Module, processes: Processes) -> nn.Module:
 @contextmanager
 def gradient_exchange(called: nn.Module, last: bool) -> Iterator[None]:
     """Backward passes of accumulated micro-batches inside the block; processes exchange gradients in the last alone."""
-    if isinstance(called, FSDPModule):
+    if is_sharded(called):
         called.set_requires_gradient_sync(last)
         yield
     elif isinstance(called, DistributedDataParallel) and not last:
@@ -429,7 +423,7 @@ def gradient_exchange(called: nn.Module, last: bool) -> Iterator[None]:
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Whole parameters on every rank inside the block, so that ranks may do different numbers of forward passes."""
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    parts = [m for m in model.modules() if is_sharded(m)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -441,9 +435,16 @@ def unsharded(model: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has split the model over the processes."""
-    return isinstance(model, FSDPModule)
+def is_sharded(module: nn.Module) -> TypeGuard[Any]:
+    """Whether `shard` has split the module over the processes."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a second to import, and without it nothing is split
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def is_split(tensor: Tensor) -> TypeGuard[Any]:
+    """Whether this process holds only its part of a tensor that `shard` has split."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) -> None:
@@ -466,28 +467,30 @@ def gradients_finite(model: nn.Module) -> Tensor:
     """Whether every gradient is finite, as a tensor () on the device: nothing waits for it here."""
     norms = []
     for kind in (True, False):  # sharded gradients and whole ones have no norm together
-        grads = [p.grad for p in model.parameters() if p.grad is not None and isinstance(p.grad, DTensor) == kind]
+        grads = [p.grad for p in model.parameters() if p.grad is not None and is_split(p.grad) == kind]
         if grads:
             norm = torch.nn.utils.get_total_norm(grads)
-            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            norms.append(norm.full_tensor() if is_split(norm) else norm)
     return torch.isfinite(torch.stack(norms)).all()
-
-
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
     """State of model and optimizer as whole tensors; of a sharded model on the main process only, and all call this."""
-    if is_sharded(model):
-        return (get_model_state_dict(model, options=_WHOLE), get_optimizer_state_dict(model, optimizer, options=_WHOLE))
-    return model.state_dict(), optimizer.state_dict()
+    if not is_sharded(model):
+        return model.state_dict(), optimizer.state_dict()
+    from torch.distributed.checkpoint import state_dict
+
+    whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return state_dict.get_state_dict(model, optimizer, options=whole)
 
 
 def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, state: dict) -> None:
     """The reverse of `training_state`, on every rank."""
-    if is_sharded(model):
-        set_model_state_dict(model, weights, options=_WHOLE)
-        set_optimizer_state_dict(model, optimizer, state, options=_WHOLE)
-    else:
+    if not is_sharded(model):
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint import state_dict
+
+    whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state_dict.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=whole)

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 import distributed
 
@@ -322,7 +321,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             continue
         is_bias = name.rsplit(".", 1)[-1] in ("bias", "relative_position_bias_table")
         title = "no decay" if parameter.ndim < 2 or is_bias else "decay"
-        if distributed.is_sharded(model) and not isinstance(parameter, DTensor):
+        if distributed.is_sharded(model) and not distributed.is_split(parameter):
             title += ", whole"  # an optimizer cannot update sharded and whole parameters together
         members.setdefault(title, []).append((name, parameter))
     return [

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -334,6 +333,8 @@ def beside_original(image: Image.Image, heat: np.ndarray, view: Any, title: str,
 
     What the view cut off is dark, with a frame around what it saw.
     """
+    import matplotlib  # for its font: a third of a second that only who wants maps should wait
+
     scale = side / max(image.size)
     width, height = (max(1, round(scale * length)) for length in image.size)
     shown = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)

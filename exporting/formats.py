@@ -24,7 +24,6 @@ from exporting.to_transformers import to_transformers
 from inputs.sizes import height_width, size_text
 from inputs.transforms import Preprocess
 from runtime.checkpoints import save_checkpoint
-from towers import medclip
 from towers.files import PREPROCESS, SAFETENSORS_FORMAT
 
 
@@ -109,6 +108,8 @@ def to_medclip(loaded: models.Pretrained, folder: Path) -> list[str]:
         raise ValueError(
             f"MedCLIP makes a square of every image, this model {size_text(loaded.preprocess.size)} pixels"
         )
+    from towers import medclip  # transformers takes seconds to import, and only this format needs it
+
     save_checkpoint(medclip.export_medclip(model), folder / medclip.WEIGHTS_NAME)
     tower = "MedCLIPVisionModelViT" if model.config["vision_tower"] == "medclip-swin" else "MedCLIPVisionModel"
     return [

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runtime.imports import defer_compiler, end_deferral
 from runtime.memory import keep_freed_memory
 from runtime.signals import ENDS_WITH_PARENT, end_with_parent
 
@@ -143,6 +144,7 @@ def answer_flags(parser: argparse.ArgumentParser, check: Callable[[argparse.Name
             check(args)
 
     run_script(answer)
+    defer_compiler()  # until the script's own run_script
 
 
 class UsageError(ValueError):
@@ -164,6 +166,7 @@ def run_script(main: Callable[[], object]) -> None:
     if os.environ.pop(ENDS_WITH_PARENT, "") or "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     keep_freed_memory()
+    end_deferral()
     try:
         result = main()
     except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:

@@ -70,7 +70,7 @@ def _scale_gradient(rank, world):
     processes = distributed.Processes(rank, world)
     model = distributed.shard(model, processes)
     scalars = [model.logit_scale, model.logit_bias]
-    assert all(value.shape == () and not isinstance(value, distributed.DTensor) for value in scalars)
+    assert all(value.shape == () and not distributed.is_split(value) for value in scalars)
     loss = model.objective.loss(losses.LossSettings())
     loss(model(*[x[rank * 4 : (rank + 1) * 4] for x in inputs]))["loss"].backward()
     assert not model.logit_bias._backward_hooks  # of which each step would leave one more
