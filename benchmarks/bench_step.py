@@ -33,6 +33,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import bench_loss
 import bench_memory
@@ -50,7 +51,7 @@ import models
 import utils
 from inputs.colour import draw_colour
 from runtime.command_line import positive_int
-from towers.clip_text import CausalSelfAttention
+from towers import clip_text
 
 SMALL = [
     "--image-size",
@@ -186,7 +187,8 @@ class Plain:
         image, text, view1, view2 = (
             batch[key].to(self.device, non_blocking=True) for key in self.model.objective.inputs
         )
-        features, text_embed = self.model.visual(image), self.model.encode_text(text)
+        with patch.object(clip_text, "packing_of", return_value=None):  # padding is computed with
+            features, text_embed = self.model.visual(image), self.model.encode_text(text)
         features1, features2 = self.model.visual(view1), self.model.visual(view2)
         outputs = self.model.heads(features, text_embed, features1, features2)
         return bench_loss.full_matrices(outputs, self.args.ssl_temp, self.args.ssl_scale)["loss"]
@@ -243,13 +245,16 @@ def write_scores_out(model: Any) -> Any:
             module.fused_attn = False
         elif hasattr(module, "set_attn_implementation"):  # transformers
             module.set_attn_implementation("eager")
-        elif isinstance(module, CausalSelfAttention):
+        elif isinstance(module, clip_text.CausalSelfAttention):
             module.forward = partial(causal_attention, module)
     return model
 
 
-def causal_attention(attention: CausalSelfAttention, x: Tensor) -> Tensor:
+def causal_attention(
+    attention: clip_text.CausalSelfAttention, x: Tensor, packing: clip_text.Packing | None = None
+) -> Tensor:
     """What CausalSelfAttention computes, with a mask (L, L) added to the scores (B, heads, L, L)."""
+    assert packing is None
     B, L, D = x.shape
     qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (B, L, 3*D)
     q, k, v = qkv.view(B, L, 3, attention.heads, D // attention.heads).permute(2, 0, 3, 1, 4)

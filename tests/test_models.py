@@ -18,7 +18,7 @@ import models
 import utils
 from flags import names
 from runtime import checkpoints
-from towers import pretrained
+from towers import clip_text, pretrained
 from towers.build import titled
 
 PUBLISHED = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes()))
@@ -168,6 +168,42 @@ def test_embeddings_and_gradients_do_not_depend_on_how_far_captions_are_padded(t
     for trimmed in results[1:]:
         for name, whole in results[0].items():
             torch.testing.assert_close(trimmed[name], whole, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_padding_is_not_computed_with_and_nothing_else_changes(checkpointed, monkeypatch):
+    model = tiny_model("CLIP", context_length=24, text_layers=2).train().double()
+    if checkpointed:
+        model.text.checkpoint_gradients(model)
+    tokens = torch.zeros(5, 20, dtype=torch.long)
+    for row, length in zip(tokens, (20, 3, 2, 7, 3), strict=True):
+        row[:length] = torch.randint(1, 126, (length,), generator=torch.Generator().manual_seed(length))
+        row[length - 1] = 127
+    tokens[2, 2:] = 127  # where end-of-text pads, the first one counts
+    towards, seen = torch.randn(5, model.config["embed_dim"], dtype=torch.float64), []
+    model.transformer.resblocks[1].mlp.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
+
+    def results():
+        model.zero_grad()
+        embedded = model.encode_text(tokens)
+        (embedded * towards).sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return {"embedding": embedded.detach(), **grads}
+
+    packed = results()
+    assert set(seen) == {(20 + 3 + 2 + 7 + 3, model.config["text_width"])}
+    monkeypatch.setattr(clip_text, "packing_of", lambda *_: None)
+    seen.clear()
+    padded = results()
+    assert set(seen) == {(5, 20, model.config["text_width"])} and len(padded) > 20
+    for name, found in padded.items():
+        torch.testing.assert_close(packed[name], found, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_captions_of_nearly_one_length_are_not_packed():
+    assert clip_text.packing_of(torch.tensor([9, 9, 7]), 10) is None  # 28 of 30 tokens
+    packing = clip_text.packing_of(torch.tensor([9, 9, 6]), 10)
+    assert packing is not None and len(packing.places) == 27
 
 
 @pytest.mark.parametrize("tower, prefix", [("image", "visual."), ("text", "transformer.")])
