@@ -76,7 +76,7 @@ log = logging.getLogger("medslip")
 RESUME_SETTINGS = (
     "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
     "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze",
-    "shard", "mask_duplicates", "hold_batchnorm", "lora", "sentences", "study_views",
+    "shard", "mask_duplicates", "hold_batchnorm", "lora", "sentences", "study_views", "shared_view",
 )  # fmt: skip
 
 
@@ -166,6 +166,8 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
         if not held:
             raise ValueError(f"--hold-batchnorm: {model.config['vision_tower']} has no BatchNorm")
         log.info(f"image tower: {held} BatchNorm layers keep their statistics")
+    if args.shared_view:  # what is compared with the caption is also the first of the two views
+        model.objective = replace(model.objective, inputs=("image", "text", "view2"))
     if args.grad_checkpointing:
         model.checkpoint_gradients()
     if args.lora:

@@ -259,9 +259,10 @@ class SLIP(CLIP):
         super().__init__(name, config)
         self.image_mlp = build_ssl_head(self.feature_dim, config.ssl_mlp_dim, config.ssl_emb_dim)
 
-    def towers(self, image: Tensor, text: Tensor, aug1: Tensor, aug2: Tensor) -> tuple[Tensor, ...]:
-        """An image, its tokens and two views to features (B, d), text embeddings (B, embed_dim), features twice."""
-        features, features1, features2 = self._views(image, aug1, aug2)  # (B, d) each
+    def towers(self, image: Tensor, text: Tensor, *augs: Tensor) -> tuple[Tensor, ...]:
+        """An image, its tokens and two views, or one beside it, to features (B, d), (B, embed_dim), features twice."""
+        features, *others = self._views(image, *augs)  # (B, d) each
+        features1, features2 = [features, *others][-2:]
         return features, self.encode_text(text), features1, features2
 
     def heads(self, features: Tensor, text_embed: Tensor, features1: Tensor, features2: Tensor) -> dict[str, Tensor]:

@@ -106,6 +106,7 @@ SEARCH = {  # with SLIP
     "held": Row("SLIP", HELD),  # BatchNorm
     "held, blend 0.5": Row("SLIP", HELD, blend=0.5, base="held"),
     "held, best epoch": Row("SLIP", HELD, best=True),
+    "held, shared view": Row("SLIP", f"{HELD} --shared-view"),
 }
 CONTROL = "held, pairs that are not medical"
 FINAL = {
@@ -541,7 +542,7 @@ def compared_rows() -> Iterator[tuple[str, str]]:
     yield from ((RECIPE, other) for other in FINAL if other != RECIPE)
     yield "SIMCLR, held", "CLIP, held"
     yield from ((name, frozen) for frozen in FROZEN if frozen != "untrained" for name in FINAL)
-    yield from ((name, RECIPE) for name in MEANS)
+    yield from ((name, RECIPE) for name in ("held, shared view", *MEANS))
     yield "held, mean of 8", "ImageNet, 224 pixels"
 
 

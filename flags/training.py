@@ -148,6 +148,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--study-views", action="store_true",
                        help="csv: the second view of the SimCLR loss is of another image of the same study (the column "
                        "study), and images of a study are not each other's negatives in that loss")
+    train.add_argument("--shared-view", action="store_true",
+                       help="SLIP: the view that is compared with the caption is also the first of the two that are "
+                       "compared with each other, two views an image in place of three")
     train.add_argument("--shard", action="store_true",
                        help="split parameters, gradients and optimizer state over the processes (PyTorch's FSDP2), "
                        "for models that do not fit one GPU; same losses and weights, more communication")
@@ -198,6 +201,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}: the run would end before it "
             f"reaches --lr {args.lr:g}"
         )
+    if args.shared_view and MODELS[args.model] not in ("slip", "sigslip"):
+        raise UsageError(f"--shared-view is for models that compare images with captions and views, not {args.model}")
     if args.val_fraction != 0.1 and args.dataset != "csv":
         raise UsageError(f"--val-fraction is for --dataset csv; {args.dataset} has its publisher's splits")
     if args.shard and args.accum_negatives == "full":
