@@ -623,7 +623,7 @@ def _from_ours(state: dict, path: str | Path, pooling: dict) -> tuple[ImageModel
     config.pop("objective", None)
     _refuse_larger(str(name), {**config, **pooling}, state["state_dict"], path)
     model = unfilled(create_model, str(name), **{**config, **pooling})
-    load_weights(model, state["state_dict"], str(path))
+    load_weights(model, state["state_dict"], str(path), from_file=True)
     model.preprocess = Preprocess.from_dict(state["preprocess"])
     spec = state.get("tokenizer")
     return model, create_tokenizer(spec) if spec else None, "checkpoint"

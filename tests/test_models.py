@@ -19,6 +19,7 @@ import utils
 from flags import names
 from runtime import checkpoints
 from towers import clip_text, pretrained
+from towers import weights as towers_weights
 from towers.build import titled
 
 PUBLISHED = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes()))
@@ -333,6 +334,18 @@ def test_checkpoint_round_trip_restores_model_and_settings(tmp_path):
     assert loaded.tokenizer(["a"]).shape == (1, 16)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded.model.encode_image(images), model.eval().encode_image(images))
+
+
+@pytest.mark.parametrize("change", [None, torch.Tensor.double, lambda x: x.t().contiguous().t()])
+def test_a_files_tensors_become_the_models_where_they_lie_in_memory_as_its_do(change):
+    model, key = tiny_model("CLIP"), "transformer.resblocks.0.mlp.c_fc.weight"
+    given = {name: torch.rand_like(value) for name, value in model.state_dict().items()}
+    given[key] = change(given[key]) if change else given[key]
+    towers_weights.load_weights(model, given, "x.pt", from_file=True)
+    for name, value in model.named_parameters():
+        assert (value.data_ptr() == given[name].data_ptr()) is (change is None)
+        assert value.requires_grad and value.dtype == torch.float32 and value.is_contiguous()
+        assert torch.equal(value, given[name].float())
 
 
 def test_initialise_resizes_positions_and_passes_over_another_head(tmp_path):

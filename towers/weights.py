@@ -160,10 +160,13 @@ def with_fitting_scale(given: dict[str, Tensor], own: dict[str, Tensor]) -> dict
     return {name: value for name, value in given.items() if name != "logit_bias" or name in own}
 
 
-def load_weights(model: Any, state_dict: dict[str, Tensor], source: str, other_head: bool = False) -> None:
+def load_weights(
+    model: Any, state_dict: dict[str, Tensor], source: str, other_head: bool = False, from_file: bool = False
+) -> None:
     """Load every parameter and buffer by name.
 
     Args:
+        from_file: nobody else holds these tensors: where they lie in memory as the model's do, they become them.
         other_head: a SimCLR head that only one side has, or of another shape, is passed over: the model keeps its own;
             and so are scale and bias of the logits that another loss has trained (`with_fitting_scale`).
 
@@ -177,4 +180,12 @@ def load_weights(model: Any, state_dict: dict[str, Tensor], source: str, other_h
         state_dict = with_fitting_scale(rest | (head if Mismatch.between(head, theirs) else theirs), own)
     if differ := Mismatch.between(own, state_dict):
         raise ValueError(f"{source} does not fit {model.name}: {differ}")
-    model.load_state_dict(dict(state_dict))  # without torch's note of its version, by which a count is no must
+    fits = from_file and all(_lies_alike(value, own[name]) for name, value in state_dict.items())
+    # Without torch's note of its version, by which a count is no must.
+    model.load_state_dict(dict(state_dict), assign=fits)
+
+
+def _lies_alike(first: Tensor, second: Tensor) -> bool:
+    if not (first.layout == second.layout == torch.strided and first.device == second.device):
+        return False
+    return (first.dtype, first.stride()) == (second.dtype, second.stride())
