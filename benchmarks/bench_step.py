@@ -52,6 +52,7 @@ import utils
 from inputs.colour import draw_colour
 from runtime.command_line import positive_int
 from towers import clip_text
+from towers.padding import Packing
 
 SMALL = [
     "--image-size",
@@ -250,9 +251,7 @@ def write_scores_out(model: Any) -> Any:
     return model
 
 
-def causal_attention(
-    attention: clip_text.CausalSelfAttention, x: Tensor, packing: clip_text.Packing | None = None
-) -> Tensor:
+def causal_attention(attention: clip_text.CausalSelfAttention, x: Tensor, packing: Packing | None = None) -> Tensor:
     """What CausalSelfAttention computes, with a mask (L, L) added to the scores (B, heads, L, L)."""
     assert packing is None
     B, L, D = x.shape

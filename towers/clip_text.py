@@ -11,38 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-@dataclass(frozen=True)
-class Packing:
-    """Captions of different lengths one after the other, without the padding behind them.
-
-    Whatever sees each token by itself, which is all but the attention, then computes nothing for padding.
-    """
-
-    places: Tensor  # (N,) where the tokens stand among the B * L of a padded batch
-    shape: tuple[int, int]  # B, L
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, L, D) to (N, D)."""
-        return x.flatten(0, 1).index_select(0, self.places)
-
-    def pad(self, x: Tensor) -> Tensor:
-        """(N, D) to (B, L, D), zeros as padding."""
-        padded = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1])
-        return padded.index_copy_(0, self.places, x).view(*self.shape, -1)
-
-
-def packing_of(ends: Tensor, length: int) -> Packing | None:
-    """How captions that end at `ends` (B,) are packed, where that saves a tenth; `length` is that of the longest.
-
-    On a CPU alone: a GPU would have to be waited for, to say how many tokens there are.
-    """
-    if ends.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    if ends.sum() + len(ends) > 0.9 * length * len(ends):
-        return None
-    places = torch.arange(length) <= ends[:, None]  # (B, L)
-    return Packing(places.flatten().nonzero().squeeze(1), (len(ends), length))
+from towers.padding import Packing, packing_of
 
 
 class CausalSelfAttention(nn.Module):
