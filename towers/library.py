@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from inputs.sizes import Size, height_width, size_text
+from towers.padding import by_length
 from towers.weights import refuse_margin
 
 TRANSFORMERS, OPEN_CLIP = "transformers:", "open-clip:"
@@ -217,6 +218,9 @@ class HFTextTower(nn.Module):
         """Token ids (B, L), padded as their tokenizer does, to features (B, d)."""
         if self.pooled:
             return self.model(input_ids=tokens).pooler_output
+        return by_length(self._mean, tokens, tokens != self.config.pad_token_id, self.model)
+
+    def _mean(self, tokens: Tensor) -> Tensor:
         real = (tokens != self.config.pad_token_id).long()  # (B, L)
         x = self.model(input_ids=tokens, attention_mask=real).last_hidden_state  # (B, L, d)
         return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
-import distributed
 import utils
 from inputs.sizes import Size, height_width, size_text
 from runtime.limits import BYTES
 from towers.library import keep_inputs_alone
-from towers.padding import by_length, lengths_are_known
+from towers.padding import by_length
 from towers.weights import Mismatch
 
 POOLINGS = ("masked", "medclip")
@@ -130,11 +129,8 @@ class BertText:
 
     def encode(self, model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids (B, L) to embeddings (B, embed_dim); real tokens are those up to the last id that is not 0."""
-        if attention_mask is None:
-            # Ranks that a model is split over must call its layers alike.
-            if not self.reads_padding and lengths_are_known(tokens) and not distributed.is_sharded(model):
-                lengths = ((tokens != 0) * torch.arange(1, tokens.shape[1] + 1)).amax(1).clamp(min=1)  # (B,)
-                return by_length(partial(self._encode, model), tokens, lengths)
+        if attention_mask is None and not self.reads_padding:
+            return by_length(partial(self._encode, model), tokens, tokens != 0, model.bert)
         return self._encode(model, tokens, attention_mask)
 
     def _encode(self, model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+import distributed
 
 WORTH = 0.9  # of the padded batch is left at most, or it is computed as it is
 GROUPS = 4  # of `by_length`; with eight the gradients of the weights are added up too often
@@ -48,11 +50,15 @@ def packing_of(ends: Tensor, length: int) -> Packing | None:
     return Packing(places.flatten().nonzero().squeeze(1), (len(ends), length))
 
 
-def by_length(encode: Callable[[Tensor], Tensor], tokens: Tensor, lengths: Tensor) -> Tensor:
+def by_length(encode: Callable[[Tensor], Tensor], tokens: Tensor, real: Tensor, tower: nn.Module) -> Tensor:
     """What `encode` gives for tokens (B, L), called for groups of rows of nearly one length, cut to their longest.
 
-    For towers that are not ours to pack. `lengths` (B,) are those without padding, from 1.
+    For a `tower` that is not ours to pack. `real` (B, L) says which tokens are no padding.
     """
+    # Processes that a tower is split over must call its layers alike.
+    if not lengths_are_known(tokens) or any(map(distributed.is_sharded, tower.modules())):
+        return encode(tokens)
+    lengths = (real * torch.arange(1, tokens.shape[1] + 1)).amax(1).clamp(min=1)  # (B,)
     groups = lengths.argsort().chunk(max(1, min(GROUPS, len(tokens) // 4)))
     longest = [int(lengths[rows].max()) for rows in groups]
     if sum(len(rows) * length for rows, length in zip(groups, longest, strict=True)) > WORTH * tokens.numel():
