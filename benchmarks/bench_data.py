@@ -25,12 +25,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
 
-import common  # noqa: F401  first: it finds the modules below
+import common  # first: it finds the modules below
 import numpy as np
 import torch
 import torchvision.transforms as T
@@ -43,7 +42,6 @@ from inputs.images import _simplejpeg, decode_image, decode_pixels
 from inputs.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, ssl_pixels, train_pixels
 from preparation.shrink import encode, shrink
 from runtime.memory import keep_freed_memory
-from runtime.versions import versions
 
 PREPROCESS = Preprocess(224)
 KINDS = {  # width, height, colour or grey, short side of the shrunk copy
@@ -285,7 +283,9 @@ def main(argv: list[str] | None = None) -> dict:
     torch.set_num_threads(1)
     keep_freed_memory()  # as every script does, and the workers of its loader
     decoder = "simplejpeg" if _simplejpeg() else "Pillow"
-    print(f"{platform.machine()}, 1 thread; {versions()}; Pillow {Image.__version__}; ours decodes by {decoder}")
+    peers = ("pillow", "simplejpeg", "albumentationsx", "opencv-python-headless")
+    where = common.describe(torch.device("cpu"), args.samples, *peers).replace("runs, median", "samples, mean")
+    print(f"{where}; ours decodes by {decoder}")
     out: dict = {"rows": {}, "p": {}}
     if args.draws:
         for title, grain in (("smooth", 0.0), ("grainy", 25.0)):

@@ -16,7 +16,6 @@ Before anything is timed, the views of all methods are compared: they are equal,
 from __future__ import annotations
 
 import argparse
-import platform
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,6 @@ from inputs.depth import levels_of, window_to_8bit
 from inputs.images import read_image
 from inputs.transforms import Preprocess, eval_view
 from runtime.memory import keep_freed_memory
-from runtime.versions import versions
 
 WINDOW = 2048.0, 2400.0
 KINDS = {  # transfer syntax, and imagecodecs' encoder
@@ -170,7 +168,8 @@ def main(argv: list[str] | None = None) -> dict:
         METHODS[method](path)
         print((common.peak_memory(torch.device("cpu")) - before) / 2**20)
         return {}
-    print(f"{platform.machine()}, 1 thread; {versions()}; {args.runs} runs, median of CPU time")
+    peers = ("pydicom", "imagecodecs", "pylibjpeg", "dicomsdl", "SimpleITK")
+    print(common.describe(torch.device("cpu"), args.runs, *peers), "of CPU time")
     values, out = mammogram(*args.size), {}
     with tempfile.TemporaryDirectory() as folder:
         for kind, (syntax, encoder) in KINDS.items():

@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if args.one:
         print(json.dumps(one(args.part, *args.one)))
         return []
-    print(common.describe(torch.device("cpu"), args.runs))
+    print(common.describe(torch.device("cpu"), args.runs, "faiss-cpu", "scikit-learn"))
     return compare(args.part, args.sizes, args.runs, args.threads)
 
 

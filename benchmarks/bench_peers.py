@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import math
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     device = common.choose_device(args.cpu)
     default, batch_size, steps = DEFAULTS[device.type]
     batch_size, steps, rows = args.batch_size or batch_size, args.steps or steps, []
-    print(common.describe(device, args.runs), f"of {steps} steps; open_clip {version('open_clip_torch')}", flush=True)
+    print(common.describe(device, args.runs, "open_clip_torch"), f"of {steps} steps", flush=True)
     for name in args.models or [default]:
         ours: Any = bench_step.Ours(bench_step.training_flags(name, []), device)
         batch = bench_step.make_batch(ours, batch_size, device)

@@ -10,7 +10,6 @@ the same resize: none differs, or the script ends.
 from __future__ import annotations
 
 import argparse
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +23,6 @@ from inputs.images import read_image
 from inputs.transforms import Preprocess, eval_view
 from preparation.breast import breast_box
 from preparation.shrink import shrink, smaller
-from runtime.versions import versions
 
 VIEW = eval_view(Preprocess(224))
 
@@ -47,7 +45,7 @@ def seconds_of(path: Path) -> float:
 def main(argv: list[str] | None = None) -> dict:
     args = get_args_parser().parse_args(argv)
     torch.set_num_threads(1)
-    print(f"{platform.machine()}, 1 thread; {versions()}; {args.runs} runs, median of CPU time")
+    print(common.describe(torch.device("cpu"), args.runs, "pillow", "pydicom"), "of CPU time")
     values, out = mammogram(*args.size), {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in args.kinds:

@@ -128,7 +128,7 @@ def run(command: list[str], folder: Path) -> tuple[float, float, str]:
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     args = get_args_parser().parse_args(argv)
-    print(common.describe(torch.device("cpu"), args.runs))
+    print(common.describe(torch.device("cpu"), args.runs, "open_clip_torch", "onnxruntime"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         commands = prepare(folder, args.model)

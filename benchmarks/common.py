@@ -8,7 +8,8 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,18 @@ def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
     return ((x.double() - exact).norm() / exact.norm()).item()
 
 
-def describe(device: torch.device, runs: int) -> str:
-    """Hardware, versions, commit and number of runs, for the head of a table."""
+def describe(device: torch.device, runs: int, *peers: str) -> str:
+    """Hardware, versions, those of peers that are installed, commit and number of runs, for the head of a table."""
     where = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
-    return f"{where}; " + ", ".join(f"{k} {v}" for k, v in versions().items()) + f"; {runs} runs, median"
+    found = versions()
+    for name in peers:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return f"{where}; " + ", ".join(f"{k} {v}" for k, v in found.items()) + f"; {runs} runs, median"
 
 
 def median(values: list[float]) -> float:
