@@ -253,7 +253,7 @@ class SIMCLR(ImageModel):
 
 
 class SLIP(CLIP):
-    """CLIP and SimCLR with one image tower (Mu et al. 2021, algorithm 1): three views of an image and its caption."""
+    """CLIP and SimCLR with one image tower (Mu et al. 2021, algorithm 1): views of an image and its caption."""
 
     def __init__(self, name: str, config: ModelConfig):
         super().__init__(name, config)

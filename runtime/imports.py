@@ -39,7 +39,10 @@ def end_deferral() -> None:
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
 
 
-def _disable(fn: Callable | None = None, recursive: bool = True, **_reason: Any) -> Any:
+def _disable(fn: Callable | None = None, recursive: bool = True, **how: Any) -> Any:
+    if "wrapping" in how:  # PyTorch's own deferral asks, whose time has come: a function that it decorates is called
+        end_deferral()
+        return importlib.import_module(COMPILER).disable(fn, recursive, **how)
     import torch
 
     return torch._disable_dynamo(fn, recursive)
@@ -70,7 +73,8 @@ class _Finder(MetaPathFinder):
         end_deferral()
         compiler = importlib.import_module(COMPILER)
         if fullname in sys.modules:
-            return ModuleSpec(fullname, _Loaded(sys.modules[fullname]))
+            # Taken out, or the import system would take the module's own spec and run its file once more.
+            return ModuleSpec(fullname, _Loaded(sys.modules.pop(fullname)))
         return PathFinder.find_spec(fullname, compiler.__path__)
 
 

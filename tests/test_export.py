@@ -154,6 +154,17 @@ def test_safetensors_come_back_as_the_checkpoint(tmp_path):
         models.load_pretrained(folder)
 
 
+def test_what_is_loaded_is_not_the_file_as_it_changes(tmp_path):
+    checkpoint = built(tmp_path / "c.pt", "--model", "SLIP_VITT16", *TINY)
+    folder = export.main([str(checkpoint), "--to", "safetensors", "--output", str(tmp_path / "out")])
+    model = models.load_pretrained(folder).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(2000)
+        file.write(bytes(folder.joinpath("model.safetensors").stat().st_size - 2000))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("model", ["slip", "medslip"])
 @pytest.mark.parametrize("form", ["timm", "open-clip", "safetensors", "transformers"])
 def test_what_is_read_back_has_the_checkpoints_features(model, form, tmp_path):

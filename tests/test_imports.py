@@ -27,11 +27,24 @@ assert sys.modules["torchvision.ops.roi_align"].is_compile_supported("cpu") in (
 assert torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(2)).tolist() == [2, 2]
 assert type(sys.modules["torch._dynamo"]).__name__ == "module"
 """
+# What PyTorch decorates, called while the compiler is deferred.
+EARLY = """
+from runtime.imports import defer_compiler, end_deferral
+defer_compiler()
+import torch
+optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+end_deferral()
+optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+assert len(optimizer.param_groups) == 2
+import torch._dynamo.config as config
+assert torch._dynamo.utils.config is config
+"""
 
 
-def test_scripts_start_without_the_compiler_which_works_when_it_is_asked():
+@pytest.mark.parametrize("code", [SCRIPTS, EARLY], ids=["scripts", "early"])
+def test_scripts_start_without_the_compiler_which_works_when_it_is_asked(code):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPTS], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert not done.returncode, done.stderr
 
@@ -41,8 +54,8 @@ def compiler(tmp_path, monkeypatch):
     """A small package in the compiler's place, which imports one of its modules by itself."""
     package = tmp_path / "slow_compiler"
     package.mkdir()
-    (package / "__init__.py").write_text("from . import first\nimported = True\nutils = None\n")
-    (package / "first.py").write_text("loads = []\nloads.append(1)\n")
+    (package / "__init__.py").write_text("from . import first\nheld = first\nimported = True\nutils = None\n")
+    (package / "first.py").write_text("")
     (package / "second.py").write_text("from slow_compiler import imported\n")
     (package / "utils.py").write_text("is_compile_supported = other = 'theirs'\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -79,8 +92,8 @@ def test_other_modules_of_the_compiler_are_imported_once(compiler, name):
         return
     module = __import__(f"slow_compiler.{name}", fromlist=["*"])
     assert module is sys.modules[f"slow_compiler.{name}"] and module.__spec__.origin == module.__file__
-    assert sys.modules["slow_compiler.first"].loads == [1]
-    assert sys.modules["slow_compiler"].first is sys.modules["slow_compiler.first"]
+    loaded = sys.modules["slow_compiler"]
+    assert loaded.held is loaded.first is sys.modules["slow_compiler.first"]
 
 
 def test_a_module_that_the_compiler_lacks_is_named_and_nothing_is_left_behind(compiler):

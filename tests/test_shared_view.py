@@ -5,19 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import command
-from model_helpers import batches, gradients, tiny_model
+from model_helpers import batches, gradients, split, tiny_model
 from roco_tree import make_roco
 
 import main
 
 
-def test_a_shared_view_is_slip_whose_first_view_is_the_captions():
-    model = tiny_model("SLIP").double()
+@pytest.mark.parametrize("objective", ["SLIP", "SIGSLIP"])
+@pytest.mark.parametrize("accumulate", [main.accumulate_micro, main.accumulate_full])
+def test_a_shared_view_is_slip_whose_first_view_is_the_captions(objective, accumulate):
+    model = tiny_model(objective).double()
     image, text, _, view2 = batches(model, 8)
-    whole, expected = gradients(model, [[image, text, image, view2]], main.accumulate_micro)
+    whole, expected = gradients(model, split([image, text, image, view2], 2), accumulate)
     model.zero_grad()
     model.objective = replace(model.objective, inputs=("image", "text", "view2"))  # as --shared-view does
-    shared, found = gradients(model, [[image, text, view2]], main.accumulate_micro)
+    shared, found = gradients(model, split([image, text, view2], 2), accumulate)
     assert whole[0].keys() == shared[0].keys() and whole[0]["ssl_loss"] > 0
     for key, value in whole[0].items():
         torch.testing.assert_close(shared[0][key], value, msg=lambda m, k=key: f"{k}: {m}")

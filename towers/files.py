@@ -64,7 +64,8 @@ def _read_exported(folder: Path) -> dict:
         for name in ("config.json", "model.safetensors"):
             check_sums(folder / name)
         about = json.loads((folder / "config.json").read_text(encoding="utf8"))
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        stored = safetensors.torch.load_file(folder / "model.safetensors")
+        weights = {name: value.clone() for name, value in stored.items()}  # that is the file itself, as it changes
     except Exception as error:  # SafetensorError has no public base
         raise ValueError(f"{folder} is not a readable export: {error}") from error
     if not isinstance(about, dict) or about.get("format") != SAFETENSORS_FORMAT:

@@ -1,4 +1,4 @@
-"""Captions without the padding behind them, so that nothing is computed for it.
+"""Captions without the padding behind them, so that little is computed for it.
 
 ROCO's have 32 of CLIP's 77 tokens in the mean. On a CPU alone: a GPU would have to be waited for, to say how many.
 """
@@ -19,7 +19,7 @@ GROUPS = 4  # of `by_length`; with eight the gradients of the weights are added 
 
 def lengths_are_known(tokens: Tensor) -> bool:
     """Whether what is computed may hang on the numbers in `tokens`."""
-    return tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tokens.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Packing:
     def pad(self, x: Tensor) -> Tensor:
         """(N, D) to (B, L, D), zeros as padding."""
         padded = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1])
-        return padded.index_copy_(0, self.places, x).view(*self.shape, -1)
+        return padded.index_copy_(0, self.places, x).view(*self.shape, x.shape[1])
 
 
 def packing_of(ends: Tensor, length: int) -> Packing | None:
-    """How captions that end at `ends` (B,) are packed, where that saves a tenth; `length` is that of the longest."""
+    """How captions that end at `ends` (B,) are packed, where that saves a tenth; `length` is the padded batch's."""
     if not lengths_are_known(ends) or ends.sum() + len(ends) > WORTH * length * len(ends):
         return None
-    places = torch.arange(length) <= ends[:, None]  # (B, L)
+    places = torch.arange(length, device=ends.device) <= ends[:, None]  # (B, L)
     return Packing(places.flatten().nonzero().squeeze(1), (len(ends), length))
 
 
@@ -56,9 +56,9 @@ def by_length(encode: Callable[[Tensor], Tensor], tokens: Tensor, real: Tensor, 
     For a `tower` that is not ours to pack. `real` (B, L) says which tokens are no padding.
     """
     # Processes that a tower is split over must call its layers alike.
-    if not lengths_are_known(tokens) or any(map(distributed.is_sharded, tower.modules())):
+    if not (len(tokens) and lengths_are_known(tokens)) or any(map(distributed.is_sharded, tower.modules())):
         return encode(tokens)
-    lengths = (real * torch.arange(1, tokens.shape[1] + 1)).amax(1).clamp(min=1)  # (B,)
+    lengths = (real * torch.arange(1, tokens.shape[1] + 1, device=real.device)).amax(1).clamp(min=1)  # (B,)
     groups = lengths.argsort().chunk(max(1, min(GROUPS, len(tokens) // 4)))
     longest = [int(lengths[rows].max()) for rows in groups]
     if sum(len(rows) * length for rows, length in zip(groups, longest, strict=True)) > WORTH * tokens.numel():

@@ -166,9 +166,9 @@ def load_weights(
     """Load every parameter and buffer by name.
 
     Args:
-        from_file: nobody else holds these tensors: where they lie in memory as the model's do, they become them.
         other_head: a SimCLR head that only one side has, or of another shape, is passed over: the model keeps its own;
             and so are scale and bias of the logits that another loss has trained (`with_fitting_scale`).
+        from_file: nobody else holds these tensors: each that lies in memory as the model's own does takes its place.
 
     Raises:
         ValueError: naming what is missing, unexpected or of another shape.
@@ -180,9 +180,13 @@ def load_weights(
         state_dict = with_fitting_scale(rest | (head if Mismatch.between(head, theirs) else theirs), own)
     if differ := Mismatch.between(own, state_dict):
         raise ValueError(f"{source} does not fit {model.name}: {differ}")
-    fits = from_file and all(_lies_alike(value, own[name]) for name, value in state_dict.items())
+    if from_file:
+        state_dict = {
+            name: value if _lies_alike(value, own[name]) else torch.empty_like(own[name]).copy_(value)
+            for name, value in state_dict.items()
+        }
     # Without torch's note of its version, by which a count is no must.
-    model.load_state_dict(dict(state_dict), assign=fits)
+    model.load_state_dict(dict(state_dict), assign=from_file)
 
 
 def _lies_alike(first: Tensor, second: Tensor) -> bool:
