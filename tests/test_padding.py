@@ -75,3 +75,22 @@ def test_a_traced_tower_reads_other_captions(tower):
 def test_no_captions_give_no_embeddings():
     model = tiny_model("CLIP", context_length=24)
     assert model.encode_text(torch.zeros(0, 5, dtype=torch.long)).shape == (0, model.config["embed_dim"])
+
+
+@pytest.mark.parametrize("tower", ["clip", "bert"])
+def test_an_exported_tower_takes_any_number_of_captions(tower):
+    model = tiny_model("CLIP", text_tower=tower, context_length=24, text_layers=2).eval()
+
+    class Text(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens):
+            return self.model.encode_text(tokens)
+
+    rows = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(Text(), (captions(16, 12),), dynamic_shapes=(rows,)).module()
+    for n in (16, 3):
+        tokens = captions(n, 12, seed=1)
+        torch.testing.assert_close(program(tokens), model.encode_text(tokens), rtol=1e-5, atol=1e-6)

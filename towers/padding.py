@@ -55,8 +55,8 @@ def by_length(encode: Callable[[Tensor], Tensor], tokens: Tensor, real: Tensor, 
 
     For a `tower` that is not ours to pack. `real` (B, L) says which tokens are no padding.
     """
-    # Processes that a tower is split over must call its layers alike.
-    if not (len(tokens) and lengths_are_known(tokens)) or any(map(distributed.is_sharded, tower.modules())):
+    # Asking for the number of rows would fix it in a graph. Processes that share a split tower must call it alike.
+    if not lengths_are_known(tokens) or not len(tokens) or any(map(distributed.is_sharded, tower.modules())):
         return encode(tokens)
     lengths = (real * torch.arange(1, tokens.shape[1] + 1, device=real.device)).amax(1).clamp(min=1)  # (B,)
     groups = lengths.argsort().chunk(max(1, min(GROUPS, len(tokens) // 4)))
