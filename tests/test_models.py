@@ -18,7 +18,7 @@ import models
 import utils
 from flags import names
 from runtime import checkpoints
-from towers import clip_text, padding, pretrained
+from towers import pretrained
 from towers import weights as towers_weights
 from towers.build import titled
 
@@ -169,69 +169,6 @@ def test_embeddings_and_gradients_do_not_depend_on_how_far_captions_are_padded(t
     for trimmed in results[1:]:
         for name, whole in results[0].items():
             torch.testing.assert_close(trimmed[name], whole, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_padding_is_not_computed_with_and_nothing_else_changes(checkpointed, monkeypatch):
-    model = tiny_model("CLIP", context_length=24, text_layers=2).train().double()
-    if checkpointed:
-        model.text.checkpoint_gradients(model)
-    tokens = torch.zeros(5, 20, dtype=torch.long)
-    for row, length in zip(tokens, (20, 3, 2, 7, 3), strict=True):
-        row[:length] = torch.randint(1, 126, (length,), generator=torch.Generator().manual_seed(length))
-        row[length - 1] = 127
-    tokens[2, 2:] = 127  # where end-of-text pads, the first one counts
-    towards, seen = torch.randn(5, model.config["embed_dim"], dtype=torch.float64), []
-    model.transformer.resblocks[1].mlp.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
-
-    def results():
-        model.zero_grad()
-        embedded = model.encode_text(tokens)
-        (embedded * towards).sum().backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        return {"embedding": embedded.detach(), **grads}
-
-    packed = results()
-    assert set(seen) == {(20 + 3 + 2 + 7 + 3, model.config["text_width"])}
-    monkeypatch.setattr(clip_text, "packing_of", lambda *_: None)
-    seen.clear()
-    padded = results()
-    assert set(seen) == {(5, 20, model.config["text_width"])} and len(padded) > 20
-    for name, found in padded.items():
-        torch.testing.assert_close(packed[name], found, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_bert_reads_captions_of_nearly_one_length_together(monkeypatch):
-    model = tiny_model("CLIP", text_tower="bert", context_length=24, text_layers=2).eval().double()
-    tokens = torch.zeros(17, 20, dtype=torch.long)
-    lengths = torch.randint(1, 21, (17,), generator=torch.Generator().manual_seed(0))
-    for row, length in zip(tokens, lengths.tolist(), strict=True):
-        row[:length] = torch.randint(1, 126, (length,), generator=torch.Generator().manual_seed(length))
-    tokens[3] = 0  # no caption at all
-    towards, seen = torch.randn(17, model.config["embed_dim"], dtype=torch.float64), []
-    model.bert.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].shape), with_kwargs=True)
-
-    def results():
-        model.zero_grad()
-        embedded = model.encode_text(tokens)
-        (embedded * towards).sum().backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        return {"embedding": embedded.detach(), **grads}
-
-    grouped = results()
-    assert len(seen) == 4 and sum(rows for rows, _ in seen) == 17 and seen[0][1] < seen[-1][1] == 20
-    monkeypatch.setattr(padding, "WORTH", 0)
-    seen.clear()
-    whole = results()
-    assert [tuple(shape) for shape in seen] == [(17, 20)] and len(whole) > 20
-    for name, found in whole.items():
-        torch.testing.assert_close(grouped[name], found, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_captions_of_nearly_one_length_are_not_packed():
-    assert padding.packing_of(torch.tensor([9, 9, 7]), 10) is None  # 28 of 30 tokens
-    packing = padding.packing_of(torch.tensor([9, 9, 6]), 10)
-    assert packing is not None and len(packing.places) == 27
 
 
 @pytest.mark.parametrize("tower, prefix", [("image", "visual."), ("text", "transformer.")])

@@ -5,10 +5,67 @@ import torch
 from model_helpers import tiny_model
 
 import distributed
-from towers import padding
+from towers import clip_text, padding
 from towers.library import HFTextTower
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=100)
+
+
+def embeddings_and_gradients(model, tokens) -> dict[str, torch.Tensor]:
+    """What `encode_text` gives, and the gradients of a sum over it with fixed weights, by the parameters' names."""
+    model.zero_grad()
+    embedded = model.encode_text(tokens)
+    towards = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(0), dtype=embedded.dtype)
+    (embedded * towards).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"embedding": embedded.detach(), **grads}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_padding_is_not_computed_with_and_nothing_else_changes(checkpointed, monkeypatch):
+    model = tiny_model("CLIP", context_length=24, text_layers=2).train().double()
+    if checkpointed:
+        model.text.checkpoint_gradients(model)
+    tokens = torch.zeros(5, 20, dtype=torch.long)
+    for row, length in zip(tokens, (20, 3, 2, 7, 3), strict=True):
+        row[:length] = torch.randint(1, 126, (length,), generator=torch.Generator().manual_seed(length))
+        row[length - 1] = 127
+    tokens[2, 2:] = 127  # where end-of-text pads, the first one counts
+    seen = []
+    model.transformer.resblocks[1].mlp.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
+
+    packed = embeddings_and_gradients(model, tokens)
+    assert set(seen) == {(20 + 3 + 2 + 7 + 3, model.config["text_width"])}
+    monkeypatch.setattr(clip_text, "packing_of", lambda *_: None)
+    seen.clear()
+    padded = embeddings_and_gradients(model, tokens)
+    assert set(seen) == {(5, 20, model.config["text_width"])} and len(padded) > 20
+    torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-12)
+
+
+def test_bert_reads_captions_of_nearly_one_length_together(monkeypatch):
+    model = tiny_model("CLIP", text_tower="bert", context_length=24, text_layers=2).eval().double()
+    tokens = torch.zeros(17, 20, dtype=torch.long)
+    lengths = torch.randint(1, 21, (17,), generator=torch.Generator().manual_seed(0))
+    for row, length in zip(tokens, lengths.tolist(), strict=True):
+        row[:length] = torch.randint(1, 126, (length,), generator=torch.Generator().manual_seed(length))
+    tokens[3] = 0  # no caption at all
+    seen = []
+    model.bert.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].shape), with_kwargs=True)
+
+    grouped = embeddings_and_gradients(model, tokens)
+    assert len(seen) == 4 and sum(rows for rows, _ in seen) == 17 and seen[0][1] < seen[-1][1] == 20
+    monkeypatch.setattr(padding, "WORTH", 0)
+    seen.clear()
+    whole = embeddings_and_gradients(model, tokens)
+    assert [tuple(shape) for shape in seen] == [(17, 20)] and len(whole) > 20
+    torch.testing.assert_close(grouped, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_captions_of_nearly_one_length_are_not_packed():
+    assert padding.packing_of(torch.tensor([9, 9, 7]), 10) is None  # 28 of 30 tokens
+    packing = padding.packing_of(torch.tensor([9, 9, 6]), 10)
+    assert packing is not None and len(packing.places) == 27
 
 
 @pytest.mark.parametrize(("kind", "pad"), [("bert", 0), ("roberta", 1)])
