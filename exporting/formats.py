@@ -161,6 +161,9 @@ def to_onnx(loaded: models.Pretrained, folder: Path) -> list[str]:
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
         )  # fmt: skip
         assert program is not None  # what the dynamo exporter returns
+        shape: Any = program.model.graph.inputs[0].shape
+        if isinstance(shape[0], int):  # a number that the code has asked for becomes a constant, without an error
+            raise RuntimeError(f"{name}.onnx would take {shape[0]} rows alone: the tower's code asks for their number")
         program.save(folder / f"{name}.onnx")
     utils.write_json(folder / PREPROCESS, loaded.preprocess.to_dict())
     lines = [

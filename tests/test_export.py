@@ -251,6 +251,16 @@ def test_onnx_graphs_take_any_batch_and_give_the_same(name, tmp_path):
         np.testing.assert_allclose(used["cosines"], expected, atol=2e-5)
 
 
+@pytest.mark.slow
+def test_a_graph_of_a_fixed_number_of_rows_is_not_written(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    checkpoint = built(tmp_path / "c.pt", "--model", "SLIP_VITT16", *TINY)
+    monkeypatch.setattr(models.SLIP, "encode_image", lambda self, image: self.visual(image) * len(image))
+    with pytest.raises(RuntimeError, match="image.onnx would take 2 rows alone"):
+        export.main([str(checkpoint), "--to", "onnx", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_format_cannot_hold_is_refused_and_leaves_nothing(tmp_path):
     torch.manual_seed(0)
     bert = write(tmp_path / "bert.pt", tiny_medslip(), None)
