@@ -12,7 +12,8 @@ near duplicates: those and what the audit finds) are predicted by a probe that s
 mean over seeds, its interval covers seeds and patients, and so does its difference from the frozen tower. For the
 finding on radiographs the tower is trained again for each fold without the images and captions of the groups that are
 tested, so no caption has told it an answer. The recipes are tried with SLIP, the README's with CLIP and SimCLR too, and
-with SLIP on as many pairs that are not medical; nothing is chosen by these figures.
+with SLIP on as many pairs that are not medical, and with SimCLR on as many images of BUSI's and pneumonia's training
+parts without their labels (in folds some of these are tested later); nothing is chosen by these figures.
 
 One comparison, PRIMARY, is not corrected for the number of them: report.json names it, and when, before any row is
 trained.
@@ -115,13 +116,14 @@ FINAL = {
     "SIMCLR, held": replace(SEARCH[RECIPE], objective="SIMCLR"),
     CONTROL: replace(SEARCH[RECIPE], pairs="control"),
 }
+OWN = "SIMCLR, held, the sets' own images"
 LABELLED = {
     f"{name}, captions from labels": replace(SEARCH[RECIPE], objective=name, pairs="roco_labelled")
     for name in ("SLIP", "CLIP")
 }
 MEANS = {f"held, mean of {n}": Row("SLIP", base=RECIPE, mean=n) for n in (2, 3, 5, 8)}
 FROZEN = {"untrained": Row(untrained=True), "ImageNet": Row(), "ImageNet, 224 pixels": Row(size=224)}
-ROWS = {**FROZEN, **SEARCH, **FINAL, **LABELLED, **MEANS}
+ROWS = {**FROZEN, **SEARCH, **FINAL, OWN: replace(FINAL["SIMCLR, held"], pairs="own"), **LABELLED, **MEANS}
 PRIMARY = "BUSI", RECIPE, "CLIP, held"  # the set, in folds, and the two rows whose macro AUROC is compared
 WORDS = {"BENIGN": "a benign {}", "MALIGNANT": "a malignant {}", "BENIGN_WITHOUT_CALLBACK": "normal tissue"}
 
@@ -159,7 +161,8 @@ def prepare(data: Path, out: Path, size: int, seed: int = 0) -> None:
     """Smaller copies of the captioned images, folds over their groups, and tables of the probe sets."""
     if (out / "prepared.json").is_file():
         return
-    pairs, own, images = [], [], out / "images"
+    pairs, labelled, images = [], [], out / "images"
+    unlabelled: dict[str, list[Path]] = {}  # training images of the sets that are large enough to show a gain
     images.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):
         folder = data / "covid_roco" / split / "radiology"
@@ -211,8 +214,9 @@ def prepare(data: Path, out: Path, size: int, seed: int = 0) -> None:
             "templates": ["ultrasound showing {}.", "breast ultrasound image of {}."],
         }  # fmt: skip
         words = {name.split()[0]: f"a {name}" for name in names}
-        own += [(data / "busi" / r["image"], f"ultrasound showing {words[r['label']]}.")
+        labelled += [(data / "busi" / r["image"], f"ultrasound showing {words[r['label']]}.")
                 for r in rows if r["split"] == "train"]  # fmt: skip
+        unlabelled["busi"] = [data / "busi" / row["image"] for row in rows if row["split"] == "train"]
     if (data / "mias_cbis").is_dir():
         (out / "mias").mkdir(exist_ok=True)
         for part in ("csv", "jpeg"):
@@ -221,17 +225,19 @@ def prepare(data: Path, out: Path, size: int, seed: int = 0) -> None:
         make_dataset.main(["cbis", "--root", str(out / "mias")])
         for kind, name in (("calc", "calcification"), ("mass", "mass")):
             rows = read_table(out / "mias" / f"{kind}.csv", ["crop", "pathology", "split"])
-            own += [(out / "mias" / r["crop"], f"mammogram showing {WORDS[r['pathology']].format(name)}.")
+            labelled += [(out / "mias" / r["crop"], f"mammogram showing {WORDS[r['pathology']].format(name)}.")
                     for r in rows if r["split"] != "test"]  # fmt: skip
     if (data / "pneumonia").is_dir():
         rows = read_table(data / "pneumonia" / "table.csv", ["image", "label", "split", "group"])
-        write_csv(out / "pneumonia.csv", [
-            {key: row[key] for key in columns} for row in rows if row["label"] in CHILDREN
-        ])  # fmt: skip
+        rows = [{key: row[key] for key in columns} for row in rows if row["label"] in CHILDREN]
+        write_csv(out / "pneumonia.csv", rows)
+        unlabelled["pneumonia"] = [data / "pneumonia" / row["image"] for row in rows if row["split"] == "train"]
         folder = str((data / "pneumonia").resolve())
         catalog["pneumonia"] = {**entry, "table": "pneumonia.csv", "images": folder, "positive": CHILDREN[0]}
-    write_pairs(out / "roco_labelled", own, images, size)
-    write_pairs(out / "control", control(data, sum(row["split"] == "train" for row in pairs), seed), images, size)
+    number = sum(row["split"] == "train" for row in pairs)
+    write_pairs(out / "roco_labelled", labelled, images, size)
+    write_pairs(out / "control", control(data, number, seed), images, size)
+    write_pairs(out / "own", own(unlabelled, number, seed), images, size)
     utils.write_json(out / "catalog.json", catalog)
     utils.write_json(out / "prepared.json", {"pairs": len(pairs), "size": size})
 
@@ -247,6 +253,17 @@ def control(data: Path, number: int, seed: int) -> list[tuple[Path, str]]:
     chosen = sorted(np.random.default_rng(seed).permutation(len(lines))[:number])
     files = {path.stem: path for path in (folder / "images").iterdir()}
     return [(files[lines[i][0]], lines[i][1].strip()) for i in chosen]
+
+
+def own(unlabelled: dict[str, list[Path]], number: int, seed: int) -> list[tuple[Path, str]]:
+    """So many images, as many of each set, with a number in place of a caption."""
+    generator, chosen = np.random.default_rng(seed), []
+    for i, (name, files) in enumerate(unlabelled.items()):
+        share = (number + i) // len(unlabelled)
+        if len(files) < share:
+            raise ValueError(f"{name} has {len(files)} training images, and {share} are taken")
+        chosen += [files[k] for k in sorted(generator.permutation(len(files))[:share])]
+    return [(file, f"image {i}") for i, file in enumerate(chosen)]
 
 
 def write_pairs(root: Path, pairs: list[tuple[Path, str]], images: Path, size: int) -> None:
@@ -542,6 +559,7 @@ def compared_rows() -> Iterator[tuple[str, str]]:
     yield from ((RECIPE, other) for other in FINAL if other != RECIPE)
     yield "SIMCLR, held", "CLIP, held"
     yield from ((name, frozen) for frozen in FROZEN if frozen != "untrained" for name in FINAL)
+    yield from ((OWN, other) for other in ("SIMCLR, held", "ImageNet", "ImageNet, 224 pixels"))
     yield from ((name, RECIPE) for name in ("held, shared view", *MEANS))
     yield "held, mean of 8", "ImageNet, 224 pixels"
 
