@@ -161,39 +161,10 @@ def prepare(data: Path, out: Path, size: int, seed: int = 0) -> None:
     """Smaller copies of the captioned images, folds over their groups, and tables of the probe sets."""
     if (out / "prepared.json").is_file():
         return
-    pairs, labelled, images = [], [], out / "images"
+    labelled, images = [], out / "images"
     unlabelled: dict[str, list[Path]] = {}  # training images of the sets that are large enough to show a gain
     images.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "validation"):
-        folder = data / "covid_roco" / split / "radiology"
-        captions = dict(
-            line.split("\t", 1) for line in (folder / "captions.txt").read_text(encoding="utf8").splitlines() if line
-        )
-        for row in read_table(folder / "sources.csv", ["id", "modality", "finding", "group"]):
-            source = next(folder.glob(f"images/{row['id']}.*"))
-            copy = images / f"{row['id']}.jpg"
-            if copy.exists() and any(p["id"] == row["id"] for p in pairs):
-                raise ValueError(f"{row['id']} is in both splits of {data / 'covid_roco'}")
-            shrunk_copy(source, copy, size)
-            pairs.append({**row, "caption": captions[row["id"]].strip(), "split": split})
-    label = [FINDING if FINDING in row["finding"] else "other" for row in pairs]
-    strata = [f"{row['modality']} {name}" for row, name in zip(pairs, label, strict=True)]
-    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(
-        strata, strata, [row["group"] for row in pairs]
-    )
-    for row, name in zip(pairs, label, strict=True):
-        row["label"], row["image"] = name, f"images/{row['id']}.jpg"
-    write_roco(out / "roco", [row for row in pairs if row["split"] == "train"], images)
-    write_roco(out / "roco", [row for row in pairs if row["split"] == "validation"], images, "validation")
-    for k, (kept, held) in enumerate(folds):
-        write_roco(out / f"roco_without_{k}", [pairs[i] for i in kept], images)
-        tested = set(held.tolist())
-        rows = [
-            {**{key: row[key] for key in ("image", "label", "group")}, "split": "test" if i in tested else "train"}
-            for i, row in enumerate(pairs)
-            if row["modality"] == "X-ray"
-        ]
-        write_csv(out / f"finding_{k}.csv", rows)
+    pairs = captioned(data, out, images, size, seed)
     columns = {"image": "image", "label": "label", "split": "split", "group": "group"}
     entry = {"path": str(out), "type": "csv", "train": "train", "test": "test", "columns": columns}
     catalog = {f"finding_{k}": {**entry, "table": f"finding_{k}.csv", "positive": FINDING} for k in range(FOLDS)}
@@ -240,6 +211,42 @@ def prepare(data: Path, out: Path, size: int, seed: int = 0) -> None:
     write_pairs(out / "own", own(unlabelled, number, seed), images, size)
     utils.write_json(out / "catalog.json", catalog)
     utils.write_json(out / "prepared.json", {"pairs": len(pairs), "size": size})
+
+
+def captioned(data: Path, out: Path, images: Path, size: int, seed: int) -> list[dict]:
+    """The captioned images in ROCO's layout, whole and without each fold of the finding; the rows of all."""
+    pairs = []
+    for split in ("train", "validation"):
+        folder = data / "covid_roco" / split / "radiology"
+        captions = dict(
+            line.split("\t", 1) for line in (folder / "captions.txt").read_text(encoding="utf8").splitlines() if line
+        )
+        for row in read_table(folder / "sources.csv", ["id", "modality", "finding", "group"]):
+            source = next(folder.glob(f"images/{row['id']}.*"))
+            copy = images / f"{row['id']}.jpg"
+            if copy.exists() and any(p["id"] == row["id"] for p in pairs):
+                raise ValueError(f"{row['id']} is in both splits of {data / 'covid_roco'}")
+            shrunk_copy(source, copy, size)
+            pairs.append({**row, "caption": captions[row["id"]].strip(), "split": split})
+    label = [FINDING if FINDING in row["finding"] else "other" for row in pairs]
+    strata = [f"{row['modality']} {name}" for row, name in zip(pairs, label, strict=True)]
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(
+        strata, strata, [row["group"] for row in pairs]
+    )
+    for row, name in zip(pairs, label, strict=True):
+        row["label"], row["image"] = name, f"images/{row['id']}.jpg"
+    write_roco(out / "roco", [row for row in pairs if row["split"] == "train"], images)
+    write_roco(out / "roco", [row for row in pairs if row["split"] == "validation"], images, "validation")
+    for k, (kept, held) in enumerate(folds):
+        write_roco(out / f"roco_without_{k}", [pairs[i] for i in kept], images)
+        tested = set(held.tolist())
+        rows = [
+            {**{key: row[key] for key in ("image", "label", "group")}, "split": "test" if i in tested else "train"}
+            for i, row in enumerate(pairs)
+            if row["modality"] == "X-ray"
+        ]
+        write_csv(out / f"finding_{k}.csv", rows)
+    return pairs
 
 
 def control(data: Path, number: int, seed: int) -> list[tuple[Path, str]]:
