@@ -4,6 +4,7 @@ import csv
 import json
 from collections import Counter
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import on_gpu
@@ -102,7 +103,7 @@ def test_rows_are_trained_probed_and_compared(tmp_path, monkeypatch):
     argv = ["--data", str(world(tmp_path / "data")), "--vision-weights", str(tmp_path / "tower.pt"), "-j", "0"]
     argv += ["--output-dir", str(tmp_path / "out"), "--image-size", "32", "--epochs", "1", "--batch-size", "4"]
     names = {"untrained", "ImageNet", "ImageNet, 224 pixels", "held", "held, best epoch", "held, blend 0.5"}
-    names |= {"CLIP, held", "SIMCLR, held", real_radiology.CONTROL, "held, mean of 2"}
+    names |= {"CLIP, held", "SIMCLR, held", real_radiology.CONTROL, real_radiology.OWN, "held, mean of 2"}
     labelled = {"SLIP, captions from labels", "CLIP, captions from labels"}
     argv += ["--seeds", "0", "1", "--resamples", "50", "--jobs", "2", "--rows", *sorted(names | labelled)]
     report = real_radiology.main(argv)
@@ -111,7 +112,7 @@ def test_rows_are_trained_probed_and_compared(tmp_path, monkeypatch):
     for dataset in sets:
         assert set(report["table"][dataset]) == names
         assert set(report["table"][f"{dataset}, split"]) == names | labelled
-    assert set(report["table"]["finding"]) == names - {real_radiology.CONTROL}
+    assert set(report["table"]["finding"]) == names - {real_radiology.CONTROL, real_radiology.OWN}
     for rows in report["table"].values():
         for name, cells in rows.items():
             value = cells["auroc"]
@@ -151,6 +152,7 @@ def test_rows_are_trained_probed_and_compared(tmp_path, monkeypatch):
     # What is not medical is as much as what is; children's radiographs are those of one origin.
     captions = (out / "control" / "train" / "radiology" / "captions.txt").read_text().splitlines()
     assert len(captions) == 18 and all("A cat" in line for line in captions)
+    assert len((out / "own" / "train" / "radiology" / "captions.txt").read_text().splitlines()) == 18
     with open(out / "pneumonia.csv", newline="") as file:
         assert Counter(row["label"] for row in csv.DictReader(file)) == {"bacteria": 10, "virus": 10}
     mean = torch.load(out / "rows" / "held, mean of 2" / "0" / "whole" / "tower.pt", weights_only=True)["state_dict"]
@@ -168,6 +170,15 @@ def test_rows_are_trained_probed_and_compared(tmp_path, monkeypatch):
     assert json.loads(json.dumps(real_radiology.main(argv)["table"])) == json.loads(json.dumps(report["table"]))
     assert (out / "rows" / "held" / "0" / "done.json").read_bytes() == before
     assert "| held |" in (out / "report.md").read_text()
+
+
+def test_own_images_are_as_many_of_each_set():
+    files = {"BUSI": [Path(f"b{i}") for i in range(5)], "pneumonia": [Path(f"p{i}") for i in range(4)]}
+    chosen = real_radiology.own(files, 7, seed=0)
+    assert Counter(str(path)[0] for path, _ in chosen) == {"b": 3, "p": 4}
+    assert len(set(chosen)) == len({text for _, text in chosen}) == 7  # no caption is another's
+    with pytest.raises(ValueError, match="pneumonia has 4 training images, and 5 are taken"):
+        real_radiology.own(files, 10, seed=0)
 
 
 def test_a_training_that_a_signal_has_stopped_is_no_row(tmp_path, monkeypatch):
