@@ -1,7 +1,6 @@
 """SIGKILL at any moment: what is killed again and again ends with the files of the unbroken run."""
 
 import io
-import multiprocessing
 import os
 import random
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick_start
 import torch
 from distributed_helpers import free_port
 from helpers import DROPOUT, ROOT, assert_same_run, command, environment
@@ -58,11 +58,9 @@ def slow_writes(atomic_write, writing):
 
 
 class Training:
-    """Starts and kills the two ranks. They are forked from a server with torch loaded, so a start is quick."""
+    """Starts and kills the two ranks."""
 
     def __init__(self, argv: list[str], output_dir: Path):
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["__main__", "test_kill"])
         self.argv, self.output_dir, self.ranks = argv, output_dir, []
 
     def log(self, rank: int) -> str:
@@ -73,14 +71,12 @@ class Training:
         return "\n".join([f"the training ended {when}", *lines])
 
     def start(self, slow: bool = True) -> None:
-        self.writing = self.context.Value("i", 0, lock=False) if slow else None
+        self.writing = quick_start.CONTEXT.Value("i", 0, lock=False) if slow else None
         port = free_port()
         self.ranks = [
-            self.context.Process(target=_rank, daemon=True, args=(rank, port, self.argv, self.log(rank), self.writing))
+            quick_start.process(_rank, (rank, port, self.argv, self.log(rank), self.writing), daemon=True)
             for rank in range(2)
         ]
-        for process in self.ranks:
-            process.start()
 
     def wait_until(self, condition, what: str) -> None:
         end = time.monotonic() + 60

@@ -18,6 +18,7 @@ import torch
 from helpers import DROPOUT, ROOT, assert_same_run, command, environment, wait_for
 from model_helpers import write_checkpoint
 from PIL import Image
+from quick_start import Script
 from roco_tree import make_roco
 from torch.utils.data import Dataset
 
@@ -146,24 +147,29 @@ def test_a_run_whose_worker_dies_keeps_the_last_whole_step(tmp_path, monkeypatch
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def signalled(argv: list, number: int, seconds: float, started) -> int:
-    """The exit code of a command in a process group of its own, all of which gets a signal after it has started."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, argv)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def started(argv: list, said: Path):
+    """A command in a process group of its own, its output in a file; torchrun as it is, our scripts quickly."""
+    with open(said, "w") as file:
+        options = {"env": environment(), "stdout": file, "stderr": subprocess.STDOUT, "process_group": 0}
+        return (subprocess.Popen if argv[0] == "-m" else Script)([sys.executable, *map(str, argv)], **options)
+
+
+def finished(argv: list, said: Path) -> None:
+    assert started(argv, said).wait(300) == 0, said.read_text()
+
+
+def signalled(argv: list, number: int, seconds: float, ready, said: Path) -> int:
+    """The exit code of a command whose whole group gets a signal, so many seconds after it is ready."""
+    process = started(argv, said)
     end = time.monotonic() + 120
-    while process.poll() is None and not started() and time.monotonic() < end:
+    while process.poll() is None and not ready() and time.monotonic() < end:
         time.sleep(0.02)
     time.sleep(seconds)
     if process.poll() is None:
         os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=120)
-    if "torch.distributed.run" not in argv:  # which has exit codes of its own
+    process.wait(120)
+    output = said.read_text()
+    if argv[0] != "-m":  # torchrun has exit codes of its own
         assert process.returncode in (0, 128 + number), output
     assert "Traceback" not in output.split("stopped by")[0], output
     return process.returncode
@@ -193,19 +199,17 @@ def test_signals_to_the_whole_group_lose_nothing(tmp_path, launcher):
     def argv(folder) -> list:
         return [*launcher, ROOT / "main.py", *command(roco, folder, *common)]
 
-    subprocess.run([sys.executable, *argv(whole)], env=environment(), check=True)
+    finished(argv(whole), tmp_path / "said")
     rng, log, stopped = random.Random(0), parts / "log.txt", 0
     for _ in range(20 if not launcher else 6):
         before = lines_of(log)
         number = rng.choice(signals.SIGNALS if not launcher else (signal.SIGTERM, signal.SIGINT))
-        code = signalled(argv(parts), number, rng.random() * 0.5, partial(more_lines, log, before))
+        code = signalled(argv(parts), number, rng.random() * 0.5, partial(more_lines, log, before), tmp_path / "said")
         stopped += code != 0
         if "this run is finished" in log.read_text():
             break
     assert stopped >= (10 if not launcher else 3)
-    subprocess.run(
-        [sys.executable, *launcher, ROOT / "main.py", *command(roco, parts, *common)], env=environment(), check=True
-    )
+    finished(argv(parts), tmp_path / "said")
     assert_same_run(whole, parts)
     steps = [line.split("[")[1].split("/")[0] for line in log.read_text().splitlines() if line.startswith("epoch ")]
     assert len(steps) <= 30 * (64 // 4 // (2 if launcher else 1)) + stopped + 1  # no step was done twice
@@ -255,35 +259,40 @@ def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
     assert checkpoints.load_checkpoint(out / "checkpoint.pt")["step"] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", signals.SIGNALS)
-def test_signals_to_the_group_of_a_linear_run_lose_nothing(tmp_path, number):
-    rng = np.random.default_rng(0)
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory):
+    """Arguments of a linear run on drawn images by its output folder; the unbroken run's."""
+    folder, rng = tmp_path_factory.mktemp("linear"), np.random.default_rng(0)
     for split, n in (("train", 12), ("val", 4)):
         for label in ("a", "b"):
-            (tmp_path / "set" / split / label).mkdir(parents=True)
+            (folder / "set" / split / label).mkdir(parents=True)
             for i in range(n):
                 Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(
-                    tmp_path / f"set/{split}/{label}/{i}.png"
+                    folder / f"set/{split}/{label}/{i}.png"
                 )
     utils.write_json(
-        tmp_path / "catalog.json",
-        {"mine": {"path": str(tmp_path / "set"), "type": "imagefolder", "train": "train", "test": "val"}},
+        folder / "catalog.json",
+        {"mine": {"path": str(folder / "set"), "type": "imagefolder", "train": "train", "test": "val"}},
     )
-    checkpoint = write_checkpoint(tmp_path / "weights.pt", "vit")
+    checkpoint = write_checkpoint(folder / "weights.pt", "vit")
 
-    def argv(folder: str) -> list:
-        common = ["--catalog", tmp_path / "catalog.json", "--dataset", "mine", "--pretrained", checkpoint]
+    def argv(output: Path) -> list:
+        common = ["--catalog", folder / "catalog.json", "--dataset", "mine", "--pretrained", checkpoint]
         run = ["--epochs", "60", "--eval-freq", "100", "-b", "4", "-p", "1", "-j", "2", "--gpu", "-1"]
-        return [ROOT / "main_linear.py", *common, *run, "--output-dir", tmp_path / folder]
+        return [ROOT / "main_linear.py", *common, *run, "--output-dir", output]
 
-    subprocess.run([sys.executable, *map(str, argv("whole"))], env=environment(), check=True)
-    rows = tmp_path / "parts" / "log.jsonl"
-    code = signalled(argv("parts"), number, 0.2, rows.exists)
-    assert code == 128 + number
-    subprocess.run([sys.executable, *map(str, argv("parts"))], env=environment(), check=True)
+    finished(argv(folder / "whole"), folder / "said")
+    return argv, folder / "whole"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_signals_to_the_group_of_a_linear_run_lose_nothing(tmp_path, linear, number):
+    argv, whole = linear
+    parts, said = tmp_path / "parts", tmp_path / "said"
+    assert signalled(argv(parts), number, 0.2, (parts / "log.jsonl").exists, said) == 128 + number
+    finished(argv(parts), said)
     first, second = (
-        checkpoints.load_checkpoint(tmp_path / name / "linear_checkpoint.pt")["state_dict"]
-        for name in ("whole", "parts")
+        checkpoints.load_checkpoint(folder / "linear_checkpoint.pt")["state_dict"] for folder in (whole, parts)
     )
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick_start
 import twins
 from helpers import ROOT, TINY
 from model_helpers import write_checkpoint
@@ -22,6 +23,7 @@ import make_tables
 import models
 from evaluation.predictions import Predictions
 from reporting import plan as reporting_plan
+from reporting import steps
 from runtime import command_line
 from synthetic import world
 
@@ -59,6 +61,14 @@ def command(drawn, folder, *flags, rows=ROWS):
         "--roco", str(drawn / "roco"), "--cbis", str(drawn / "cbis"), "--rows", str(write_rows(folder, rows)),
         "--output-dir", str(folder / "out"), "--workers", "0", "--resamples", "100", *flags,
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_steps():
+    """The steps start quickly, but those of a make_tables.py that is a process itself."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(steps, "subprocess", quick_start.Quick)
+        yield
 
 
 @pytest.fixture(scope="module")
