@@ -3,7 +3,9 @@
 import os
 import signal
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup: tests send it to what they start
+# Tests send these to what they start, where nohup has the one ignored, and a script's background job the other.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `-n auto`: what a test starts shares the cores with the other workers' tests
     os.environ.setdefault("OMP_NUM_THREADS", "1")
