@@ -182,6 +182,18 @@ def test_own_images_are_as_many_of_each_set():
         real_radiology.own(files, 10, seed=0)
 
 
+def test_own_images_are_of_the_training_parts(tmp_path, monkeypatch):
+    written, data, out = {}, world(tmp_path / "data"), tmp_path / "out"
+    monkeypatch.setattr(real_radiology, "write_pairs", lambda root, pairs, *_: written.update({root.name: pairs}))
+    real_radiology.prepare(data, out, 32)
+    train = set()
+    for name in ("busi", "pneumonia"):
+        with open(out / f"{name}.csv", newline="") as file:
+            train |= {data / name / row["image"] for row in csv.DictReader(file) if row["split"] == "train"}
+    own = {path for path, _ in written["own"]}
+    assert len(own) == 18 and own <= train and all(path.is_file() for path in own)
+
+
 def test_a_training_that_a_signal_has_stopped_is_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(real_radiology.training, "main", lambda argv: {"stopped_by": "SIGTERM"})
     argv = ["--data", "data", "--vision-weights", "tower.pt", "--output-dir", str(tmp_path)]
