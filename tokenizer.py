@@ -8,6 +8,7 @@ read the position of that token, or everything up to it.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import html
 import string
@@ -113,6 +114,27 @@ def clean_text(text: str) -> str:
     return regex.sub(r"\s+", " ", text).strip().lower()
 
 
+class _Merges:
+    """CLIP's tokens in their order, the id of each, and the rank of each pair that is merged."""
+
+    def __init__(self, path: str | Path):
+        with gzip.open(path, "rt", encoding="utf-8") as table:
+            next(table)  # a version line
+            merges = [tuple(line.split()) for line, _ in zip(table, range(_N_MERGES), strict=False)]
+        # CLIP numbers the letters in the order of their code points among the printable, then the spare ones.
+        letters = sorted(_byte_letters(), key=lambda letter: (ord(letter) > 255, ord(letter)))
+        self.tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+        self.tokens += ["<|startoftext|>", "<|endoftext|>"]
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        self.rank = {pair: i for i, pair in enumerate(merges)}
+
+
+@functools.cache
+def _merges(path: str | Path) -> _Merges:
+    """Read once: a tenth of a second that every tokenizer of the process shares."""
+    return _Merges(path)
+
+
 class SimpleTokenizer:
     """CLIP's byte-level BPE (Radford et al. 2021, section 2.4) with its 49,408 tokens.
 
@@ -124,20 +146,12 @@ class SimpleTokenizer:
     def __init__(self, bpe_path: str | Path = BPE_PATH, context_length: int = CONTEXT_LENGTH):
         _check_length(context_length)
         self.context_length = context_length
-        with gzip.open(bpe_path, "rt", encoding="utf-8") as table:
-            next(table)  # a version line
-            merges = [tuple(line.split()) for line, _ in zip(table, range(_N_MERGES), strict=False)]
         self._letters = _byte_letters()
         self._byte_of = {letter: byte for byte, letter in enumerate(self._letters)}
-        # CLIP numbers the letters in the order of their code points among the printable, then the spare ones.
-        letters = sorted(self._letters, key=lambda letter: (ord(letter) > 255, ord(letter)))
-        tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
-        tokens += ["<|startoftext|>", "<|endoftext|>"]
-        self.tokens = tokens
-        self.ids = {token: i for i, token in enumerate(tokens)}
-        self.rank = {pair: i for i, pair in enumerate(merges)}
+        shared = _merges(bpe_path)
+        self.tokens, self.ids, self.rank = shared.tokens, shared.ids, shared.rank
         self.start, self.end = self.ids["<|startoftext|>"], self.ids["<|endoftext|>"]
-        self._cache = {token: [self.ids[token]] for token in tokens[-2:]}
+        self._cache = {token: [self.ids[token]] for token in self.tokens[-2:]}
 
     @property
     def vocab_size(self) -> int:

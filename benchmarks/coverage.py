@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation import comparisons, metrics  # noqa: E402
 from evaluation.resamples import Resamples  # noqa: E402
+from evaluation.weighted import classification_metrics  # noqa: E402
 
 CLASSES = ("BENIGN", "BENIGN_WITHOUT_CALLBACK", "MALIGNANT")
 PRIOR = np.array([194, 37, 147]) / 378  # the official mass test table
@@ -73,7 +74,7 @@ def truth(rng: np.random.Generator, trainings: list[Training]) -> dict[str, floa
     found = []
     for training in trainings:
         part = draw_table(rng, POPULATION // len(trainings))
-        found.append(metrics.classification_metrics(part.labels, training.probabilities(part, rng), CLASSES))
+        found.append(classification_metrics(part.labels, training.probabilities(part, rng), CLASSES))
     return {name: float(np.mean([f[name] for f in found])) for name in metrics.METRICS}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import comparisons, metrics
+from evaluation import comparisons, metrics, weighted
 from evaluation.features import greys_of
 from evaluation.heads import PROTOCOLS, Choice, Samples, stratified_part
 from evaluation.predictions import CBIS, Predictions, Scheme, describe_results, macro_auroc, macro_f1, unlearnt_classes
@@ -152,7 +152,7 @@ def fit_without_callback(
 
 def two_class_auroc(classes: tuple[str, str], labels: np.ndarray, prob: np.ndarray) -> float:
     """The AUROC that chooses a setting: labels (n,), probabilities (n, 2)."""
-    return metrics.classification_metrics(labels, prob, classes)["auroc"]
+    return weighted.classification_metrics(labels, prob, classes)["auroc"]
 
 
 def lesion_fraction(

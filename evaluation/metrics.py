@@ -143,53 +143,18 @@ def ranked(prob: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Classification by a probe: point values
+# Classification by a probe: what it is computed from (weighted.py)
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def classification_metrics(
-    y_true: Labels,
-    prob: np.ndarray,
-    classes: Sequence[str],
-    malignant: str | None = MALIGNANT,
-    unlearnt: Sequence[str] = (),
-) -> dict[str, float]:
-    """The six columns of the published tables, through scikit-learn.
-
-    y_true (n,) holds indices into `classes`, prob (n, k) softmax probabilities. AUROC is one-vs-rest, its samples
-    as `ranked`; it, F1, precision and recall are plain means over classes but those that are `unlearnt`, whose
-    samples count among the others. The prediction is the most probable class; the precision of a class that is never
-    predicted counts as 0. The last two columns are missing where no class is `malignant` (None).
-
-    Raises ValueError for logits in place of probabilities, labels out of range, and a class without samples,
-    for which neither recall nor AUROC exists.
-    """
-    from sklearn.metrics import precision_recall_fscore_support, roc_auc_score  # a second, which predict.py spares
-
-    labels, prob = checked(y_true, prob, classes, unlearnt)
-    over, score = [c for c, name in enumerate(classes) if name not in unlearnt], ranked(prob)
-    auroc = [roc_auc_score(labels == c, score[:, c]) for c in over]
-    averaging: dict[str, Any] = dict(average=None, zero_division=0)  # scikit-learn's annotations know only "macro"
-    per_class = precision_recall_fscore_support(labels, prob.argmax(1), labels=range(len(classes)), **averaging)
-    precision, recall, f1 = map(np.asarray, per_class[:3])  # (k,) each
-    target = _class_index(malignant, classes)
-    values = [np.mean(auroc), f1[over].mean(), precision[over].mean(), recall[over].mean()]
-    values += [precision[target], recall[target]] if target is not None else []
-    return {name: float(value) for name, value in zip(METRICS, values, strict=False)}
-
-
-def _class_index(name: str | None, classes: Sequence[str]) -> int | None:
-    if name is None:
-        return None
-    if name not in classes:
-        raise ValueError(f"class {name!r} is not among {', '.join(classes)}")
-    return list(classes).index(name)
 
 
 def checked(
     y_true: Labels, prob: np.ndarray, classes: Sequence[str], unlearnt: Sequence[str] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (n,) and probabilities (n, k) as arrays; arguments and errors as of `classification_metrics`."""
+    """Labels (n,) and probabilities (n, k) as arrays.
+
+    Raises ValueError for logits in place of probabilities, labels out of range, and a class that is not `unlearnt`
+    without samples, for which neither recall nor AUROC exists.
+    """
     labels, prob = np.asarray(y_true), np.asarray(prob, dtype=np.float64)
     if prob.shape != (len(labels), len(classes)):
         raise ValueError(

@@ -20,6 +20,7 @@ from evaluation import metrics
 from evaluation.metrics import OperatingPoint
 from evaluation.resamples import BOOTSTRAP, Bootstrap, Resamples
 from evaluation.run_folder import settings_that_differ
+from evaluation.weighted import classification_metrics
 from inputs.cbis import CBIS_CLASSES
 from inputs.metadata import Table
 from runtime.logs import aligned
@@ -218,7 +219,7 @@ def macro_f1(labels: np.ndarray, prob: np.ndarray, scheme: Scheme = CBIS) -> flo
 
 
 def _metric(name: str, labels: np.ndarray, prob: np.ndarray, scheme: Scheme) -> float:
-    found = metrics.classification_metrics(labels, prob, scheme.classes, scheme.positive, scheme.unlearnt)
+    found = classification_metrics(labels, prob, scheme.classes, scheme.positive, scheme.unlearnt)
     return found[name]
 
 

@@ -21,12 +21,12 @@ from evaluation.metrics import (
     Labels,
     OperatingPoint,
     checked,
-    classification_metrics,
     ordered_metrics,
 )
 from evaluation.weighted import (
     OfWeights,
     Ranking,
+    classification_metrics,
     over_classes,
     weighted_classes,
     weighted_confusion,

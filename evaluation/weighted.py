@@ -13,7 +13,7 @@ import torch
 from scipy.sparse import csr_array
 from scipy.special import expit, logit
 
-from evaluation.metrics import DETECTION, METRICS, OperatingPoint, ranked
+from evaluation.metrics import DETECTION, MALIGNANT, METRICS, Labels, OperatingPoint, checked, ranked
 
 OfWeights = Callable[[np.ndarray], dict[str, np.ndarray]]  # weights (R, n) -> metrics (R,), or (R, classes), by name
 
@@ -85,6 +85,31 @@ def weighted_detection(
         return dict(zip(DETECTION, values, strict=True))
 
     return of
+
+
+def classification_metrics(
+    y_true: Labels,
+    prob: np.ndarray,
+    classes: Sequence[str],
+    malignant: str | None = MALIGNANT,
+    unlearnt: Sequence[str] = (),
+) -> dict[str, float]:
+    """The six columns of the published tables, each sample counting once.
+
+    y_true (n,) holds indices into `classes`, prob (n, k) softmax probabilities. AUROC is one-vs-rest, its samples
+    as `ranked`; it, F1, precision and recall are plain means over classes but those that are `unlearnt`, whose
+    samples count among the others. The prediction is the most probable class; the precision of a class that is never
+    predicted counts as 0. The last two columns are missing where no class is `malignant` (None).
+
+    Raises ValueError as `checked`, and for a `malignant` that is no class.
+    """
+    labels, prob = checked(y_true, prob, classes, unlearnt)
+    if malignant is not None and malignant not in classes:
+        raise ValueError(f"class {malignant!r} is not among {', '.join(classes)}")
+    target = None if malignant is None else list(classes).index(malignant)
+    over = [c for c, name in enumerate(classes) if name not in unlearnt]
+    once = np.ones((1, len(labels)), dtype=np.uint8)
+    return {name: float(value[0]) for name, value in weighted_metrics(labels, prob, target, over)(once).items()}
 
 
 class Ranking:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import os
+import tokenize
 from pathlib import Path
 from typing import Any
 
 from flags.names import PRECISIONS
 
+LAYOUT = (tokenize.COMMENT, tokenize.NL)
+
 
 def description(script: str) -> str:
     """The docstring of a file, which is its --help; read, because an import would load PyTorch."""
-    path = Path(__file__).resolve().parents[1] / script
-    return ast.get_docstring(ast.parse(path.read_text(encoding="utf8"))) or ""
+    with tokenize.open(Path(__file__).resolve().parents[1] / script) as source:
+        # The first token alone: to parse all of main.py takes as long as the rest of its --help.
+        first = next(token for token in tokenize.generate_tokens(source.readline) if token.type not in LAYOUT)
+    return inspect.cleandoc(ast.literal_eval(first.string)) if first.type == tokenize.STRING else ""
 
 
 # fmt: off

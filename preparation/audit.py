@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from evaluation import metrics
 from evaluation.predictions import Predictions, scheme_of
+from evaluation.weighted import classification_metrics
 from flags.preparing import THRESHOLD
 from inputs import metadata
 from inputs.files import IMAGE_SUFFIXES, composed, images_below
@@ -450,7 +450,7 @@ def without_copies(tested: Predictions, files: Sequence[Path], pairs: Sequence[P
     lines, classes = [], tested.scheme.classes
     for title, part in (("all", tested), ("without copies", tested[alone])):
         present = len(part.rows) and len(set(part.labels)) == len(classes)
-        scores = metrics.classification_metrics(part.labels, part.prob, classes, None) if present else {}
+        scores = classification_metrics(part.labels, part.prob, classes, None) if present else {}
         values = {"images": len(part.rows), **{k: round(100 * v, 2) for k, v in scores.items()}}
         lines.append(f"{title}: {json.dumps(values)}")
     return "\n".join(lines)

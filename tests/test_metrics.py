@@ -12,7 +12,6 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_sco
 
 from evaluation.metrics import (
     binary_margins,
-    classification_metrics,
     classification_scores,
     log_prob,
     operating_point,
@@ -22,7 +21,7 @@ from evaluation.metrics import (
     score_outputs,
     target_ranks,
 )
-from evaluation.weighted import weighted_detection
+from evaluation.weighted import classification_metrics, weighted_detection
 
 CLASSES = ("BENIGN", "BENIGN_WITHOUT_CALLBACK", "MALIGNANT")
 PAIR = ("BENIGN", "MALIGNANT")

@@ -247,10 +247,11 @@ def load_medclip(model: Any, state: dict[str, Tensor], source: str = "the file")
     Raises:
         ValueError: names the missing and the unexpected keys and the tensors of another shape.
     """
-    names = _name_map(model, model.state_dict())
+    ours = model.state_dict()
+    names = _name_map(model, ours)
     state = {key: value for key, value in state.items() if not _UNUSED.search(key)}
     # As MedCLIP holds them: its projections are the transposes of ours, views into the same memory.
-    own = {theirs: _as_theirs(ours, model.state_dict()[ours]) for ours, theirs in names.items()}
+    own = {theirs: _as_theirs(name, ours[name]) for name, theirs in names.items()}
     if differ := Mismatch.between(own, state):
         raise ValueError(f"{source} does not fit {model.name} ({model.config['vision_tower']}): {differ}")
     with torch.no_grad():
