@@ -14,6 +14,8 @@ operations. The methods take turns, sample by sample, in one process on one thre
     torchvision v2          its second transforms, antialiased, on 8 bits; uint8 out
     albumentationsx         OpenCV's decoder and bilinear resizing, which is not antialiased; uint8 out
     albumentationsx, area   simplejpeg's decoder and OpenCV's averages over areas, which are; uint8 out
+    kornia                  Pillow's decoder, crops without antialiasing; float32 out
+    DALI                    its decoder and views on a CPU, antialiased, a pipeline of one image at a time; uint8 out
 
 In the row `shrunk` ours reads the copy that make_dataset.py shrink --short-side 448 writes, the published method the
 original. Before anything is timed, statistics of many views of the first two methods are compared by
@@ -196,10 +198,66 @@ def albumentations(area: bool) -> Callable:
     return views
 
 
+def kornia() -> Callable:
+    """SLIP's views by kornia, which takes floats."""
+    import kornia.augmentation as K  # pyright: ignore[reportMissingImports]
+
+    ssl = torch.nn.Sequential(
+        K.RandomResizedCrop((224, 224), scale=(0.08, 1.0)), K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        K.RandomGrayscale(p=0.2), K.RandomGaussianBlur((9, 9), (0.1, 2.0), p=0.5), K.RandomHorizontalFlip(),
+    )  # fmt: skip
+    train = K.RandomResizedCrop((224, 224), scale=(0.5, 1.0))
+
+    def views(data: bytes, _rng: np.random.Generator) -> list[Tensor]:
+        img = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+        img = img.float().div_(255)[None]
+        return [train(img)[0], ssl(img)[0], ssl(img)[0]]
+
+    return views
+
+
+def dali() -> Callable:
+    """SLIP's views by DALI without a GPU."""
+    from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]
+
+    def uniform(low: float, high: float) -> Any:
+        return fn.random.uniform(range=(low, high))
+
+    def chance(probability: float) -> Any:
+        return fn.random.coin_flip(probability=probability, dtype=types.BOOL)
+
+    def ssl(img: Any) -> Any:
+        view = fn.random_resized_crop(img, size=(224, 224), random_area=(0.08, 1.0))
+        if chance(0.8):
+            view = fn.color_twist(view, brightness=uniform(0.6, 1.4), contrast=uniform(0.6, 1.4),
+                                  saturation=uniform(0.6, 1.4), hue=uniform(-36, 36))  # fmt: skip
+        if chance(0.2):
+            view = fn.hsv(view, saturation=0.0)
+        if chance(0.5):
+            view = fn.gaussian_blur(view, sigma=uniform(0.1, 2.0), window_size=9)
+        return fn.flip(view, horizontal=fn.random.coin_flip())
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, enable_conditionals=True)
+    def three_views() -> Any:
+        img = fn.decoders.image(fn.external_source(name="jpeg", no_copy=True), output_type=types.RGB)
+        return fn.random_resized_crop(img, size=(224, 224), random_area=(0.5, 1.0)), ssl(img), ssl(img)
+
+    pipeline = three_views()
+    pipeline.build()
+
+    def views(data: bytes, _rng: np.random.Generator) -> list[np.ndarray]:
+        pipeline.feed_input("jpeg", [np.frombuffer(data, np.uint8)])
+        return [view.as_array()[0] for view in pipeline.run()]
+
+    return views
+
+
 PEERS = {
     "torchvision v2": torchvision_v2,
     "albumentationsx": lambda: albumentations(False),
     "albumentationsx, area": lambda: albumentations(True),
+    "kornia": kornia,
+    "DALI": dali,
 }
 
 
@@ -283,7 +341,7 @@ def main(argv: list[str] | None = None) -> dict:
     torch.set_num_threads(1)
     keep_freed_memory()  # as every script does, and the workers of its loader
     decoder = "simplejpeg" if _simplejpeg() else "Pillow"
-    peers = ("pillow", "simplejpeg", "albumentationsx", "opencv-python-headless")
+    peers = ("pillow", "simplejpeg", "albumentationsx", "opencv-python-headless", "kornia", "nvidia-dali-cuda130")
     where = common.describe(torch.device("cpu"), args.samples, *peers).replace("runs, median", "samples, mean")
     print(f"{where}; ours decodes by {decoder}")
     out: dict = {"rows": {}, "p": {}}
