@@ -1,6 +1,6 @@
 """Samples per CPU second of one core: SLIP's input pipeline as published, ours, and other libraries'.
 
-    pip install -r benchmarks/requirements.txt            for albumentationsx, which is left out by name where it is not
+    pip install -r benchmarks/requirements.txt            for other libraries, left out by name where they are not
     python benchmarks/bench_data.py                       three kinds of images; about ten minutes
     python benchmarks/bench_data.py --samples 20 --draws 0
 
@@ -26,6 +26,7 @@ is only nearly Pillow's shows on the latter.
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import time
 from collections.abc import Callable
@@ -218,7 +219,8 @@ def kornia() -> Callable:
 
 def dali() -> Callable:
     """SLIP's views by DALI without a GPU."""
-    from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]
+    dali: Any = importlib.import_module("nvidia.dali")
+    fn, types = dali.fn, dali.types
 
     def uniform(low: float, high: float) -> Any:
         return fn.random.uniform(range=(low, high))
@@ -237,7 +239,7 @@ def dali() -> Callable:
             view = fn.gaussian_blur(view, sigma=uniform(0.1, 2.0), window_size=9)
         return fn.flip(view, horizontal=fn.random.coin_flip())
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, enable_conditionals=True)
+    @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, enable_conditionals=True)
     def three_views() -> Any:
         img = fn.decoders.image(fn.external_source(name="jpeg", no_copy=True), output_type=types.RGB)
         return fn.random_resized_crop(img, size=(224, 224), random_area=(0.5, 1.0)), ssl(img), ssl(img)

@@ -41,7 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def methods(name: str, folder: Path) -> tuple[dict[str, Callable[[Tensor], Any]], nn.Module]:
+def methods(name: str, folder: Path) -> tuple[dict[str, Callable[[Tensor], Any]], Any]:
     """Ways from pixels (n, 3, H, W) to unit vectors (n, d), and our image tower."""
     import onnxruntime
     import open_clip

@@ -1,0 +1,23 @@
+"""Vectors of three libraries are compared before bench_features.py times them, and one that differs is noticed."""
+
+import bench_features
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_features_are_those_of_the_other_libraries(monkeypatch):
+    pytest.importorskip("open_clip")
+    monkeypatch.setattr(bench_features, "keep_freed_memory", lambda: None)  # of this process
+    argv = ["--runs", "1", "--model", "CLIP_VITT16", "--batch-size", "2"]
+    found = bench_features.main(argv)
+    assert set(found) == {"ours", "open_clip", "onnxruntime", "ours, linear layers alone"}
+    assert found["ours, linear layers alone"] < found["ours"]
+
+    def others(name, folder, _real=bench_features.methods):
+        ways, tower = _real(name, folder)
+        return {**ways, "open_clip": lambda pixels: -ways["open_clip"](pixels)}, tower
+
+    monkeypatch.setattr(bench_features, "methods", others)
+    with pytest.raises(RuntimeError, match="CLIP_VITT16: the vectors of open_clip differ by"):
+        bench_features.main(argv)
