@@ -1,8 +1,10 @@
 """Tests use one thread a process and no network. pyproject.toml says where they import from."""
 
 import os
+import re
 import shutil
 import signal
+from pathlib import Path
 
 # Tests send these to what they start, where nohup has the one ignored, and a script's background job the other.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -11,9 +13,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `-n auto`: what a test starts shares the cores with the other workers' tests
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Where memory is plenty it holds the tests' files: making and removing folders on a disk took a third of the time.
+# Where memory is plenty it holds the tests' files, 5 GB at most: making and removing folders on a disk took a third of
+# the time.
 if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 8 << 30:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
+    available = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    if available and int(available[1]) > 16 << 20:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 import torch  # noqa: E402
 
