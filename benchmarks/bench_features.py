@@ -4,8 +4,8 @@
 
 From normalised floats to unit vectors: ours as the probes and predict.py embed compute them, the other two from what
 export.py writes. On a CPU in float32, each with as many threads as OMP_NUM_THREADS says; vectors are compared before
-anything is timed. Ours also with its matrix products alone: the linear layers of all blocks on inputs of their shapes,
-which is what no other way of calling the same products can be faster than. Runs alternate, medians are printed.
+anything is timed. Timed as well are our linear layers alone, each on what comes into it: the bound of any other way of
+calling the same products. Runs alternate, medians are printed.
 """
 
 from __future__ import annotations
