@@ -114,25 +114,20 @@ def clean_text(text: str) -> str:
     return regex.sub(r"\s+", " ", text).strip().lower()
 
 
-class _Merges:
-    """CLIP's tokens in their order, the id of each, and the rank of each pair that is merged."""
-
-    def __init__(self, path: str | Path):
-        with gzip.open(path, "rt", encoding="utf-8") as table:
-            next(table)  # a version line
-            merges = [tuple(line.split()) for line, _ in zip(table, range(_N_MERGES), strict=False)]
-        # CLIP numbers the letters in the order of their code points among the printable, then the spare ones.
-        letters = sorted(_byte_letters(), key=lambda letter: (ord(letter) > 255, ord(letter)))
-        self.tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
-        self.tokens += ["<|startoftext|>", "<|endoftext|>"]
-        self.ids = {token: i for i, token in enumerate(self.tokens)}
-        self.rank = {pair: i for i, pair in enumerate(merges)}
-
-
 @functools.cache
-def _merges(path: str | Path) -> _Merges:
-    """Read once: a tenth of a second that every tokenizer of the process shares."""
-    return _Merges(path)
+def _merges(path: str | Path) -> tuple[list[str], dict[str, int], dict[tuple[str, ...], int]]:
+    """CLIP's tokens in their order, the id of each, and the rank of each pair that is merged.
+
+    Read once: a tenth of a second that every tokenizer of the process shares.
+    """
+    with gzip.open(path, "rt", encoding="utf-8") as table:
+        next(table)  # a version line
+        merges = [tuple(line.split()) for line, _ in zip(table, range(_N_MERGES), strict=False)]
+    # CLIP numbers the letters in the order of their code points among the printable, then the spare ones.
+    letters = sorted(_byte_letters(), key=lambda letter: (ord(letter) > 255, ord(letter)))
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return tokens, {token: i for i, token in enumerate(tokens)}, {pair: i for i, pair in enumerate(merges)}
 
 
 class SimpleTokenizer:
@@ -148,8 +143,7 @@ class SimpleTokenizer:
         self.context_length = context_length
         self._letters = _byte_letters()
         self._byte_of = {letter: byte for byte, letter in enumerate(self._letters)}
-        shared = _merges(bpe_path)
-        self.tokens, self.ids, self.rank = shared.tokens, shared.ids, shared.rank
+        self.tokens, self.ids, self.rank = _merges(bpe_path)
         self.start, self.end = self.ids["<|startoftext|>"], self.ids["<|endoftext|>"]
         self._cache = {token: [self.ids[token]] for token in self.tokens[-2:]}
 

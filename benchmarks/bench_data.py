@@ -219,8 +219,8 @@ def kornia() -> Callable:
 
 def dali() -> Callable:
     """SLIP's views by DALI without a GPU."""
-    dali: Any = importlib.import_module("nvidia.dali")
-    fn, types = dali.fn, dali.types
+    library: Any = importlib.import_module("nvidia.dali")
+    fn, types = library.fn, library.types
 
     def uniform(low: float, high: float) -> Any:
         return fn.random.uniform(range=(low, high))
@@ -239,7 +239,7 @@ def dali() -> Callable:
             view = fn.gaussian_blur(view, sigma=uniform(0.1, 2.0), window_size=9)
         return fn.flip(view, horizontal=fn.random.coin_flip())
 
-    @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, enable_conditionals=True)
+    @library.pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, enable_conditionals=True)
     def three_views() -> Any:
         img = fn.decoders.image(fn.external_source(name="jpeg", no_copy=True), output_type=types.RGB)
         return fn.random_resized_crop(img, size=(224, 224), random_area=(0.5, 1.0)), ssl(img), ssl(img)

@@ -27,7 +27,6 @@ import export
 import models
 import tokenizer
 from evaluation.features import Loading, load_backbone
-from runtime.checkpoints import save_checkpoint
 from runtime.memory import keep_freed_memory
 
 EQUAL = 1e-5  # largest difference of a unit vector's numbers
@@ -48,10 +47,7 @@ def methods(name: str, folder: Path) -> tuple[dict[str, Callable[[Tensor], Any]]
 
     torch.manual_seed(0)
     model: Any = models.create_model(name)
-    save_checkpoint({
-        "state_dict": model.state_dict(), "model": {"name": model.name, "config": model.config},
-        "preprocess": model.preprocess.to_dict(), "tokenizer": tokenizer.SimpleTokenizer().spec(),
-    }, folder / "checkpoint.pt")  # fmt: skip
+    common.write_checkpoint(model, tokenizer.SimpleTokenizer(), folder / "checkpoint.pt")
     for form in ("open-clip", "onnx"):
         export.export([folder / "checkpoint.pt"], form, folder / form)
     backbone, loading = load_backbone(folder / "checkpoint.pt", features="projection"), Loading()

@@ -29,7 +29,6 @@ from torch import Tensor
 
 import export
 from models import MODELS
-from runtime.checkpoints import save_checkpoint
 from runtime.command_line import positive_int
 from towers import padding
 
@@ -56,10 +55,7 @@ class OpenClip:
 
         with tempfile.TemporaryDirectory() as folder:
             checkpoint, model = Path(folder, "checkpoint.pt"), ours.model
-            save_checkpoint({
-                "state_dict": model.state_dict(), "model": {"name": model.name, "config": model.config},
-                "preprocess": model.preprocess.to_dict(), "tokenizer": ours.tokenizer.spec(),
-            }, checkpoint)  # fmt: skip
+            common.write_checkpoint(model, ours.tokenizer, checkpoint)
             export.export([checkpoint], "open-clip", Path(folder, "theirs"))
             with contextlib.chdir(Path(folder, "theirs")):  # from where its configuration names the image tower
                 self.model: Any = open_clip.create_model("local-dir:.").to(device).train()

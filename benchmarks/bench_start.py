@@ -71,7 +71,6 @@ def prepare(folder: Path, name: str) -> dict[str, list[str]]:
     import main_linear
     import models
     import tokenizer
-    from runtime.checkpoints import save_checkpoint
 
     rng, image = np.random.default_rng(0), folder / "image.png"
     rows = ["image,label,split"]
@@ -86,9 +85,7 @@ def prepare(folder: Path, name: str) -> dict[str, list[str]]:
     torch.manual_seed(0)
     checkpoint = folder / "checkpoint.pt"
     model: Any = models.create_model(name)
-    described = {"name": model.name, "config": model.config}
-    save_checkpoint({"state_dict": model.state_dict(), "model": described, "preprocess": model.preprocess.to_dict(),
-                     "tokenizer": tokenizer.SimpleTokenizer().spec()}, checkpoint)  # fmt: skip
+    common.write_checkpoint(model, tokenizer.SimpleTokenizer(), checkpoint)
     main_linear.main([
         "--dataset", "drawn", "--catalog", str(folder / "catalog.json"), "--pretrained", str(checkpoint), "-j", "0",
         "--cache-features", "--resamples", "20", "--output-dir", str(folder / "run"),

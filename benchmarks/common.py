@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(1, str(ROOT))  # behind benchmarks/ itself
 
+from runtime.checkpoints import save_checkpoint  # noqa: E402
 from runtime.versions import versions  # noqa: E402
 
 
@@ -59,6 +60,14 @@ def describe(device: torch.device, runs: int, *peers: str) -> str:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return f"{where}; " + ", ".join(f"{k} {v}" for k, v in found.items()) + f"; {runs} runs, median"
+
+
+def write_checkpoint(model: Any, tokenizer: Any, path: Path) -> None:
+    """What load_pretrained and export.py read of a model."""
+    save_checkpoint({
+        "state_dict": model.state_dict(), "model": {"name": model.name, "config": model.config},
+        "preprocess": model.preprocess.to_dict(), "tokenizer": tokenizer.spec(),
+    }, path)  # fmt: skip
 
 
 def median(values: list[float]) -> float:
