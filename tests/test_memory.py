@@ -52,5 +52,7 @@ def test_who_has_told_malloc_what_to_do_is_left_alone(variable, tmp_path):
 def test_a_step_takes_no_new_memory():
     import bench_allocator
 
-    found = bench_allocator.main("--models SLIP_VITT16 --batch-size 2 --runs 1 --steps 1".split())["SLIP_VITT16"]
+    # Which freed blocks fit what comes next depends on where the process was placed: the heap may still grow once or
+    # twice, by 16,000 pages in all, after its first two steps, and never by as much in each.
+    found = bench_allocator.main("--models SLIP_VITT16 --batch-size 2 --runs 1 --steps 10".split())["SLIP_VITT16"]
     assert found["kept"]["pages"] < 0.1 * found["glibc's own"]["pages"]
