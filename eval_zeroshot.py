@@ -39,6 +39,7 @@ from inputs.transforms import Preprocess, View
 from runtime.logs import start_logging
 from runtime.one_run import one_run
 from tokenizer import Tokenizer
+from towers.onednn import place
 from towers.prompts import TextCache
 
 log = logging.getLogger("medslip")
@@ -135,11 +136,11 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
     """The command once its processes have met."""
     loaded = load_model(args)
     log.info(f"evaluating {loaded.source} on {processes.device}")
-    model, tokenizer = loaded.model.to(processes.device), cast(Tokenizer, loaded.tokenizer)
+    model, tokenizer = place(loaded.model, processes), cast(Tokenizer, loaded.tokenizer)
     opened, absent = open_sets(args, loaded.preprocess)
     loading = Loading(args.batch_size, args.workers, args.skip_broken, processes)
     # Between the epochs of main.py the weights change, so only this command keeps text features.
-    cache = TextCache.of(model, processes.device, Path(args.output_dir) / "features", processes.is_main)
+    cache = TextCache.of(model, processes, Path(args.output_dir) / "features")
     report = {"model": loaded.source, "unit": "fraction", "zero_shot": {}, "retrieval": {}, "skipped": absent}
     file = Path(args.output_dir) / "zeroshot.json"
     for name, source in opened.items():

@@ -68,7 +68,7 @@ from runtime.one_run import SETTINGS, one_run, own_folder, stored_args
 from runtime.signals import StopRequest
 from runtime.versions import versions
 from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer, create_tokenizer
-from towers import lora, sources
+from towers import lora, onednn, sources
 from towers import pretrained as pretrained_towers
 
 log = logging.getLogger("medslip")
@@ -434,7 +434,9 @@ class Run(Learner):
 
 def prepare_learner(args: argparse.Namespace, processes: Processes, model: Any) -> Learner:
     """Model on its device and over the processes, compiled where that pays, with loss, optimizer and precision."""
-    model = distributed.synchronise_batchnorm(model, processes).to(processes.device)
+    if compiles(args, processes.device) and processes.precision == distributed.ONEDNN:
+        processes = replace(processes, precision="fp32")  # what is compiled has products of its own
+    model = onednn.place(distributed.synchronise_batchnorm(model, processes), processes)
     if not args.shard:  # FSDP2 takes contiguous parameters only
         model.to(memory_format=torch.channels_last)
     if compiles(args, processes.device):
@@ -559,6 +561,7 @@ def save(run: Run, is_best: bool = False) -> None:
         "epoch_sums": run.epoch_sums,
         "random": random_states,
         "settings": run.settings,
+        "precision": run.processes.precision,
         "args": json.loads(json.dumps(stored_args(run.args), default=str)),
         "model": {"name": run.model.name, "config": run.model.config},
         "preprocess": run.model.preprocess.to_dict(),
@@ -621,6 +624,9 @@ def resume(run: Run) -> None:
         )
     distributed.load_training_state(run.model, run.optimizer, lora.restored(state), state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
+    if not compiles(run.args, run.processes.device):
+        wanted, earlier = distributed.wanted_precision(run.args), state.get("precision", "fp32")
+        run.processes = onednn.continued(run.processes, wanted, earlier, run.model)
     run.epoch, run.step_in_epoch, run.best = state["epoch"], state["step_in_epoch"], state["best_acc1"]
     run.epoch_sums = list(state["epoch_sums"])
     if not (output_dir / "checkpoint_best.pt").exists():
@@ -982,7 +988,7 @@ def evaluate(args: argparse.Namespace, processes: Processes) -> dict[str, float]
     """Validate a checkpoint, once the processes have met."""
     model, tokenizer = pretrained_model(args)
     validation = build_validation(args, model)
-    return validate(args, processes, model.to(processes.device), tokenizer, validation)[0]
+    return validate(args, processes, onednn.place(model, processes), tokenizer, validation)[0]
 
 
 def train(args: argparse.Namespace, processes: Processes, writer: MetricWriter) -> dict:

@@ -48,6 +48,7 @@ from inputs.cbis import CBIS_SETS, read_lesions, select_lesions
 from runtime.logs import start_logging
 from runtime.one_run import SETTINGS, one_run, own_folder, stored_args
 from runtime.versions import versions
+from towers.onednn import place
 
 log = logging.getLogger("medslip")
 
@@ -117,10 +118,12 @@ def frozen_tower(args: argparse.Namespace, processes: distributed.Processes) -> 
     """The tower that the flags name; the first MedSLIP's protocol has a size and features of its own."""
     medslip = args.dataset in CBIS_SETS and args.protocol == "medslip"
     features = args.features or ("projection" if medslip else "backbone")
-    return load_backbone(
+    backbone = load_backbone(
         args.pretrained, model=args.model, arch=args.arch, untrained=args.untrained, seed=args.seed,
-        device=processes.device, features=features, size=args.image_size or (MEDSLIP_SIZE if medslip else None),
+        features=features, size=args.image_size or (MEDSLIP_SIZE if medslip else None),
     )  # fmt: skip
+    place(backbone.model, processes)
+    return backbone
 
 
 def on_features(args: argparse.Namespace) -> bool:

@@ -50,6 +50,7 @@ from inputs.transforms import eval_view, linear_eval_view, takes_grey
 from runtime.checkpoints import is_finetuned, load_checkpoint
 from runtime.integrity import read_arrays, refuse_changed, stamp
 from runtime.logs import start_logging
+from towers.onednn import place
 from towers.sources import is_name
 
 log = logging.getLogger("medslip")
@@ -178,7 +179,7 @@ def classify(args: argparse.Namespace) -> list[dict[str, Any]]:
     probe = fitted_probe(args.run, args.weights)
     heads, about, backbone = probe.heads, probe.about, probe.backbone
     loading = loading_of(args, about.get("precision", "fp32"))
-    backbone.model.to(loading.device)
+    place(backbone.model, loading.processes)
     preprocess = backbone.preprocess
     view = partial(linear_eval_view, preprocess) if about.get("view") == "linear" else eval_view(preprocess)
     features, paths = passed(backbone, find_images(args), loading, "classify", view, about.get("greys"))
@@ -217,7 +218,7 @@ def classify_finetuned(args: argparse.Namespace) -> list[dict[str, Any]]:
     file = args.run / "results.json"
     results = utils.read_json(file) if file.is_file() else {}
     loading = loading_of(args, results.get("settings", {}).get("precision", "fp32"))
-    model, preprocess = network.model.to(loading.device), network.preprocess
+    model, preprocess = place(network.model, loading.processes), network.preprocess
     backbone = Backbone(model, model, preprocess, "logits", network.name)
     view = EvalView(preprocess, network.config.crop_pct)
     logits, paths = passed(backbone, find_images(args), loading, "classify", view, results.get("greys"))
@@ -349,7 +350,7 @@ def numbered(names: Sequence[str]) -> list[str]:
 def unit_vectors(loaded: models.Pretrained, args: argparse.Namespace, title: str) -> tuple[np.ndarray, list[Shown]]:
     """Vectors (n, d) of length 1 of the readable images that the flags name, and their paths."""
     loading = loading_of(args)
-    loaded.model.to(loading.device)
+    place(loaded.model, loading.processes)
     encode, features = loaded.image_encoder()
     backbone = Backbone(encode, loaded.model, loaded.preprocess, features, loaded.source)
     images = find_images(args)
@@ -363,7 +364,7 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
     """Unit vectors to an .npz: ids (n,), vectors (n, d), what they are of, and the weights by path and hash."""
     loaded = models.load_pretrained(args.weights, bert_vocab=args.bert_vocab)
     if args.captions:
-        loaded.model.to(loading_of(args).device)
+        place(loaded.model, loading_of(args).processes)
         ids = read_captions(Path(args.captions))
         vectors = loaded.embed_captions(ids)
     else:
@@ -407,7 +408,7 @@ def search(args: argparse.Namespace) -> list[dict[str, Any]]:
         queries.append(vectors)
         names += map(str, paths)
     if args.text:
-        loaded.model.to(loading_of(args).device)
+        place(loaded.model, loading_of(args).processes)
         queries.append(loaded.embed_captions(args.text))
         names += args.text
     # The vectors are mapped: where the file has become shorter, reading them is a SIGBUS.

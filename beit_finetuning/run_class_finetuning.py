@@ -66,7 +66,7 @@ from runtime.meeting import Rhythm
 from runtime.one_run import SETTINGS, one_run, own_folder, stored_args
 from runtime.signals import StopRequest
 from runtime.versions import versions
-from towers import lora
+from towers import lora, onednn
 
 log = logging.getLogger("medslip")
 # What must not differ between a run and its continuation.
@@ -143,7 +143,7 @@ def build_run(args: argparse.Namespace, processes: Processes, writer: MetricWrit
     if args.lora:
         adapt(args, network)
     preprocess = network.preprocess
-    model = distributed.synchronise_batchnorm(network.model, processes).to(processes.device)
+    model = onednn.place(distributed.synchronise_batchnorm(network.model, processes), processes)
     groups = optim.parameter_groups(
         model,
         args.weight_decay,
@@ -240,6 +240,7 @@ def record_settings(run: Run) -> None:
         "classes": len(sets.classes),
         "world_size": world,
         "device": str(run.processes.device),
+        "precision": run.processes.precision,
         "effective_batch": effective,
         "steps_per_epoch": run.steps_per_epoch,
         "learning_rate": run.lr,
@@ -388,6 +389,7 @@ def save(run: Run, is_best: bool = False) -> None:
         "epoch_sums": run.epoch_sums,
         "random": states,
         "settings": run.settings,
+        "precision": run.processes.precision,
         "args": json.loads(json.dumps(stored_args(run.args), default=str)),
         "versions": versions(),
     }
@@ -413,6 +415,10 @@ def resume(run: Run) -> None:
         run.ema.module.load_state_dict(lora.restored(state, "_ema"))
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
+    wanted, earlier = distributed.wanted_precision(run.args), state.get("precision", "fp32")
+    average = None if run.ema is None else run.ema.module
+    run.processes = onednn.continued(run.processes, wanted, earlier, run.model, average)
+    run.evaluation = replace(run.evaluation, loading=replace(run.evaluation.loading, processes=run.processes))
     run.epoch, run.step_in_epoch = state["epoch"], state["step_in_epoch"]
     run.best, run.epoch_sums = state["best"], list(state["epoch_sums"])
     if len(state["random"]) == run.processes.world_size:
@@ -437,8 +443,9 @@ def finished(run: Run) -> Finished:
         compared["image_kind"] = args.image_kind
     average = None if run.ema is None else run.ema.module
     bootstrap = Bootstrap(args.resamples, args.seed)
+    settings = {**run.settings, "precision": run.processes.precision}
     return Finished(
-        run.model, average, run.network.name, args.data_set, Path(args.output_dir), run.settings, compared,
+        run.model, average, run.network.name, args.data_set, Path(args.output_dir), settings, compared,
         args.finetune, args.baseline, bootstrap,
     )  # fmt: skip
 

@@ -23,11 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import distributed
 import export
 import models
 import tokenizer
 from evaluation.features import Loading, load_backbone
 from runtime.memory import keep_freed_memory
+from towers.onednn import place
 
 EQUAL = 1e-5  # largest difference of a unit vector's numbers
 
@@ -50,7 +52,11 @@ def methods(name: str, folder: Path) -> tuple[dict[str, Callable[[Tensor], Any]]
     common.write_checkpoint(model, tokenizer.SimpleTokenizer(), folder / "checkpoint.pt")
     for form in ("open-clip", "onnx"):
         export.export([folder / "checkpoint.pt"], form, folder / form)
-    backbone, loading = load_backbone(folder / "checkpoint.pt", features="projection"), Loading()
+    backbone = load_backbone(folder / "checkpoint.pt", features="projection")
+    precision = distributed.resolve_precision("auto", torch.device("cpu"))
+    loading = Loading(processes=distributed.Processes(precision=precision))
+    place(backbone.model, loading.processes)
+    print(f"ours in {precision}")
     theirs: Any = open_clip.create_model(f"local-dir:{folder / 'open-clip'}").eval()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -1,12 +1,11 @@
-"""float32 matrix products on a CPU through oneDNN beside MKL, which torch asks: speed, error, a step, features.
+"""float32 linear layers on a CPU by oneDNN beside MKL, which torch asks: speed, error, a step, features.
 
     python benchmarks/bench_products.py                       SLIP ViT-S/16 and CLIP ViT-B/16, batch 8
     python benchmarks/bench_products.py --models SLIP_VITT16 --skip-models     products alone
     python benchmarks/bench_products.py --models SLIP_VITT16 --image-size 64   flags of main.py apply to the model
 
-torch sends float32 products to oneDNN where that is allowed to compute in bf16 (`mkldnn.matmul.fp32_precision`, what
-torch.set_float32_matmul_precision("medium") sets for a CPU). On a CPU without AMX oneDNN does not use the permission,
-and the products stay float32; with AMX they are bf16, which the column of errors shows.
+The two are `--precision fp32` and `fp32-onednn` of every script (towers/onednn.py), between which `auto` chooses by the
+machine.
 
 Times are CPU seconds of this process, medians of alternating runs. Errors are relative to float64, of a product, and of
 all gradients as one vector (dropout off).
@@ -22,14 +21,18 @@ import bench_step
 import common
 import torch
 import torch.nn.functional as F
-from common import BACKENDS, distance, products_by
-from torch import Tensor
+from common import distance
+from torch import Tensor, nn
 
 import distributed
 import models
+from distributed import ONEDNN, Processes
 from runtime.command_line import positive_int
+from towers import onednn
 
 CPU = torch.device("cpu")
+LINEAR = {"MKL": F.linear, "oneDNN": distributed.onednn_linear}
+PRECISION = {"MKL": "fp32", "oneDNN": ONEDNN}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -44,16 +47,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def alternate(work: Callable[[], object], runs: int) -> dict[str, float]:
-    """CPU seconds of `work` by each backend, the first run of each not counted."""
-    seconds: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
+def alternate(work: Callable[[], object], runs: int, model: nn.Module) -> dict[str, float]:
+    """CPU seconds of `work` with `model`'s layers by each library, the first run of each not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in LINEAR}
     for _ in range(1 + runs):
-        for backend, times in seconds.items():
-            with products_by(backend):
-                start = time.process_time()
-                work()
-                times.append(time.process_time() - start)
-    return {backend: common.median(times[1:]) for backend, times in seconds.items()}
+        for name, times in seconds.items():
+            place(model, name)
+            start = time.process_time()
+            work()
+            times.append(time.process_time() - start)
+    return {name: common.median(times[1:]) for name, times in seconds.items()}
+
+
+def place(model: nn.Module, name: str) -> None:
+    """Have the model's linear layers multiply by one of the libraries."""
+    onednn.place(model, Processes(precision=PRECISION[name]))
 
 
 def measure_product(rows: int, inner: int, columns: int, runs: int) -> dict[str, tuple[float, float]]:
@@ -61,12 +69,16 @@ def measure_product(rows: int, inner: int, columns: int, runs: int) -> dict[str,
     g = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=g) for shape in ((rows, inner), (columns, inner), (columns,)))
     exact = F.linear(x.double(), weight.double(), bias.double())
-    seconds = alternate(lambda: F.linear(x, weight, bias), runs)
-    found = {}
-    for backend in BACKENDS:
-        with products_by(backend):
-            found[backend] = 2 * rows * inner * columns / seconds[backend], distance(F.linear(x, weight, bias), exact)
-    return found
+    seconds: dict[str, list[float]] = {name: [] for name in LINEAR}
+    for _ in range(1 + runs):
+        for name, way in LINEAR.items():
+            start = time.process_time()
+            way(x, weight, bias)
+            seconds[name].append(time.process_time() - start)
+    return {
+        name: (2 * rows * inner * columns / common.median(seconds[name][1:]), distance(way(x, weight, bias), exact))
+        for name, way in LINEAR.items()
+    }
 
 
 def products_of(width: int, tokens: int) -> dict[str, tuple[int, int, int]]:
@@ -97,28 +109,28 @@ def bench_model(step: bench_step.Ours, args: argparse.Namespace) -> dict:
     found: dict = {"gradients": {}, "features": {}}
     images = torch.randn(args.batch_size, 3, *step.model.preprocess.shape, generator=torch.Generator().manual_seed(0))
     exact = gradients(step, args.batch_size, torch.float64)
-    for backend in BACKENDS:
-        with products_by(backend):
-            found["gradients"][backend] = distance(gradients(step, args.batch_size, torch.float32), exact)
+    for name in LINEAR:
+        place(step.model, name)
+        found["gradients"][name] = distance(gradients(step, args.batch_size, torch.float32), exact)
     step.model.eval()
     with torch.no_grad():
         exact = step.model.double().visual(images.double())
         step.model.float()
-        for backend in BACKENDS:
-            with products_by(backend):
-                found["features"][backend] = distance(step.model.visual(images), exact)
-        found["pass_seconds"] = alternate(lambda: step.model.visual(images), args.runs)
+        for name in LINEAR:
+            place(step.model, name)
+            found["features"][name] = distance(step.model.visual(images), exact)
+        found["pass_seconds"] = alternate(lambda: step.model.visual(images), args.runs, step.model)
     step.model.train()
     batch = bench_step.make_batch(step, args.batch_size)
-    found["step_seconds"] = alternate(lambda: step.step(batch), args.runs)
+    found["step_seconds"] = alternate(lambda: step.step(batch), args.runs, step.model)
     return found
 
 
 def compared(title: str, unit: str, values: dict[str, float], faster: bool) -> str:
     """A line with both values and their quotient."""
-    a, b = (values[backend] for backend in BACKENDS)
+    a, b = values.values()
     says = f"oneDNN is {a / b:.2f} times as fast" if faster else f"{b / a:.2f} times MKL's"
-    return f"  {title}: " + ", ".join(f"{backend} {v:.4g}{unit}" for backend, v in values.items()) + f"; {says}"
+    return f"  {title}: " + ", ".join(f"{name} {v:.4g}{unit}" for name, v in values.items()) + f"; {says}"
 
 
 def main(argv: list[str] | None = None) -> dict:

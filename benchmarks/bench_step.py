@@ -27,6 +27,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -70,7 +71,6 @@ DEFAULTS = {  # models, batch size, steps in a run, and flags of main.py for eac
 }
 EQUAL = 1e-5
 SQUARE = {"cuda": 8192, "cpu": 2048}  # side of the matrices whose product is the peak
-SINGLE = 1e-5  # relative error of a float32 product of thousands of terms at most; a bf16 one has 2e-3
 COMPARED = 32  # samples at most in the comparison, whose numbers take up to four times the memory of fp16
 SENTENCE = "axial contrast enhanced computed tomography of the chest with a round mass in the left upper lobe (arrow), "
 
@@ -356,29 +356,22 @@ def count_flops(plain: Plain, batch_size: int) -> float:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second in the fastest of 20 products of two square matrices, on a CPU by the faster backend.
-
-    In float32 that is one whose products are float32's: with AMX oneDNN's are not.
-    """
+    """FLOPs a second in the fastest of 20 products of two square matrices; float32 on a CPU by the faster library."""
     n = SQUARE[device.type]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    if device.type == "cuda" or dtype != torch.float32:
-        return 2 * n**3 / fastest_product(a, b)
-    exact, seconds = a.double() @ b.double(), []
-    for backend in common.BACKENDS:
-        with common.products_by(backend):
-            if common.distance(a @ b, exact) < SINGLE:
-                seconds.append(fastest_product(a, b))
-    return 2 * n**3 / min(seconds)
+    ways: list[Callable[[Tensor, Tensor], Tensor]] = [F.linear]
+    if device.type == "cpu" and dtype == torch.float32 and distributed.onednn_is_there():
+        ways.append(distributed.onednn_linear)
+    return 2 * n**3 / min(fastest_product(way, a, b) for way in ways)
 
 
-def fastest_product(a: Tensor, b: Tensor) -> float:
+def fastest_product(way: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> float:
     """Seconds."""
     seconds = []
     for _ in range(23):
         common.synchronise(a.device)
         start = time.perf_counter()
-        a @ b
+        way(a, b)
         common.synchronise(a.device)
         seconds.append(time.perf_counter() - start)
     return min(seconds[3:])

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,6 @@ from runtime.versions import versions  # noqa: E402
 
 def choose_device(cpu: bool) -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() and not cpu else torch.device("cpu")
-
-
-# Who computes float32 products of a CPU, and what it may compute in: only where that is bf16 does torch ask oneDNN.
-BACKENDS = {"MKL": "ieee", "oneDNN": "bf16"}
-
-
-@contextmanager
-def products_by(backend: str) -> Iterator[None]:
-    """Inside the block float32 products of a CPU are computed by this one of BACKENDS."""
-    settings: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = settings.fp32_precision
-    settings.fp32_precision = BACKENDS[backend]
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def distance(x: torch.Tensor, exact: torch.Tensor) -> float:

@@ -68,6 +68,7 @@ from preparation import audit
 from preparation.shrink import shrink
 from runtime.checkpoints import load_checkpoint, save_checkpoint
 from runtime.logs import read_rows, start_logging
+from towers.onednn import place
 from towers.sources import read_source
 
 MODEL, TOWER = "VITT16", "tf_efficientnet_lite0"  # the text side of SLIP_VITT16, and the image tower in its place
@@ -413,6 +414,7 @@ def probe_set(
     backbone = load_backbone(tower, untrained=row.untrained, seed=seed, device=device, size=size)
     precision = distributed.resolve_precision("auto", device)
     loading = Loading(64, args.workers, processes=distributed.Processes(device=device, precision=precision))
+    place(backbone.model, loading.processes)
 
     def samples(images: Any) -> Samples:
         features, numbers = extract(backbone, images, "", loading)

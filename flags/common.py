@@ -63,7 +63,8 @@ def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=("auto", *PRECISIONS),
         help="what the towers are computed in; weights and losses stay in float32. auto: bf16 on a GPU that has it, "
-        "else fp16; fp32 on a CPU, where bf16 is faster if the processor has units for it (recent server CPUs)",
+        "else fp16; on a CPU fp32-onednn where it is found to be faster (linear layers by oneDNN: AMD's Zen 5), else "
+        "fp32; bf16 is faster still if the processor has units for it (recent server CPUs)",
     )
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 CATALOG = Path(__file__).resolve().parents[1] / "dataset_catalog.json"
-PRECISIONS = ("fp32", "bf16", "fp16")  # distributed.PRECISIONS
+PRECISIONS = ("fp32", "fp32-onednn", "bf16", "fp16")  # distributed.PRECISIONS
 READERS = (  # datasets.READERS
     "roco", "roco_nonradiology", "roco_all", "rocov2", "csv", "yfcc15m", "coco", "cc3m", "cc12m", "redcaps",
     "webdataset",

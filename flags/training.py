@@ -194,6 +194,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"{towers[0]} says where a tower comes from: leave out {' '.join(others)}")
     if args.evaluate and args.estimate:
         raise UsageError("--evaluate validates weights and --estimate looks at a training: choose one")
+    if args.compile and args.precision == "fp32-onednn":
+        raise UsageError("--compile has products of its own, not oneDNN's: --precision fp32")
     if args.start_epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do")
     if args.warmup_epochs > args.epochs:

@@ -196,7 +196,7 @@ def test_text_files_of_earlier_releases_are_found(tmp_path):
     start = f"{weights.hexdigest()} {json.dumps(settings, sort_keys=True)} (2, 77) [[0], [1]]"
     key = hashlib.sha256(start.encode() + tokens.numpy().tobytes()).hexdigest()[:32]
     np.save(tmp_path / f"text_{key}.npy", np.float32([[1, 0], [0, 1]]))
-    cache = towers_prompts.TextCache.of(loaded.model, CPU, tmp_path, writes=False)
+    cache = towers_prompts.TextCache.of(loaded.model, distributed.Processes(rank=1), tmp_path)
     found = towers_prompts.zeroshot_classifier(
         loaded.model, loaded.tokenizer, ["cat", "dog"], ["a {}"], CPU, cache=cache
     )
@@ -255,8 +255,8 @@ def text_files(folder):
 def test_a_kept_classifier_is_the_encoded_one(tmp_path):
     write_checkpoint(tmp_path / "checkpoint.pt")
     loaded = models.load_pretrained(tmp_path / "checkpoint.pt")
-    cache = towers_prompts.TextCache.of(loaded.model, CPU, tmp_path / "features", writes=True)
-    silent = towers_prompts.TextCache.of(loaded.model, CPU, tmp_path / "elsewhere", writes=False)
+    cache = towers_prompts.TextCache.of(loaded.model, distributed.Processes(), tmp_path / "features")
+    silent = towers_prompts.TextCache.of(loaded.model, distributed.Processes(rank=1), tmp_path / "elsewhere")
     args = (loaded.model, loaded.tokenizer, NAMES, TEMPLATES, CPU)
     plain = towers_prompts.zeroshot_classifier(*args)
     for _ in range(2):
@@ -270,7 +270,7 @@ def test_a_kept_classifier_is_the_encoded_one(tmp_path):
         ).shape[1]
         == 6
     )
-    assert towers_prompts.TextCache.of(Tower(), CPU, tmp_path, writes=True) is None  # settings unknown
+    assert towers_prompts.TextCache.of(Tower(), distributed.Processes(), tmp_path) is None  # settings unknown
 
 
 def test_a_classifier_needs_names_and_templates():

@@ -17,6 +17,7 @@ import datasets
 import export
 import models
 import predict
+from distributed import Processes
 from evaluation import downstream, features, heads
 from inputs.transforms import eval_view
 from runtime import checkpoints, integrity
@@ -109,7 +110,7 @@ def features_cache(folder):
 def text_cache(folder):
     evaluation_helpers.write_checkpoint(folder / "checkpoint.pt")
     loaded, cpu = models.load_pretrained(folder / "checkpoint.pt"), torch.device("cpu")
-    cache = prompts.TextCache.of(loaded.model, cpu, folder, writes=True)
+    cache = prompts.TextCache.of(loaded.model, Processes(), folder)
 
     def read():
         names = [f"finding {i}" for i in range(40)]

@@ -22,12 +22,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
     "flags, units, device, expected",
     [
         ("auto", False, CPU, "fp32"), ("auto", True, CPU, "fp32"), ("fp32", True, CPU, "fp32"),
+        ("fp32-onednn", True, CUDA, "fp32"),
         ("bf16", True, CPU, "bf16"), ("auto", True, CUDA, "bf16"), ("auto", False, CUDA, "fp16"),
         ("fp16", True, CUDA, "fp16"), ("fp32", True, CUDA, "fp32"),
     ],
 )  # fmt: skip
 def test_what_a_device_computes_in(flags, units, device, expected, monkeypatch):
     monkeypatch.setattr(distributed, "cpu_has_bf16", lambda: units)
+    monkeypatch.setattr(distributed, "onednn_pays", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: units)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
     assert distributed.resolve_precision(flags, device) == expected
@@ -92,7 +94,8 @@ def test_bf16_trains_probes_and_is_named_in_what_is_written(tmp_path, monkeypatc
     argv += ["--gpu", "-1", "--resamples", "20", "--output-dir", str(tmp_path / "probe")]
     plain = main_linear.main(argv)
     half = main_linear.main([*argv, "--precision", "bf16"])
-    assert (plain["settings"]["precision"], half["settings"]["precision"]) == ("fp32", "bf16")
+    of_cpu = distributed.resolve_precision("auto", CPU)
+    assert (plain["settings"]["precision"], half["settings"]["precision"]) == (of_cpu, "bf16")
     assert len(list((tmp_path / "probe" / "features").glob("digits_test_*.npz"))) == 2  # neither takes the other's
     assert (tmp_path / "probe" / "earlier_1").is_dir()
 

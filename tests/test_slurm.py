@@ -220,7 +220,7 @@ def test_slurm_plain_command_inside_an_allocation_stays_one_process(tmp_path, mo
         SLURM_STEP_ID="0",
     ).items():
         monkeypatch.setenv(key, value)
-    args = main.get_args_parser().parse_args(["--gpu", "-1"])
+    args = main.get_args_parser().parse_args(["--gpu", "-1", "--precision", "fp32"])
     assert distributed.init_distributed(args) == distributed.Processes(0, 1, 0, torch.device("cpu"))
 
 

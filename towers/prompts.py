@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
+from distributed import ONEDNN, Processes
 from runtime.integrity import read_arrays
 from tokenizer import Tokenizer
 from towers.weights import require_finite
@@ -77,7 +78,7 @@ class TextCache:
     """Classifiers of earlier runs, each in a file whose name is a hash of all that it depends on.
 
     That is the text side's weights and settings, the token ids of the prompts (hence the tokenizer, too), which of
-    them make up each class, the kind of device and the libraries: a stale one is never taken.
+    them make up each class, the kind of device and the libraries, oneDNN too: a stale one is never taken.
     """
 
     folder: Path
@@ -85,15 +86,17 @@ class TextCache:
     writes: bool
 
     @classmethod
-    def of(cls, model: Any, device: torch.device, folder: Path, writes: bool) -> TextCache | None:
+    def of(cls, model: Any, processes: Processes, folder: Path) -> TextCache | None:
         """The cache for a model of models.py; None for another library's, whose settings are not known."""
         if not hasattr(model, "config"):
             return None
         text_side = {k: v for k, v in model.state_dict().items() if not k.startswith(("visual.", "image_"))}
         # The version without the import, which takes seconds.
-        settings = (model.config, device.type, torch.__version__, importlib.metadata.version("transformers"))
+        settings = (model.config, processes.device.type, torch.__version__, importlib.metadata.version("transformers"))
+        if processes.precision == ONEDNN:
+            settings += (ONEDNN,)
         key = f"{utils.weights_sha256(text_side)} {json.dumps(settings, sort_keys=True)}"
-        return cls(folder, key, writes)
+        return cls(folder, key, processes.is_main)
 
     def file(self, tokens: Tensor, rows: list[list[int]]) -> Path:
         """Where the classifier of these prompts is or would be kept."""
