@@ -13,7 +13,9 @@ mean over seeds, its interval covers seeds and patients, and so does its differe
 finding on radiographs the tower is trained again for each fold without the images and captions of the groups that are
 tested, so no caption has told it an answer. The recipes are tried with SLIP, the README's with CLIP and SimCLR too, and
 with SLIP on as many pairs that are not medical, and with SimCLR on as many images of BUSI's and pneumonia's training
-parts without their labels (in folds some of these are tested later); nothing is chosen by these figures.
+parts, or on all of them, without their labels (in folds some of these are tested later). With SLIP alone: as many of
+these images beside the captioned ones, with captions that name their kind; the sigmoid loss; twice the epochs; LoRA.
+Nothing is chosen by these figures.
 
 One comparison, PRIMARY, is not corrected for the number of them: report.json names it, and when, before any row is
 trained.
@@ -33,7 +35,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -117,15 +119,27 @@ FINAL = {
     "SIMCLR, held": replace(SEARCH[RECIPE], objective="SIMCLR"),
     CONTROL: replace(SEARCH[RECIPE], pairs="control"),
 }
-OWN = "SIMCLR, held, the sets' own images"
+OWN, ALL_OWN = "SIMCLR, held, the sets' own images", "SIMCLR, held, all of the sets' own images"
+BOTH = "held, the sets' own images beside"
+RECIPES = {  # with SLIP too, beside the README's
+    BOTH: replace(SEARCH[RECIPE], pairs="both"),
+    "held, sigmoid loss": replace(SEARCH[RECIPE], objective="SIGSLIP"),
+    "held, 12 epochs": Row("SLIP", f"{HELD} --epochs 12"),
+    "held, LoRA": Row("SLIP", f"{HELD} --lora 8"),
+}
 LABELLED = {
     f"{name}, captions from labels": replace(SEARCH[RECIPE], objective=name, pairs="roco_labelled")
     for name in ("SLIP", "CLIP")
 }
 MEANS = {f"held, mean of {n}": Row("SLIP", base=RECIPE, mean=n) for n in (2, 3, 5, 8)}
 FROZEN = {"untrained": Row(untrained=True), "ImageNet": Row(), "ImageNet, 224 pixels": Row(size=224)}
-ROWS = {**FROZEN, **SEARCH, **FINAL, OWN: replace(FINAL["SIMCLR, held"], pairs="own"), **LABELLED, **MEANS}
+OF_OWN = {OWN: replace(FINAL["SIMCLR, held"], pairs="own"), ALL_OWN: replace(FINAL["SIMCLR, held"], pairs="all_own")}
+ROWS = {**FROZEN, **SEARCH, **FINAL, **OF_OWN, **RECIPES, **LABELLED, **MEANS}
 PRIMARY = "BUSI", RECIPE, "CLIP, held"  # the set, in folds, and the two rows whose macro AUROC is compared
+KINDS = {
+    "busi": "ultrasound of a breast.",
+    "pneumonia": "chest radiograph of a child.",
+}  # what a hospital knows of each
 WORDS = {"BENIGN": "a benign {}", "MALIGNANT": "a malignant {}", "BENIGN_WITHOUT_CALLBACK": "normal tissue"}
 
 
@@ -209,7 +223,13 @@ def prepare(data: Path, out: Path, size: int, seed: int = 0) -> None:
     number = sum(row["split"] == "train" for row in pairs)
     write_pairs(out / "roco_labelled", labelled, images, size)
     write_pairs(out / "control", control(data, number, seed), images, size)
-    write_pairs(out / "own", own(unlabelled, number, seed), images, size)
+    chosen = own(unlabelled, number, seed)
+    every = {name: len(files) for name, files in unlabelled.items()}
+    for name, found in (("own", chosen), ("all_own", own(unlabelled, every, seed))):
+        write_pairs(out / name, [(file, f"image {i}") for i, (file, _) in enumerate(found)], images, size)
+    if chosen:
+        beside = [row for row in pairs if row["split"] == "train"]
+        write_pairs(out / "both", chosen, images, size, beside)
     utils.write_json(out / "catalog.json", catalog)
     utils.write_json(out / "prepared.json", {"pairs": len(pairs), "size": size})
 
@@ -263,24 +283,26 @@ def control(data: Path, number: int, seed: int) -> list[tuple[Path, str]]:
     return [(files[lines[i][0]], lines[i][1].strip()) for i in chosen]
 
 
-def own(unlabelled: dict[str, list[Path]], number: int, seed: int) -> list[tuple[Path, str]]:
-    """So many images, as many of each set, with a number in place of a caption."""
+def own(unlabelled: dict[str, list[Path]], number: int | dict[str, int], seed: int) -> list[tuple[Path, str]]:
+    """So many images, as many of each set or of each by its name, with a caption that names their kind alone."""
     generator, chosen = np.random.default_rng(seed), []
     for i, (name, files) in enumerate(unlabelled.items()):
-        share = (number + i) // len(unlabelled)
+        share = number[name] if isinstance(number, dict) else (number + i) // len(unlabelled)
         if len(files) < share:
             raise ValueError(f"{name} has {len(files)} training images, and {share} are taken")
-        chosen += [files[k] for k in sorted(generator.permutation(len(files))[:share])]
-    return [(file, f"image {i}") for i, file in enumerate(chosen)]
+        chosen += [(files[k], KINDS[name]) for k in sorted(generator.permutation(len(files))[:share])]
+    return chosen
 
 
-def write_pairs(root: Path, pairs: list[tuple[Path, str]], images: Path, size: int) -> None:
-    """Images and captions as ROCO's training part, unless there are none."""
-    rows = []
+def write_pairs(
+    root: Path, pairs: list[tuple[Path, str]], images: Path, size: int, beside: Sequence[dict] = ()
+) -> None:
+    """Images and captions as ROCO's training part, unless there are none, with pairs that are written already."""
+    rows = list(beside)
     for i, (source, caption) in enumerate(pairs):
         shrunk_copy(source, images / f"{root.name}{i:05d}.jpg", size)
         rows.append({"id": f"{root.name}{i:05d}", "caption": caption})
-    if rows:
+    if pairs:
         write_roco(root, rows, images)
 
 
@@ -568,8 +590,8 @@ def compared_rows() -> Iterator[tuple[str, str]]:
     yield from ((RECIPE, other) for other in FINAL if other != RECIPE)
     yield "SIMCLR, held", "CLIP, held"
     yield from ((name, frozen) for frozen in FROZEN if frozen != "untrained" for name in FINAL)
-    yield from ((OWN, other) for other in ("SIMCLR, held", "ImageNet", "ImageNet, 224 pixels"))
-    yield from ((name, RECIPE) for name in ("held, shared view", *MEANS))
+    yield from ((own, other) for own in OF_OWN for other in ("SIMCLR, held", "ImageNet", "ImageNet, 224 pixels"))
+    yield from ((name, RECIPE) for name in ("held, shared view", *RECIPES, *MEANS))
     yield "held, mean of 8", "ImageNet, 224 pixels"
 
 

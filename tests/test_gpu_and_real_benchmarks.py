@@ -174,10 +174,12 @@ def test_rows_are_trained_probed_and_compared(tmp_path, monkeypatch):
 
 
 def test_own_images_are_as_many_of_each_set():
-    files = {"BUSI": [Path(f"b{i}") for i in range(5)], "pneumonia": [Path(f"p{i}") for i in range(4)]}
+    files = {"busi": [Path(f"b{i}") for i in range(5)], "pneumonia": [Path(f"p{i}") for i in range(4)]}
     chosen = real_radiology.own(files, 7, seed=0)
     assert Counter(str(path)[0] for path, _ in chosen) == {"b": 3, "p": 4}
-    assert len(set(chosen)) == len({text for _, text in chosen}) == 7  # no caption is another's
+    assert len(set(chosen)) == 7 and {text for _, text in chosen} == set(real_radiology.KINDS.values())
+    every = real_radiology.own(files, {"busi": 5, "pneumonia": 4}, seed=0)
+    assert sorted(path.name for path, _ in every) == sorted(path.name for paths in files.values() for path in paths)
     with pytest.raises(ValueError, match="pneumonia has 4 training images, and 5 are taken"):
         real_radiology.own(files, 10, seed=0)
 
@@ -192,6 +194,24 @@ def test_own_images_are_of_the_training_parts(tmp_path, monkeypatch):
             train |= {data / name / row["image"] for row in csv.DictReader(file) if row["split"] == "train"}
     own = {path for path, _ in written["own"]}
     assert len(own) == 18 and own <= train and all(path.is_file() for path in own)
+    assert len({caption for _, caption in written["own"]}) == 18  # no caption is another's
+    assert {path for path, _ in written["all_own"]} == train and {path for path, _ in written["both"]} == own
+
+
+def test_own_images_stand_beside_the_captioned_ones(tmp_path):
+    data, out = world(tmp_path / "data"), tmp_path / "out"
+    real_radiology.prepare(data, out, 32)
+    captions = {
+        name: dict(
+            line.split("\t ", 1)
+            for line in (out / name / "train" / "radiology" / "captions.txt").read_text("utf8").splitlines()
+        )
+        for name in ("roco", "both")
+    }
+    assert captions["roco"].items() < captions["both"].items()
+    beside = {key: text for key, text in captions["both"].items() if key not in captions["roco"]}
+    assert len(beside) == 18 and set(beside.values()) == set(real_radiology.KINDS.values())
+    assert all((out / "both" / "train" / "radiology" / "images" / f"{key}.jpg").is_file() for key in captions["both"])
 
 
 def test_a_training_that_a_signal_has_stopped_is_no_row(tmp_path, monkeypatch):

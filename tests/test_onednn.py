@@ -21,7 +21,7 @@ import main
 import main_linear
 import predict
 from beit_finetuning import run_class_finetuning
-from runtime import checkpoints
+from runtime.logs import read_rows
 from towers import onednn
 
 BY_ONEDNN = distributed.Processes(precision=distributed.ONEDNN)
@@ -152,17 +152,16 @@ def test_a_run_goes_on_with_the_library_that_it_began_with(roco, tmp_path, monke
     assert precision_of(tmp_path / "run") == ("fp32-onednn" if first else "fp32")
 
 
-def test_both_ways_train_to_the_same_weights(roco, tmp_path, monkeypatch):
+def test_both_ways_have_the_same_losses(roco, tmp_path, monkeypatch):
     calls = []
     multiply = onednn.onednn_linear
     monkeypatch.setattr(onednn, "onednn_linear", lambda *tensors: calls.append(tensors) or multiply(*tensors))
-    states = []
+    losses = []
     for precision in ("fp32", "fp32-onednn"):
         main.main(wide(roco, tmp_path / precision, "--precision", precision))
         assert bool(calls) == (precision != "fp32") and precision_of(tmp_path / precision) == precision
-        states.append(checkpoints.load_checkpoint(tmp_path / precision / "checkpoint.pt")["state_dict"])
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, rtol=1e-2, atol=1e-3)
+        losses.append([row["loss"] for row in read_rows(tmp_path / precision / "log.jsonl", "train")])
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_every_script_asks_it_or_not_as_the_precision_says(roco, tmp_path, monkeypatch):
