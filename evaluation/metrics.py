@@ -367,8 +367,8 @@ def fractions(scores: Scores, unit: str) -> Scores:
 
 def shown_score(scores: Scores) -> str:
     """The metric that a set reports and its value for people: percent, but for kappa."""
-    digits = 3 if scores["metric"] == "quadratic_kappa" else 2
-    return f"{scores['metric']} {percent(scores)['score']:.{digits}f}"
+    value = percent(scores)["score"]
+    return f"{scores['metric']} " + (f"{value:.3f}" if scores["metric"] == "quadratic_kappa" else f"{value:.2f}%")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

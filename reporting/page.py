@@ -253,7 +253,7 @@ def describe_other(path: str, result: dict) -> list[dict[str, str]]:
 
 
 def shown(scores: dict, file: dict) -> tuple[str, str]:
-    """A metric's name and its value in percent (kappa as it is), whatever unit the file has it in."""
+    """A metric's name and its value in percent, with the sign (kappa as it is), whatever unit the file has it in."""
     metric, _, value = metrics.shown_score(metrics.fractions(scores, file.get("unit", "percent"))).partition(" ")
     return metric, value
 
@@ -267,7 +267,7 @@ def describe_zeroshot(name: str, result: dict) -> dict[str, Any]:
     rows = [
         (key, shown(value, result)[0], shown(value, result)[1] + no_metrics(value)) if "score" in value else
         (key, "image-to-text recall at 1",
-         f"{100 * metrics.fractions(value, result.get('unit', 'percent'))['i2t_r1']:.2f}")
+         f"{100 * metrics.fractions(value, result.get('unit', 'percent'))['i2t_r1']:.2f}%")
         for key, value in sets.items()
     ]  # fmt: skip
     return {"name": name, "rows": rows}

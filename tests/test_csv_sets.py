@@ -185,7 +185,7 @@ def test_zero_shot_writes_predictions_with_intervals(hospital, tmp_path):
     assert set(found["rows"]["metrics"]) == set(metrics.METRICS)
     page = make_report.main([str(tmp_path), "--output-dir", str(tmp_path / "report")])
     assert page["sections"][0]["rows"][0]["name"].startswith("zero-shot")
-    assert page["zeroshot"][0]["rows"] == [("hospital", "top1", f"{100 * found['top1']:.2f}")]
+    assert page["zeroshot"][0]["rows"] == [("hospital", "top1", f"{100 * found['top1']:.2f}%")]
 
 
 def test_sgd_writes_predictions_with_intervals(hospital, checkpoint, tmp_path):
