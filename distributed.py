@@ -91,7 +91,7 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if wanted == "bf16" and not bf16:
             raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16 units; take fp16")
-        return ("bf16" if bf16 else "fp16") if wanted == "auto" else wanted.removesuffix("-onednn")
+        return {"auto": "bf16" if bf16 else "fp16", ONEDNN: "fp32"}.get(wanted, wanted)
     if wanted == "fp16":
         raise ValueError("--precision fp16 is for GPUs; a CPU takes fp32, or bf16 where it has units for that")
     if wanted == "bf16" and not cpu_has_bf16():
@@ -102,6 +102,17 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     if wanted == ONEDNN and not onednn_is_there():
         raise ValueError(f"--precision {ONEDNN}: this build of torch has no oneDNN for the CPU; take fp32")
     return (ONEDNN if onednn_pays() else "fp32") if wanted == "auto" else wanted
+
+
+def own_precision(own: str, device: torch.device) -> str:
+    """What a run was computed in where this device has it, else what auto is here, with a warning."""
+    try:
+        return resolve_precision(own, device)
+    except ValueError as error:
+        log.warning(
+            f"the run was computed in {own}, which this machine does not have ({error}): last digits may differ"
+        )
+        return resolve_precision("auto", device)
 
 
 def cpu_has_bf16() -> bool:

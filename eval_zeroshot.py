@@ -141,7 +141,8 @@ def evaluate(args: argparse.Namespace, processes: distributed.Processes) -> dict
     loading = Loading(args.batch_size, args.workers, args.skip_broken, processes)
     # Between the epochs of main.py the weights change, so only this command keeps text features.
     cache = TextCache.of(model, processes, Path(args.output_dir) / "features")
-    report = {"model": loaded.source, "unit": "fraction", "zero_shot": {}, "retrieval": {}, "skipped": absent}
+    report: dict[str, Any] = {"model": loaded.source, "precision": processes.precision, "unit": "fraction"}
+    report |= {"zero_shot": {}, "retrieval": {}, "skipped": absent}
     file = Path(args.output_dir) / "zeroshot.json"
     for name, source in opened.items():
         if isinstance(source, Reader):

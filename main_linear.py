@@ -161,6 +161,7 @@ def record_settings(args: argparse.Namespace, backbone: Backbone, processes: dis
         "global_batch": args.batch_size * processes.world_size,
         "learning_rate": learning_rate(args, processes.world_size),
         "device": str(processes.device),
+        "precision": processes.precision,
     }
     settings = {
         "args": stored_args(args), "derived": derived, "versions": {**versions(), "scikit-learn": sklearn.__version__},

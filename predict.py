@@ -17,7 +17,7 @@ import argparse
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -217,7 +217,8 @@ def classify_finetuned(args: argparse.Namespace) -> list[dict[str, Any]]:
     network = networks.rebuild(state, args.weights)
     file = args.run / "results.json"
     results = utils.read_json(file) if file.is_file() else {}
-    loading = loading_of(args, results.get("settings", {}).get("precision", "fp32"))
+    recorded = results.get("settings", {}).get("precision", "fp32")  # until the checkpoint said it
+    loading = loading_of(args, state.get("precision", recorded))
     model, preprocess = place(network.model, loading.processes), network.preprocess
     backbone = Backbone(model, model, preprocess, "logits", network.name)
     view = EvalView(preprocess, network.config.crop_pct)
@@ -239,16 +240,9 @@ def loading_of(args: argparse.Namespace, own: str = "") -> Loading:
         own: a run's precision, which is taken where --precision does not say otherwise and this machine has it.
     """
     alone = {"rank": 0, "world_size": 1, "local_rank": 0, "gpu": args.gpu}
-    wanted = own if own and args.precision == "auto" else args.precision
-    try:
-        processes = distributed.init_distributed(argparse.Namespace(**alone, precision=wanted))
-    except ValueError as error:
-        if not own or args.precision != "auto":
-            raise
-        log.warning(
-            f"the run was computed in {own}, which this machine does not have ({error}): last digits may differ"
-        )
-        processes = distributed.init_distributed(argparse.Namespace(**alone, precision="auto"))
+    processes = distributed.init_distributed(argparse.Namespace(**alone, precision=args.precision))
+    if own and args.precision == "auto":
+        processes = replace(processes, precision=distributed.own_precision(own, processes.device))
     return Loading(args.batch_size, args.workers, skip_broken=True, processes=processes)
 
 
@@ -376,6 +370,7 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
         "kind": np.array("captions" if args.captions else "images"),
         "weights": np.array(args.weights if is_name(args.weights) else str(Path(args.weights).absolute())),
         "weights_sha256": np.array(utils.weights_sha256(loaded.model.state_dict())),
+        "precision": np.array(loading_of(args).processes.precision),
     }
     utils.atomic_write(args.output, lambda file: np.savez(file, allow_pickle=False, **bank))
     log.info(f"{len(ids)} {bank['kind']} of {vectors.shape[1]} numbers: {args.output}")

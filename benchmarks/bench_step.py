@@ -137,7 +137,7 @@ class Ours:
         self.model: Any = step.model
         self.trim = not self.model.text.reads_padding
         self.totals = training.Totals.zero(len(self.model.objective.metrics), device)
-        self.dtype = distributed.PRECISIONS[precision]
+        self.precision, self.dtype = precision, distributed.PRECISIONS[precision]
 
     def backward(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss without mixed precision, with gradients left on the model."""
@@ -181,7 +181,7 @@ class Plain:
             fused=False,
         )
         half = device.type == "cuda" and distributed.wanted_precision(args) != "fp32"
-        self.dtype = torch.float16 if half else torch.float32
+        self.precision, self.dtype = ("fp16", torch.float16) if half else ("fp32", torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -473,7 +473,7 @@ def bench(name: str, batch_size: int, args: argparse.Namespace, rest: list[str],
             seconds[key].append(time_run(step, batches[key], args.steps, device))
     for key, step in steps.items():
         row[f"{key}_seconds"] = common.median(seconds[key])
-        row[f"{key}_dtype"] = str(step.dtype).removeprefix("torch.")
+        row[f"{key}_precision"] = step.precision
         row[f"{key}_matrix_peak"] = matrix_peak(device, step.dtype)
     compiled = training.compiles(flags, device)
     checkpointing = ["--grad-checkpointing"] if steps["ours"].model.joint_views else []  # not with BatchNorm
@@ -504,13 +504,13 @@ def show(row: dict) -> None:
             + (f": ABOVE {EQUAL:g}" if max(loss, gradient) > EQUAL else "")
         )
     print(
-        f"{'step':>6} {'type':>9} {'tokens':>7} {'samples/s':>10} {'ms a step':>10} {'TFLOP/s':>8} {'of peak':>8} "
-        f"{'peak TFLOP/s':>13} {'MiB':>8}"
+        f"{'step':>6} {'precision':>11} {'tokens':>7} {'samples/s':>10} {'ms a step':>10} {'TFLOP/s':>8} "
+        f"{'of peak':>8} {'peak TFLOP/s':>13} {'MiB':>8}"
     )
     for key in (key for key in METHODS if f"{key}_seconds" in row):
         speed, memory = row["flops"] / row[f"{key}_seconds"], row[f"{key}_peak"]
         print(
-            f"{key:>6} {row[f'{key}_dtype']:>9} {row[f'{key}_tokens']:>7} "
+            f"{key:>6} {row[f'{key}_precision']:>11} {row[f'{key}_tokens']:>7} "
             f"{row['batch'] / row[f'{key}_seconds']:>10.1f} {1e3 * row[f'{key}_seconds']:>10.1f} "
             f"{speed / 1e12:>8.3f} "
             f"{speed / row[f'{key}_matrix_peak']:>8.1%} {row[f'{key}_matrix_peak'] / 1e12:>13.3f} "

@@ -266,7 +266,7 @@ def describe(name: str, row: dict) -> str:
         return (
             f"batch {row['batch']}: {1e3 * ours:.1f} ms a step, {row['batch'] / ours:.0f} pairs/s, "
             f"{row['flops'] / ours / 1e12:.0f} TFLOP/s = {row['flops'] / ours / peak:.1%} of the {peak / 1e12:.0f} "
-            f"measured; {row['plain_seconds'] / ours:.2f} times the plain {row['plain_dtype']} step{memory}"
+            f"measured; {row['plain_seconds'] / ours:.2f} times the plain {row['plain_precision']} step{memory}"
         )
     if kind == "profile":
         first = "; ".join(f"{k['ms']:.2f} ms {k['name'][:60]}" for k in row["kernels"][:5])

@@ -433,7 +433,7 @@ def probe_set(
         return
     device = common.choose_device(False)
     size = row.size or args.image_size
-    backbone = load_backbone(tower, untrained=row.untrained, seed=seed, device=device, size=size)
+    backbone = load_backbone(tower, untrained=row.untrained, seed=seed, size=size)
     precision = distributed.resolve_precision("auto", device)
     loading = Loading(64, args.workers, processes=distributed.Processes(device=device, precision=precision))
     place(backbone.model, loading.processes)

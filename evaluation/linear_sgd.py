@@ -196,6 +196,7 @@ def build_linear_run(probe: Probe, recipe: Recipe, train: downstream.Downstream)
             "features": backbone.features,
             "weights_sha256": backbone.fingerprint(),
             "images and labels": train.fingerprint(),
+            "precision": processes.precision,
             **({"where": where} if (where := probe.settings.get("where")) else {}),  # which earlier runs did not record
         },
         epoch=recipe.start_epoch,

@@ -75,7 +75,7 @@ def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
     parser.add_argument("-j", "--workers", default=0, type=int, help="loader processes")
     parser.add_argument("--gpu", default=None, type=int, help="index of the GPU; by default the first, -1: the CPU")
     parser.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS),
-                        help="of image features; auto: a run's own where this machine has it, else bf16 on a GPU and "
+                        help="of features; auto: a run's own where this machine has it, else bf16 on a GPU and "
                         "float32 on a CPU")
 # fmt: on
 

@@ -5,7 +5,6 @@ Only they ask it: for the small products of attention its calls cost more than t
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distributed import ONEDNN, Processes, onednn_linear, resolve_precision
+from distributed import ONEDNN, Processes, onednn_linear, own_precision
 
-log = logging.getLogger("medslip")
 Model = TypeVar("Model", bound=nn.Module)
 
 # Of a layer's in and out the smaller one, from which on the call is worth its cost whatever the number of rows.
@@ -37,12 +35,7 @@ def continued(processes: Processes, wanted: str, earlier: str, *trained: nn.Modu
     """
     if wanted != "auto" or earlier == processes.precision or {earlier, processes.precision} != {"fp32", ONEDNN}:
         return processes
-    try:
-        processes = replace(processes, precision=resolve_precision(earlier, processes.device))
-    except ValueError as error:
-        log.warning(
-            f"the run was computed in {earlier}, which this machine does not have ({error}): last digits may differ"
-        )
+    processes = replace(processes, precision=own_precision(earlier, processes.device))
     for model in filter(None, trained):
         place(model, processes)
     return processes
@@ -75,17 +68,18 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return onednn_linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (grad,) = ctx.saved_tensors, grads
-        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)  # (n, o) and (n, i)
         needs_x, needs_weight, *needs_bias = ctx.needs_input_grad
-        of_weight = None
+        rows, of_weight = grad.flatten(0, -2), None  # (n, o)
         if needs_weight:  # a sum over few rows takes oneDNN ten times as long
+            inputs = x.flatten(0, -2)  # (n, i)
             of_weight = onednn_linear(rows.t(), inputs.t()) if len(rows) >= NARROWEST else rows.t() @ inputs
         return (
             onednn_linear(grad, weight.t()) if needs_x else None,
