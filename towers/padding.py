@@ -30,7 +30,7 @@ class Packing:
     """
 
     places: Tensor  # (N,) where the tokens stand among the B * L of a padded batch, then others that nothing reads
-    tokens: int
+    tokens: int  # N but for those
     shape: tuple[int, int]  # B, L
 
     def pack(self, x: Tensor) -> Tensor:
