@@ -418,7 +418,6 @@ def resume(run: Run) -> None:
     wanted, earlier = distributed.wanted_precision(run.args), state.get("precision", "fp32")
     average = None if run.ema is None else run.ema.module
     run.processes = onednn.continued(run.processes, wanted, earlier, run.model, average)
-    run.evaluation = replace(run.evaluation, loading=replace(run.evaluation.loading, processes=run.processes))
     run.epoch, run.step_in_epoch = state["epoch"], state["step_in_epoch"]
     run.best, run.epoch_sums = state["best"], list(state["epoch_sums"])
     if len(state["random"]) == run.processes.world_size:

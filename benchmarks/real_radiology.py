@@ -136,10 +136,8 @@ FROZEN = {"untrained": Row(untrained=True), "ImageNet": Row(), "ImageNet, 224 pi
 OF_OWN = {OWN: replace(FINAL["SIMCLR, held"], pairs="own"), ALL_OWN: replace(FINAL["SIMCLR, held"], pairs="all_own")}
 ROWS = {**FROZEN, **SEARCH, **FINAL, **OF_OWN, **RECIPES, **LABELLED, **MEANS}
 PRIMARY = "BUSI", RECIPE, "CLIP, held"  # the set, in folds, and the two rows whose macro AUROC is compared
-KINDS = {
-    "busi": "ultrasound of a breast.",
-    "pneumonia": "chest radiograph of a child.",
-}  # what a hospital knows of each
+# What a hospital knows of each image without a reader.
+KINDS = {"busi": "ultrasound of a breast.", "pneumonia": "chest radiograph of a child."}
 WORDS = {"BENIGN": "a benign {}", "MALIGNANT": "a malignant {}", "BENIGN_WITHOUT_CALLBACK": "normal tissue"}
 
 
@@ -224,8 +222,7 @@ def prepare(data: Path, out: Path, size: int, seed: int = 0) -> None:
     write_pairs(out / "roco_labelled", labelled, images, size)
     write_pairs(out / "control", control(data, number, seed), images, size)
     chosen = own(unlabelled, number, seed)
-    every = {name: len(files) for name, files in unlabelled.items()}
-    for name, found in (("own", chosen), ("all_own", own(unlabelled, every, seed))):
+    for name, found in (("own", chosen), ("all_own", own(unlabelled, None, seed))):
         write_pairs(out / name, [(file, f"image {i}") for i, (file, _) in enumerate(found)], images, size)
     if chosen:
         beside = [row for row in pairs if row["split"] == "train"]
@@ -283,11 +280,11 @@ def control(data: Path, number: int, seed: int) -> list[tuple[Path, str]]:
     return [(files[lines[i][0]], lines[i][1].strip()) for i in chosen]
 
 
-def own(unlabelled: dict[str, list[Path]], number: int | dict[str, int], seed: int) -> list[tuple[Path, str]]:
-    """So many images, as many of each set or of each by its name, with a caption that names their kind alone."""
+def own(unlabelled: dict[str, list[Path]], number: int | None, seed: int) -> list[tuple[Path, str]]:
+    """So many images, as many of each set, or all, with a caption that names their kind alone."""
     generator, chosen = np.random.default_rng(seed), []
     for i, (name, files) in enumerate(unlabelled.items()):
-        share = number[name] if isinstance(number, dict) else (number + i) // len(unlabelled)
+        share = len(files) if number is None else (number + i) // len(unlabelled)
         if len(files) < share:
             raise ValueError(f"{name} has {len(files)} training images, and {share} are taken")
         chosen += [(files[k], KINDS[name]) for k in sorted(generator.permutation(len(files))[:share])]

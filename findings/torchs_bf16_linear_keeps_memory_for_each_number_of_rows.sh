@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # On a CPU a bf16 linear layer of torch keeps about a MiB for every number of rows that it has seen: oneDNN, which
-# multiplies there, prepares each shape and holds on to it, up to 1,024 of them. 300 batches of as many rows leave a
-# process as it was, 300 of different ones add some 290 MiB for one layer of 512 x 2048, whose weights are 4 MiB. Captions
-# without their padding come in another number of tokens in each batch, so a text tower of twelve blocks comes to
-# gigabytes. Numbers of rows that are rounded up to a few add nothing. ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 leaves two
-# fifths of it.
+# multiplies there, prepares each shape and holds on to it. 300 batches of as many rows leave a process as it was, 300 of
+# different ones add some 290 MiB for one layer of 512 x 2048, whose weights are 4 MiB; after 1,400 it was 1,010, and the
+# next 1,400 added 300 more. Captions without their padding come in another number of tokens in each batch. Numbers of
+# rows that are rounded up to a few add nothing. ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 left two fifths of the 290.
 #
 # Seen with torch 2.14.1 on Python 3.11, an AMD EPYC of Zen 5; CPUs without AVX512-BF16 were not tried.
 set -euo pipefail

@@ -6,10 +6,12 @@ import copy
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from distributed_helpers import free_port
 from helpers import assert_same_run, command, stop_after
+from model_helpers import tiny_model, write_checkpoint
 from roco_tree import make_roco
 from torch import nn
 from torch.nn.utils import parametrize
@@ -21,8 +23,10 @@ import main
 import main_linear
 import predict
 from beit_finetuning import run_class_finetuning
+from evaluation import linear_sgd
 from runtime.logs import read_rows
 from towers import onednn
+from towers.prompts import TextCache
 
 BY_ONEDNN = distributed.Processes(precision=distributed.ONEDNN)
 pytestmark = pytest.mark.skipif(not distributed.onednn_is_there(), reason="a torch without oneDNN")
@@ -63,8 +67,12 @@ def test_what_is_fixed_gets_no_gradient_and_a_block_may_be_run_again():
     assert torch.equal(x.grad, expected[0]) and torch.equal(ours.weight.grad, expected[1])
     ours.requires_grad_(False)
     ours.weight.grad = x.grad = None
-    ours(x).sum().backward()
+    out = ours(x)
+    assert [None if t is None else t.shape for t in out.grad_fn.saved_tensors] == [None, ours.weight.shape]
+    out.sum().backward()
     assert ours.weight.grad is None and torch.equal(x.grad, expected[0])
+    ours.requires_grad_(True)
+    assert [t is None for t in ours(x.detach()).grad_fn.saved_tensors] == [False, True]
 
 
 def test_anything_but_float32_on_a_cpu_is_computed_as_ever():
@@ -193,6 +201,65 @@ def test_every_script_asks_it_or_not_as_the_precision_says(roco, tmp_path, monke
             calls.clear()
             run(precision)
             assert bool(calls) == asks, name
+    for precision in ("fp32", "fp32-onednn"):
+        p = [] if precision == "fp32-onednn" else ["--precision", precision]
+        assert precision_of(tmp_path / f"probe{p}") == precision_of(tmp_path / f"tuned{p}") == precision
+        results = [tmp_path / f"{name}{p}" / "results.json" for name in ("probe", "tuned")]
+        assert {json.loads(file.read_text())["settings"]["precision"] for file in results} == {precision}
+        assert json.loads((tmp_path / f"words{p}" / "zeroshot.json").read_text())["precision"] == precision
+        commands["embed"](p)
+        assert str(np.load(tmp_path / "bank.npz")["precision"]) == precision
+        results[1].unlink()  # of a run that was stopped: its checkpoint says it as well
+        calls.clear()
+        commands["classify, fine-tuned"](p)
+        assert bool(calls) == (precision == "fp32-onednn")
+
+
+def tuning(folder):
+    weights = folder.parent / "weights.pt"
+    if not weights.exists():
+        write_checkpoint(weights, "vit")
+    return run_class_finetuning.main([
+        "--data_set", "digits", "--epochs", "2", "--warmup_epochs", "0", "--batch_size", "512", "--num_workers", "0",
+        "--gpu", "-1", "--finetune", str(weights), "--resamples", "9", "--model_ema", "--output_dir", str(folder),
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("first, then", [(True, False), (False, True)])
+def test_a_fine_tuning_goes_on_with_the_library_that_it_began_with(tmp_path, monkeypatch, first, then):
+    monkeypatch.setattr(onednn, "NARROWEST", 8)
+    monkeypatch.setattr(distributed, "onednn_pays", lambda: first)
+    whole = tuning(tmp_path / "unbroken")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_class_finetuning, "finish_epoch", stop_after(run_class_finetuning.finish_epoch))
+        with pytest.raises(KeyboardInterrupt):
+            tuning(tmp_path / "run")
+    monkeypatch.setattr(distributed, "onednn_pays", lambda: then)
+    calls, multiply = [], onednn.onednn_linear
+    monkeypatch.setattr(onednn, "onednn_linear", lambda *tensors: calls.append(tensors) or multiply(*tensors))
+    assert tuning(tmp_path / "run") == whole and bool(calls) == first
+    assert_same_run(tmp_path / "unbroken", tmp_path / "run")
+    assert precision_of(tmp_path / "run") == ("fp32-onednn" if first else "fp32")
+
+
+def test_a_probe_by_sgd_is_not_continued_by_another_library(tmp_path, monkeypatch):
+    argv = ["--dataset", "digits", "--arch", "test_vit", "--gpu", "-1", "-j", "0", "--epochs", "2", "--resamples", "9"]
+    argv += ["--image-size", "160", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr(distributed, "onednn_pays", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_sgd, "save_sgd", stop_after(linear_sgd.save_sgd))
+        with pytest.raises(KeyboardInterrupt):
+            main_linear.main(argv)
+    monkeypatch.setattr(distributed, "onednn_pays", lambda: False)
+    with pytest.raises(ValueError, match="precision: 'fp32-onednn' there, 'fp32' now"):
+        main_linear.main(argv)
+    assert main_linear.main([*argv, "--precision", "fp32-onednn"])["settings"]["precision"] == "fp32-onednn"
+
+
+def test_text_features_of_the_two_are_kept_apart(tmp_path):
+    model = tiny_model("CLIP")
+    caches = [TextCache.of(model, processes, tmp_path) for processes in (distributed.Processes(), BY_ONEDNN)]
+    assert caches[0].model != caches[1].model
 
 
 def _joined(rank, world, port, choices):

@@ -55,6 +55,7 @@ def test_bert_reads_captions_of_nearly_one_length_together(monkeypatch):
 
     grouped = embeddings_and_gradients(model, tokens)
     assert len(seen) == 4 and sum(rows for rows, _ in seen) == 17 and seen[0][1] < seen[-1][1] == 20
+    assert all(length % 4 == 0 for _, length in seen)  # few shapes
     monkeypatch.setattr(padding, "WORTH", 0)
     seen.clear()
     whole = embeddings_and_gradients(model, tokens)

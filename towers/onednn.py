@@ -78,7 +78,7 @@ class _Product(torch.autograd.Function):
         (x, weight), (grad,) = ctx.saved_tensors, grads
         needs_x, needs_weight, *needs_bias = ctx.needs_input_grad
         rows, of_weight = grad.flatten(0, -2), None  # (n, o)
-        if needs_weight:  # a sum over few rows takes oneDNN ten times as long
+        if needs_weight:  # a sum over few rows takes oneDNN nine times as long
             inputs = x.flatten(0, -2)  # (n, i)
             of_weight = onednn_linear(rows.t(), inputs.t()) if len(rows) >= NARROWEST else rows.t() @ inputs
         return (

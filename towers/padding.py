@@ -57,7 +57,7 @@ def packing_of(ends: Tensor, length: int) -> Packing | None:
 
 
 def _rounded(rows: int) -> int:
-    """Up to a number of five binary digits and zeros, by a thirtieth in the mean.
+    """Up to a number of five binary digits and zeros, by a fiftieth in the mean and a sixteenth at most.
 
     Libraries keep what they prepare for each number of rows: oneDNN held 3 GB after 240 batches, each of another.
     """
