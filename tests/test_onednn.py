@@ -131,6 +131,20 @@ def test_a_faster_and_exact_one_pays(monkeypatch):
         distributed.resolve_precision(distributed.ONEDNN, torch.device("cpu"))
 
 
+def test_it_is_asked_by_one_thread_which_others_cannot_hold_up(monkeypatch):
+    seen, threads = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        multiply = distributed.onednn_linear
+        monkeypatch.setattr(
+            distributed, "onednn_linear", lambda *given: seen.append(torch.get_num_threads()) or multiply(*given)
+        )
+        distributed.onednn_pays.__wrapped__()
+        assert set(seen[:7]) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def roco(tmp_path_factory):
     return make_roco(tmp_path_factory.mktemp("roco"))
