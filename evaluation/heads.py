@@ -23,6 +23,7 @@ from torch import nn
 
 import utils
 from evaluation.nearest import nearest
+from evaluation.products import product
 from runtime.integrity import SEAL, UNSEALED, check_seal, seal
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,7 +330,7 @@ def _on_principal_axes(x: np.ndarray, working: type = np.float64) -> tuple[np.nd
     variance, vectors = variance[kept], vectors[:, kept]
     if d > n:
         vectors = x.T @ (vectors / np.sqrt(n * variance))  # (d, r)
-    return x.astype(working, copy=False) @ vectors.astype(working, copy=False), variance, vectors
+    return product(x.astype(working, copy=False), vectors.astype(working, copy=False)), variance, vectors
 
 
 def _scaled_loss(
@@ -338,7 +339,7 @@ def _scaled_loss(
     """Penalised cross-entropy, weighed by `of_sample` (n,), at the weights scale * scaled; its gradient by `scaled`."""
     weight = scaled.reshape(len(scale), -1) * scale  # (r + 1, k)
     rows = np.arange(len(x))
-    logits = x @ weight[:-1].astype(x.dtype) + weight[-1].astype(x.dtype)  # (n, k)
+    logits = product(x, weight[:-1].astype(x.dtype)) + weight[-1].astype(x.dtype)  # (n, k)
     logits -= logits.max(1, keepdims=True)
     own = logits[rows, labels].astype(np.float64)  # (n,), at most 0
     np.exp(logits, out=logits)
@@ -352,7 +353,7 @@ def _scaled_loss(
     logits[rows, labels] = -others
     logits /= total[:, None]  # probabilities, less 1 at the sample's own class
     logits *= of_sample[:, None].astype(x.dtype)
-    gradient = np.vstack([x.T @ logits + strength * weight[:-1], logits.sum(0, dtype=np.float64)])
+    gradient = np.vstack([product(logits.T, x).T + strength * weight[:-1], logits.sum(0, dtype=np.float64)])
     return loss, (gradient * scale).ravel()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from evaluation.products import product
+
 QUERIES, VECTORS = 256, 4096  # that are compared at a time, in 4 MiB
 FEW = 1024  # vectors that the first bound is taken from
 
@@ -34,17 +36,15 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int, cosines: bool = False
     if not k:
         return numbers, products
     _check(queries)
-    room = np.empty((min(VECTORS, len(bank)), min(QUERIES, len(queries))), np.float32).ravel()
     for start in range(0, len(queries), QUERIES):
         own = slice(start, start + QUERIES)
         part = np.ascontiguousarray((unit(queries[own]) if cosines else queries[own]).T, np.float32)  # (d, q)
         least = np.full(part.shape[1], -np.inf, np.float32)  # (q,): from here on a product counts
         for first in range(0, len(bank), VECTORS):
             vectors = bank[first : first + VECTORS].astype(np.float32, copy=False)
-            if start == 0:
+            block = product(unit(vectors) if cosines else vectors, part)  # (b, q)
+            if not np.isfinite(block[:, 0]).all():  # as is what a vector without finite numbers multiplies
                 _check(vectors)
-            block = room[: len(vectors) * len(least)].reshape(len(vectors), -1)  # (b, q)
-            np.matmul(unit(vectors) if cosines else vectors, part, out=block)
             if first == 0 and k < len(block):  # a bound from a few, for a partition is slow
                 few = block[: max(k, FEW)].copy()
                 few.partition(len(few) - k, axis=0)

@@ -1,11 +1,43 @@
-"""The nearest vectors of a bank, against the whole matrix sorted."""
+"""The nearest vectors of a bank, against the whole matrix sorted, and the products behind them, by either library."""
 
 import tracemalloc
 
 import numpy as np
 import pytest
 
+import distributed
 from evaluation import nearest as neighbours
+from evaluation import products
+
+
+@pytest.fixture(autouse=True, params=["NumPy", "oneDNN"])
+def library(request, monkeypatch):
+    """Which multiplies, whatever the size and machine: true for oneDNN, and its calls."""
+    if request.param == "oneDNN" and not distributed.onednn_is_there():
+        pytest.skip("a torch without oneDNN")
+    asked = []
+    monkeypatch.setattr(products, "WORTH_ASKING", 0)
+    monkeypatch.setattr(products, "onednn_pays", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(products, "onednn_linear", lambda *a: asked.append(a) or distributed.onednn_linear(*a))
+    return request.param == "oneDNN", asked
+
+
+def test_products_are_those_of_float64_for_any_layout(library):
+    rng = np.random.default_rng(3)
+    for n, d, k in ((1, 1, 1), (300, 40, 3), (70, 513, 130)):
+        a, b = rng.normal(size=(n, d)).astype(np.float32), rng.normal(size=(d, k)).astype(np.float32)
+        exact = a.astype(np.float64) @ b.astype(np.float64)
+        for left in (a, np.asfortranarray(a)):
+            for right in (b, np.asfortranarray(b)):
+                found = products.product(left, right)
+                assert found.dtype == np.float32 and np.linalg.norm(found - exact) < 1e-6 * np.linalg.norm(exact)
+    by_onednn, asked = library
+    assert len(asked) == 12 * by_onednn
+
+
+def test_other_numbers_are_numpys(library):
+    a, b = np.arange(12.0).reshape(3, 4), np.ones((4, 2), np.float32)
+    assert np.array_equal(products.product(a, b), a @ b) and not library[1]
 
 
 @pytest.mark.parametrize("k", [1, 7, 100])
