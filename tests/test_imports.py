@@ -1,4 +1,4 @@
-"""Scripts start without PyTorch's compiler, and whoever wants it gets it whole."""
+"""Scripts start without PyTorch's compiler and without looking for garbage; whoever wants the former gets it whole."""
 
 from __future__ import annotations
 
@@ -39,9 +39,29 @@ assert len(optimizer.param_groups) == 2
 import torch._dynamo.config as config
 assert torch._dynamo.utils.config is config
 """
+# What is imported is no garbage, and what is made afterwards is collected.
+GARBAGE = """
+import argparse, gc, sys, weakref
+from runtime.command_line import answer_flags, run_script
+sys.argv = ["script"]
+class Ring:
+    def __init__(self): self.itself = self
+seen = []
+answer_flags(argparse.ArgumentParser(), lambda args: seen.append(gc.isenabled()))
+assert seen == [True] and not gc.isenabled()
+imported = Ring()
+def main():
+    assert gc.isenabled() and gc.get_freeze_count() > 1000 and not any(o is imported for o in gc.get_objects())
+    ring = weakref.ref(Ring())
+    gc.collect()
+    assert ring() is None
+    seen.append("ran")
+run_script(main)
+assert seen == [True, "ran"]
+"""
 
 
-@pytest.mark.parametrize("code", [SCRIPTS, EARLY], ids=["scripts", "early"])
+@pytest.mark.parametrize("code", [SCRIPTS, EARLY, GARBAGE], ids=["scripts", "early", "garbage"])
 def test_scripts_start_without_the_compiler_which_works_when_it_is_asked(code):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
