@@ -1,9 +1,9 @@
-"""benchmarks/bench_studies.py on a few breasts: what it draws is known, and it trains, probes and goes on."""
+"""benchmarks/bench_phantoms.py on a few breasts: what it draws is known, and it trains, probes and goes on."""
 
 import csv
 import re
 
-import bench_studies
+import bench_phantoms
 import pytest
 
 from datasets import create_reader
@@ -12,7 +12,7 @@ from synthetic.phantoms import draw_pathology, make_finding, make_patient
 
 
 def test_the_two_views_of_a_breast_are_a_study(tmp_path):
-    bench_studies.draw(tmp_path, 20)
+    bench_phantoms.draw(tmp_path, 20)
     with open(tmp_path / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"][7:12] for row in rows] == [f"{i // 2:05d}" for i in range(40)]
@@ -27,13 +27,25 @@ def test_the_two_views_of_a_breast_are_a_study(tmp_path):
     splits = {split: {row["patient"] for row in rows if row["split"] == split} for split in ("train", "val", "test")}
     assert [len(patients) for patients in splits.values()] == [14, 2, 4]
     with pytest.raises(ValueError, match="holds 20 breasts, not 10"):
-        bench_studies.draw(tmp_path, 10)
+        bench_phantoms.draw(tmp_path, 10)
 
 
 @pytest.mark.slow
 def test_rows_are_trained_probed_and_kept(tmp_path, capsys):
-    argv = ["--output-dir", str(tmp_path), "--breasts", "160", "--epochs", "1", "--batch-size", "16", "-j", "0"]
-    found = bench_studies.main([*argv, "--seeds", "0", "1"])
+    argv = [
+        "studies",
+        "--output-dir",
+        str(tmp_path),
+        "--breasts",
+        "160",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "16",
+        "-j",
+        "0",
+    ]
+    found = bench_phantoms.main([*argv, "--seeds", "0", "1"])
     assert all(len(seeds) == 2 for rows in found.values() for seeds in rows.values())
     assert {key for row in found["SLIP"].values() for seed in row for key in seed} == {"recall", "auroc"}
     assert {key for row in found["SIMCLR"].values() for seed in row for key in seed} == {"auroc"}
@@ -44,8 +56,8 @@ def test_rows_are_trained_probed_and_kept(tmp_path, capsys):
     value, low, high = map(float, re.fullmatch(r".*\| (\S+) \((\S+) to (\S+)\) \|", line).groups())
     assert value == pytest.approx(50 * sum(gain), abs=0.051) and any(gain) and low < value < high
     assert (
-        bench_studies.main([*argv, "--seeds", "1"])["SLIP"]["two images of a study"]
+        bench_phantoms.main([*argv, "--seeds", "1"])["SLIP"]["two images of a study"]
         == (found["SLIP"]["two images of a study"][1:])
     )
     with pytest.raises(ValueError, match="choose another --output-dir"):
-        bench_studies.main([*argv, "--seeds", "1", "--epochs", "2"])
+        bench_phantoms.main([*argv, "--seeds", "1", "--epochs", "2"])

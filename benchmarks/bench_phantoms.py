@@ -1,6 +1,7 @@
-"""Another image of the study as SimCLR's second view (--study-views) beside two views of one image, on phantoms.
+"""A training with one thing changed beside the same without it, on phantoms.
 
-    python benchmarks/bench_studies.py --output-dir studies
+    python benchmarks/bench_phantoms.py studies --output-dir studies    another image of the study as SimCLR's second view
+    python benchmarks/bench_phantoms.py patches --output-dir patches    half of a ViT's patches dropped in training
 
 Draws breasts with one lesion each, close up in CC and in MLO: the images of one study, whose pathology is drawn from
 the lesion's descriptors alone. Each row is trained from the same start on the same images with each seed. Measured are
@@ -19,6 +20,7 @@ import csv
 import json
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +40,35 @@ from synthetic.captions import mammogram_caption
 from synthetic.mammograms import crop_frame, draw_mammogram
 from synthetic.phantoms import CAPTION, SIDES, VIEWS, draw_pathology, make_finding, make_patient, pick
 
-ROWS = {"two views of an image": (), "two images of a study": ("--study-views",)}
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows by name, each with its flags beside those of the tower; the second is measured against the first."""
+
+    rows: dict[str, tuple[str, ...]]
+    tower: tuple[str, ...]
+
+
+# A ViT of 64 patches; the demo's tower, a small ResNet, has none to drop.
+VIT = (
+    *("--vision-tower", "vit_tiny_patch16_224", "--image-size", "64", "--context-length", "40", "--ssl-mlp-dim", "512"),
+    *("--ssl-emb-dim", "128", "--lr", "1e-3", "--override", "vision.patch_size=8", "vision.depth=4"),
+    *("vision.embed_dim=128", "vision.num_heads=2", "embed_dim=128", "text_width=64", "text_heads=2", "text_layers=2"),
+)
+COMPARISONS = {
+    "studies": Comparison(
+        {"two views of an image": (), "two images of a study": ("--study-views",)}, ("--lr", "2e-3", *TOWERS)
+    ),
+    "patches": Comparison({"all patches": (), "half of the patches": ("vision.patch_drop_rate=0.5",)}, VIT),
+}
 MEASURES = {"recall": "mean recall", "auroc": "macro AUROC"}
 SPLITS = ("train",) * 7 + ("val",) + ("test",) * 2  # of every ten patients
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=Path("studies"))
+    parser.add_argument("compared", choices=COMPARISONS)
+    parser.add_argument("--output-dir", type=Path, default=Path("phantoms"))
     parser.add_argument("--breasts", type=int, default=3000, help="of as many patients, with two images each")
     parser.add_argument("--objectives", nargs="+", default=["SLIP", "SIMCLR"], choices=("SLIP", "SIMCLR", "SIGSLIP"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, views and order")
@@ -98,6 +121,7 @@ def folder_of(args: argparse.Namespace, objective: str, row: str, seed: int) -> 
 
 def measure(args: argparse.Namespace, objective: str, row: str, seed: int) -> dict[str, float]:
     """Train and probe one row with one seed; {measure: fraction}."""
+    compared = COMPARISONS[args.compared]
     root, out = args.output_dir / "data", folder_of(args, objective, row, seed)
     settings = {"breasts": args.breasts, "epochs": args.epochs, "batch_size": args.batch_size}
     if (out / "result.json").is_file():
@@ -107,9 +131,9 @@ def measure(args: argparse.Namespace, objective: str, row: str, seed: int) -> di
         return done["measured"]
     scores = training.main([
         "--dataset", "csv", "--root", str(root), "--metadata", str(root / "table.csv"),
-        "--model", f"{objective}_VITT16", *TOWERS, "--batch-size", str(args.batch_size), "--lr", "2e-3",
+        "--model", f"{objective}_VITT16", *compared.tower, *compared.rows[row], "--batch-size", str(args.batch_size),
         "--epochs", str(args.epochs), "--eval-freq", str(args.epochs), "--keep-last", "1", "-j", str(args.workers),
-        "--seed", str(seed), "--mask-duplicates", "--output-dir", str(out / "training"), *ROWS[row],
+        "--seed", str(seed), "--mask-duplicates", "--output-dir", str(out / "training"),
     ])  # fmt: skip
     if "stopped_by" in scores:
         raise KeyboardInterrupt
@@ -132,7 +156,7 @@ def measure(args: argparse.Namespace, objective: str, row: str, seed: int) -> di
 def difference(args: argparse.Namespace, objective: str) -> Difference:
     """Macro AUROC of the second row minus that of the first, over seeds and test patients."""
     rows = []
-    for row in ROWS:
+    for row in COMPARISONS[args.compared].rows:
         folders = [folder_of(args, objective, row, seed) / "probe" for seed in args.seeds]
         each = [
             Predictions.read(folder / "predictions.csv", scheme_of(folder / "predictions.csv")) for folder in folders
@@ -144,15 +168,15 @@ def difference(args: argparse.Namespace, objective: str) -> Difference:
 
 def table(args: argparse.Namespace, objective: str, found: dict[str, list[dict[str, float]]]) -> list[str]:
     """Rows of Markdown in percent: each seed's value, and the difference of both rows."""
-    lines, (today, studies) = [], found.values()
-    for key in [key for key in MEASURES if key in today[0]]:
+    lines, (first, second) = [], found.values()
+    for key in [key for key in MEASURES if key in first[0]]:
         if key == "auroc":
             gain = difference(args, objective).shown(".1f", ".1f", 100)
         else:
-            gains = [100 * (b[key] - a[key]) for a, b in zip(today, studies, strict=True)]
+            gains = [100 * (b[key] - a[key]) for a, b in zip(first, second, strict=True)]
             spread = f" (SD over seeds {statistics.stdev(gains):.1f})" if len(gains) > 1 else ""
             gain = f"{statistics.mean(gains):.1f}{spread}"
-        cells = ["; ".join(f"{100 * seed[key]:.1f}" for seed in row) for row in (today, studies)]
+        cells = ["; ".join(f"{100 * seed[key]:.1f}" for seed in row) for row in (first, second)]
         lines.append(f"| {objective}, {MEASURES[key]} | {' | '.join(cells)} | {gain} |")
     return lines
 
@@ -160,14 +184,15 @@ def table(args: argparse.Namespace, objective: str, found: dict[str, list[dict[s
 def main(argv: list[str] | None = None) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Draw, train, measure and print; returns {objective: {row: [measures of each seed]}}."""
     args = get_args_parser().parse_args(argv)
+    rows = COMPARISONS[args.compared].rows
     draw(args.output_dir / "data", args.breasts)
     found = {
-        objective: {row: [measure(args, objective, row, seed) for seed in args.seeds] for row in ROWS}
+        objective: {row: [measure(args, objective, row, seed) for seed in args.seeds] for row in rows}
         for objective in args.objectives
     }
     print(f"SYNTHETIC data. {common.describe(torch.device('cpu'), len(args.seeds))}\n")
-    print(f"| % | {' | '.join(ROWS)} | difference |\n|---|---|---|---|")
-    print("\n".join(line for objective, rows in found.items() for line in table(args, objective, rows)))
+    print(f"| % | {' | '.join(rows)} | difference |\n|---|---|---|---|")
+    print("\n".join(line for objective, seeds in found.items() for line in table(args, objective, seeds)))
     utils.write_json(args.output_dir / "results.json", found)
     return found
 
