@@ -1,7 +1,7 @@
 """A training with one thing changed beside the same without it, on phantoms.
 
-    python benchmarks/bench_phantoms.py studies --output-dir studies    another image of the study as SimCLR's second view
-    python benchmarks/bench_phantoms.py patches --output-dir patches    half of a ViT's patches dropped in training
+    python benchmarks/bench_phantoms.py studies    another image of the study as SimCLR's second view
+    python benchmarks/bench_phantoms.py patches    half of a ViT's patches dropped in training
 
 Draws breasts with one lesion each, close up in CC and in MLO: the images of one study, whose pathology is drawn from
 the lesion's descriptors alone. Each row is trained from the same start on the same images with each seed. Measured are
