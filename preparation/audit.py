@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from distributed import onednn_linear, onednn_pays
 from evaluation.predictions import Predictions, scheme_of
 from evaluation.weighted import classification_metrics
 from flags.preparing import THRESHOLD
@@ -217,8 +218,20 @@ def detail(images: Tensor, window: int = 13, least: float = 4.0) -> Tensor:
     """
     images = images - images.mean((1, 2), keepdim=True)  # the squares stay small
     rows, columns = (averaging(size, window) for size in images.shape[1:])
-    mean, square = (rows @ x @ columns.T for x in (images, images * images))
+    mean, square = (times(beneath(rows, x), columns) for x in (images, images * images))
     return (images - mean) / ((square - mean**2).clamp(min=0).sqrt() + least)
+
+
+def times(x: Tensor, columns: Tensor) -> Tensor:
+    """x (n, H, W) @ columns (w, W) transposed: (n, H, w)."""
+    return onednn_linear(x, columns) if onednn_pays() else x @ columns.T
+
+
+def beneath(rows: Tensor, x: Tensor) -> Tensor:
+    """rows (h, H) @ x (n, H, W): (n, h, W)."""
+    if not onednn_pays():
+        return rows @ x
+    return onednn_linear(x.transpose(1, 2).contiguous(), rows).transpose(1, 2).contiguous()
 
 
 @lru_cache(maxsize=32)
@@ -256,9 +269,11 @@ def best_overlap(a: Tensor, b: Tensor, pairs: Tensor, batch: int = 128) -> tuple
     sums, squares = WindowSums(target), WindowSums(target * target)
     best, box = torch.full((n,), -1.0), torch.zeros(n, 4)
     for sy in SCALES:
+        h = round(sy * size)
+        flat = beneath(shrinking(size, h), b)
         for sx in SCALES:
-            h, w = round(sy * size), round(sx * size)
-            template = detail(shrinking(size, h) @ b @ shrinking(size, w).T)
+            w = round(sx * size)
+            template = detail(times(flat, shrinking(size, w)))
             template = template - template.mean((1, 2), keepdim=True)
             template = template / template.flatten(1).norm(dim=1).clamp(min=1e-3)[:, None, None]
             length = (squares.of(h, w) - sums.of(h, w) ** 2 / (h * w)).clamp(min=1e-2).sqrt()

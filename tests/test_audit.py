@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import distributed
 import make_dataset
 from evaluation.predictions import Predictions, Scheme, set_scheme
 from preparation import audit
@@ -83,7 +84,24 @@ def test_one_set_is_compared_with_itself_and_no_image_with_itself(films, tmp_pat
     assert pairs == {frozenset((name, f"again_{name}")) for name in ("00.png", "03.png", "07.png")}
 
 
-def test_the_overlap_is_numpys_correlation():
+@pytest.fixture(params=["torch", "oneDNN"])
+def library(request, monkeypatch):
+    """Which multiplies, whatever the machine."""
+    if request.param == "oneDNN" and not distributed.onednn_is_there():
+        pytest.skip("a torch without oneDNN")
+    monkeypatch.setattr(audit, "onednn_pays", lambda: request.param == "oneDNN")
+
+
+def test_products_on_either_side_are_those_of_float64(library):
+    x, rows, columns = torch.randn(5, 48, 40), torch.randn(30, 48), torch.randn(21, 40)
+    for found, exact in (
+        (audit.beneath(rows, x), rows.double() @ x.double()),
+        (audit.times(x, columns), x.double() @ columns.double().T),
+    ):
+        assert found.is_contiguous() and (found - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_the_overlap_is_numpys_correlation(library):
     """Without crop or shift the best correlation is at least Pearson's of the two, and 1 for a crop of the other."""
     g = torch.Generator().manual_seed(0)
     a = torch.nn.functional.interpolate(torch.rand(3, 1, 20, 20, generator=g), (48, 48), mode="bicubic")[:, 0] * 200
