@@ -100,6 +100,7 @@ class Row:
     untrained: bool = False  # the tower with fresh weights
     pairs: str = "roco"  # what it is trained on: a folder that `prepare` writes
     mean: int = 0  # the average of the weights of so many seeds of the base
+    last: int = 1  # the average of the weights after so many last epochs
 
 
 HELD = "--lr 3e-4 --hold-batchnorm"
@@ -125,6 +126,7 @@ RECIPES = {  # with SLIP too, beside the README's
     BOTH: replace(SEARCH[RECIPE], pairs="both"),
     "held, sigmoid loss": replace(SEARCH[RECIPE], objective="SIGSLIP"),
     "held, 12 epochs": Row("SLIP", f"{HELD} --epochs 12"),
+    "held, mean of the last 3 epochs": Row("SLIP", HELD, last=3),
     "held, LoRA": Row("SLIP", f"{HELD} --lora 8"),
 }
 LABELLED = {
@@ -362,6 +364,15 @@ def start_of(args: argparse.Namespace) -> Path:
     return folder
 
 
+def averaged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first of several checkpoints with the mean of all their weights."""
+    weights = [state["state_dict"] for state in states]
+    for key, first in weights[0].items():
+        if first.is_floating_point():
+            weights[0][key] = torch.stack([state[key] for state in weights]).mean(0)
+    return states[0]
+
+
 def tower_of(args: argparse.Namespace, row: Row, seed: int, root: Path, out: Path) -> Path:
     """The weights of a row: the ImageNet tower, or a checkpoint trained on the pairs under `root`."""
     file = out / "tower.pt"
@@ -370,12 +381,8 @@ def tower_of(args: argparse.Namespace, row: Row, seed: int, root: Path, out: Pat
     out.mkdir(parents=True, exist_ok=True)
     if row.mean:
         of = [args.seeds[seed * row.mean + i] for i in range(row.mean)]
-        states = [load_checkpoint(args.output_dir / "rows" / row.base / str(s) / out.name / "tower.pt") for s in of]
-        weights = [state["state_dict"] for state in states]
-        for key, first in weights[0].items():
-            if first.is_floating_point():
-                weights[0][key] = torch.stack([state[key] for state in weights]).mean(0)
-        save_checkpoint(states[0], file)
+        files = [args.output_dir / "rows" / row.base / str(s) / out.name / "tower.pt" for s in of]
+        save_checkpoint(averaged([load_checkpoint(file) for file in files]), file)
         return file
     if row.base:
         state = load_checkpoint(args.output_dir / "rows" / row.base / str(seed) / out.name / "tower.pt")
@@ -385,10 +392,14 @@ def tower_of(args: argparse.Namespace, row: Row, seed: int, root: Path, out: Pat
         save_checkpoint(state, file)
         return file
     flags = flags_of(args, row, seed, root, out)
-    done = training.main([*flags, "--keep-last", "1", "--eval-freq", "1" if row.best else str(args.epochs)])
+    often = "1" if row.best else str(args.epochs)
+    done = training.main([*flags, "--keep-last", str(2 * row.last - 1), "--eval-freq", often])
     if done.get("stopped_by"):  # the same command continues it
         sys.exit(128 + signal.Signals[done["stopped_by"]])
     state = load_checkpoint(out / ("checkpoint_best.pt" if row.best else "checkpoint.pt"))
+    if row.last > 1:
+        ends = [state["step"] * (args.epochs - back) // args.epochs for back in range(row.last)]
+        state = averaged([load_checkpoint(out / f"checkpoint_step{step:08d}.pt") for step in ends])
     save_checkpoint({key: state[key] for key in ("state_dict", "model", "preprocess", "tokenizer")}, file)
     for checkpoint in out.glob("checkpoint*.pt"):  # with the optimizer's state: five times as large
         checkpoint.unlink()

@@ -221,3 +221,23 @@ def test_a_training_that_a_signal_has_stopped_is_no_row(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as left:
         real_radiology.tower_of(args, real_radiology.FINAL["held"], 0, tmp_path, tmp_path / "whole")
     assert left.value.code == 128 + 15 and not (tmp_path / "whole" / "tower.pt").exists()
+
+
+def test_the_mean_of_the_last_epochs_leaves_out_what_a_signal_wrote(tmp_path, monkeypatch):
+    def train(flags):
+        folder = Path(flags[flags.index("--output-dir") + 1])
+        assert int(flags[flags.index("--keep-last") + 1]) >= 3  # two epochs, and one file of a signal
+        for step in (9, 14, 18, 27):
+            weights = {"w": torch.full((2,), float(step)), "seen": torch.tensor(step)}
+            state = {"state_dict": weights, "step": step, "model": {}, "preprocess": {}, "tokenizer": None}
+            torch.save(state, folder / f"checkpoint_step{step:08d}.pt")
+            torch.save(state, folder / "checkpoint.pt")
+        return {}
+
+    monkeypatch.setattr(real_radiology.training, "main", train)
+    argv = ["--data", str(tmp_path), "--vision-weights", "x", "--output-dir", str(tmp_path), "--epochs", "3"]
+    args, row = real_radiology.get_args_parser().parse_args(argv), real_radiology.Row("SLIP", last=2)
+    file = real_radiology.tower_of(args, row, 0, tmp_path, tmp_path / "whole")
+    state = torch.load(file, weights_only=True)
+    assert state["state_dict"]["w"].tolist() == [22.5, 22.5] and state["state_dict"]["seen"] == 27
+    assert [path.name for path in file.parent.iterdir()] == ["tower.pt"]
