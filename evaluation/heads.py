@@ -23,7 +23,7 @@ from torch import nn
 
 import utils
 from evaluation.nearest import nearest
-from evaluation.products import product
+from evaluation.products import product, product_of_columns
 from runtime.integrity import SEAL, UNSEALED, check_seal, seal
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def _scaled_loss(
     logits[rows, labels] = -others
     logits /= total[:, None]  # probabilities, less 1 at the sample's own class
     logits *= of_sample[:, None].astype(x.dtype)
-    gradient = np.vstack([product(logits.T, x).T + strength * weight[:-1], logits.sum(0, dtype=np.float64)])
+    gradient = np.vstack([product_of_columns(logits, x).T + strength * weight[:-1], logits.sum(0, dtype=np.float64)])
     return loss, (gradient * scale).ravel()
 
 

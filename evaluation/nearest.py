@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.products import product
+from evaluation.products import product, widened
 
 QUERIES, VECTORS = 256, 4096  # that are compared at a time, in 4 MiB
 FEW = 1024  # vectors that the first bound is taken from
@@ -38,8 +38,10 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int, cosines: bool = False
     _check(queries)
     for start in range(0, len(queries), QUERIES):
         own = slice(start, start + QUERIES)
-        part = np.ascontiguousarray((unit(queries[own]) if cosines else queries[own]).T, np.float32)  # (d, q)
-        least = np.full(part.shape[1], -np.inf, np.float32)  # (q,): from here on a product counts
+        n = len(queries[own])
+        part = widened(np.ascontiguousarray((unit(queries[own]) if cosines else queries[own]).T, np.float32))  # (d, q)
+        least = np.full(part.shape[1], np.inf, np.float32)  # (q,): from here on a product counts
+        least[:n] = -np.inf
         for first in range(0, len(bank), VECTORS):
             vectors = bank[first : first + VECTORS].astype(np.float32, copy=False)
             block = product(unit(vectors) if cosines else vectors, part)  # (b, q)
@@ -48,14 +50,14 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int, cosines: bool = False
             if first == 0 and k < len(block):  # a bound from a few, for a partition is slow
                 few = block[: max(k, FEW)].copy()
                 few.partition(len(few) - k, axis=0)
-                least = few[len(few) - k]
+                least[:n] = few[len(few) - k, :n]
             places = np.flatnonzero(block >= least)
             if len(places):
                 _merge(numbers[own], products[own], places // len(least) + first, places % len(least),
                        block.ravel()[places])  # fmt: skip
                 # What comes later in the bank has to be larger; until there are k, anything will do.
-                least = np.nextafter(products[own, -1], np.float32(np.inf))
-                least[products[own, -1] == -np.inf] = -np.inf
+                largest = products[own, -1]
+                least[:n] = np.where(largest == -np.inf, largest, np.nextafter(largest, np.float32(np.inf)))
     return numbers, products
 
 

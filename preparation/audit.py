@@ -53,6 +53,9 @@ CROP = 0.9  # side of the crops of the first step
 SCALES = (1.0, 0.95, 0.9, 0.85)  # sides of the crops of the second, which are refined to what lies between and below
 WORTH_REFINING = 0.7  # coarse correlation to the pixel from which fractions of one are tried
 WORTH_A_CLOSE_LOOK = 0.85  # and after that the fine one; pairs below are never listed
+# Images that are multiplied at a time. oneDNN keeps memory for each number that it meets (benchmarks/RESULTS.md), so it
+# is asked for this one alone.
+TOGETHER = 64
 
 
 def run(args: argparse.Namespace) -> None:
@@ -224,12 +227,12 @@ def detail(images: Tensor, window: int = 13, least: float = 4.0) -> Tensor:
 
 def times(x: Tensor, columns: Tensor) -> Tensor:
     """x (n, H, W) @ columns (w, W) transposed: (n, H, w)."""
-    return onednn_linear(x, columns) if onednn_pays() else x @ columns.T
+    return onednn_linear(x, columns) if len(x) == TOGETHER and onednn_pays() else x @ columns.T
 
 
 def beneath(rows: Tensor, x: Tensor) -> Tensor:
     """rows (h, H) @ x (n, H, W): (n, h, W)."""
-    if not onednn_pays():
+    if len(x) != TOGETHER or not onednn_pays():
         return rows @ x
     return onednn_linear(x.transpose(1, 2).contiguous(), rows).transpose(1, 2).contiguous()
 
@@ -265,15 +268,15 @@ def best_overlap(a: Tensor, b: Tensor, pairs: Tensor, batch: int = 128) -> tuple
         pairs: (K, 2), places in a and b.
     """
     n, size = len(pairs), a.shape[-1]
-    target = detail(a)
+    target = torch.cat([detail(part) for part in a.split(TOGETHER)])
     sums, squares = WindowSums(target), WindowSums(target * target)
     best, box = torch.full((n,), -1.0), torch.zeros(n, 4)
     for sy in SCALES:
         h = round(sy * size)
-        flat = beneath(shrinking(size, h), b)
+        flat = [beneath(shrinking(size, h), part) for part in b.split(TOGETHER)]
         for sx in SCALES:
             w = round(sx * size)
-            template = detail(times(flat, shrinking(size, w)))
+            template = torch.cat([detail(times(part, shrinking(size, w))) for part in flat])
             template = template - template.mean((1, 2), keepdim=True)
             template = template / template.flatten(1).norm(dim=1).clamp(min=1e-3)[:, None, None]
             length = (squares.of(h, w) - sums.of(h, w) ** 2 / (h * w)).clamp(min=1e-2).sqrt()
@@ -340,7 +343,7 @@ def overlay(a: Tensor, b: Tensor, pairs: Tensor) -> Tensor:
 
     out = torch.full((len(pairs),), -1.0)
     likely = torch.nonzero(coarse >= WORTH_REFINING)[:, 0]
-    for near in likely.split(256) if len(likely) else ():
+    for near in likely.split(TOGETHER) if len(likely) else ():
         fine, part = refined(*pair(small_a, small_b, near), box[near], (0.5,))
         close = fine >= WORTH_A_CLOSE_LOOK
         near, part = near[close], part[close]

@@ -12,32 +12,40 @@ from evaluation import products
 
 @pytest.fixture(autouse=True, params=["NumPy", "oneDNN"])
 def library(request, monkeypatch):
-    """Which multiplies, whatever the size and machine: true for oneDNN, and its calls."""
+    """Which multiplies, whatever the size and machine: true for oneDNN, and how many rows it was asked for."""
     if request.param == "oneDNN" and not distributed.onednn_is_there():
         pytest.skip("a torch without oneDNN")
-    asked = []
+    rows = []
     monkeypatch.setattr(products, "WORTH_ASKING", 0)
+    monkeypatch.setattr(products, "ROWS", (32, 8))
     monkeypatch.setattr(products, "onednn_pays", lambda: request.param == "oneDNN")
-    monkeypatch.setattr(products, "onednn_linear", lambda *a: asked.append(a) or distributed.onednn_linear(*a))
-    return request.param == "oneDNN", asked
+    monkeypatch.setattr(products, "onednn_linear", lambda x, y: rows.append(len(x)) or distributed.onednn_linear(x, y))
+    return request.param == "oneDNN", rows
 
 
-def test_products_are_those_of_float64_for_any_layout(library):
-    rng = np.random.default_rng(3)
-    for n, d, k in ((1, 1, 1), (300, 40, 3), (70, 513, 130)):
-        a, b = rng.normal(size=(n, d)).astype(np.float32), rng.normal(size=(d, k)).astype(np.float32)
-        exact = a.astype(np.float64) @ b.astype(np.float64)
-        for left in (a, np.asfortranarray(a)):
-            for right in (b, np.asfortranarray(b)):
-                found = products.product(left, right)
-                assert found.dtype == np.float32 and np.linalg.norm(found - exact) < 1e-6 * np.linalg.norm(exact)
-    by_onednn, asked = library
-    assert len(asked) == 12 * by_onednn
+@pytest.mark.parametrize("n, asked", [(1, []), (8, [8]), (75, [32, 32, 8]), (64, [32, 32])])
+@pytest.mark.parametrize("d, k", [(1, 1), (40, 3), (513, 130)])
+def test_products_are_those_of_float64_and_few_numbers_of_rows_are_asked_for(library, n, asked, d, k):
+    rng, (by_onednn, rows) = np.random.default_rng(3), library
+    a, b, c = (rng.normal(size=shape).astype(np.float32) for shape in ((n, d), (d, k), (n, k)))
+    ways = [(products.product(x, y), a, b) for x, y in ((a, b), (np.asfortranarray(a), np.asfortranarray(b)))]
+    assert rows == by_onednn * 2 * asked
+    ways.append((products.product_of_columns(c, a), c.T, a))
+    assert rows == by_onednn * (2 * asked + len(asked) * [k])
+    for found, left, right in ways:
+        exact = left.astype(np.float64) @ right.astype(np.float64)
+        assert found.dtype == np.float32 and np.linalg.norm(found - exact) < 1e-6 * np.linalg.norm(exact)
 
 
 def test_other_numbers_are_numpys(library):
-    a, b = np.arange(12.0).reshape(3, 4), np.ones((4, 2), np.float32)
+    a, b = np.arange(48.0).reshape(12, 4), np.ones((4, 2), np.float32)
     assert np.array_equal(products.product(a, b), a @ b) and not library[1]
+    assert np.array_equal(products.product_of_columns(a, a), a.T @ a) and not library[1]
+
+
+def test_numbers_of_queries_are_few(library):
+    widths = {products.widened(np.ones((3, n), np.float32)).shape[1] for n in range(1, 257)}
+    assert widths == ({16, 32, 48, 64, 128, 192, 256} if library[0] else set(range(1, 257)))
 
 
 @pytest.mark.parametrize("k", [1, 7, 100])
@@ -54,6 +62,7 @@ def test_nearest_equal_the_whole_matrix_sorted_and_ties_go_to_the_first(monkeypa
 
 def test_a_search_holds_no_more_for_a_larger_bank(monkeypatch):
     monkeypatch.setattr(neighbours, "VECTORS", 4096)
+    monkeypatch.setattr(products, "ROWS", (4096, 1024))
     rng = np.random.default_rng(0)
     queries, peaks = rng.normal(size=(100, 4)).astype(np.float32), []
     for n in (20_000, 80_000):
