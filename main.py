@@ -70,6 +70,7 @@ from runtime.versions import versions
 from tokenizer import SimpleTokenizer, Tokenizer, WordPieceTokenizer, create_tokenizer
 from towers import lora, onednn, sources
 from towers import pretrained as pretrained_towers
+from towers.build import drop_patches
 
 log = logging.getLogger("medslip")
 # What must not differ between a run and its continuation: the model, the data, and the schedule.
@@ -77,6 +78,7 @@ RESUME_SETTINGS = (
     "dataset", "caption_filter", "epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "update_freq",
     "accum_negatives", "wd", "betas", "eps", "seed", "ssl_scale", "ssl_temp", "gather_with_grad", "freeze",
     "shard", "mask_duplicates", "hold_batchnorm", "lora", "sentences", "study_views", "shared_view",
+    "patch_dropout",
 )  # fmt: skip
 
 
@@ -168,6 +170,8 @@ def build_model(args: argparse.Namespace) -> tuple[models.ImageModel, Tokenizer 
         log.info(f"image tower: {held} BatchNorm layers keep their statistics")
     if args.shared_view:  # what is compared with the caption is also the first of the two views
         model.objective = replace(model.objective, inputs=("image", "text", "view2"))
+    if args.patch_dropout:
+        drop_patches(model.visual, model.config["vision_tower"], args.patch_dropout)
     if args.grad_checkpointing:
         model.checkpoint_gradients()
     if args.lora:

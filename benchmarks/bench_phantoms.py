@@ -59,7 +59,7 @@ COMPARISONS = {
     "studies": Comparison(
         {"two views of an image": (), "two images of a study": ("--study-views",)}, ("--lr", "2e-3", *TOWERS)
     ),
-    "patches": Comparison({"all patches": (), "half of the patches": ("vision.patch_drop_rate=0.5",)}, VIT),
+    "patches": Comparison({"all patches": (), "half of the patches": ("--patch-dropout", "0.5")}, VIT),
 }
 MEASURES = {"recall": "mean recall", "auroc": "macro AUROC"}
 SPLITS = ("train",) * 7 + ("val",) + ("test",) * 2  # of every ten patients

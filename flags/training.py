@@ -151,6 +151,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--shared-view", action="store_true",
                        help="SLIP: the view that is compared with the caption is also the first of the two that are "
                        "compared with each other, two views an image in place of three")
+    train.add_argument("--patch-dropout", default=0.0, type=float, metavar="SHARE",
+                       help="of a timm ViT's patches, left out at random in each training view (0.5: half)")
     train.add_argument("--shard", action="store_true",
                        help="split parameters, gradients and optimizer state over the processes (PyTorch's FSDP2), "
                        "for models that do not fit one GPU; same losses and weights, more communication")
@@ -205,6 +207,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.shared_view and MODELS[args.model] not in ("slip", "sigslip"):
         raise UsageError(f"--shared-view is for models that compare images with captions and views, not {args.model}")
+    if not 0 <= args.patch_dropout < 1:
+        raise UsageError(f"--patch-dropout {args.patch_dropout:g}: a share from 0 to below 1")
     if args.val_fraction != 0.1 and args.dataset != "csv":
         raise UsageError(f"--val-fraction is for --dataset csv; {args.dataset} has its publisher's splits")
     if args.shard and args.accum_negatives == "full":

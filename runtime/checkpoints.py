@@ -347,7 +347,7 @@ def differences(theirs: dict, ours: dict) -> list[str]:
 # Settings of a training that came later, and what a run did before there was one.
 ADDED_LATER = {
     "mask_duplicates": False, "hold_batchnorm": False, "lora": 0, "held out by": "", "sentences": False,
-    "study_views": False, "shared_view": False,
+    "study_views": False, "shared_view": False, "patch_dropout": 0.0,
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ REFUSED = (
     ("main.py", ["--init", "a", "--resume", "b"], "--resume and --init"),
     ("main.py", ["--model", "SIGLIP_VITT16", "--no-gather-with-grad"], "sigmoid"),
     ("main.py", ["--model", "SIMCLR_VITT16", "--shared-view"], "not SIMCLR_VITT16"),
+    ("main.py", ["--patch-dropout", "1"], "--patch-dropout 1: a share from 0 to below 1"),
     ("main.py", ["--warmup-epochs", "3", "--epochs", "2"], "--warmup-epochs 3 is more than --epochs 2"),
     ("main.py", ["--val-fraction", "0.2", "--dataset", "roco"], "--val-fraction is for --dataset csv"),
     ("main.py", ["--evaluate", "--estimate"], "choose one"),

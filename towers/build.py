@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import timm
+from timm.layers import PatchDropout
 from torch import nn
 
 from inputs.sizes import Size, height_width
@@ -91,6 +92,17 @@ def build_timm_tower(name: str, settings: dict[str, Any], size: Size) -> Any:
         # timm 0.5, which the published models were trained with; later releases start the class token at 1e-6.
         nn.init.trunc_normal_(tower.cls_token, std=0.02)
     return tower
+
+
+def drop_patches(tower: Any, name: str, share: float) -> None:
+    """Have a ViT of timm leave out a random share of each image's patches in training (Li et al. 2023, FLIP).
+
+    Weights and their names stay, and what is not training sees whole images. ValueError for a tower without patches
+    that it could leave out.
+    """
+    if not isinstance(getattr(tower, "patch_drop", None), nn.Module):
+        raise ValueError(f"--patch-dropout: {name} cannot leave patches out, as the plain ViTs of timm can")
+    tower.patch_drop = PatchDropout(share, num_prefix_tokens=tower.num_prefix_tokens)
 
 
 def build_text_tower(kind: str, pooling: str, settings: dict[str, Any], **sizes: int) -> Any:
