@@ -17,33 +17,37 @@ WORTH_ASKING = 2 * 10**6  # multiplications, from which on a call of oneDNN cost
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a (n, d) @ b (d, k): by oneDNN where it is much faster on this machine, else by NumPy, as what is not float32."""
-    least = ROWS[-1]
-    if not a.dtype == b.dtype == np.float32 or len(a) < least or least * b.size < WORTH_ASKING or not onednn_pays():
+    parts = _parts(a, b, b.size)
+    if not parts:
         return a @ b
-    weight, parts, done = torch.from_numpy(b).T, [], 0
-    for rows in ROWS:
-        while len(a) - done >= rows:
-            parts.append(onednn_linear(torch.from_numpy(a[done : done + rows]), weight).numpy())
-            done += rows
-    if done < len(a):
-        parts.append(a[done:] @ b)
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    found = [onednn_linear(torch.from_numpy(a[own]), torch.from_numpy(b).T).numpy() for own in parts]
+    if (done := parts[-1].stop) < len(a):
+        found.append(a[done:] @ b)
+    return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def product_of_columns(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a (n, k) transposed @ b (n, d): (k, d), as `product` multiplies."""
+    parts = _parts(a, b, a.shape[1] * b.shape[1])
+    if not parts:
+        return a.T @ b
+    total = a[parts[-1].stop :].T @ b[parts[-1].stop :]
+    for own in parts:
+        total += onednn_linear(torch.from_numpy(a[own]).T, torch.from_numpy(b[own]).T).numpy()
+    return total
+
+
+def _parts(a: np.ndarray, b: np.ndarray, of_a_row: int) -> list[slice]:
+    """The rows of `a` that oneDNN multiplies at a time, each of them so many times; what is behind them is NumPy's."""
     least = ROWS[-1]
-    if not a.dtype == b.dtype == np.float32 or len(a) < least or a[:least].size * b.shape[1] < WORTH_ASKING:
-        return a.T @ b
-    if not onednn_pays():
-        return a.T @ b
-    total, done = np.zeros((a.shape[1], b.shape[1]), np.float32), 0
+    if not a.dtype == b.dtype == np.float32 or len(a) < least or least * of_a_row < WORTH_ASKING or not onednn_pays():
+        return []
+    parts, done = [], 0
     for rows in ROWS:
         while len(a) - done >= rows:
-            own = slice(done, done + rows)
-            total += onednn_linear(torch.from_numpy(a[own]).T, torch.from_numpy(b[own]).T).numpy()
+            parts.append(slice(done, done + rows))
             done += rows
-    return total + a[done:].T @ b[done:]
+    return parts
 
 
 def widened(columns: np.ndarray) -> np.ndarray:

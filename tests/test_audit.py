@@ -86,20 +86,37 @@ def test_one_set_is_compared_with_itself_and_no_image_with_itself(films, tmp_pat
 
 @pytest.fixture(params=["torch", "oneDNN"])
 def library(request, monkeypatch):
-    """Which multiplies, whatever the machine."""
+    """Which multiplies, whatever the machine, three images at a time: true for oneDNN, and how many it was given."""
     if request.param == "oneDNN" and not distributed.onednn_is_there():
         pytest.skip("a torch without oneDNN")
+    given, multiply = [], distributed.onednn_linear
+    monkeypatch.setattr(audit, "TOGETHER", 3)
     monkeypatch.setattr(audit, "onednn_pays", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(audit, "onednn_linear", lambda x, y: given.append(len(x)) or multiply(x, y))
+    return request.param == "oneDNN", given
 
 
-def test_products_on_either_side_are_those_of_float64(library):
-    g = torch.Generator().manual_seed(0)
-    x, rows, columns = (torch.randn(shape, generator=g) for shape in ((5, 48, 40), (30, 48), (21, 40)))
+@pytest.mark.parametrize("n", [3, 5])
+def test_products_on_either_side_are_those_of_float64(library, n):
+    g, (by_onednn, given) = torch.Generator().manual_seed(0), library
+    x, rows, columns = (torch.randn(shape, generator=g) for shape in ((n, 48, 40), (30, 48), (21, 40)))
     for found, exact in (
         (audit.beneath(rows, x), rows.double() @ x.double()),
         (audit.times(x, columns), x.double() @ columns.double().T),
     ):
         assert found.is_contiguous() and (found - exact).norm() < 1e-6 * exact.norm()
+    assert given == (2 * [3] if by_onednn and n == 3 else [])
+
+
+def test_an_audit_asks_onednn_for_one_number_of_images(library):
+    by_onednn, given = library
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.rand(7, 48, 48, generator=g), torch.rand(5, 48, 48, generator=g)
+    pairs = torch.cartesian_prod(torch.arange(7), torch.arange(5))
+    value, box = audit.best_overlap(a, b, pairs)
+    assert set(given) == ({3} if by_onednn else set())
+    alone = [audit.best_overlap(a[i : i + 1], b[j : j + 1], torch.zeros(1, 2, dtype=torch.long)) for i, j in pairs]
+    torch.testing.assert_close(value, torch.cat([found for found, _ in alone]), rtol=0, atol=1e-5)
 
 
 def test_the_overlap_is_numpys_correlation(library):

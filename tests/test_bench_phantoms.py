@@ -5,7 +5,10 @@ import re
 
 import bench_phantoms
 import pytest
+import torch
 
+import main
+import utils
 from datasets import create_reader
 from inputs.columns import PairColumns
 from synthetic.phantoms import draw_pathology, make_finding, make_patient
@@ -30,21 +33,24 @@ def test_the_two_views_of_a_breast_are_a_study(tmp_path):
         bench_phantoms.draw(tmp_path, 10)
 
 
+@pytest.mark.parametrize("compared", bench_phantoms.COMPARISONS)
+def test_rows_start_from_the_same_weights_and_differ_by_their_flags(compared):
+    models, (first, second) = [], bench_phantoms.COMPARISONS[compared].rows.values()
+    for flags in (first, second):
+        utils.seed_everything(0)
+        argv = ["--model", "SLIP_VITT16", *bench_phantoms.COMPARISONS[compared].tower, *flags]
+        models.append(main.build_model(main.get_args_parser().parse_args(argv))[0])
+    states = [model.state_dict() for model in models]
+    assert not first and second and states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    shares = [getattr(getattr(model.visual, "patch_drop", None), "prob", 0) for model in models]
+    assert shares == [0, 0.5 if compared == "patches" else 0]
+
+
 @pytest.mark.slow
 def test_rows_are_trained_probed_and_kept(tmp_path, capsys):
-    argv = [
-        "studies",
-        "--output-dir",
-        str(tmp_path),
-        "--breasts",
-        "160",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "16",
-        "-j",
-        "0",
-    ]
+    argv = ["studies", "--output-dir", str(tmp_path), "--breasts", "160", "--epochs", "1"]
+    argv += ["--batch-size", "16", "-j", "0"]
     found = bench_phantoms.main([*argv, "--seeds", "0", "1"])
     assert all(len(seeds) == 2 for rows in found.values() for seeds in rows.values())
     assert {key for row in found["SLIP"].values() for seed in row for key in seed} == {"recall", "auroc"}

@@ -33,9 +33,8 @@ def test_patches_are_left_out_in_training_alone_and_are_others_for_each_image():
     assert patches > 3 and part.shape[1] == tower.num_prefix_tokens + patches // 2
     places = [[(row == whole[i]).all(1).nonzero().item() for row in part[i]] for i in range(2)]
     for found in places:
-        assert found[: tower.num_prefix_tokens] == list(range(tower.num_prefix_tokens)) and len(set(found)) == len(
-            found
-        )
+        assert found[: tower.num_prefix_tokens] == list(range(tower.num_prefix_tokens))
+        assert len(set(found)) == len(found)
     assert set(places[0]) != set(places[1])
 
 
@@ -49,8 +48,7 @@ def test_it_is_part_of_the_run_and_not_of_the_model(tmp_path):
     main.main(command(roco, tmp_path / "out", "--patch-dropout", "0.5", "--epochs", "1"))
     state = load_checkpoint(tmp_path / "out" / "checkpoint.pt")
     assert state["settings"]["patch_dropout"] == 0.5 and "patch_drop" not in str(state["model"])
-    assert main.models.load_pretrained(tmp_path / "out" / "checkpoint.pt").model.visual.patch_drop.__class__ is (
-        torch.nn.Identity
-    )
+    tower = main.models.load_pretrained(tmp_path / "out" / "checkpoint.pt").model.visual
+    assert type(tower.patch_drop) is torch.nn.Identity
     with pytest.raises(ValueError, match="settings differ.*patch_dropout: 0.5 there, 0.0 now"):
         main.main(command(roco, tmp_path / "out", "--epochs", "1"))
