@@ -151,6 +151,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=int, default=128, help="pixels; 112 to 160 on two cores")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--update-freq", type=int, default=1, help="micro-batches a step, where memory is short")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
     parser.add_argument(
         "--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="NAME", help="; ".join(ROWS)
@@ -349,6 +350,7 @@ def flags_of(args: argparse.Namespace, row: Row, seed: int, root: Path, out: Pat
         *("--dataset", "roco", "--root", str(root), "--output-dir", str(out), "--model", model),
         *("--vision-tower", TOWER, "--vision-weights", args.vision_weights, "--image-size", str(args.image_size)),
         *("--epochs", str(args.epochs), "--batch-size", str(args.batch_size), "-j", str(args.workers)),
+        *("--update-freq", str(args.update_freq), "--accum-negatives", "full" if args.update_freq > 1 else "micro"),
         *("--seed", str(seed), *COMMON.split(), *row.flags.split()),
     ]
 
