@@ -223,6 +223,15 @@ def test_a_training_that_a_signal_has_stopped_is_no_row(tmp_path, monkeypatch):
     assert left.value.code == 128 + 15 and not (tmp_path / "whole" / "tower.pt").exists()
 
 
+@pytest.mark.parametrize("micro, way", [(1, "micro"), (2, "full")])
+def test_micro_batches_of_a_step_are_negatives_of_each_other(tmp_path, micro, way):
+    argv = ["--data", "data", "--vision-weights", "tower.pt", "--batch-size", "32", "--update-freq", str(micro)]
+    args, row = real_radiology.get_args_parser().parse_args(argv), real_radiology.FINAL["held"]
+    flags = real_radiology.flags_of(args, row, 0, tmp_path, tmp_path)
+    given = real_radiology.training.get_args_parser().parse_args(flags)
+    assert (given.batch_size, given.update_freq, given.accum_negatives) == (32, micro, way)
+
+
 def test_the_mean_of_the_last_epochs_leaves_out_what_a_signal_wrote(tmp_path, monkeypatch):
     def train(flags):
         folder = Path(flags[flags.index("--output-dir") + 1])
