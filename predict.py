@@ -42,7 +42,7 @@ from evaluation.features import Backbone, Loading, each_once
 from evaluation.heads import Linear
 from evaluation.nearest import nearest
 from evaluation.probe import fitted_probe
-from inputs.display import SHOWN, Display
+from inputs.display import AS_STORED, SHOWN, STRETCHED, Display
 from inputs.files import IMAGE_SUFFIXES, images_below
 from inputs.images import decode_shown, frames_of, read_bytes
 from inputs.metadata import Table
@@ -157,10 +157,13 @@ def compare_greys(images: Sequence[Shown], greys: Sequence[str], trained: dict[s
     foreign = [i for i, kind in enumerate(greys) if trained and kind not in trained]
     if foreign:
         first = foreign[0]
+        shrunk = AS_STORED in (trained or ()) and greys[first] == STRETCHED
         log.warning(
             f"{len(foreign)} of {len(images)} images are shown otherwise than the training images were "
             f"({', '.join(trained or ())}), the first, {images[first]}, by {greys[first]}: their greys differ, so the "
             "answers may. --window CENTER WIDTH shows images of more than 8 bits through one window"
+            + " (smaller copies by make_dataset.py shrink had these greys, and are stored in 8 bits)"
+            * shrunk
         )
 
 

@@ -44,9 +44,10 @@ def decode_frame(source: bytes, runner: Any) -> memoryview:
     else:
         values = np.asarray(decode(source))
         runner.set_option("bits_allocated", 8 * values.dtype.itemsize)
-    if values.size != runner.rows * runner.columns or values.dtype.kind != "u":
+    kinds = "ui" if runner.pixel_representation else "u"
+    if values.size != runner.rows * runner.columns or values.dtype.kind not in kinds:
         raise ValueError(f"{values.size} values of {values.dtype}, for {runner.rows} rows of {runner.columns}")
-    return np.ascontiguousarray(values, f"<u{values.dtype.itemsize}").data
+    return np.ascontiguousarray(values, f"<{values.dtype.kind}{values.dtype.itemsize}").data
 
 
 def stored_values(dataset: Any, number: int) -> np.ndarray:
@@ -55,6 +56,9 @@ def stored_values(dataset: Any, number: int) -> np.ndarray:
     from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     uid = dataset.file_meta.get("TransferSyntaxUID")
+    # pydicom 3.0.2 looks for a frame of single bits from a whole byte on, where none need end (findings/).
+    if dataset.get("BitsAllocated") == 1 and number:
+        return pixel_array(dataset)[number]
     plain = uid in (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
     if dataset.get("SamplesPerPixel") == 1 and (plain or is_available(str(uid))):
         decoder = get_decoder(uid)
@@ -70,6 +74,9 @@ def stored_values(dataset: Any, number: int) -> np.ndarray:
         except Exception:  # of any kind, on a damaged file: what another decoder reads or says of it counts
             if plain or decoder.available_plugins == (LABEL,):
                 raise
+    elif uid in CODECS and (decoder := get_decoder(uid)).available_plugins == (LABEL,):  # of a grey image before
+        missing = "; ".join(decoder.missing_dependencies)
+        raise RuntimeError(f"'{decoder.UID.name}' in colour: plugins are missing dependencies: {missing}")
     return pixel_array(dataset, index=number)
 
 

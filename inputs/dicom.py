@@ -52,6 +52,7 @@ def displayed(data: bytes, display: Display = DISPLAY) -> tuple[Image.Image, str
     frames = int(dataset.get("NumberOfFrames") or 1)
     number = display.index(frames)
     _take_sign(dataset, number)
+    _take_colours(dataset)
     above = _above_the_low_bits(dataset)
     frame = stored_values(dataset, number)  # (H, W), or (H, W, 3) in RGB
     frame = frame >> above if above else frame
@@ -59,7 +60,7 @@ def displayed(data: bytes, display: Display = DISPLAY) -> tuple[Image.Image, str
         _mend_palette(dataset)
         frame = apply_color_lut(frame, dataset)[..., :3]
         frame = frame if frame.dtype == np.uint8 else (frame >> 8).astype(np.uint8)  # entries fill all 16 bits
-    _take_functional_groups(dataset, number)
+    take_functional_groups(dataset, number)
     if frame.ndim == 2:
         shown, how = _grey(frame, dataset, display.window)
     else:
@@ -84,7 +85,8 @@ def _grey(frame: np.ndarray, dataset: Any, window: tuple[float, float] | None) -
             values, padding = _modality(stored, dataset), _padding(stored, dataset)
         grey = np.zeros(values.shape, np.uint8)
         grey[~padding], how = to_8bit(values[~padding], counts=None if counts is None else counts[~padding])
-        if (bits := int(dataset.get("BitsStored", 8))) < 8:  # a mask of one bit, say
+        # A mask of one bit, say. What a device measured of so few is not spread any more.
+        if (bits := int(dataset.get("BitsStored", 8))) < 8 and np.array_equal(values, stored):
             grey = np.rint(grey * (255 / ((1 << bits) - 1))).clip(0, 255).astype(np.uint8)
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
         grey = 255 - grey
@@ -131,6 +133,8 @@ def reason(error: Exception) -> str:
         if kind and kind[1] in {UID(syntax).name for syntax in CODECS}:
             advice = f"pip install imagecodecs (grey), or {advice} (colour too)"
         return f"{named} and not damaged: to read it, {advice}"
+    if "Pillow does not support 'JPEG Extended'" in text:
+        return "it is JPEG of 12 bits and not damaged: to read it, pip install pylibjpeg pylibjpeg-libjpeg"
     if type(error).__name__ == "InvalidDicomError":
         return "it does not begin as a DICOM file (128 bytes, then DICM): a DICOM tool such as dcmconv can rewrite it"
     # Of several decoders each says what it met, on a line of its own.
@@ -222,6 +226,16 @@ def _take_sign(dataset: Any, number: int) -> None:
         dataset.PixelRepresentation = int(get_j2k_parameters(code).get("is_signed", False))
 
 
+def _take_colours(dataset: Any) -> None:
+    """Call the retired YBR_PARTIAL_422 of a JPEG what its decoders make of it, which pydicom leaves as Y, Cb and Cr."""
+    from pydicom.uid import JPEGTransferSyntaxes
+
+    if dataset.get("PhotometricInterpretation") == "YBR_PARTIAL_422" and (
+        dataset.file_meta.get("TransferSyntaxUID") in JPEGTransferSyntaxes
+    ):
+        dataset.PhotometricInterpretation = "YBR_FULL_422"
+
+
 def _above_the_low_bits(dataset: Any) -> int:
     """How far the stored values lie above the lowest bit (HighBit 15 of 12 bits: 4); pydicom then keeps all bits."""
     stored, high = dataset.get("BitsStored"), dataset.get("HighBit")
@@ -232,21 +246,24 @@ def _above_the_low_bits(dataset: Any) -> int:
 
 
 def _mend_palette(dataset: Any) -> None:
-    """Palettes of 8 bits whose entries are padded to 16, told by the length of the data (PS3.3, C.7.6.3.1.6)."""
+    """Palettes as pydicom reads them: little end first, without a byte behind the entries, 8 bits called 8 bits.
+
+    Entries of 8 bits may be padded to 16, told by the length of the data (PS3.3, C.7.6.3.1.6).
+    """
     colours = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
     if not all(f"{name}Data" in dataset and f"{name}Descriptor" in dataset for name in colours):
         return
-    tables = []
-    for name in colours:
-        count = int(dataset[f"{name}Descriptor"].value[0]) or 1 << 16
-        data = _words(dataset[f"{name}Data"].value, dataset)
-        tables.append(np.frombuffer(data[: 2 * count], "<u2"))
-        if len(data) < 2 * count or tables[-1].max() > 255:
-            return
-    for name, table in zip(colours, tables, strict=True):
-        count, first, _ = dataset[f"{name}Descriptor"].value
-        dataset[f"{name}Descriptor"].value = [count, first, 8]
-        dataset[f"{name}Data"].value = table.astype(np.uint8).tobytes() + b"\0" * (len(table) % 2)
+    descriptors = [dataset[f"{name}Descriptor"] for name in colours]
+    counts = [int(descriptor.value[0]) or 1 << 16 for descriptor in descriptors]
+    tables = [_words(dataset[f"{name}Data"].value, dataset) for name in colours]
+    wide = all(len(table) >= 2 * count for table, count in zip(tables, counts, strict=True))
+    tables = [np.frombuffer(table[: (1 + wide) * count], "<u2" if wide else np.uint8)
+              for table, count in zip(tables, counts, strict=True)]  # fmt: skip
+    narrow = not wide or max(table.max() for table in tables) <= 255
+    for name, descriptor, table in zip(colours, descriptors, tables, strict=True):
+        dataset[f"{name}Data"].value = (table.astype(np.uint8) if narrow else table).tobytes()
+        if narrow:
+            descriptor.value = [*descriptor.value[:2], 8]
 
 
 def _words(data: Any, dataset: Any) -> bytes:
@@ -257,18 +274,29 @@ def _words(data: Any, dataset: Any) -> bytes:
     return data if little in (True, None) else np.frombuffer(data[: len(data) // 2 * 2], ">u2").astype("<u2").tobytes()
 
 
-def _take_functional_groups(dataset: Any, number: int) -> None:
+# What a group of a frame says at once, so that nothing of it is left of what counts less.
+_VALUES = "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"
+_SHOWN = "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"
+MACROS = {
+    "PixelValueTransformationSequence": _VALUES, "FrameVOILUTSequence": _SHOWN, "PixelMeasuresSequence": (),
+}  # fmt: skip
+
+
+def take_functional_groups(dataset: Any, number: int) -> None:
     """Put what the groups say of frame `number`'s values and pixels into the data set (PS3.3, C.7.6.16).
 
-    The frame's own group counts before the shared one.
+    The frame's own group counts before the shared one, and that before the data set.
     """
     for name, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", number)):
         groups = dataset.get(name) or []
         if place >= len(groups):
             continue
-        for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
+        for macro, replaced in MACROS.items():
             for item in (groups[place].get(macro) or [])[:1]:
                 _drop_empty(item)
+                for old in replaced if any(key in item for key in replaced) else ():
+                    if old in dataset:
+                        del dataset[old]
                 for element in item:
                     dataset[element.tag] = element
 
@@ -290,17 +318,20 @@ def _padding(frame: np.ndarray, dataset: Any) -> np.ndarray:
 
 
 def _as_stored(value: int, dataset: Any) -> int:
-    """A value that was written unsigned, of an image of signed ones: 63488 is -2048 there."""
+    """A value that was written unsigned, of an image of signed ones (63488 is -2048 there), or the other way round."""
     bits = int(dataset.BitsAllocated)
-    return value - (1 << bits) if dataset.get("PixelRepresentation") == 1 and value >= 1 << (bits - 1) else value
+    if dataset.get("PixelRepresentation") == 1:
+        return value - (1 << bits) if value >= 1 << (bits - 1) else value
+    return value + (1 << bits) if value < 0 else value
 
 
 def _square(img: Image.Image, dataset: Any) -> Image.Image:
     """The image as a screen with square pixels shows it: enlarged along the longer side of its own pixels.
 
-    Their sides, of a row and of a column, are the ratio that the file states, or the distances of their centres in mm.
+    Their sides, of a row and of a column, are the distances of their centres in mm, or the ratio that a file without
+    these states (PS3.3, C.7.6.3.1.7).
     """
-    names = ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+    names = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
     pairs = [value for name in names if hasattr(value := dataset.get(name), "__len__") and len(value) == 2]
     sides = ([float(side) for side in pair] for pair in pairs)
     height, width = next((pair for pair in sides if min(pair) > 0), (1.0, 1.0))  # of a pixel
@@ -334,8 +365,10 @@ def _looked_up(values: np.ndarray, item: Any, signed: bool, dataset: Any) -> tup
         entries = np.frombuffer(data, np.uint8, count)  # of 8 bits, two to a word
     else:
         raise ValueError(f"a table of {count} entries holds {len(data)} bytes")
-    # Sixteen bits are what an entry is stored in; some devices declare them where the table ends at 4095.
-    bits = bits if bits < 16 else max(8, int(entries.max()).bit_length())
+    # Sixteen bits are what an entry is stored in; some devices declare them where the table ends at 4095. Others
+    # declare fewer than their entries have.
+    highest = int(entries.max())
+    bits = bits if 0 < bits < 16 and highest < 1 << bits else max(8, highest.bit_length())
     index = np.clip(np.rint(values).astype(np.int64) - first, 0, count - 1)
     return entries[index], (1 << bits) - 1
 
@@ -360,8 +393,9 @@ def _windowed(values: np.ndarray, dataset: Any) -> np.ndarray | None:
     """Through the first VOI table or window that the file states, to uint8; None where it states neither."""
     for item in (dataset.get("VOILUTSequence") or [])[:1]:
         if _has_table(item):
-            # By what the values can be, and not by what those of this image are.
+            # By what the values can be, and not by what those of this image are. A table's entries have no sign.
             signed = dataset.get("PixelRepresentation") == 1 or float(dataset.get("RescaleIntercept") or 0) < 0
+            signed = signed and not any(map(_has_table, (dataset.get("ModalityLUTSequence") or [])[:1]))
             shown, high = _looked_up(values, item, signed or bool(values.min() < 0), dataset)
             return np.rint(255 * (shown / high)).astype(np.uint8)
     center, width = (_first(dataset.get(name)) for name in ("WindowCenter", "WindowWidth"))

@@ -37,6 +37,8 @@ class UnreadableImage(ValueError):
     """An image that cannot be decoded; the message names it."""
 
 
+EMPTY = "it is empty"
+
 # What the decoders of Pillow and pydicom raise on damaged files, and on files too large to be images.
 _DECODE_ERRORS = (
     ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError,
@@ -224,7 +226,7 @@ def _is_another(data: bytes) -> bool:
 def _what_it_is(data: bytes) -> str:
     """Why Pillow knows no image in this, in a user's words."""
     if not data:
-        return "it is empty"
+        return EMPTY
     if data[:4] in (b"II*\0", b"MM\0*"):
         return "it is a TIFF of a kind that Pillow does not read (bits, sample format or compression)"
     if b"\0" not in data[:512] and all(byte >= 32 or byte in b"\t\r\n" for byte in data[:512]):
@@ -272,7 +274,8 @@ def _dicom_image(data: bytes, name: str, display: Display) -> tuple[Image.Image,
     except ImportError as error:
         raise ImportError(f"{name} is a DICOM file; to read it, install pydicom") from error
     except Exception as error:  # pydicom raises any kind on damaged files
-        raise UnreadableImage(f"cannot decode the image {name}: {lfs_pointer(data) or dicom.reason(error)}") from error
+        why = lfs_pointer(data) or (dicom.reason(error) if data else EMPTY)
+        raise UnreadableImage(f"cannot decode the image {name}: {why}") from error
 
 
 def frames_of(path: str | Path) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from inputs.dicom import take_functional_groups
 from inputs.display import BY_FILE
 from inputs.images import UnreadableImage, decode_shown
 
@@ -53,6 +54,7 @@ def with_pixels(data: bytes, small: Image.Image, how: str, scale: float, name: s
 
     try:
         dataset = pydicom.dcmread(io.BytesIO(data))
+        take_functional_groups(dataset, 0)  # of one frame, where spacings may lie
         spacing = {key: _finest(dataset.get(key)) for key in SPACINGS}
         for tag in [element.tag for element in dataset if _goes(element.tag)]:
             del dataset[tag]

@@ -306,6 +306,7 @@ def test_the_codestream_of_jpeg_2000_says_what_is_signed(tmp_path, sign_of_heade
         ({"ImagerPixelSpacing": [0.3, 0.1]}, (64, 192)),
         ({"PixelSpacing": [0.1, 0.1002]}, (64, 64)),
         ({"PixelSpacing": None, "PixelAspectRatio": [1, 1]}, (64, 64)),
+        ({"PixelSpacing": [0.2, 0.1], "PixelAspectRatio": [1, 1]}, (64, 128)),  # a ratio is for files without distances
     ],
 )
 def test_pixels_that_are_no_squares_are_shown_as_long_as_they_are(tmp_path, elements, size):
@@ -372,6 +373,31 @@ def test_a_palette_of_bytes_in_words_is_read_by_its_length(tmp_path, declared):
     assert np.array_equal(grey(tmp_path / "a.dcm"), ramp)
 
 
+@pytest.mark.parametrize("entries", [255, 256])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("big", [False, True])
+def test_a_palette_is_read_whatever_its_length_and_the_order_of_its_bytes(tmp_path, entries, bits, big):
+    """Entries of 8 bits are two to a word, with a byte behind an odd number of them; a word has the file's order."""
+    pydicom = pytest.importorskip("pydicom")
+    index = np.arange(4096, dtype=np.uint16).reshape(64, 64) % entries
+    write_dicom(tmp_path / "a.dcm", index, PhotometricInterpretation="PALETTE COLOR")
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    colours = [np.random.default_rng(i).integers(0, 1 << bits, entries) for i in range(3)]
+    for i, colour in enumerate(colours, 1):
+        data = (
+            colour.astype("<u2").tobytes() if bits == 16 else colour.astype(np.uint8).tobytes() + b"\0" * (entries % 2)
+        )
+        words = np.frombuffer(data, "<u2")
+        dataset.add_new(0x00281100 + i, "US", [entries, 0, bits])
+        dataset.add_new(0x00281200 + i, "OW", words.astype(">u2" if big else "<u2").tobytes())
+    if big:
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
+        dataset.PixelData = index.astype(">u2").tobytes()
+    pydicom.dcmwrite(tmp_path / "a.dcm", dataset, implicit_vr=False, little_endian=not big)
+    expected = np.stack([colour[index] >> bits - 8 for colour in colours], -1)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.dcm")), expected)
+
+
 def test_values_above_the_low_bits_are_moved_down(tmp_path):
     write_dicom(tmp_path / "high.dcm", LINE.astype(np.uint16) << 4, HighBit=15)
     write_dicom(tmp_path / "low.dcm", LINE)
@@ -382,6 +408,100 @@ def test_a_mask_of_few_bits_is_white(tmp_path):
     mask = (LINE > 2000).astype(np.uint16)
     write_dicom(tmp_path / "a.dcm", mask, BitsStored=1, HighBit=0)
     assert np.array_equal(grey(tmp_path / "a.dcm"), 255 * mask)
+
+
+def test_what_a_device_measured_in_few_bits_is_not_spread(tmp_path):
+    values = (LINE // 16).astype(np.uint16) % 16
+    write_dicom(tmp_path / "a.dcm", values, BitsStored=4, HighBit=3, RescaleSlope=0.5, RescaleIntercept=0)
+    assert np.array_equal(grey(tmp_path / "a.dcm"), window_to_8bit(values * 0.5))
+
+
+@pytest.mark.parametrize("bits", [0, 8, 10, 12])
+def test_a_table_whose_entries_have_more_bits_than_it_declares_is_shown_by_its_entries(tmp_path, bits):
+    voi = sequence(table(np.arange(4096) * 4, bits))
+    write_dicom(tmp_path / "a.dcm", LINE, VOILUTSequence=voi)
+    assert np.array_equal(grey(tmp_path / "a.dcm"), np.rint(255 * (LINE * 4.0 / 16383)))
+
+
+def test_the_output_of_a_modality_table_has_no_sign(tmp_path):
+    """So neither has the first value of the table behind it, in a signed image either."""
+    values = LINE.astype(np.int16) - 2048
+    measured, shown = np.arange(4096) * 16, np.arange(25536) // 100
+    tables = {"ModalityLUTSequence": sequence(table(measured, 16, -2048 & 0xFFFF)),
+              "VOILUTSequence": sequence(table(shown, 8, 40000))}  # fmt: skip
+    write_dicom(tmp_path / "a.dcm", values, BitsStored=16, HighBit=15, **tables)
+    assert np.array_equal(grey(tmp_path / "a.dcm"), shown[(measured[LINE] - 40000).clip(0)])
+
+
+def test_padding_that_was_written_signed_is_found_in_an_unsigned_image(tmp_path):
+    values = LINE.copy()
+    values[:3] = 65536 - 2000
+    write_dicom(tmp_path / "a.dcm", values, BitsStored=16, HighBit=15)
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    dataset.add_new("PixelPaddingValue", "SS", -2000)
+    dataset.save_as(tmp_path / "a.dcm")
+    assert (grey(tmp_path / "a.dcm")[:3] == 0).all()
+    assert np.array_equal(grey(tmp_path / "a.dcm")[3:], window_to_8bit(values[3:]))
+
+
+@pytest.mark.parametrize("place", ["data set", "shared"])
+def test_nothing_is_left_of_what_counts_less_than_a_frames_own_window(tmp_path, place):
+    less = {"VOILUTSequence": sequence(table(np.arange(4096)[::-1], 12)), "VOILUTFunction": "SIGMOID"}
+    shared = {"SharedFunctionalGroupsSequence": sequence({"FrameVOILUTSequence": sequence(less)})}
+    own = sequence({"FrameVOILUTSequence": sequence({"WindowCenter": 1500, "WindowWidth": 900})})
+    given = less if place == "data set" else shared
+    write_dicom(tmp_path / "a.dcm", LINE, PerFrameFunctionalGroupsSequence=own, **given)
+    assert np.array_equal(grey(tmp_path / "a.dcm"), window_to_8bit(LINE, 1500, 900))
+
+
+def test_the_retired_name_of_a_jpegs_colours_is_read(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.encaps import encapsulate
+
+    colours = Image.radial_gradient("L").resize((64, 48))
+    colours = Image.merge("RGB", [colours, colours.rotate(180), Image.new("L", colours.size, 40)])
+    code = io.BytesIO()
+    colours.save(code, "JPEG", quality=95)
+    write_dicom(tmp_path / "a.dcm", np.zeros((48, 64), np.uint8), SamplesPerPixel=3, PlanarConfiguration=0)
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    dataset.PhotometricInterpretation = "YBR_PARTIAL_422"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
+    dataset.PixelData = encapsulate([code.getvalue()])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(tmp_path / "a.dcm")
+    code.seek(0)
+    found, expected = (np.asarray(image).astype(int) for image in (read_image(tmp_path / "a.dcm"), Image.open(code)))
+    assert np.abs(found - expected).max() <= 2  # pydicom and libjpeg round otherwise
+
+
+def test_frames_of_single_bits_begin_inside_a_byte(tmp_path):
+    masks = np.random.default_rng(0).integers(0, 2, (3, 13, 11)).astype(np.uint8)
+    pydicom = pytest.importorskip("pydicom")
+    write_dicom(tmp_path / "a.dcm", masks)
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 1, 1, 0
+    dataset.PixelData = np.packbits(masks.ravel(), bitorder="little").tobytes()
+    dataset.save_as(tmp_path / "a.dcm")
+    for number, mask in enumerate(masks, 1):
+        shown = np.asarray(read_image(tmp_path / "a.dcm", Display(number)))[..., 0]
+        assert np.array_equal(shown, 255 * mask)
+
+
+def test_an_empty_file_is_called_so(tmp_path):
+    (tmp_path / "a.dcm").write_bytes(b"")
+    with pytest.raises(UnreadableImage, match="a.dcm: it is empty$"):
+        read_image(tmp_path / "a.dcm")
+
+
+def test_jpeg_of_12_bits_says_what_reads_it(tmp_path):
+    if find_spec("pylibjpeg"):
+        pytest.skip("it is there")
+    said = "Unable to decode: Pillow does not support 'JPEG Extended' for samples with 12-bit precision"
+    assert dicom.reason(NotImplementedError(said)).endswith(
+        "not damaged: to read it, pip install pylibjpeg pylibjpeg-libjpeg"
+    )
 
 
 def test_a_narrow_window_counts_where_its_function_allows_one(tmp_path):
@@ -444,6 +564,38 @@ def test_frames_decode_to_what_was_encoded(uid, bits, tmp_path, monkeypatch):
     monkeypatch.setattr(get_decoder(uid), "_available", {})
     assert np.array_equal(codecs.stored_values(dcmread(tmp_path / "a.dcm"), 0), values)
     assert get_decoder(uid).available_plugins == (codecs.LABEL,)
+
+
+def test_signed_values_are_decoded(tmp_path, monkeypatch):
+    """HTJ2K says of its values whether they have a sign."""
+    from pydicom import dcmread
+
+    values = np.random.default_rng(0).integers(-2048, 2048, (37, 53)).astype(np.int16)
+    uid = "1.2.840.10008.1.2.4.201"
+    compressed(tmp_path / "a.dcm", uid, values, 12)
+    get_decoder = pytest.importorskip("pydicom.pixels").get_decoder
+    monkeypatch.setattr(get_decoder(uid), "_available", {})
+    assert np.array_equal(codecs.stored_values(dcmread(tmp_path / "a.dcm"), 0), values)
+
+
+def test_after_a_grey_file_one_in_colour_is_still_told_what_reads_it(tmp_path, monkeypatch):
+    from pydicom.encaps import encapsulate
+
+    ic, pydicom = pytest.importorskip("imagecodecs"), pytest.importorskip("pydicom")
+    uid = "1.2.840.10008.1.2.4.80"
+    decoder = pytest.importorskip("pydicom.pixels").get_decoder(uid)
+    monkeypatch.setattr(decoder, "_available", {})
+    monkeypatch.setattr(decoder, "_unavailable", {"pylibjpeg": ("pylibjpeg>=2.0", "pylibjpeg-libjpeg>=2.1")})
+    compressed(tmp_path / "a.dcm", uid, np.zeros((8, 8), np.uint16), 12)
+    read_image(tmp_path / "a.dcm")
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    dataset.SamplesPerPixel, dataset.PlanarConfiguration, dataset.PhotometricInterpretation = 3, 0, "RGB"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
+    dataset.PixelData = encapsulate([ic.jpegls_encode(np.zeros((8, 8, 3), np.uint8))])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(tmp_path / "b.dcm")
+    with pytest.raises(UnreadableImage, match="not damaged: to read it, .* pylibjpeg pylibjpeg-libjpeg"):
+        read_image(tmp_path / "b.dcm")
 
 
 @pytest.mark.parametrize("uid", [uid for uid in ENCODED if uid.startswith("1.2.840.10008.1.2.4") and ENCODED[uid]])

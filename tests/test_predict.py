@@ -429,6 +429,7 @@ def test_images_shown_otherwise_than_those_of_training_are_said(probed, tmp_path
         f"1 of 2 images are shown otherwise than the training images were (8 bits as stored), the first, {images[1]},"
     )
     assert f"{said} by more than 8 bits between percentiles" in caplog.text
+    assert "smaller copies by make_dataset.py shrink had these greys" in caplog.text
     # A window over the whole of the 12 bits: the lowest value shown is 3, the highest 4083.
     eight, twelve = predict.main(["classify", run, *images, "--window", "2043.5", "4081"])
     for name in CBIS_CLASSES:

@@ -146,3 +146,13 @@ def test_an_image_without_a_dark_background_stays_whole():
     speck = np.zeros((300, 200), np.uint8)
     speck[10:20, 10:20] = 255
     assert breast_box(Image.fromarray(speck)) is None
+
+
+def test_spacings_of_functional_groups_go_with_a_copy(tmp_path):
+    (tmp_path / "in").mkdir()
+    measures, group = pydicom.Dataset(), pydicom.Dataset()
+    measures.PixelSpacing = [0.1, 0.1]
+    group.PixelMeasuresSequence = [measures]
+    write_dicom(tmp_path / "in" / "a.dcm", values_of(), SharedFunctionalGroupsSequence=[group])
+    assert shrink.shrink_tree(tmp_path / "in", tmp_path / "out", 30) == {"shrunk": 1}
+    assert pydicom.dcmread(tmp_path / "out" / "a.dcm").PixelSpacing == pytest.approx([0.2, 0.2])
