@@ -49,6 +49,7 @@ log = logging.getLogger("medslip")
 def check(plan: Plan, args: argparse.Namespace, out: Path) -> list[str]:
     """Everything that would end a step hours later, as ValueErrors; returns what was found, for people."""
     flags, found = plan_flags(plan), []
+    folded = [table.name for table in plan.tables if table.folds]
     for table in plan.tables:
         found.append(check_lesions(table, flags) if isinstance(table, LesionTable) else table.check(flags))
     for name in sorted({row.weights for row in plan.rows if row.weights}):
@@ -56,7 +57,9 @@ def check(plan: Plan, args: argparse.Namespace, out: Path) -> list[str]:
     needed = 0
     for row in plan.rows:
         if row.finetune is None:
-            parse_flags(row, "main_linear.py", main_linear.get_args_parser(), row.probe)
+            refuse_parts(row, parse_flags(row, "main_linear.py", main_linear.get_args_parser(), row.probe))
+        elif folded:
+            raise ValueError(f"row {row.name!r}: fine-tuning needs a test split, which {folded[0]} does not have")
         else:
             parse_flags(row, "run_class_finetuning.py", run_class_finetuning.get_args_parser(), row.finetune)
         if row.train is not None:
@@ -97,6 +100,16 @@ def parse_flags(row: PlannedRow, script: str, parser: argparse.ArgumentParser, f
     if unknown:
         raise ValueError(f"row {row.name!r}: {script} has no flag {unknown[0]}")
     return args
+
+
+def refuse_parts(row: PlannedRow, args: argparse.Namespace) -> None:
+    """ValueError for flags of a probe that is not of a whole table by its own split."""
+    if given := [name for name in ("where", "cross_validate", "fraction", "knn") if getattr(args, name)]:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise ValueError(
+            f"row {row.name!r}: {flag} does not go in a table: rows are measured on its whole test split, and on a set "
+            "without splits in folds by itself"
+        )
 
 
 def check_training(row: PlannedRow) -> tuple[int, int]:

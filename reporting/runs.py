@@ -65,11 +65,17 @@ class ResultTable:
     patients: int | None = None  # or how many there are of `unit`
     unit: str = "patients"  # what is drawn as a whole: Scheme.unit
     of: str = ""  # calc, mass, both or the set's name where `kind` says more
+    folds: int = 0  # of a table of make_tables.py without a test split
 
     @property
     def dataset(self) -> str:
         """calc, mass or both; or another set's name."""
         return self.of or self.kind
+
+    @property
+    def in_folds(self) -> bool:
+        """Whether every sample was predicted once, and there is no test split."""
+        return bool(self.of or self.folds)
 
     @property
     def of_lesions(self) -> bool:
@@ -85,8 +91,9 @@ class ResultTable:
         """How many samples of how many patients were tested, in words."""
         samples = "lesions" if self.of_lesions else "images"
         lesions, patients = (MISSING if n is None else n for n in (self.lesions, self.patients))
-        test = "" if self.of else "test "
-        return f"{lesions} {test}{samples}" + (f" of {patients} {self.unit}" if self.unit != samples else "")
+        test = "" if self.in_folds else "test "
+        size = f"{lesions} {test}{samples}" + (f" of {patients} {self.unit}" if self.unit != samples else "")
+        return f"{size}, {self.folds}-fold cross-validation" if self.folds else size
 
     def tested(self, found: dict[str, Any], where: str | Path) -> None:
         """Take the numbers of samples and patients from what score_predictions wrote; ValueError as `require`."""
@@ -222,7 +229,7 @@ def add_tables(folder: Path, runs: Runs) -> None:
         if "classes" in table:
             own = ResultTable(kind, tuple(table["classes"]), table["positive"], unit=table["unit"])
         mine = runs.tables.setdefault(kind, own)
-        mine.lesions, mine.patients = table["lesions"], table["patients"]
+        mine.lesions, mine.patients, mine.folds = table["lesions"], table["patients"], table.get("folds", 0)
         mine.comparisons += table["comparisons"]
         mine.absent |= table["absent"]
         for name, values in table["published"].items():

@@ -65,7 +65,7 @@ def samples(
     of = "patient" if scheme is CBIS or table.unit == "patients" else "group"
     first = " First seed of each row." if any(len(row.folders) > 1 for row, *_ in read) else ""
     return {
-        "title": f"The {'' if table.of else 'test '}{'lesions' if scheme is CBIS else 'images'}, one by one",
+        "title": f"The {'' if table.in_folds else 'test '}{'lesions' if scheme is CBIS else 'images'}, one by one",
         "about": f"{which} As the page opens: by {read[-1][0].name}, from {read[-1][1]}." + first,
         "lacking": f"{lacking} of {len(cards)} images are not found{why_not(scheme is CBIS, runs)}." if lacking else "",
         "models": [row.name for row, *_ in read], "classes": titles, "group": of, "cards": cards,

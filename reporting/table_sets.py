@@ -22,6 +22,7 @@ from synthetic.world import is_synthetic
 
 TABLES = {"calc": "Calcification", "mass": "Mass"}  # of CBIS-DDSM
 TRAINING = "training"  # the folder beside those of the tables
+FOLDS = 5  # of whole groups, in which a set without splits is cross-validated
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class LesionTable:
     name: str  # of TABLES
     root: Path
     samples = "lesions"
+    folds = 0
 
     @property
     def folder(self) -> str:
@@ -110,7 +112,8 @@ class CatalogTable:
     @property
     def probe(self) -> list[str]:
         """Flags of main_linear.py."""
-        return ["--dataset", self.name, "--catalog", str(Path(self.catalog.file).absolute()), "--cache-features"]
+        how = ["--cross-validate", str(self.folds)] if self.folds else ["--cache-features"]
+        return ["--dataset", self.name, "--catalog", str(Path(self.catalog.file).absolute()), *how]
 
     @property
     def finetune(self) -> list[str]:
@@ -128,7 +131,15 @@ class CatalogTable:
         return is_synthetic(Path(self.entry["path"]))
 
     @cached_property
+    def folds(self) -> int:
+        """In how many folds every image is predicted once; 0 of a set with a test split."""
+        return 0 if downstream.has_splits(self.name, self.catalog) else FOLDS
+
+    @cached_property
     def _splits(self) -> tuple[downstream.Downstream, downstream.Downstream]:
+        if self.folds:
+            every = downstream.open_every_row(self.name, self.catalog, None)
+            return every, every
         return downstream.open_splits(self.name, self.catalog)
 
     def check(self, flags: str) -> str:
@@ -143,7 +154,8 @@ class CatalogTable:
             raise ValueError(f"the test split of {self.name} is too large to keep its predictions, which tables need")
         if "--skip-broken" not in flags and self.entry["type"] == "csv":
             folder = Path(self.entry.get("images", self.entry["path"]))
-            files = [folder / row["image"] for row in [*train.rows, *test.rows]]
+            rows = test.rows if self.folds else [*train.rows, *test.rows]
+            files = [folder / row["image"] for row in rows]
             if absent := [file for file in files if not on_disk(file).is_file()]:
                 raise FileNotFoundError(f"{self.files[0]}: {len(absent)} images are not there, first {absent[0]}")
         split = self.test()
@@ -154,10 +166,14 @@ class CatalogTable:
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from error
         groups = f" of {split.groups} {split.scheme.unit}" if split.scheme.unit != self.samples else ""
+        if split.groups < self.folds:
+            raise ValueError(f"{self.name} has no splits, and {split.groups} groups are too few for {self.folds} folds")
+        if self.folds:
+            return f"{self.name}: {len(test)} images{groups}, without splits: cross-validated in {self.folds} folds"
         return f"{self.name}: {len(train)} training images, {len(test)} test images{groups}"
 
     def test(self) -> TestSplit:
-        """Its test split, and guesses."""
+        """Its test split, or every row of a set without splits, and guesses."""
         train, test = self._splits
         assert test.scheme is not None
         scheme = test.scheme.without(unlearnt_classes(test.classes, train.labels, self.name))

@@ -203,6 +203,7 @@ def collect(plan: Plan, args: argparse.Namespace, out: Path, primary: dict | Non
         measured, absent = measure(plan, args, out, table, test)
         tables[table.name] = {
             "samples": table.samples,
+            "folds": table.folds,
             "lesions": len(test.rows),  # or images
             "patients": test.groups,  # or what the unit is
             "unit": test.scheme.unit,
@@ -247,8 +248,9 @@ def describe(result: dict[str, Any]) -> str:
     )
     for kind, table in tables.items():
         heads = metrics.headings(metrics.METRICS, table["positive"])
-        size = f"{table['lesions']} test {table['samples']}"
+        size = f"{table['lesions']} {'' if table['folds'] else 'test '}{table['samples']}"
         size += f" of {table['patients']} {table['unit']}" if table["unit"] != table["samples"] else ""
+        size += f", {table['folds']}-fold cross-validation" if table["folds"] else ""
         lines += ["", f"## {TABLES.get(kind, markdown(kind))} ({size})", ""]
         lines += [f"| Model | {' | '.join(heads.values())} |", "| --- |" + " --- |" * len(heads)]
         for name, values in table["published"].items():

@@ -14,6 +14,7 @@ from test_table_sets import command, run_here
 
 import main_linear
 import make_dataset
+import make_report
 import make_tables
 from evaluation import downstream
 from evaluation.catalog import read_catalog
@@ -123,6 +124,32 @@ def test_vindr_is_probed_on_its_test_split_and_is_a_row_of_tables(trees, checkpo
     assert (table["lesions"], table["patients"]) == (24, 6)
     (row,) = [row for row in table["rows"] if row["name"] == "Frozen"]
     assert row["metrics"]["auroc"]["value"] == pytest.approx(found["metrics"]["auroc"]["value"])
+    rows["rows"].append({"name": "Part", "weights": str(checkpoint), "probe": "--cross-validate 3"})
+    with pytest.raises(ValueError, match="row 'Part': --cross-validate does not go in a table"):
+        make_tables.main(command(tmp_path, catalog, rows=rows))
+
+
+@pytest.mark.parametrize("name", CROSS_VALIDATED)
+def test_a_set_without_splits_is_a_row_of_tables_in_folds(name, trees, checkpoint, tmp_path, monkeypatch, caplog):
+    root, truth = trees[name]
+    monkeypatch.setattr(steps, "run_step", run_here)
+    catalog = catalog_at(root, name, tmp_path / "catalog.json")
+    rows = {"tables": [name], "probe": "--resamples 20", "rows": [{"name": "Frozen", "weights": str(checkpoint)}]}
+    with caplog.at_level("INFO", logger="medslip"):
+        (table,) = make_tables.main(command(tmp_path, catalog, rows=rows))["tables"].values()
+    patients = len({patient for _, patient, _ in truth.values()})
+    assert (table["lesions"], table["patients"], table["folds"]) == (len(truth), patients, 5)
+    size = f"{len(truth)} images of {patients} patients"
+    assert f"{size}, without splits: cross-validated in 5 folds" in caplog.text
+    assert f"({size}, 5-fold cross-validation)" in (tmp_path / "out" / "tables.md").read_text()
+    (row,) = [row for row in table["rows"] if row["name"] == "Frozen"]
+    found = probe(name, root, checkpoint, tmp_path / "run", "--cross-validate", "5")
+    assert row["metrics"]["auroc"]["value"] == pytest.approx(found["metrics"]["auroc"]["value"])
+    make_report.main([str(tmp_path / "out"), "--output-dir", str(tmp_path / "report"), "--no-images"])
+    assert f"{size}, 5-fold cross-validation" in (tmp_path / "report" / "report.md").read_text()
+    rows["rows"].append({"name": "Tuned", "weights": str(checkpoint), "finetune": "--epochs 1"})
+    with pytest.raises(ValueError, match=f"row 'Tuned': fine-tuning needs a test split, which {name} does not have"):
+        make_tables.main(command(tmp_path, catalog, rows=rows))
 
 
 def check(name, root, tmp_path):
