@@ -254,7 +254,7 @@ def has_splits(name: str, catalog: dict[str, dict[str, Any]]) -> bool:
     return entry["type"] != "csv" or any(
         metadata.column_name(entry.get("columns", {}).get("split", "split")) == metadata.column_name(column)
         for table in tables_of(entry)
-        for column in metadata.Table(_existing(name, table)).header
+        for column in metadata.table_or_workbook(_existing(name, table)).header
     )
 
 

@@ -440,6 +440,8 @@ def describe_units(results: dict[str, Any]) -> list[str]:
             if found.get(key):
                 shown = metrics.Interval.of(found[key]["auroc"]).percent()
                 lines.append(f"By {unit} ({found['number']}), {how} of its images' scores: AUROC {shown}")
+        if found.get("why"):
+            lines.append(f"By {unit} ({found['number']}): no figure, {found['why']}")
     return ["", *lines] if lines else []
 
 

@@ -33,7 +33,7 @@ def find_set(dataset: str, root: str, catalog_file: str, where: str = "") -> Cat
     """The catalog with `root` and `where` in the set's entry; ValueError for an unknown set, or one without classes."""
     catalog = read_catalog(catalog_file)
     if dataset not in catalog:
-        raise ValueError(f"unknown dataset {dataset!r}; choose from {', '.join([*CBIS_SETS, *catalog])}")
+        raise ValueError(f"unknown dataset {dataset!r}; choose from {', '.join(dict.fromkeys([*CBIS_SETS, *catalog]))}")
     entry_of(dataset, catalog)
     if root:
         catalog[dataset] = {**catalog[dataset], "path": root}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from inputs import conventions, metadata
 from inputs.dicom import header_text
-from inputs.files import is_system
+from inputs.files import composed, images_below, is_system
 from inputs.selection import Selection
 
 Row = dict[str, str]
@@ -87,9 +87,11 @@ def template_of(entry: Mapping[str, Any]) -> PathTemplate | None:
 
 
 def tables_of(entry: Mapping[str, Any]) -> list[Path]:
-    """The files of an entry's table and of what is joined to it."""
+    """The files of an entry's table and of what is joined to it: a workbook of that name where there is no .csv."""
     names = [entry.get("table", "table.csv"), *([entry["join"]["table"]] if "join" in entry else [])]
-    return [Path(entry["path"]) / name for name in names]
+    files = [Path(entry["path"]) / name for name in names]
+    books = [file.with_suffix(".xlsx") for file in files]
+    return [book if book.is_file() and not file.exists() else file for file, book in zip(files, books, strict=True)]
 
 
 def read_rows(
@@ -121,8 +123,20 @@ def read_rows(
     if (selection := Selection(entry.get("rows", ""), f'{name}, "rows"')) and numbered:
         kept = selection.of([row for _, row in numbered], str(table))
         remarks.append(f"{table}: {sum(kept):,} of {len(kept):,} rows are left by {selection.text}")
+        remarks += _labels_gone(numbered, kept, label, table)
         numbered = [one for one, keep in zip(numbered, kept, strict=True) if keep]
     return numbered, remarks
+
+
+def _labels_gone(numbered: Numbered, kept: Sequence[bool], label: Sequence[str], table: Path) -> list[str]:
+    """A line about labels that none of the rows has which an entry's "rows" leave: an odd one should not go unseen."""
+    if len(label) > 1:
+        return []
+    cells = [row[label[0]] for _, row in numbered]
+    there = {cell for cell, keep in zip(cells, kept, strict=True) if keep}
+    gone = Counter(cell for cell in cells if cell not in there and not conventions.empty(cell))
+    named = ", ".join(f"{cell!r} ({n} rows)" for cell, n in gone.most_common(10))
+    return [f"{table}: without a row of {label[0]} {named}"] if gone else []
 
 
 def _joined(
@@ -162,11 +176,20 @@ def _joined(
     remarks = []
     if lost := len(rows) - len(numbered):
         remarks.append(f"{table}: {lost:,} of {len(rows):,} rows are left out, no row of {other} goes with them")
+    if rows and not numbered:
+        keys = ", ".join(own if own == theirs else f"{own} and {theirs}" for own, theirs in on.items())
+        first = f"{_first(rows, on)} and {_first(others, on.values())}"
+        raise ValueError(f"no row of {table} goes with one of {other} by {keys}, first {first}")
     if lost := len(others) - len(used):
         remarks.append(f"{other}: {lost:,} of {len(others):,} rows go with no row of {table}")
     if several:
         remarks.append(f"{table}: {several:,} rows go with several of {other}, of which the gravest counts")
     return numbered, remarks
+
+
+def _first(rows: Sequence[Row], columns: Iterable[str]) -> str:
+    """The cells of the first row, for people."""
+    return f"({', '.join(rows[0][column] for column in columns)})" if rows else "no row"
 
 
 def _key(cell: str) -> str:
@@ -207,7 +230,7 @@ def _with_images(
         raise ValueError(f"{table} has a column {twice[0]}: call the part {{*{twice[0]}}} of {template.text} otherwise")
     kept: Numbered = []
     read: dict[str, dict[str, str]] = {}  # {file: its elements}: two breasts of a patient ask for the same files
-    fitting, taken, absent, damaged = {}, set(), [], {}
+    fitting, taken, absent, damaged, several = {}, set(), [], {}, 0
     for number, row in numbered:
         if (filled := template.fill(row)) is None:
             kept.append((number, {**row, "image": "", **dict.fromkeys(template.captured, "")}))
@@ -225,12 +248,17 @@ def _with_images(
                 except ValueError as error:
                     damaged[file] = error
             fitting[file] = None
-            if file not in damaged and all(read[file][word] == row[column] for word, column in header.items()):
+            if file not in damaged and all(
+                read[file][word].lower() == row[column].lower() for word, column in header.items()
+            ):
                 captured = re.fullmatch(expression, file)
                 assert captured is not None
                 found.append({**row, "image": file, **dict(zip(template.captured, captured.groups(), strict=True))})
         taken.update(image["image"] for image in found)
+        several += len(found) > 1
         if not found:  # named, counted and refused where it is read, like any file that is not there
+            # With what its header would say: two breasts of a patient are not one image.
+            shown += f" ({', '.join(f'{word} {row[column]}' for word, column in header.items())})" if header else ""
             absent.append(shown)
             found = [{**row, "image": shown, **dict.fromkeys(template.captured, shown)}]
         kept += [(number, image) for image in found]
@@ -240,6 +268,8 @@ def _with_images(
     remarks = []
     if absent:
         remarks.append(f"{table}: {len(absent):,} rows have no file below {root} that fits, first {absent[0]}")
+    if several and not header:
+        remarks.append(f"{table}: {several:,} rows have several files that fit, each an image of its own")
     if other := [file for file in fitting if file not in taken]:
         what = " and ".join(header)
         remarks.append(f"{root}: {len(other):,} files are of no row, by {what} in their headers, first {other[0]}")
@@ -251,6 +281,28 @@ def _said(file: Path, keyword: str) -> str:
     if text := header_text(file, keyword):
         return text
     raise ValueError(f"{file} has no {keyword} in its header")
+
+
+def files_without_row(entry: Mapping[str, Any]) -> tuple[Path, list[str]]:
+    """The folder of an entry's images, and those below it that no row of its table names, whatever its split or label.
+
+    A file that a row's path would fit is of that row, and so are both breasts' where headers tell them apart.
+    """
+    table, template = tables_of(entry)[0], template_of(entry)
+    root = Path(entry.get("images") or entry["path"])
+    rows = metadata.read_table(table, template.columns if template else ())
+    named: set[str] = set()
+    if template is None:
+        image = metadata.column_name(entry.get("columns", {}).get("image", "image"))
+        named.update(composed(metadata.plain_path(row[image])) for row in rows if image in row)
+        folder = root
+    else:
+        for row in rows:
+            shown, pattern, _ = template.fill(row) or ("", "", "")
+            named.update(map(composed, _files(root, pattern) if template.searched else [shown]))
+        folder = root / os.path.dirname(re.split(r"[{*]", template.text)[0])
+    below = (Path(file).relative_to(root).as_posix() for file in images_below(folder))
+    return folder, sorted(file for file in below if composed(file) not in named)
 
 
 def _files(root: Path, pattern: str) -> Iterable[str]:

@@ -51,9 +51,12 @@ def score_units(predictions: Predictions, bootstrap: Bootstrap = BOOTSTRAP) -> d
         results[unit] = {}
         for key, how in ways.items():
             merged = by_unit(predictions, unit, how)
-            found = _or_none(lambda merged=merged: merged.resamples(bootstrap).intervals(merged.prob))
             results[unit]["number"] = len(merged.rows)
-            results[unit][key] = found and {name: interval.plain() for name, interval in found.items()}
+            try:
+                found = merged.resamples(bootstrap).intervals(merged.prob)
+                results[unit][key] = {name: interval.plain() for name, interval in found.items()}
+            except ValueError as error:  # a class is missing
+                results[unit] |= {key: None, "why": str(error)}
     return results
 
 

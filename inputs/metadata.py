@@ -23,6 +23,7 @@ import numpy as np
 
 import utils
 from inputs.conventions import column_key
+from inputs.workbook import Workbook
 from runtime.limits import memory_for
 from runtime.logs import progress
 
@@ -200,9 +201,14 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
     return item
 
 
+def table_or_workbook(path: Path) -> Table | Workbook:
+    """By its name: a workbook where it ends in .xlsx, else CSV or TSV."""
+    return Workbook(path) if path.suffix.lower() == ".xlsx" else Table(path)
+
+
 def open_table(path: Path) -> Table | JsonLines:
-    """A table by its name: JSON lines where it ends in .jsonl, else CSV or TSV."""
-    return JsonLines(path) if path.suffix.lower() == ".jsonl" else Table(path)
+    """A table by its name: JSON lines where it ends in .jsonl, .ndjson or .json, else CSV or TSV."""
+    return JsonLines(path) if path.suffix.lower() in (".jsonl", ".ndjson", ".json") else Table(path)
 
 
 def _first_row(file: TextIO) -> str:
@@ -240,9 +246,9 @@ def read_table(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
     """All rows of a table by the names of its columns, spelled as `column_name` does; every cell stripped.
 
     Raises:
-        ValueError: as `Table`; a column of `required` is missing, or any is there twice.
+        ImportError, ValueError: as `Table` and `Workbook`; a column of `required` is missing, or any is there twice.
     """
-    table = Table(path)
+    table = table_or_workbook(path)
     names = [column_name(name) for name in table.header]
     for name in filter(None, names):
         refuse_twice(path, names, name)

@@ -163,7 +163,8 @@ class Reader:
             _, sizes = np.unique(self.studies.of, return_counts=True)
             self.log.append(f"{sizes[sizes > 1].sum()} of {len(self)} images have another one of their study")
             if sizes.max() == 1:
-                raise ValueError(f"{self.files[0]}: no study has two images, so none can be the other's second view")
+                why = f"{self.files[0]}: no study has two images, so none can be the other's second view"
+                raise ValueError("; ".join([why, *self.remarks]))
             if len(sizes) == 1:
                 raise ValueError(f"{self.files[0]}: all images are of one study, so there is none to tell them from")
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from inputs.columns import Row
 from inputs.conventions import (
@@ -150,7 +154,8 @@ class Csv(Reader):
         if study and group not in (None, *study):
             study.insert(0, group)  # some count their studies in each patient anew
         held = self._held_out(table, image, group) if self.for_all_splits and split is None else set()
-        chosen, unknown, splits_of = 0, Counter(), defaultdict(set)
+        chosen, lone, unknown, splits_of = 0, 0, Counter(), defaultdict(set)
+        numbers: dict[str, array] = defaultdict(partial(array, "q"))  # of each split's images
         for where, fields in table:
             path = self._path(fields[image])
             name = self.split
@@ -162,14 +167,22 @@ class Csv(Reader):
                 name = "validation" if path in held else "train"
             if name is not None and group is not None and (named := group_name(fields[group], "")):
                 splits_of[named].add(name)
+            if name is not None and split is not None:
+                numbers[name].append(_number(path))
             if name == self.split:
                 chosen += 1
                 row = Row(where, path, [joined(fields[caption] for caption in captions)])
                 names = [group_name(fields[column], "") for column in study]  # without a tab
                 row.study = "\t".join(names) if all(names) else ""
+                lone += bool(names and names[-1] and not row.study)
                 yield row
         self.groups = frozenset(group for group, splits in splits_of.items() if self.split in splits)
         self._remark(split is not None, unknown, whole, crossing(splits_of))
+        if twice := in_several(numbers.values()):
+            first = next(path for _, fields in table if _number(path := self._path(fields[image])) in twice)
+            self.remarks.append(f"{len(twice):,} images are in several splits, first {first}")
+        if lone:
+            self.remarks.append(f"{lone:,} images have a study but no {whole}, which studies are told apart in")
         if not chosen:
             raise NoSplit("; ".join([f"{table.path} has no rows of the split {self.split!r}", *self.remarks]))
 
@@ -212,6 +225,13 @@ class Csv(Reader):
                 f"the table has no column split: {self.val_fraction:.0%} of the {what}, the same in every run, are "
                 f"held out for validation (--val-fraction){alone}"
             )
+
+
+def in_several(numbers: Iterable[Sequence[int]]) -> set[int]:
+    """What is in more than one of several lists."""
+    each = [np.unique(np.asarray(own, np.int64)) for own in numbers]
+    found, count = np.unique(np.concatenate([np.empty(0, np.int64), *each]), return_counts=True)
+    return set(found[count > 1].tolist())
 
 
 def held_out(name: str, fraction: float) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 from evaluation import downstream
 from evaluation.set_probes import find_set
+from evaluation.set_rows import files_without_row
 from inputs.columns import PairColumns, TextColumn
 from inputs.conventions import crossing
 from inputs.files import on_disk
@@ -71,9 +72,21 @@ def open_pairs(args: argparse.Namespace) -> dict[str, Any]:
 def open_set(args: argparse.Namespace) -> dict[str, Any]:
     """Both splits of a labelled set; all of a table that has none."""
     catalog = find_set(args.set, args.root, args.catalog)
-    if not downstream.has_splits(args.set, catalog):
-        return {"all": downstream.open_every_row(args.set, catalog, None)}
-    return dict(zip(("train", "test"), downstream.open_splits(args.set, catalog), strict=True))
+    if downstream.has_splits(args.set, catalog):
+        found: dict[str, Any] = dict(zip(("train", "test"), downstream.open_splits(args.set, catalog), strict=True))
+    else:
+        found = {"all": downstream.open_every_row(args.set, catalog, None)}
+        log.info(
+            f"{args.set} has no column that tells a training and a test split: main_linear.py --cross-validate 5, "
+            "make_tables.py and eval_zeroshot.py take all of its rows"
+        )
+    if empty := [split for split, images in found.items() if not len(images)]:
+        raise ValueError(f"{args.set}: no image of {' and '.join(empty)}")
+    if catalog[args.set]["type"] == "csv":
+        folder, alone = files_without_row(catalog[args.set])
+        if alone:
+            log.info(f"{folder}: {len(alone):,} images are of no row of the table, first {alone[0]}")
+    return found
 
 
 MOST_CLASSES = 10  # that have a column each
@@ -152,6 +165,6 @@ def why_unreadable(source: Any, i: int) -> str:
     try:
         source.image(i)
     except (UnreadableImage, FileNotFoundError) as error:
-        name = source.name(i) if hasattr(source, "name") else str(i)
+        name = source.name(i) if hasattr(source, "name") else source.rows[i]["image"] if source.rows else str(i)
         return f"{name}\t{error}"
     return ""

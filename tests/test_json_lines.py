@@ -68,6 +68,16 @@ def test_lines_and_a_csv_of_the_same_table_are_the_same_pairs(tmp_path):
     assert held.held_out_by == "patient" and len(held) % 3 == 0
 
 
+@pytest.mark.parametrize("ending", [".ndjson", ".json", ".JSONL"])
+def test_lines_under_another_name_are_lines(tmp_path, ending):
+    write_lines(tmp_path / f"a{ending}", [{"image": "0.jpg", "caption": "a"}])
+    save_jpeg(tmp_path / "0.jpg", 0)
+    assert all_captions(create_reader("csv", tmp_path, f"a{ending}", val_fraction=0)) == ["a"]
+    (tmp_path / f"b{ending}").write_text('[{"image": "0.jpg"}]')
+    with pytest.raises(ValueError, match="is no JSON object, as each line has to be"):
+        create_reader("csv", tmp_path, f"b{ending}")
+
+
 def test_a_key_may_come_late_or_be_missing(tmp_path):
     """The columns are the keys of all lines: a split or a patient that the first line lacks is no silent loss."""
     for i in range(3):

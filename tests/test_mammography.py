@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -195,6 +196,97 @@ def test_the_films_of_a_side_that_the_table_does_not_name_have_no_label(trees, c
     films = len(list((root / "CMMD").rglob("*.dcm")))
     assert films > len(truth)
     assert f"{films - len(truth)} files are of no row, by ImageLaterality in their headers" in caplog.text
+
+
+def test_cmmds_workbook_is_its_table(tmp_path):
+    """As TCIA publishes it, where nobody has saved it as CSV."""
+    openpyxl = pytest.importorskip("openpyxl")
+    truth = make_cmmd(tmp_path, patients=8)
+    table = tmp_path / "CMMD_clinicaldata_revision.csv"
+    as_csv = every_row("cmmd", tmp_path)
+    book = openpyxl.Workbook()
+    with open(table, newline="") as file:
+        for row in csv.reader(file):
+            book.active.append([int(cell) if cell.isdecimal() else cell or None for cell in row])
+    book.create_sheet("notes").append(["not", "this"])
+    book.save(table.with_suffix(".xlsx"))
+    table.unlink()
+    as_book = every_row("cmmd", tmp_path)
+    assert as_book.rows == as_csv.rows and len(as_book) == len(truth)
+    assert np.array_equal(as_book.labels, as_csv.labels)
+    table.with_suffix(".xlsx").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="revision.xlsx is no Excel workbook that can be read"):
+        every_row("cmmd", tmp_path)
+
+
+def test_a_patient_whose_films_are_not_there_is_missing_and_not_twice_there(tmp_path, caplog):
+    """Of both breasts, which one folder holds; and sides in lower case are sides."""
+    truth = make_cmmd(tmp_path)
+    table = tmp_path / "CMMD_clinicaldata_revision.csv"
+    patients = [row["ID1"] for row in read_rows(table)]
+    both = next(name for name in patients if patients.count(name) == 2)
+    table.write_text(table.read_text().replace(",L,", ",l,"))
+    assert len(every_row("cmmd", tmp_path)) == len(truth)
+    shutil.rmtree(tmp_path / "CMMD" / both)
+    with pytest.raises(ValueError, match="2 images cannot be decoded"), caplog.at_level("INFO", logger="medslip"):
+        check("cmmd", tmp_path, tmp_path)
+    said = rf"2 rows have no file below .* that fits, first CMMD/{both}/\*/\*/\*.dcm \(ImageLaterality [lR]\)"
+    assert re.search(said, caplog.text)
+
+
+def test_check_names_files_without_a_row_and_sets_that_cannot_be_evaluated(tmp_path, caplog):
+    root = tmp_path / "vindr"
+    make_vindr(root, studies=6)
+    table = root / "breast-level_annotations.csv"
+    lines = table.read_text().splitlines()
+    with caplog.at_level("INFO", logger="medslip"):
+        check("vindr_birads", root, tmp_path)
+        assert "are of no row" not in caplog.text
+        table.write_text("\n".join(lines[:-2]))
+        check("vindr_birads", root, tmp_path)
+        assert f"{root / 'images'}: 2 images are of no row of the table, first images/" in caplog.text
+        table.write_text("\n".join(line.rsplit(",", 1)[0] for line in lines))
+        check("vindr_birads", root, tmp_path)
+    assert "no column that tells a training and a test split: main_linear.py --cross-validate 5" in caplog.text
+    (root / lines_of_images(lines)[0]).unlink()
+    with pytest.raises(ValueError, match=f"first {lines_of_images(lines)[0]}: see"):
+        check("vindr_birads", root, tmp_path)
+    table.write_text(lines[0] + "\n")
+    with pytest.raises(ValueError, match="no row|no image"):
+        check("vindr_birads", root, tmp_path)
+
+
+def lines_of_images(lines):
+    return [f"images/{line.split(',')[0]}/{line.split(',')[2]}.dicom" for line in lines[1:]]
+
+
+def test_embeds_tables_that_do_not_meet_are_refused_and_odd_labels_named(tmp_path, caplog):
+    root = tmp_path / "embed"
+    make_embed(root)
+    clinical = root / "tables" / "EMBED_OpenData_clinical_reduced.csv"
+    text = clinical.read_text()
+    clinical.write_text(text.replace(",K,", ",X,", 1))
+    with pytest.raises(ValueError, match="gravest_first"):  # an odd label among several rows of a breast
+        clinical.write_text(text.replace(",M,", ",X,", 1))
+        check("embed_birads", root, tmp_path)
+    clinical.write_text(text.replace(",K,", ",X,", 1))
+    check("embed_birads", root, tmp_path)
+    assert re.search(r"without a row of asses .*'X' \(\d+ rows\)", caplog.text) and "'A' (" in caplog.text
+    clinical.write_text(re.sub(r"(?m)^(\d+,\d+),80\d+", r"\1,8.10E+15", text))
+    with pytest.raises(ValueError, match="no row of .* goes with one of .* by empi_anon, acc_anon, .*side, first "):
+        check("embed_birads", root, tmp_path)
+
+
+def test_a_unit_that_cannot_be_measured_says_why(trees, checkpoint, tmp_path, caplog):
+    """One exam's images are of one class alone."""
+    root, _ = trees["vindr_birads"]
+    with caplog.at_level("INFO", logger="medslip"):
+        found = probe("vindr_birads", root, checkpoint, tmp_path, "--cache-features")
+    silent = {unit for unit, entry in found["units"].items() if entry["metrics"] is None}
+    assert {unit for unit, entry in found["units"].items() if entry.get("why")} == silent
+    for unit in silent:
+        assert f"By {unit} ({found['units'][unit]['number']}): no figure, {found['units'][unit]['why']}" in caplog.text
+    assert silent
 
 
 def test_films_whose_headers_do_not_say_the_side_are_refused(tmp_path):

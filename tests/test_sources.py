@@ -458,6 +458,10 @@ def test_one_of_few_patients_is_held_out_and_a_table_without_them_says_so(tmp_pa
     (tmp_path / "c.csv").write_text("image,caption,split,patient\n0.jpg,x,train,7\n1.jpg,x,val,7.0\n2.jpg,x,val,8\n")
     _, said = parts_of(tmp_path, "c.csv")
     assert "1 values of patient are in several splits, first '7'" in said
+    rows = "0.jpg,x,train\n0.jpg,y,train\n1.jpg,x,train\n1.jpg,x,test\n./2.jpg,x,val\n2.jpg,x,test\n"
+    (tmp_path / "d.csv").write_text(f"image,caption,split\n{rows}")
+    _, said = parts_of(tmp_path, "d.csv")
+    assert "2 images are in several splits, first 1.jpg" in said
 
 
 def test_pairs_of_patients_that_look_alike_stay_together(tmp_path):

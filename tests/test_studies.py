@@ -80,6 +80,10 @@ def test_tables_that_do_not_do_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             reader_of(write_pairs(tmp_path, studies, header))
+    blank = reader_of(write_pairs(tmp_path, ["P1,1", "P1,1", ",1"], "patient,study"))
+    assert "1 images have a study but no patient, which studies are told apart in" in " ".join(blank.log)
+    with pytest.raises(ValueError, match="no study has two images.*3 images have a study but no patient"):
+        reader_of(write_pairs(tmp_path, [",1", ",1", ",2"], "patient,study"))
     with pytest.raises(ValueError, match="--dataset csv; roco has its publisher's"):
         create_reader("roco", tmp_path, named=STUDY)
 
