@@ -17,7 +17,7 @@ from evaluation.heads import PROTOCOLS, Choice, Samples, stratified_part
 from evaluation.predictions import CBIS, Predictions, Scheme, describe_results, macro_auroc, macro_f1, unlearnt_classes
 from evaluation.probe import Fitting, Fractions, Probe
 from evaluation.run_folder import count_reading
-from evaluation.subgroups import SEVERITY, report_set
+from evaluation.subgroups import report_set
 from inputs.cbis import CBIS_CLASSES, CbisLesions
 
 log = logging.getLogger("medslip")
@@ -167,7 +167,7 @@ def lesion_fraction(
     names, gravest = np.unique(patients), []
     for name in names:
         own = known.labels[patients == name]
-        gravest.append(min(own, key=lambda label: SEVERITY.index(CBIS_CLASSES[label])))
+        gravest.append(min(own, key=lambda label: CBIS.gravest_first.index(CBIS_CLASSES[label])))
     probabilities, sizes, drawn = [], [], []
     for draw in range(draws):
         part = names[stratified_part(np.array(gravest), fraction, 2, np.random.default_rng((fitting.seed, draw)))]

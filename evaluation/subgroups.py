@@ -12,7 +12,6 @@ from evaluation import comparisons, metrics
 from evaluation.predictions import CBIS, OWN_COLUMN, Predictions, Scheme, report_rows
 from evaluation.resamples import BOOTSTRAP, Bootstrap
 
-SUBGROUPS, UNITS, SEVERITY = CBIS.subgroups, dict(CBIS.units), CBIS.gravest_first
 LEAST = 10  # samples of a subgroup with figures
 MOST_VALUES = 10  # of a column of numbers, above which its thirds are the subgroups
 

@@ -99,21 +99,23 @@ def describe_row(item: Measured, table: Table, test: TestSplit, bootstrap: Boots
     entry["never_predicted"] = sorted({name for r in item.results for name in r.get("never_predicted", [])})
     entry["confusion"] = np.mean([r["confusion"] for r in item.results], axis=0).tolist()
     entry["weights"] = [r.get("weights", {}) for r in item.results]
-    return entry | (describe_lesions(whole, item, bootstrap) if isinstance(table, LesionTable) else {})
+    if units := describe_units(whole, item, bootstrap):
+        entry["units"] = units
+    if test.scheme.subgroups:
+        entry["subgroups"] = subgroups.score_subgroups(whole[0], bootstrap, others=whole[1:])
+    if isinstance(table, LesionTable):
+        entry["two_class"] = [r["two_class"]["metrics"]["auroc"] for r in item.results if r.get("two_class")]
+        entry["test_readings"] = [r.get("test_readings") for r in item.results]
+    return entry
 
 
-def describe_lesions(whole: list[Predictions], item: Measured, bootstrap: Bootstrap) -> dict[str, Any]:
-    """What is said of a model on CBIS-DDSM alone: breasts, patients, subgroups, readings of the test table."""
+def describe_units(whole: list[Predictions], item: Measured, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
+    """The six columns by breast, patient or what else the set's units are, from the mean of a unit's scores."""
     units = {}
-    for unit in subgroups.UNITS:
+    for unit, _ in whole[0].scheme.units:
         merged = [subgroups.by_unit(p, unit) for p in whole]
         units[unit] = {"number": len(merged[0].rows), "metrics": plain_draws(merged, item.trained, bootstrap)}
-    return {
-        "units": units,
-        "subgroups": subgroups.score_subgroups(whole[0], bootstrap, others=whole[1:]),
-        "two_class": [r["two_class"]["metrics"]["auroc"] for r in item.results if r.get("two_class")],
-        "test_readings": [r.get("test_readings") for r in item.results],
-    }
+    return units
 
 
 def describe_detection(

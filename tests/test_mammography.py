@@ -146,8 +146,14 @@ def test_a_set_without_splits_is_a_row_of_tables_in_folds(name, trees, checkpoin
     (row,) = [row for row in table["rows"] if row["name"] == "Frozen"]
     found = probe(name, root, checkpoint, tmp_path / "run", "--cross-validate", "5")
     assert row["metrics"]["auroc"]["value"] == pytest.approx(found["metrics"]["auroc"]["value"])
+    breasts = len({breast for _, _, breast in truth.values()})
+    assert (row["units"]["breast"]["number"], row["units"]["patient"]["number"]) == (breasts, patients)
+    ours, theirs = row["units"]["breast"]["metrics"], found["units"]["breast"]["metrics"]
+    assert ours["auroc"]["value"] == pytest.approx(theirs["auroc"]["value"])
+    assert bool(row.get("subgroups")) == bool(read_catalog()[name].get("subgroups"))
     make_report.main([str(tmp_path / "out"), "--output-dir", str(tmp_path / "report"), "--no-images"])
-    assert f"{size}, 5-fold cross-validation" in (tmp_path / "report" / "report.md").read_text()
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert f"{size}, 5-fold cross-validation" in page and f"breast ({breasts})" in page
     rows["rows"].append({"name": "Tuned", "weights": str(checkpoint), "finetune": "--epochs 1"})
     with pytest.raises(ValueError, match=f"row 'Tuned': fine-tuning needs a test split, which {name} does not have"):
         make_tables.main(command(tmp_path, catalog, rows=rows))
