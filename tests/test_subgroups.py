@@ -26,7 +26,7 @@ def test_units_are_the_mean_over_their_lesions_with_the_gravest_pathology():
 def test_subgroups_are_complete_and_have_their_own_scores():
     test = table()
     found = subgroups.score_subgroups(test, Bootstrap(50))
-    by = {name: [part for part in found if part["by"] == name] for name in subgroups.SUBGROUPS}
+    by = {name: [part for part in found if part["by"] == name] for name in predictions.CBIS.subgroups}
     assert by["assessment"] == []  # the table does not say it
     for name in ("density", "view", "side", "size", "subtlety"):
         assert sum(part["lesions"] for part in by[name]) == 240, name
