@@ -68,6 +68,7 @@ def read_set_table(name: str, entry: dict[str, Any], table: Path, wanted: str | 
     if not columns.several:
         labels = [(number, row[columns.labels[0]]) for number, row, _ in numbered]
         faults += _empty(labels, columns.labels[0], conventions.empty)
+        faults += _undeclared(name, entry.get("classes"), labels)
         remarks += _marks(labels, table)
     unit = "images"
     if rows and (columns.group in rows[0][1] or columns.units):
@@ -198,6 +199,17 @@ def _selected(numbered: _InSplits, columns: _Columns, where: str, table: Path) -
     return [one for one, keep in zip(numbered, kept, strict=True) if keep], lines
 
 
+def _undeclared(name: str, given: Sequence[str] | None, labels: Sequence[tuple[int, str]]) -> list[str]:
+    """What is wrong with labels, each with the number of its row, that are none of an entry's classes."""
+    known = {conventions.whole_number(label) for label in given or ()}
+    other = [
+        label for _, label in labels if not conventions.empty(label) and conventions.whole_number(label) not in known
+    ]
+    if given is None or not other:
+        return []
+    return [f'the label {other[0]!r} is not among the "classes" of {name}: {", ".join(given)}']
+
+
 def _declared(
     name: str, given: Sequence[str], found: Sequence[str], every: set[str], table: Path
 ) -> tuple[list[str], list[str]]:
@@ -208,8 +220,6 @@ def _declared(
     """
     number = {conventions.whole_number(label): label for label in found}
     declared = [number.get(conventions.whole_number(label), label) for label in given]
-    if other := [label for label in found if label not in declared]:
-        raise ValueError(f'{table}: the label {other[0]!r} is not among the "classes" of {name}: {", ".join(given)}')
     lost = set(map(conventions.whole_number, every)) - set(map(conventions.whole_number, found))
     declared = [label for label in declared if conventions.whole_number(label) not in lost]
     empty = [label for label in declared if label not in found]

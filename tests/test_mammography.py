@@ -266,6 +266,25 @@ def lines_of_images(lines):
     return [f"images/{line.split(',')[0]}/{line.split(',')[2]}.dicom" for line in lines[1:]]
 
 
+def test_all_faults_of_a_table_are_named_at_once(tmp_path):
+    make_vindr(tmp_path)
+    table = tmp_path / "breast-level_annotations.csv"
+    lines = table.read_text().splitlines()
+    lines[3] = re.sub("BI-RADS .", "BI-RADS 0", lines[3])
+    lines[5] = lines[5].replace("training", "test")
+    lines[9] = re.sub("BI-RADS .", "", lines[9])
+    table.write_text("\n".join([*lines, lines[7]]))
+    with pytest.raises(ValueError) as refused:
+        downstream.open_splits("vindr_birads", find_set("vindr_birads", str(tmp_path), "dataset_catalog.json"))
+    for fault in (
+        "1 groups are in both",
+        "is there twice",
+        "row 9 has no breast_birads",
+        "the label 'BI-RADS 0' is not",
+    ):
+        assert fault in str(refused.value)
+
+
 def test_embeds_tables_that_do_not_meet_are_refused_and_odd_labels_named(tmp_path, caplog):
     root = tmp_path / "embed"
     make_embed(root)
