@@ -11,6 +11,7 @@ import main
 import utils
 from datasets import create_reader
 from inputs.columns import PairColumns
+from inputs.sentences import sentences
 from synthetic.phantoms import draw_pathology, make_finding, make_patient
 
 
@@ -19,11 +20,15 @@ def test_the_two_views_of_a_breast_are_a_study(tmp_path):
     with open(tmp_path / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"][7:12] for row in rows] == [f"{i // 2:05d}" for i in range(40)]
+    starts: list[bool] = []
     for i, row in enumerate(rows):
         patient = make_patient(0, i // 2)
         kind = ("calc", "mass")[i // 2 % 2]
         assert row["pathology"] == draw_pathology(patient, make_finding(patient, 0, kind))
         assert row["image"].endswith(("_CC.png", "_MLO.png")[i % 2])
+        assert sorted(sentences(row["report"])) == sorted([*sentences(row["caption"]), *bench_phantoms.REST])
+        starts.append(row["report"].startswith(row["caption"]))
+    assert 0 < sum(starts) < len(rows)  # anywhere in a report
     reader = create_reader("csv", tmp_path, str(tmp_path / "table.csv"), named=PairColumns(study=True))
     assert len(reader) == 28  # of fourteen patients in twenty
     assert all(reader.studies.others(i).tolist() == [i ^ 1] for i in range(28))
@@ -41,7 +46,7 @@ def test_rows_start_from_the_same_weights_and_differ_by_their_flags(compared):
         argv = ["--model", "SLIP_VITT16", *bench_phantoms.COMPARISONS[compared].tower, *flags]
         models.append(main.build_model(main.get_args_parser().parse_args(argv))[0])
     states = [model.state_dict() for model in models]
-    assert not first and second and states[0].keys() == states[1].keys()
+    assert set(first) < set(second) and states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     shares = [getattr(getattr(model.visual, "patch_drop", None), "prob", 0) for model in models]
     assert shares == [0, 0.5 if compared == "patches" else 0]
