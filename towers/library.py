@@ -36,7 +36,7 @@ def is_library_tower(name: str) -> bool:
 
 # Keys that name files, addresses, weights, code or kernels to fetch; what a run does not need is left out as well.
 _FOREIGN = re.compile(
-    "^_|auto_map|pretrained|checkpoint|cache|hub|url|file|(?<!drop_)path|name_or|hf_model_name|tokenizer|implementation|"
+    "^_|auto_map|pretrained(?!_window_sizes)|checkpoint|cache|hub|url|file|(?<!drop_)path|name_or|hf_model_name|tokenizer|implementation|"
     "backend|transformers_version|architectures|problem_type|id2label|label2id"
 )
 _WORD = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
@@ -161,6 +161,9 @@ class HFImageTower(nn.Module):
         import transformers
 
         config = hf_config({key: value for key, value in settings.items() if key != "projection_dim_of_pair"})
+        if (channels := getattr(config, "num_channels", 3)) != 3 or not getattr(config, "vision_use_head", True):
+            what = f"images of {channels} channels" if channels != 3 else "no head that pools"
+            raise ValueError(f"a {config.model_type} with {what} is no tower here: three channels and a pooled output")
         self.kind = VISION[config.model_type]
         self.model: Any = getattr(transformers, self.kind.cls)(config, **dict(self.kind.extra))
         self.width = config.hidden_size if hasattr(config, "hidden_size") else config.hidden_sizes[-1]

@@ -67,7 +67,7 @@ def vision_data(tower: str, source: str | Path) -> dict[str, Any]:
             raise ValueError(
                 f"{file} describes {theirs}, but the run's image tower is {tower}: --vision-tower {theirs}"
             )
-        found |= {k: v for k, v in written.get("pretrained_cfg", {}).items() if k in ("mean", "std", "input_size")}
+        found |= {k: v for k, v in timm_data(written).items() if k in ("mean", "std", "input_size")}
     if len(found) < 3 or not found["mean"]:
         raise ValueError(f"timm does not say what images {tower} expects: give a folder with a config.json")
     return {
@@ -75,6 +75,11 @@ def vision_data(tower: str, source: str | Path) -> dict[str, Any]:
         "std": tuple(found["std"]),
         "size": as_size([int(side) for side in found["input_size"][1:]]),
     }
+
+
+def timm_data(written: dict[str, Any]) -> dict[str, Any]:
+    """What config.json of a folder of timm's says of images: under pretrained_cfg, in older ones at its top."""
+    return written["pretrained_cfg"] or {} if "pretrained_cfg" in written else written
 
 
 def load_vision(model: Any, source: str | Path) -> None:
@@ -171,8 +176,6 @@ def read_bert(folder: str | Path) -> dict[str, Any]:
     vocab = _bert_vocabulary(folder)
     if (size := config.get("vocab_size", len(vocab))) != len(vocab):
         raise ValueError(f"{folder}: config.json counts {size} tokens, its vocabulary {len(vocab)}")
-    settings = folder / "tokenizer_config.json"
-    lowercase = utils.read_json(settings).get("do_lower_case", True) if settings.is_file() else True
     return {
         "config": {
             "text_tower": "bert",
@@ -180,8 +183,24 @@ def read_bert(folder: str | Path) -> dict[str, Any]:
             "text_heads": config.get("num_attention_heads", 12),
             "text_layers": config.get("num_hidden_layers", 12),
         },
-        "tokenizer": {"vocab": vocab, "lowercase": bool(lowercase)},
+        "tokenizer": {"vocab": vocab, "lowercase": _lowercase(folder)},
     }
+
+
+def _lowercase(folder: Path) -> bool:
+    """Whether a BERT's captions become lower case, their accents dropped; ValueError where they are split otherwise."""
+    files = (folder / name for name in ("tokenizer_config.json", "tokenizer.json"))
+    settings, whole = (utils.read_json(file) if file.is_file() else {} for file in files)
+    lower = bool(settings.get("do_lower_case", True))
+    said = {"lowercase": lower, "strip_accents": settings.get("strip_accents"),
+            "handle_chinese_chars": settings.get("tokenize_chinese_chars", True)}  # fmt: skip
+    said |= whole.get("normalizer") or {}  # what transformers reads first
+    if said["strip_accents"] not in (None, said["lowercase"]) or not said["handle_chinese_chars"]:
+        raise ValueError(
+            f"{folder} is no BERT whose captions are split as the text tower's: strip_accents {said['strip_accents']}, "
+            f"lowercase {said['lowercase']}, handle_chinese_chars {said['handle_chinese_chars']}"
+        )
+    return bool(said["lowercase"])
 
 
 def is_medclips(folder: str | Path) -> bool:

@@ -31,7 +31,7 @@ from inputs.sizes import as_size
 from inputs.transforms import Preprocess
 from runtime.checkpoints import refuse_not_finite
 from runtime.integrity import check_sums
-from tokenizer import CONTEXT_LENGTH, LibraryTokenizer, SimpleTokenizer, Tokenizer
+from tokenizer import CLEANS, CONTEXT_LENGTH, LibraryTokenizer, SimpleTokenizer, Tokenizer
 from towers import library, pretrained
 from towers.build import build_timm_tower
 from towers.files import PREPROCESS
@@ -175,7 +175,7 @@ def _timm(name: str, folder: Path | None = None) -> Found:
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"timm has no model {name!r} (timm.list_models() names them)")
     written = utils.read_json(folder / HF) if folder else {}
-    overlay = {key: value for key, value in written.get("pretrained_cfg", {}).items() if key != "url"}
+    overlay = {key: value for key, value in pretrained.timm_data(written).items() if key != "url"}
     settings = library.plain_settings(written.get("model_args") or {})
     for name_of_data in ("num_classes", "img_size", "in_chans"):  # this project has its own words for them
         settings.pop(name_of_data, None)
@@ -202,6 +202,10 @@ def _timm_preprocess(data: dict[str, Any]) -> Preprocess:
     """timm's own evaluation transform of a tower, from its data configuration."""
     modes = {"center": "cover", "squash": "squash", "border": "fit"}
     mode, (_, *shape) = data.get("crop_mode") or "center", data["input_size"]
+    if mode not in modes:
+        raise ValueError(f"timm's crop_mode {mode!r} is not known here; choose from {', '.join(modes)}")
+    if mode == "border" and len({round(255 * mean) for mean in data["mean"]}) > 1:
+        raise ValueError("timm pads each channel with its own mean in the crop_mode border, which is not known here")
     resize_to = as_size([int(side / data["crop_pct"]) for side in shape])
     fill = round(255 * data["mean"][0]) if mode == "border" else 0
     return Preprocess(
@@ -237,10 +241,11 @@ def _transformers(folder: Path, written: dict[str, Any], name: str) -> Found:
         no_pooler = {} if kind.endswith("_text_model") or kind == "modernbert" else {"add_pooling_layer": False}
         model = _from_pretrained(cls, folder, **no_pooler)
         settings = library.plain_settings(model.config.to_dict())
-        tokenizer = _hf_tokenizer(folder, min(CONTEXT_LENGTH, library.positions(model.config)))
-        words = tokenizer._backend.get_vocab_size(with_added_tokens=False)
-        if words > model.config.vocab_size:
-            raise ValueError(f"{folder} has embeddings of {model.config.vocab_size} tokens, its tokenizer has {words}")
+        longest = min(CONTEXT_LENGTH, library.positions(model.config))
+        siglip, clip = kind.startswith("siglip"), kind == "clip_text_model"
+        tokenizer = _hf_tokenizer(folder, longest, model.config, whole=siglip, causal=clip)
+        if settings.get("pad_token_id") is None:
+            settings["pad_token_id"] = tokenizer.pad_id
         config = _text_config(f"{library.TRANSFORMERS}{kind}", settings, tokenizer)
         weights = {f"text_tower.model.{key}": value for key, value in model.state_dict().items()}
         return Found(name, config, None, tokenizer, weights)
@@ -265,7 +270,8 @@ def _hf_pair(model: Any, image: str, text: str, folder: Path, name: str) -> Foun
         embed_dim = settings["vision"]["projection_dim_of_pair"] = model.config.projection_dim
         weights["image_projection.weight"] = model.visual_projection.weight.detach()
         weights["text_projection"] = model.text_projection.weight.detach().T.contiguous()
-    tokenizer = _hf_tokenizer(folder, sides["text"].max_position_embeddings, whole=siglip, causal=not siglip)
+    text_side = sides["text"]
+    tokenizer = _hf_tokenizer(folder, text_side.max_position_embeddings, text_side, whole=siglip, causal=not siglip)
     config = {
         "vision_tower": f"{library.TRANSFORMERS}{image}", "vision_kwargs": settings["vision"],
         "image_size": preprocess.size, "embed_dim": embed_dim,
@@ -286,14 +292,26 @@ def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
     with quiet():
         try:
             model, report = cls.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32, **options
-            )
+                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32,
+                ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
         except Exception as error:  # of many kinds: no weights, another shape, a damaged file
             why = str(error).strip().splitlines()
             raise ValueError(f"transformers cannot read {folder}: {why[0] if why else type(error).__name__}") from error
     if lacking := sorted(report["missing_keys"]):
         raise ValueError(f"{folder} lacks {len(lacking)} tensors of a {cls.__name__}: {', '.join(lacking[:8])}")
+    if other := sorted(report["mismatched_keys"]):
+        name, theirs, ours = other[0]
+        raise ValueError(f"{folder}: {name} is {tuple(theirs)}, where its config.json says {tuple(ours)}")
+    spare = sorted(report["unexpected_keys"])
+    if layers := [name for name in spare if _OF_A_LAYER.search(name)]:  # of more layers than are said, or adapters
+        raise ValueError(f"{folder}: {len(layers)} tensors have no place in its config.json's model, first {layers[0]}")
+    if spare:
+        log.info(f"{folder}: {len(spare)} tensors are not used, as of heads: {', '.join(spare[:5])}")
     return model
+
+
+_OF_A_LAYER = re.compile(r"(encoder|layers?|blocks?|embeddings|stages?)\.\d+\.|lora_|adapter")
 
 
 @contextlib.contextmanager
@@ -319,7 +337,8 @@ def _there(auto: Any, folder: Path, lacks: str) -> Any:
             return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many kinds
             why = str(error).strip().splitlines()
-            raise ValueError(f"{folder} {lacks} ({why[0] if why else type(error).__name__})") from error
+            advice = ": pip install sentencepiece protobuf" if "SentencePiece" in str(error) else ""
+            raise ValueError(f"{folder} {lacks} ({why[0] if why else type(error).__name__}){advice}") from error
 
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -330,17 +349,25 @@ def _hf_preprocess(folder: Path) -> Preprocess:
     from transformers import AutoImageProcessor
 
     given = _there(AutoImageProcessor, folder, "does not say how images are prepared").to_dict()
-    if not given.get("do_resize", True) or abs(given.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+    scaled = given.get("do_rescale", True) and abs(given.get("rescale_factor", 1 / 255) * 255 - 1) <= 1e-3
+    if not given.get("do_resize", True) or not scaled:
         raise ValueError(f"{folder}: its images are not resized, or not scaled to 1: no preparation that is known")
     normalised = given.get("do_normalize", True)
-    mean: Any = tuple(given["image_mean"]) if normalised else (0.0, 0.0, 0.0)
-    std: Any = tuple(given["image_std"]) if normalised else (1.0, 1.0, 1.0)
+    if normalised and (given.get("image_mean") is None or given.get("image_std") is None):
+        raise ValueError(f"{folder}: its images are normalised, and it does not say by which image_mean and image_std")
+    mean = _of_channels(given["image_mean"]) if normalised else (0.0, 0.0, 0.0)
+    std = _of_channels(given["image_std"]) if normalised else (1.0, 1.0, 1.0)
     if side := given.get("max_num_patches"):  # SigLIP 2's towers of any shape: here all images become squares
         size, how, resize_to = given["patch_size"] * int(side**0.5), "squash", None
         log.warning(f"{folder}: its images keep their shape there; here all are squashed to {size} pixels a side")
     else:
         size, how, resize_to = _hf_shape(given, folder)
-    interpolation = _RESAMPLE.get(int(given.get("resample", 2)), "bilinear")
+    number = 2 if given.get("resample") is None else int(given["resample"])
+    if number not in _RESAMPLE:
+        raise ValueError(
+            f"{folder}: images are resized by Pillow's filter {number}, which is not known here: {_RESAMPLE}"
+        )
+    interpolation = _RESAMPLE[number]
     return Preprocess(size, mean, std, how, interpolation, resize_to, floor=True)
 
 
@@ -348,6 +375,8 @@ def _hf_shape(given: dict[str, Any], folder: Path) -> tuple[Any, str, Any]:
     """Of an image processor's settings: the size of an image, how it is brought to it, and by way of which size."""
     size, crop = given["size"], given.get("crop_size")
     short = size.get("shortest_edge")
+    if short and size.get("longest_edge"):
+        raise ValueError(f"{folder}: images are resized to {size}: no preparation that is known")
     if short and (fraction := given.get("crop_pct")):  # ConvNeXt's
         return (short, "cover", int(short / fraction)) if short < 384 else (short, "squash", None)
     if not (short or {"height", "width"} <= set(size)):
@@ -362,11 +391,14 @@ def _hf_shape(given: dict[str, Any], folder: Path) -> tuple[Any, str, Any]:
     return cropped, how, None if resized == cropped else resized
 
 
-def _hf_tokenizer(folder: Path, longest: int, whole: bool = False, causal: bool = False) -> LibraryTokenizer:
+def _hf_tokenizer(
+    folder: Path, longest: int, config: Any, whole: bool = False, causal: bool = False
+) -> LibraryTokenizer:
     """The tokenizer that lies in a folder.
 
     Args:
         longest: tokens that the model has positions for.
+        config: of the text model, whose padding has an id that its mask leaves out.
         whole: captions are padded to the whole length, and the padding is read (SigLIP).
         causal: what follows the end token is never read, so that zeros do.
 
@@ -375,23 +407,50 @@ def _hf_tokenizer(folder: Path, longest: int, whole: bool = False, causal: bool 
     """
     from transformers import AutoTokenizer
 
+    if not _has_tokenizer(folder):  # transformers would make one of two words
+        raise ValueError(f"{folder} holds no tokenizer: none of {', '.join(map(' with '.join, _TOKENIZERS))}")
     theirs = _there(AutoTokenizer, folder, "holds no tokenizer")
+    if whole and "attention_mask" in theirs.model_input_names:
+        log.warning(f"{folder}: its tokenizer has a mask for padding, which SigLIP reads: here it is read")
     length = int(min(longest, theirs.model_max_length))
-    return _own_tokenizer(theirs, folder, length, 0 if causal else theirs.pad_token_id or 0, whole)
+    own = theirs.pad_token_id or 0
+    pad_id = 0 if causal else own if whole or config.pad_token_id is None else config.pad_token_id
+    tokenizer = _own_tokenizer(theirs, folder, length, pad_id, whole)
+    words = tokenizer._backend.get_vocab_size(with_added_tokens=False)
+    if words > config.vocab_size:
+        raise ValueError(f"{folder} has embeddings of {config.vocab_size} tokens, its tokenizer has {words}")
+    return tokenizer
+
+
+_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",),
+               ("sentencepiece.bpe.model",), ("tokenizer.model",))  # fmt: skip
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether the words of one are there: without them transformers makes a tokenizer all the same."""
+    return any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS)
 
 
 SENTENCES = ["a mammogram of a malignant mass", "CT, axial: 3 cm lesion (left) -- S/P biopsy_2 & follow-up.", ""]
 
 
 def _own_tokenizer(theirs: Any, folder: Path, length: int, pad_id: int, whole: bool, clean: str = "none") -> Any:
-    """A tokenizer of transformers as one of ours, compared on a few sentences."""
-    backend = getattr(theirs, "backend_tokenizer", None)
+    """A tokenizer of transformers as one of ours, compared on a few sentences.
+
+    Args:
+        clean: what the library does to a caption before its tokenizer.
+    """
+    before, backend = CLEANS[clean], getattr(theirs, "backend_tokenizer", None)
+    if theirs.truncation_side != "right":
+        raise ValueError(f"{folder}: its tokenizer cuts the beginning of a long caption, here the end is cut")
+    if backend is None and type(theirs).__name__ == "SiglipTokenizer" and theirs.do_lower_case:
+        backend, clean = _siglip_backend(theirs), "siglip"  # it cleans by itself
     if backend is None:
         raise ValueError(f"{folder}: its tokenizer, a {type(theirs).__name__}, is none of the tokenizers library")
     pads = {"pad_to": "context" if whole else "longest", "pad_side": theirs.padding_side}
     ours = LibraryTokenizer(backend.to_str(), length, pad_id, **pads, clean=clean)
     for text in SENTENCES:
-        expected = theirs(text, truncation=True, max_length=length)["input_ids"]
+        expected = theirs(before(text), truncation=True, max_length=length)["input_ids"]
         got = [int(i) for i in ours(text)[0]]
         if (got[-len(expected) :] if theirs.padding_side == "left" else got[: len(expected)]) != expected:
             raise ValueError(
@@ -401,6 +460,26 @@ def _own_tokenizer(theirs: Any, folder: Path, length: int, pad_id: int, whole: b
     return ours
 
 
+def _siglip_backend(theirs: Any) -> Any:
+    """transformers' SiglipTokenizer, which runs sentencepiece, as one of the tokenizers library."""
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    messages: Any = sentencepiece_model_pb2  # whose classes are made when it is loaded
+    proto = messages.ModelProto.FromString(theirs.sp_model.serialized_model_proto())
+    backend: Any = Tokenizer(
+        models.Unigram([(piece.piece, piece.score) for piece in proto.pieces], proto.trainer_spec.unk_id,
+                       proto.trainer_spec.byte_fallback)
+    )  # fmt: skip
+    charsmap = proto.normalizer_spec.precompiled_charsmap
+    first = [normalizers.Precompiled(charsmap)] if charsmap else []
+    backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    end = theirs.eos_token
+    backend.post_processor = processors.TemplateProcessing(f"$A {end}", special_tokens=[(end, theirs.eos_token_id)])
+    return backend
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # open_clip
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,7 +487,9 @@ def _own_tokenizer(theirs: Any, folder: Path, length: int, pad_id: int, whole: b
 
 def _open_clip(written: dict[str, Any], folder: Path, name: str, weights: Path | None = None) -> Found:
     """A pair of open_clip from its configuration, and the weights beside it, or those that are named."""
-    settings, given = dict(written["model_cfg"]), written.get("preprocess_cfg", {})
+    if not all(isinstance(written.get("model_cfg", {}).get(key), dict) for key in ("vision_cfg", "text_cfg")):
+        raise ValueError(f"{name}: {OPEN_CLIP_CONFIG} has no model_cfg with a vision_cfg and a text_cfg")
+    settings, given = dict(written["model_cfg"]), written.get("preprocess_cfg") or {}
     if "multimodal_cfg" in settings:
         raise ValueError(f"{name} is a CoCa of open_clip, which is no pair of towers")
     text_name = settings["text_cfg"].get("hf_model_name")
@@ -458,8 +539,15 @@ def _open_clip_preprocess(given: dict[str, Any], vision: dict[str, Any]) -> Prep
     """open_clip's evaluation transform, with its defaults."""
     from open_clip.transform import PreprocessCfg
 
-    filled = PreprocessCfg(**{"size": vision.get("image_size", 224), **given})
-    how = {"shortest": "cover", "squash": "squash", "longest": "fit"}[filled.resize_mode]
+    known = (
+        PreprocessCfg.__dataclass_fields__
+    )  # what else is there the library leaves out too, and the tower has the size
+    given = {key: value for key, value in given.items() if key in known and value is not None}
+    filled = PreprocessCfg(**{**given, "size": vision.get("image_size", 224)})
+    modes = {"shortest": "cover", "squash": "squash", "longest": "fit"}
+    if filled.resize_mode not in modes:
+        raise ValueError(f"open_clip's resize_mode {filled.resize_mode!r} is none of {', '.join(modes)}")
+    how = modes[filled.resize_mode]
     size = as_size(filled.size if isinstance(filled.size, int) else list(filled.size))
     interpolation = "bilinear" if filled.interpolation == "bilinear" else "bicubic"
     mean, std = (_of_channels(values) for values in (filled.mean, filled.std))
@@ -497,8 +585,8 @@ def _open_clip_tokenizer(text: dict[str, Any], folder: Path, name: str) -> Any:
 def _text_settings(name: str, folder: Path, weights: Path) -> dict[str, Any]:
     """The configuration of a text tower of transformers that open_clip names by a hub's id.
 
-    Where neither the folder nor the hub's cache has it, a BERT's sizes are read off its tensors; its heads are 64 wide
-    then, as those of every published BERT.
+    Where neither the folder nor the hub or its cache has it, a BERT's sizes are read off its tensors, and that is said:
+    its heads are 64 wide then, as those of every published BERT.
     """
     for place in (folder, Path(name)):
         if (place / HF).is_file() and "model_type" in (written := utils.read_json(place / HF)):
@@ -507,19 +595,29 @@ def _text_settings(name: str, folder: Path, weights: Path) -> dict[str, Any]:
 
     with quiet(), contextlib.suppress(Exception):  # it is not in the cache
         return AutoConfig.from_pretrained(name, local_files_only=True).to_dict()
+    with quiet(), contextlib.suppress(Exception), _online("the text tower's configuration", name):  # no hub answers
+        return AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
     shapes = {key: tuple(value.shape) for key, value in pretrained.read_state(weights).items()}
     prefix = "text.transformer."
     words = shapes.get(f"{prefix}embeddings.word_embeddings.weight")
-    if words is None or f"{prefix}encoder.layer.0.attention.self.query.weight" not in shapes or words[1] % 64:
-        raise ValueError(f"{folder}: the configuration of its text tower, {name}, is neither there nor in a cache")
+    places = shapes.get(f"{prefix}embeddings.position_embeddings.weight", (0,))[0]
+    kinds = shapes.get(f"{prefix}embeddings.token_type_embeddings.weight", (0,))[0]
+    query = f"{prefix}encoder.layer.0.attention.self.query.weight"
+    # A RoBERTa has the same names, with two positions more and one kind of token.
+    if words is None or query not in shapes or words[1] % 64 or (places, kinds) != (512, 2):
+        raise ValueError(
+            f"{folder}: the configuration of its text tower, {name}, is neither there nor in a cache: put its "
+            f"config.json into {folder}"
+        )
+    log.warning(f"{folder}: no configuration of its text tower, {name}: taken for a BERT with heads of 64 and GELU")
     pattern = re.compile(rf"{re.escape(prefix)}encoder\.layer\.(\d+)\.")
     layers = {int(found[1]) for key in shapes if (found := pattern.match(key))}
     return {
         "model_type": "bert", "vocab_size": words[0], "hidden_size": words[1], "num_attention_heads": words[1] // 64,
         "num_hidden_layers": len(layers), "pad_token_id": 0,
-        "max_position_embeddings": shapes[f"{prefix}embeddings.position_embeddings.weight"][0],
+        "max_position_embeddings": places,
         "intermediate_size": shapes[f"{prefix}encoder.layer.0.intermediate.dense.weight"][0],
-        "type_vocab_size": shapes[f"{prefix}embeddings.token_type_embeddings.weight"][0],
+        "type_vocab_size": kinds,
     }  # fmt: skip
 
 
