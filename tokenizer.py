@@ -201,15 +201,11 @@ class SimpleTokenizer:
 
 
 # ------------------------------------------------------------------------------------- those of other libraries
-CLEANS: dict[
-    str, Callable[[str], str]
-] = {  # what is done to a caption before its tokenizer, all but the last by open_clip
+CLEANS: dict[str, Callable[[str], str]] = {  # what open_clip does to a caption before its tokenizer
     "none": lambda text: text,
     "whitespace": lambda text: _unescaped(text),
     "lower": lambda text: _unescaped(text).lower(),
     "canonicalize": lambda text: _without_punctuation(_unescaped(text)),
-    # transformers' SiglipTokenizer, which neither mends a text nor takes an underscore for a space.
-    "siglip": lambda text: " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split()),
 }
 
 

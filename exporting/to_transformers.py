@@ -22,7 +22,7 @@ from inputs.transforms import Preprocess
 from tokenizer import LibraryTokenizer
 from towers import library
 from towers.files import PREPROCESS
-from towers.sources import quiet
+from towers.library_tokenizers import quiet
 
 log = logging.getLogger("medslip")
 
