@@ -57,7 +57,8 @@ def check(plan: Plan, args: argparse.Namespace, out: Path) -> list[str]:
     needed = 0
     for row in plan.rows:
         if row.finetune is None:
-            refuse_parts(row, parse_flags(row, "main_linear.py", main_linear.get_args_parser(), row.probe))
+            given = parse_flags(row, "main_linear.py", main_linear.get_args_parser(), row.probe)
+            refuse_parts(row, given, bool(folded))
         elif folded:
             raise ValueError(f"row {row.name!r}: fine-tuning needs a test split, which {folded[0]} does not have")
         else:
@@ -102,9 +103,10 @@ def parse_flags(row: PlannedRow, script: str, parser: argparse.ArgumentParser, f
     return args
 
 
-def refuse_parts(row: PlannedRow, args: argparse.Namespace) -> None:
-    """ValueError for flags of a probe that is not of a whole table by its own split."""
-    if given := [name for name in ("where", "cross_validate", "fraction", "knn") if getattr(args, name)]:
+def refuse_parts(row: PlannedRow, args: argparse.Namespace, folded: bool) -> None:
+    """ValueError for flags of a probe that is not of a whole table by its own split, or does not go with folds."""
+    flags = ("where", "cross_validate", *(("fraction", "knn") if folded else ()))
+    if given := [name for name in flags if getattr(args, name)]:
         flag = f"--{given[0].replace('_', '-')}"
         raise ValueError(
             f"row {row.name!r}: {flag} does not go in a table: rows are measured on its whole test split, and on a set "

@@ -128,6 +128,8 @@ def test_vindr_is_probed_on_its_test_split_and_is_a_row_of_tables(trees, checkpo
     rows["rows"].append({"name": "Part", "weights": str(checkpoint), "probe": "--cross-validate 3"})
     with pytest.raises(ValueError, match="row 'Part': --cross-validate does not go in a table"):
         make_tables.main(command(tmp_path, catalog, rows=rows))
+    rows["rows"][-1] = {"name": "Few", "weights": str(checkpoint), "probe": "--fraction 0.5 --knn 3"}
+    make_tables.main(command(tmp_path, catalog, rows=rows))  # beside the probe of all
 
 
 @pytest.mark.parametrize("name", CROSS_VALIDATED)
@@ -154,7 +156,10 @@ def test_a_set_without_splits_is_a_row_of_tables_in_folds(name, trees, checkpoin
     make_report.main([str(tmp_path / "out"), "--output-dir", str(tmp_path / "report"), "--no-images"])
     page = (tmp_path / "report" / "report.md").read_text()
     assert f"{size}, 5-fold cross-validation" in page and f"breast ({breasts})" in page
-    rows["rows"].append({"name": "Tuned", "weights": str(checkpoint), "finetune": "--epochs 1"})
+    rows["rows"].append({"name": "Few", "weights": str(checkpoint), "probe": "--fraction 0.5"})
+    with pytest.raises(ValueError, match="row 'Few': --fraction does not go in a table"):
+        make_tables.main(command(tmp_path, catalog, rows=rows))
+    rows["rows"][-1] = {"name": "Tuned", "weights": str(checkpoint), "finetune": "--epochs 1"}
     with pytest.raises(ValueError, match=f"row 'Tuned': fine-tuning needs a test split, which {name} does not have"):
         make_tables.main(command(tmp_path, catalog, rows=rows))
 
