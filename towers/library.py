@@ -36,8 +36,8 @@ def is_library_tower(name: str) -> bool:
 
 # Keys that name files, addresses, weights, code or kernels to fetch; what a run does not need is left out as well.
 _FOREIGN = re.compile(
-    "^_|auto_map|pretrained(?!_window_sizes)|checkpoint|cache|hub|url|file|(?<!drop_)path|name_or|hf_model_name|tokenizer|implementation|"
-    "backend|transformers_version|architectures|problem_type|id2label|label2id"
+    "^_|auto_map|pretrained(?!_window_sizes)|checkpoint|cache|hub|url|file|(?<!drop_)path|name_or|hf_model_name|"
+    "tokenizer|implementation|backend|transformers_version|architectures|problem_type|id2label|label2id"
 )
 _WORD = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
 

@@ -312,7 +312,7 @@ def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
     return model
 
 
-_OF_A_LAYER = re.compile(r"(encoder|layers?|blocks?|embeddings|stages?)\.\d+\.|lora_|adapter")
+_OF_A_LAYER = re.compile(r"(layers?|blocks?|stages?)\.\d+\.|lora_|adapter")
 
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -424,9 +424,7 @@ def _open_clip_preprocess(given: dict[str, Any], vision: dict[str, Any]) -> Prep
     """open_clip's evaluation transform, with its defaults."""
     from open_clip.transform import PreprocessCfg
 
-    known = (
-        PreprocessCfg.__dataclass_fields__
-    )  # what else is there the library leaves out too, and the tower has the size
+    known = PreprocessCfg.__dataclass_fields__  # the library leaves out what else is there, and takes the tower's size
     given = {key: value for key, value in given.items() if key in known and value is not None}
     filled = PreprocessCfg(**{**given, "size": vision.get("image_size", 224)})
     modes = {"shortest": "cover", "squash": "squash", "longest": "fit"}
